@@ -102,7 +102,7 @@ impl Backend {
 
     /// Sends a back-end request with need-reply. Returns the acknowledgement.
     fn ask(&self, code: BackendRequest, body: &(impl IntoBytes + zerocopy::Immutable)) -> u64 {
-        self.host().ask(code, body).unwrap().expect("REPLY_ACK").recv_timeout(DEADLINE).unwrap()
+        self.host().send_with_reply(code, body).unwrap().expect("REPLY_ACK").recv_timeout(DEADLINE).unwrap()
     }
 }
 

@@ -54,7 +54,7 @@ fn the_guide_shows_the_example_and_it_has_less_than_60_lines() {
 }
 
 #[test]
-fn it_keeps_every_rule_that_is_checked() {
+fn the_example_passes_every_check() {
     let folder = folder();
     let restart = format!("{} socket image", program().display());
     let mut check = Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
@@ -72,7 +72,7 @@ fn it_keeps_every_rule_that_is_checked() {
 }
 
 #[test]
-fn a_guest_on_it_survives_its_death_on_either_kind_of_rings() {
+fn a_guest_survives_kills_of_the_example_with_split_and_packed_rings() {
     for packed in [false, true] {
         let folder = folder();
         let mut backend = Backend::start(folder.path());

@@ -107,7 +107,7 @@ impl VringController for Nobody {
 }
 
 #[test]
-fn every_message_of_a_session_is_one_event_with_its_name_also_if_it_is_refused_or_unknown() {
+fn every_session_message_is_one_event_with_its_name_even_if_refused_or_unknown() {
     let heard = Heard::default();
     let codes: Vec<_> = (0..=64).chain([4711, u32::MAX]).map(Code).collect();
     tracing::subscriber::with_default(registry().with(heard.clone()), || {
@@ -124,7 +124,7 @@ fn every_message_of_a_session_is_one_event_with_its_name_also_if_it_is_refused_o
 }
 
 #[test]
-fn what_a_front_end_sends_is_one_event_on_either_side_and_so_is_what_it_hears() {
+fn each_message_is_one_event_on_each_side_of_either_channel() {
     let heard = Heard::default();
     // The back-end and the channel have threads of their own.
     tracing::subscriber::set_global_default(registry().with(heard.clone())).unwrap();
@@ -154,7 +154,7 @@ fn what_a_front_end_sends_is_one_event_on_either_side_and_so_is_what_it_hears() 
     device.reset().unwrap();
     let unknown = BackendRequest(4711);
     let host = plain.0.lock().unwrap().clone();
-    assert_eq!(host.ask(unknown, &[0u8; 8]).unwrap().unwrap().recv_timeout(PATIENCE), Ok(1));
+    assert_eq!(host.send_with_reply(unknown, &[0u8; 8]).unwrap().unwrap().recv_timeout(PATIENCE), Ok(1));
     drop(device);
     stop.write(1).unwrap();
     server.join().unwrap();

@@ -129,7 +129,7 @@ const FORBIDDEN: &[&str] = &[
 ];
 
 #[test]
-fn what_no_back_end_needs_ends_it() {
+fn forbidden_system_calls_end_the_process() {
     for what in FORBIDDEN {
         // Without the filter the same thing goes through, to the end of the child or of the program it became.
         let free = run("none", what);
@@ -140,7 +140,7 @@ fn what_no_back_end_needs_ends_it() {
 }
 
 #[test]
-fn what_a_back_end_does_goes_on_and_reading_other_files_is_refused() {
+fn needed_system_calls_work_and_opening_other_files_is_refused() {
     for sandbox in ["kill", "log", "unlink", "pair"] {
         let output = run(sandbox, "work");
         let said = String::from_utf8_lossy(&output.stderr);
@@ -150,7 +150,7 @@ fn what_a_back_end_does_goes_on_and_reading_other_files_is_refused() {
 }
 
 #[test]
-fn only_who_has_to_may_remove_files_and_make_sockets() {
+fn unlink_and_socket_are_allowed_only_if_configured() {
     assert_eq!(run("unlink", "remove a file").status.code(), Some(DONE));
     for what in ["connect to a UNIX socket", "connect to a TCP port", "listen on a TCP port", "run a program"] {
         // The other end of a pair is met at a SOCK_SEQPACKET socket.
@@ -160,7 +160,7 @@ fn only_who_has_to_may_remove_files_and_make_sockets() {
 }
 
 #[test]
-fn a_violation_that_is_only_logged_goes_through() {
+fn a_logged_violation_is_executed() {
     for what in FORBIDDEN.iter().filter(|what| **what != "become a program") {
         let output = run("log", what);
         assert_eq!(output.status.code(), Some(DONE), "{what}: {output:?}");

@@ -26,48 +26,48 @@ use crate::sys::join::join;
 use crate::sys::log_limit::limited;
 
 /// Most messages that wait for room or for their acknowledgement.
-const MOST_WAITING: usize = 1024;
+const MAX_QUEUED: usize = 1024;
 /// Bytes of an acknowledgement.
-const ACK: usize = size_of::<Header>() + size_of::<u64>();
+const ACK_BYTES: usize = size_of::<Header>() + size_of::<u64>();
 
 /// The front-end of one connection, as its device and rings speak to it. Before it has given a channel what is to be told
 /// waits for one; after the connection has ended nobody hears it.
 #[derive(Debug, Default)]
 pub struct FrontendHandle {
-    state: Mutex<State>,
+    state: Mutex<ChannelState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
-    line: Option<Line>,
+struct ChannelState {
+    channel: Option<ChannelSocket>,
     /// REPLY_ACK is agreed on.
-    acknowledges: bool,
+    reply_ack: bool,
     /// The rest of a message that went out in part.
-    rest: Vec<u8>,
-    messages: VecDeque<Message>,
-    errors: BTreeSet<u16>,
-    calls: BTreeSet<u16>,
-    config: bool,
+    unsent_bytes: Vec<u8>,
+    queued: VecDeque<QueuedRequest>,
+    ring_errors: BTreeSet<u16>,
+    ring_calls: BTreeSet<u16>,
+    config_changed: bool,
     /// Sent, and to be acknowledged.
-    unanswered: VecDeque<(Code, Sender<u64>)>,
+    unacknowledged: VecDeque<(Code, Sender<u64>)>,
 }
 
 /// The channel's socket, and what wakes its thread.
 #[derive(Debug, Clone)]
-struct Line {
+struct ChannelSocket {
     socket: Arc<OwnedFd>,
     wake: Arc<EventFd>,
 }
 
 #[derive(Debug)]
-struct Message {
+struct QueuedRequest {
     code: Code,
     body: Vec<u8>,
-    answer: Option<Sender<u64>>,
+    reply: Option<Sender<u64>>,
 }
 
 /// What goes out next.
-enum Next {
+enum NextRequest {
     Message,
     Error(u16),
     Call(u16),
@@ -77,24 +77,24 @@ enum Next {
 /// A channel in use; it ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct BackendChannel {
-    host: Arc<FrontendHandle>,
+    frontend: Arc<FrontendHandle>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl FrontendHandle {
     /// Tells the front-end that configuration space has changed, so that it reads it again.
     pub fn config_changed(&self) {
-        self.post(|state| !std::mem::replace(&mut state.config, true));
+        self.set_and_send(|state| !std::mem::replace(&mut state.config_changed, true));
     }
 
     /// Tells it in-band that buffers of a ring were used.
     pub(super) fn call(&self, ring: u16) {
-        self.post(|state| state.calls.insert(ring));
+        self.set_and_send(|state| state.ring_calls.insert(ring));
     }
 
     /// Tells it in-band that a ring is broken.
     pub(super) fn error(&self, ring: u16) {
-        self.post(|state| state.errors.insert(ring));
+        self.set_and_send(|state| state.ring_errors.insert(ring));
     }
 
     /// Sends a message without an fd.
@@ -102,7 +102,7 @@ impl FrontendHandle {
     /// # Errors
     /// [`BackendError::BackendChannel`] if there is no channel, or the front-end doesn't read it.
     pub fn send(&self, code: Code, body: &(impl IntoBytes + Immutable)) -> Result<(), BackendError> {
-        self.queue(code, body.as_bytes(), None)
+        self.enqueue(code, body.as_bytes(), None)
     }
 
     /// Sends a message without an fd and asks for its acknowledgement, 0 for done. Whoever waits for it should do so with a
@@ -110,12 +110,16 @@ impl FrontendHandle {
     ///
     /// # Errors
     /// As [`FrontendHandle::send`].
-    pub fn ask(&self, code: Code, body: &(impl IntoBytes + Immutable)) -> Result<Option<Receiver<u64>>, BackendError> {
-        if !self.lock().acknowledges {
+    pub fn send_with_reply(
+        &self,
+        code: Code,
+        body: &(impl IntoBytes + Immutable),
+    ) -> Result<Option<Receiver<u64>>, BackendError> {
+        if !self.lock().reply_ack {
             return self.send(code, body).map(|()| None);
         }
         let (answer, answered) = bounded(1);
-        self.queue(code, body.as_bytes(), Some(answer)).map(|()| Some(answered))
+        self.enqueue(code, body.as_bytes(), Some(answer)).map(|()| Some(answered))
     }
 
     /// Takes over the socket of SET_BACKEND_REQ_FD, once it is [`checked`].
@@ -125,100 +129,102 @@ impl FrontendHandle {
     pub(super) fn attach(self: &Arc<FrontendHandle>, socket: OwnedFd) -> Result<BackendChannel, BackendError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?;
-        let line = Line { socket: Arc::new(socket), wake: Arc::new(wake) };
-        self.lock().line = Some(line.clone());
+        let line = ChannelSocket { socket: Arc::new(socket), wake: Arc::new(wake) };
+        self.lock().channel = Some(line.clone());
         let host = self.clone();
-        let thread = thread::Builder::new().name("channel".into()).spawn(move || host.serve(&line));
-        let attached = |thread| BackendChannel { host: self.clone(), thread };
+        let thread = thread::Builder::new().name("channel".into()).spawn(move || host.run(&line));
+        let attached = |thread| BackendChannel { frontend: self.clone(), thread };
         let thread = thread.map_err(|error| {
             drop(attached(None));
             BackendError::system("start a thread")(error)
         })?;
-        self.post(|_| true);
+        self.set_and_send(|_| true);
         Ok(attached(Some(thread)))
     }
 
     /// Whether there is a front-end that can be asked.
-    pub(super) fn is_attached(&self) -> bool {
-        self.lock().line.is_some()
+    pub(super) fn has_channel(&self) -> bool {
+        self.lock().channel.is_some()
     }
 
     /// Says whether REPLY_ACK is agreed on.
-    pub(super) fn set_acknowledges(&self, acknowledges: bool) {
-        self.lock().acknowledges = acknowledges;
+    pub(super) fn set_reply_ack(&self, acknowledges: bool) {
+        self.lock().reply_ack = acknowledges;
     }
 
-    fn queue(&self, code: Code, body: &[u8], answer: Option<Sender<u64>>) -> Result<(), BackendError> {
+    fn enqueue(&self, code: Code, body: &[u8], answer: Option<Sender<u64>>) -> Result<(), BackendError> {
         let mut state = self.lock();
-        if state.line.is_none() {
+        if state.channel.is_none() {
             return Err(BackendError::BackendChannel {
                 why: "there is none: the front-end has not sent SET_BACKEND_REQ_FD",
             });
         }
-        if state.messages.len() + state.unanswered.len() >= MOST_WAITING {
+        if state.queued.len() + state.unacknowledged.len() >= MAX_QUEUED {
             return Err(BackendError::BackendChannel { why: "the front-end doesn't answer" });
         }
-        state.messages.push_back(Message { code, body: body.to_vec(), answer });
-        state.tell();
+        state.queued.push_back(QueuedRequest { code, body: body.to_vec(), reply: answer });
+        state.send_or_wake();
         Ok(())
     }
 
     /// Notes something to tell, and does if that is new.
-    fn post(&self, note: impl FnOnce(&mut State) -> bool) {
+    fn set_and_send(&self, note: impl FnOnce(&mut ChannelState) -> bool) {
         let mut state = self.lock();
         if note(&mut state) {
-            state.tell();
+            state.send_or_wake();
         }
     }
 
     /// What a thread has left that panicked with the lock is whole: changes are made of plain stores.
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ChannelState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Hears acknowledgements, and passes on what found no room, as long as `line` is in use.
-    fn serve(&self, line: &Line) {
+    fn run(&self, line: &ChannelSocket) {
         let mut heard = Vec::new();
         loop {
             let waiting = {
                 let state = self.lock();
-                if !state.line.as_ref().is_some_and(|now| Arc::ptr_eq(&now.socket, &line.socket)) {
+                if !state.channel.as_ref().is_some_and(|now| Arc::ptr_eq(&now.socket, &line.socket)) {
                     return;
                 }
-                !state.rest.is_empty() || state.next().is_some()
+                !state.unsent_bytes.is_empty() || state.next().is_some()
             };
             let events = if waiting { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
             let mut fds = [PollFd::new(line.wake.as_fd(), PollFlags::POLLIN), PollFd::new(line.socket.as_fd(), events)];
             if poll(&mut fds, PollTimeout::NONE).is_err_and(|errno| errno != Errno::EINTR) {
-                return self.lock().hang_up("it can't be waited for");
+                return self.lock().close("it can't be waited for");
             }
             let _ = line.wake.read();
-            let result = hear(&line.socket, &mut heard).and_then(|()| {
+            let result = read_available(&line.socket, &mut heard).and_then(|()| {
                 let mut state = self.lock();
-                state.answers(&mut heard)?;
+                state.take_acknowledgements(&mut heard)?;
                 state.flush();
                 Ok(())
             });
             if let Err(why) = result {
-                return self.lock().hang_up(why);
+                return self.lock().close(why);
             }
         }
     }
 }
 
-impl State {
-    fn next(&self) -> Option<Next> {
-        if !self.messages.is_empty() {
-            return Some(Next::Message);
+impl ChannelState {
+    fn next(&self) -> Option<NextRequest> {
+        if !self.queued.is_empty() {
+            return Some(NextRequest::Message);
         }
-        let error = self.errors.first().map(|ring| Next::Error(*ring));
-        error.or_else(|| self.calls.first().map(|ring| Next::Call(*ring))).or(self.config.then_some(Next::Config))
+        let error = self.ring_errors.first().map(|ring| NextRequest::Error(*ring));
+        error
+            .or_else(|| self.ring_calls.first().map(|ring| NextRequest::Call(*ring)))
+            .or(self.config_changed.then_some(NextRequest::Config))
     }
 
     /// Sends what there is room for, and leaves the rest to the thread.
-    fn tell(&mut self) {
+    fn send_or_wake(&mut self) {
         if !self.flush()
-            && let Some(line) = &self.line
+            && let Some(line) = &self.channel
         {
             let _ = line.wake.write(1);
         }
@@ -226,30 +232,30 @@ impl State {
 
     /// Sends what there is room for; false if something is left.
     fn flush(&mut self) -> bool {
-        let Some(line) = self.line.clone() else { return true };
+        let Some(line) = self.channel.clone() else { return true };
         loop {
-            let next = if self.rest.is_empty() { self.next() } else { None };
+            let next = if self.unsent_bytes.is_empty() { self.next() } else { None };
             let bytes = match &next {
-                None if self.rest.is_empty() => return true,
-                None => std::mem::take(&mut self.rest),
+                None if self.unsent_bytes.is_empty() => return true,
+                None => std::mem::take(&mut self.unsent_bytes),
                 Some(next) => self.encode(next),
             };
             match send(line.socket.as_raw_fd(), &bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
                 Ok(count) => {
-                    self.rest = bytes.get(count..).unwrap_or_default().to_vec();
+                    self.unsent_bytes = bytes.get(count..).unwrap_or_default().to_vec();
                     if let Some(next) = next {
-                        self.sent(&next);
+                        self.mark_sent(&next);
                     }
                 }
                 Err(errno) => {
                     if next.is_none() {
-                        self.rest = bytes;
+                        self.unsent_bytes = bytes;
                     }
                     match errno {
                         Errno::EINTR => {}
                         Errno::EAGAIN => return false,
                         _ => {
-                            self.hang_up("the front-end has closed it");
+                            self.close("the front-end has closed it");
                             return true;
                         }
                     }
@@ -258,16 +264,16 @@ impl State {
         }
     }
 
-    fn encode(&self, next: &Next) -> Vec<u8> {
+    fn encode(&self, next: &NextRequest) -> Vec<u8> {
         let ring = |code, index: u16| (code, VringState { index: index.into(), num: 0 }.as_bytes().to_vec(), false);
         let (code, body, answer) = match next {
-            Next::Message => match self.messages.front() {
-                Some(message) => (message.code, message.body.clone(), message.answer.is_some()),
+            NextRequest::Message => match self.queued.front() {
+                Some(message) => (message.code, message.body.clone(), message.reply.is_some()),
                 None => return Vec::new(),
             },
-            Next::Error(index) => ring(Code::VRING_ERR, *index),
-            Next::Call(index) => ring(Code::VRING_CALL, *index),
-            Next::Config => (Code::CONFIG_CHANGE_MSG, Vec::new(), false),
+            NextRequest::Error(index) => ring(Code::VRING_ERR, *index),
+            NextRequest::Call(index) => ring(Code::VRING_CALL, *index),
+            NextRequest::Config => (Code::CONFIG_CHANGE_MSG, Vec::new(), false),
         };
         let flags = Header::FLAG_VERSION | if answer { Header::FLAG_NEED_REPLY } else { 0 };
         debug!("{code} to the front-end");
@@ -275,34 +281,36 @@ impl State {
     }
 
     /// Notes that something is on its way.
-    fn sent(&mut self, next: &Next) {
+    fn mark_sent(&mut self, next: &NextRequest) {
         match next {
-            Next::Message => {
-                if let Some(Message { code, answer: Some(answer), .. }) = self.messages.pop_front() {
-                    self.unanswered.push_back((code, answer));
+            NextRequest::Message => {
+                if let Some(QueuedRequest { code, reply: Some(answer), .. }) = self.queued.pop_front() {
+                    self.unacknowledged.push_back((code, answer));
                 }
             }
-            Next::Error(ring) => {
-                self.errors.remove(ring);
+            NextRequest::Error(ring) => {
+                self.ring_errors.remove(ring);
             }
-            Next::Call(ring) => {
-                self.calls.remove(ring);
+            NextRequest::Call(ring) => {
+                self.ring_calls.remove(ring);
             }
-            Next::Config => self.config = false,
+            NextRequest::Config => self.config_changed = false,
         }
     }
 
     /// Takes whole acknowledgements out of what was heard.
-    fn answers(&mut self, heard: &mut Vec<u8>) -> Result<(), &'static str> {
-        while let Some((bytes, rest)) = heard.split_first_chunk::<ACK>() {
+    fn take_acknowledgements(&mut self, heard: &mut Vec<u8>) -> Result<(), &'static str> {
+        while let Some((bytes, rest)) = heard.split_first_chunk::<ACK_BYTES>() {
             let (head, number) = bytes.split_at(size_of::<Header>());
             let header = Header::read_from_bytes(head).ok();
             let number = u64::read_from_bytes(number).unwrap_or_default();
             let expected = header.filter(|header| {
                 let is_for = |(code, _): &(Code, _)| code.0 == header.request;
-                header.flags == Header::REPLY_FLAGS && header.size == 8 && self.unanswered.front().is_some_and(is_for)
+                header.flags == Header::REPLY_FLAGS
+                    && header.size == 8
+                    && self.unacknowledged.front().is_some_and(is_for)
             });
-            let Some((_, answer)) = expected.and_then(|_| self.unanswered.pop_front()) else {
+            let Some((_, answer)) = expected.and_then(|_| self.unacknowledged.pop_front()) else {
                 return Err("the front-end sends what is no acknowledgement of a message (rule B1.5)");
             };
             // Whoever asked may have given up.
@@ -313,16 +321,16 @@ impl State {
     }
 
     /// Ends the channel. What can be told over the next one stays.
-    fn hang_up(&mut self, why: &str) {
-        let Some(line) = self.line.take() else { return };
-        if self.messages.is_empty() && self.unanswered.is_empty() {
+    fn close(&mut self, why: &str) {
+        let Some(line) = self.channel.take() else { return };
+        if self.queued.is_empty() && self.unacknowledged.is_empty() {
             limited!(info, "the back-end channel ends: {why}");
         } else {
             limited!(warn, "the back-end channel ends: {why}");
         }
-        self.messages.clear();
-        self.unanswered.clear();
-        self.rest.clear();
+        self.queued.clear();
+        self.unacknowledged.clear();
+        self.unsent_bytes.clear();
         let _ = shutdown(line.socket.as_raw_fd(), Shutdown::Both);
         let _ = line.wake.write(1);
     }
@@ -330,7 +338,7 @@ impl State {
 
 impl Drop for BackendChannel {
     fn drop(&mut self) {
-        self.host.lock().hang_up("the connection does, or another one comes");
+        self.frontend.lock().close("the connection does, or another one comes");
         if let Some(thread) = self.thread.take() {
             join(thread);
         }
@@ -342,7 +350,7 @@ impl Drop for BackendChannel {
 /// # Errors
 /// [`BackendError::BackendChannel`] if it is no UNIX socket: others may be readable for ever without anything to read, as those
 /// are whose errors nobody fetches (rules F8.3, F9.2).
-pub(super) fn checked(fd: OwnedFd) -> Result<OwnedFd, BackendError> {
+pub(super) fn check_socket(fd: OwnedFd) -> Result<OwnedFd, BackendError> {
     match getsockname::<UnixAddr>(fd.as_raw_fd()) {
         Ok(_) => Ok(fd),
         Err(_) => Err(BackendError::BackendChannel { why: "it is no UNIX socket, and nothing else can be answered" }),
@@ -351,8 +359,8 @@ pub(super) fn checked(fd: OwnedFd) -> Result<OwnedFd, BackendError> {
 
 /// Reads what has come, at most a little more than one acknowledgement: `heard` never grows. Fds are left to the system,
 /// which closes them.
-fn hear(socket: &OwnedFd, heard: &mut Vec<u8>) -> Result<(), &'static str> {
-    let mut buffer = [0; ACK];
+fn read_available(socket: &OwnedFd, heard: &mut Vec<u8>) -> Result<(), &'static str> {
+    let mut buffer = [0; ACK_BYTES];
     match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
         Ok(0) => Err("the front-end has closed it"),
         Ok(count) => {
@@ -408,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_told_before_there_is_a_channel_is_told_over_it() {
+    fn notifications_before_the_channel_is_set_are_sent_over_it() {
         let (host, (ours, mut theirs)) = (Arc::new(FrontendHandle::default()), UnixStream::pair().unwrap());
         assert!(host.send(Code::IOTLB_MSG, &[0u8; 32]).is_err());
         host.config_changed();
@@ -422,13 +430,13 @@ mod tests {
     }
 
     #[test]
-    fn a_front_end_that_does_not_read_hears_everything_once_when_it_does() {
+    fn pending_notifications_are_sent_once_when_the_front_end_reads_again() {
         let (host, _attached, mut theirs) = open();
         let mut sent = 0;
         while host.send(Code::IOTLB_MSG, &[sent, 0]).is_ok() {
             sent += 1;
         }
-        assert!(sent as usize >= MOST_WAITING, "{sent}");
+        assert!(sent as usize >= MAX_QUEUED, "{sent}");
         for _ in 0..100_000 {
             host.config_changed();
             host.call(1);
@@ -445,12 +453,12 @@ mod tests {
     }
 
     #[test]
-    fn acknowledgements_reach_who_asked_however_they_are_cut() {
+    fn fragmented_acknowledgements_reach_their_senders() {
         let (host, _attached, mut theirs) = open();
-        assert!(host.ask(Code::IOTLB_MSG, &1u64).unwrap().is_none(), "REPLY_ACK is not agreed on");
+        assert!(host.send_with_reply(Code::IOTLB_MSG, &1u64).unwrap().is_none(), "REPLY_ACK is not agreed on");
         assert_eq!(next(&mut theirs).1, 1);
-        host.set_acknowledges(true);
-        let asked: Vec<_> = (0..100u64).map(|n| host.ask(Code::IOTLB_MSG, &n).unwrap().unwrap()).collect();
+        host.set_reply_ack(true);
+        let asked: Vec<_> = (0..100u64).map(|n| host.send_with_reply(Code::IOTLB_MSG, &n).unwrap().unwrap()).collect();
         let mut answers = Vec::new();
         for n in 0..100 {
             assert_eq!(next(&mut theirs), (Code::IOTLB_MSG, 9, Some(n)));
@@ -465,18 +473,18 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_acknowledgement_ends_the_channel_and_the_next_one_works() {
+    fn invalid_acknowledgements_close_the_channel_and_a_new_one_works() {
         let long = Header { request: Code::IOTLB_MSG.0, flags: 5, size: 16 };
         let long = [long.as_bytes(), &[0; 16]].concat();
         let wrong: [Vec<u8>; 4] = [vec![0xff; 999], ack(Code::VRING_CALL, 0), long, vec![0; 20]];
         for bytes in wrong {
             let (host, attached, mut theirs) = open();
-            host.set_acknowledges(true);
-            let asked = host.ask(Code::IOTLB_MSG, &0u64).unwrap().unwrap();
+            host.set_reply_ack(true);
+            let asked = host.send_with_reply(Code::IOTLB_MSG, &0u64).unwrap().unwrap();
             theirs.write_all(&bytes).unwrap();
             assert!(asked.recv_timeout(PATIENCE).is_err());
-            wait_until(|| host.lock().line.is_none());
-            assert!(host.ask(Code::IOTLB_MSG, &0u64).is_err());
+            wait_until(|| host.lock().channel.is_none());
+            assert!(host.send_with_reply(Code::IOTLB_MSG, &0u64).is_err());
             host.config_changed();
             drop(attached);
             let (ours, mut theirs) = UnixStream::pair().unwrap();
@@ -486,28 +494,28 @@ mod tests {
     }
 
     #[test]
-    fn a_front_end_that_closes_its_end_or_gives_none_is_no_error() {
+    fn a_closed_or_invalid_channel_socket_is_handled() {
         let (host, _attached, theirs) = open();
-        host.set_acknowledges(true);
-        let asked = host.ask(Code::IOTLB_MSG, &0u64).unwrap().unwrap();
+        host.set_reply_ack(true);
+        let asked = host.send_with_reply(Code::IOTLB_MSG, &0u64).unwrap().unwrap();
         drop(theirs);
         assert!(asked.recv_timeout(PATIENCE).is_err());
-        wait_until(|| host.lock().line.is_none());
+        wait_until(|| host.lock().channel.is_none());
         host.call(0);
         let file = tempfile::tempfile().unwrap();
-        let error = checked(file.into()).unwrap_err();
+        let error = check_socket(file.into()).unwrap_err();
         assert!(error.to_string().contains("no UNIX socket"), "{error}");
         // Sockets that nothing can be sent over.
         let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        assert!(checked(tcp.into()).is_err(), "its errors may keep it readable");
+        assert!(check_socket(tcp.into()).is_err(), "its errors may keep it readable");
         let folder = tempfile::tempdir().unwrap();
         let listener = std::os::unix::net::UnixListener::bind(folder.path().join("socket")).unwrap();
         let datagrams = std::os::unix::net::UnixDatagram::unbound().unwrap();
         for socket in [OwnedFd::from(listener), OwnedFd::from(datagrams)] {
             let host = Arc::new(FrontendHandle::default());
-            let _attached = host.attach(checked(socket).unwrap()).unwrap();
+            let _attached = host.attach(check_socket(socket).unwrap()).unwrap();
             host.config_changed();
-            wait_until(|| host.lock().line.is_none());
+            wait_until(|| host.lock().channel.is_none());
         }
     }
 }

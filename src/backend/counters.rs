@@ -37,7 +37,7 @@ impl RingCounters {
     }
 
     /// A batch that is about to be published; `logged` says whether what it wrote was marked.
-    pub(super) fn batch(&self, requests: &[Request], logged: bool) {
+    pub(super) fn completed(&self, requests: &[Request], logged: bool) {
         let (mut read, mut written, mut pages) = (0, 0, 0);
         for request in requests {
             read += request.readable_len();
@@ -68,23 +68,23 @@ impl RingCounters {
         self.notifications.increment(1);
     }
 
-    pub(super) fn broke(&self) {
+    pub(super) fn ring_broken(&self) {
         self.broken.increment(1);
     }
 }
 
 /// A request was answered by an error.
-pub(super) fn failed(ring: u16) {
+pub(super) fn request_failed(ring: u16) {
     counter!("vhost_failed_requests_total", "ring" => ring.to_string()).increment(1);
 }
 
 /// Another front-end has connected.
-pub(super) fn connected() {
+pub(super) fn frontend_connected() {
     counter!("vhost_connections_total").increment(1);
 }
 
 /// A message was answered or refused.
-pub(super) fn message(code: Code, refused: bool) {
+pub(super) fn message_handled(code: Code, refused: bool) {
     // A name, so that nobody makes up new series by sending numbers.
     let (request, result) = (code.name().unwrap_or("unknown"), if refused { "refused" } else { "done" });
     counter!("vhost_messages_total", "request" => request, "result" => result).increment(1);

@@ -278,30 +278,30 @@ pub struct Request {
     pub(super) inflight_slot: u16,
     /// Whether the device has it.
     pub(super) submitted: bool,
-    dropped: Option<Arc<Dropped>>,
+    dropped: Option<Arc<DroppedRequests>>,
 }
 
 /// Requests that were dropped before they were complete.
 #[derive(Debug)]
-pub(super) struct Dropped {
+pub(super) struct DroppedRequests {
     any: AtomicBool,
     requests: Mutex<Vec<Request>>,
     /// Wakes whoever takes them.
     wake: Arc<EventFd>,
 }
 
-impl Dropped {
-    pub(super) fn new(wake: Arc<EventFd>) -> Dropped {
-        Dropped { any: AtomicBool::new(false), requests: Mutex::default(), wake }
+impl DroppedRequests {
+    pub(super) fn new(wake: Arc<EventFd>) -> DroppedRequests {
+        DroppedRequests { any: AtomicBool::new(false), requests: Mutex::default(), wake }
     }
 
     /// Moves them to `to`; costs nothing if there are none.
-    pub(super) fn take(self: &Arc<Dropped>, to: &mut Vec<Request>) {
+    pub(super) fn take(self: &Arc<DroppedRequests>, to: &mut Vec<Request>) {
         if self.any.load(Ordering::Acquire) {
             let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
             self.any.store(false, Ordering::Relaxed);
             // They are used again, and may be dropped again.
-            to.extend(requests.drain(..).map(|request| request.returned_to(self)));
+            to.extend(requests.drain(..).map(|request| request.with_dropped_list(self)));
         }
     }
 }
@@ -327,12 +327,12 @@ impl Drop for Request {
 }
 
 impl Request {
-    pub(super) fn new(memory: Memory, dropped: Option<Arc<Dropped>>) -> Request {
+    pub(super) fn new(memory: Memory, dropped: Option<Arc<DroppedRequests>>) -> Request {
         let (chain, written) = (Chain::default(), Vec::new());
         Request { chain, memory, written, max_used_len: u64::MAX, inflight_slot: 0, submitted: false, dropped }
     }
 
-    fn returned_to(mut self, dropped: &Arc<Dropped>) -> Request {
+    fn with_dropped_list(mut self, dropped: &Arc<DroppedRequests>) -> Request {
         self.dropped = Some(dropped.clone());
         self
     }
@@ -371,7 +371,7 @@ impl Request {
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
         let mut rest = &mut buf[..];
         let (end, memory) = (offset.saturating_add(rest.len() as u64), &self.memory);
-        pieces(&self.chain.readable, offset..end, |gpa, len| {
+        for_each_piece(&self.chain.readable, offset..end, |gpa, len| {
             let (here, after) = std::mem::take(&mut rest).split_at_mut(len as usize);
             rest = after;
             memory.read(gpa, here)
@@ -395,8 +395,8 @@ impl Request {
         let mut rest = data;
         let range = offset..offset.saturating_add(rest.len() as u64);
         let memory = &self.memory;
-        pieces(&self.chain.writable, range.clone(), |gpa, len| memory.slices(gpa, len, |_| {}))?;
-        pieces(&self.chain.writable, range.clone(), |gpa, len| {
+        for_each_piece(&self.chain.writable, range.clone(), |gpa, len| memory.slices(gpa, len, |_| {}))?;
+        for_each_piece(&self.chain.writable, range.clone(), |gpa, len| {
             let (here, after) = rest.split_at(len as usize);
             rest = after;
             memory.write(gpa, here)
@@ -417,7 +417,7 @@ impl Request {
     /// # Errors
     /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory.
     pub fn lend_readable(&self, range: Range<u64>, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
-        pieces(&self.chain.readable, range, |gpa, len| self.memory.iovecs(gpa, len, out))
+        for_each_piece(&self.chain.readable, range, |gpa, len| self.memory.iovecs(gpa, len, out))
     }
 
     /// Appends the host ranges of a part of the writable bytes to `out`, for calls that go past Rust: `readv`, io_uring, a
@@ -427,7 +427,7 @@ impl Request {
     /// # Errors
     /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory; nothing is lent then.
     pub fn lend_writable(&mut self, range: Range<u64>, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
-        pieces(&self.chain.writable, range.clone(), |gpa, len| self.memory.iovecs(gpa, len, out))?;
+        for_each_piece(&self.chain.writable, range.clone(), |gpa, len| self.memory.iovecs(gpa, len, out))?;
         if !self.written.iter().any(|lent| lent.start <= range.start && range.end <= lent.end) {
             self.written.push(range);
         }
@@ -457,7 +457,7 @@ impl Request {
     /// Calls `each` with the guest-physical ranges that were written.
     pub(super) fn for_each_written(&self, mut each: impl FnMut(u64, u64)) {
         for range in &self.written {
-            let _ = pieces(&self.chain.writable, range.clone(), |gpa, len| {
+            let _ = for_each_piece(&self.chain.writable, range.clone(), |gpa, len| {
                 each(gpa, len);
                 Ok(())
             });
@@ -466,7 +466,7 @@ impl Request {
 }
 
 /// Calls `each` with guest-physical address and length of the pieces that make up `range` of `buffers`.
-fn pieces(
+fn for_each_piece(
     buffers: &[Buffer],
     range: Range<u64>,
     mut each: impl FnMut(u64, u64) -> Result<(), MemoryError>,
@@ -504,7 +504,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_is_found_however_the_bytes_are_cut() {
+    fn reads_and_writes_span_buffer_boundaries() {
         let mut request = request(&[(0x1000, 3), (0x2000, 0), (0x1003, 5)], &[(0x1000, 4), (0x1004, 4)]);
         request.write(0, b"headers!").unwrap();
         let mut found = [0; 4];
@@ -516,7 +516,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_lent_is_what_counts_as_written() {
+    fn lent_bytes_count_as_written() {
         let mut request = request(&[], &[(0x1000, 16), (0x3000, 16)]);
         request.lend_writable(8..20, &mut Vec::new()).unwrap();
         request.lend_writable(12..20, &mut Vec::new()).unwrap();

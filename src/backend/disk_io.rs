@@ -34,11 +34,11 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::fdatasync;
 
 use self::attempt::Attempt;
-pub(crate) use self::files::{Alignment, Files, block_size};
+pub(crate) use self::files::{Alignment, ImageFiles, block_size};
 #[cfg(not(feature = "io-uring"))]
 pub(crate) use self::no_uring::{Uring, Urings};
 #[cfg(feature = "io-uring")]
-pub(crate) use self::uring::{Uring, Urings};
+pub(crate) use self::uring::{UringEngine, UringPool};
 pub(crate) use self::write_back::WriteBack;
 use super::Request;
 
@@ -49,7 +49,7 @@ const THREADS: usize = 8;
 
 /// What to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Op {
+pub(crate) enum DiskOp {
     /// From the disk to writable bytes of the request.
     Read,
     /// From readable bytes of the request to the disk.
@@ -66,23 +66,23 @@ pub(crate) enum Op {
         /// Whether by deallocating.
         unmap: bool,
         /// Whether the other way failed already; the engine does not care.
-        last: bool,
+        is_fallback: bool,
     },
 }
 
-impl Op {
+impl DiskOp {
     /// True of operations that change the contents of the disk.
     pub(crate) fn changes(self) -> bool {
         match self {
-            Op::Write { .. } | Op::Discard | Op::Zero { .. } => true,
-            Op::Read | Op::Flush => false,
+            DiskOp::Write { .. } | DiskOp::Discard | DiskOp::Zero { .. } => true,
+            DiskOp::Read | DiskOp::Flush => false,
         }
     }
 }
 
 /// The ways of data from and to the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum IoPath {
     /// Past the page cache, straight from and to the request's memory.
     Direct,
     /// Past the page cache, by way of aligned memory.
@@ -91,54 +91,56 @@ pub(crate) enum Way {
     Cached,
 }
 
-impl Way {
+impl IoPath {
     /// The next one to try when the system refuses this one.
-    pub(crate) fn next(self) -> Way {
+    pub(crate) fn next(self) -> IoPath {
         match self {
-            Way::Direct => Way::Bounced,
-            Way::Bounced | Way::Cached => Way::Cached,
+            IoPath::Direct => IoPath::Bounced,
+            IoPath::Bounced | IoPath::Cached => IoPath::Cached,
         }
     }
 }
 
 /// A piece of disk I/O and the request it is for.
 #[derive(Debug)]
-pub(crate) struct Io {
+pub(crate) struct DiskIo {
     pub(crate) request: Request,
-    pub(crate) op: Op,
+    pub(crate) op: DiskOp,
     /// The file's bytes.
-    pub(crate) disk: Range<u64>,
+    pub(crate) file_range: Range<u64>,
     /// Where in the request the data of `disk.start` is.
-    pub(crate) at: u64,
+    pub(crate) request_offset: u64,
     /// The best way to try, if the disk was opened for it.
-    pub(crate) way: Way,
+    pub(crate) path: IoPath,
 }
 
-impl Io {
+impl DiskIo {
     fn len(&self) -> u64 {
-        self.disk.end - self.disk.start
+        self.file_range.end - self.file_range.start
     }
 
     /// Whether it is about data, and moves on by what is transferred.
     pub(crate) fn moves_data(&self) -> bool {
-        matches!(self.op, Op::Read | Op::Write { .. })
+        matches!(self.op, DiskOp::Read | DiskOp::Write { .. })
     }
 
     fn fallocate_flags(&self) -> FallocateFlags {
         match self.op {
-            Op::Zero { unmap: false, .. } => FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
+            DiskOp::Zero { unmap: false, .. } => {
+                FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE
+            }
             _ => FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
         }
     }
 }
 
 /// An [`Io`] and how many bytes its attempt transferred.
-pub(crate) type Done = (Io, io::Result<u64>);
+pub(crate) type Done = (DiskIo, io::Result<u64>);
 
 /// A way of doing disk I/O, used by one thread. Dropping it waits for what is under way.
-pub(crate) trait Engine {
+pub(crate) trait DiskEngine {
     /// Makes an attempt; it may be held back until [`Engine::completions`].
-    fn submit(&mut self, io: Io);
+    fn submit(&mut self, io: DiskIo);
 
     /// Ends what is not done yet, as far as the system lets it: that comes back with ECANCELED.
     fn cancel(&mut self);
@@ -151,20 +153,20 @@ pub(crate) trait Engine {
 }
 
 /// I/O by threads that block.
-pub(crate) struct Threads {
-    jobs: Option<Sender<Io>>,
+pub(crate) struct ThreadEngine {
+    jobs: Option<Sender<DiskIo>>,
     /// Those that no thread has taken yet.
-    todo: Receiver<Io>,
+    todo: Receiver<DiskIo>,
     results: Receiver<Done>,
     canceled: Vec<Done>,
     ready: Arc<EventFd>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl Threads {
+impl ThreadEngine {
     /// Starts the threads.
-    pub(crate) fn new(files: &Arc<Files>) -> io::Result<Threads> {
-        let (jobs, todo) = unbounded::<Io>();
+    pub(crate) fn new(files: &Arc<ImageFiles>) -> io::Result<ThreadEngine> {
+        let (jobs, todo) = unbounded::<DiskIo>();
         let (finished, results) = unbounded();
         let ready = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let spawn = |_| {
@@ -178,12 +180,12 @@ impl Threads {
             })
         };
         let threads = (0..THREADS).map(spawn).collect::<io::Result<_>>()?;
-        Ok(Threads { jobs: Some(jobs), todo, results, canceled: Vec::new(), ready, threads })
+        Ok(ThreadEngine { jobs: Some(jobs), todo, results, canceled: Vec::new(), ready, threads })
     }
 }
 
-impl Engine for Threads {
-    fn submit(&mut self, io: Io) {
+impl DiskEngine for ThreadEngine {
+    fn submit(&mut self, io: DiskIo) {
         if let Some(jobs) = &self.jobs {
             // The threads live as long as this sender.
             let _ = jobs.send(io);
@@ -206,7 +208,7 @@ impl Engine for Threads {
     }
 }
 
-impl Drop for Threads {
+impl Drop for ThreadEngine {
     fn drop(&mut self) {
         self.jobs = None;
         for thread in self.threads.drain(..) {
@@ -216,14 +218,14 @@ impl Drop for Threads {
 }
 
 /// One blocking attempt.
-fn attempt(files: &Files, io: &mut Io) -> io::Result<u64> {
+fn attempt(files: &ImageFiles, io: &mut DiskIo) -> io::Result<u64> {
     let mut attempt = Attempt::default();
     attempt.prepare(files, io)?;
     let result = transfer(files, &attempt, io);
     attempt.end(files, io, result)
 }
 
-fn transfer(files: &Files, attempt: &Attempt, io: &Io) -> io::Result<u64> {
+fn transfer(files: &ImageFiles, attempt: &Attempt, io: &DiskIo) -> io::Result<u64> {
     let offset = i64::try_from(attempt.start).map_err(|_| Errno::EFBIG)?;
     let len = i64::try_from(io.len()).map_err(|_| Errno::EFBIG)?;
     let (iovecs, count) = (attempt.iovecs.as_ptr(), attempt.iovecs.len() as i32);
@@ -231,11 +233,11 @@ fn transfer(files: &Files, attempt: &Attempt, io: &Io) -> io::Result<u64> {
     // outside Rust is what both are for.
     let result = unsafe {
         match io.op {
-            Op::Read => libc::preadv(attempt.fd, iovecs, count, offset),
-            Op::Write { .. } => libc::pwritev2(attempt.fd, iovecs, count, offset, attempt.flags),
-            Op::Flush => return Ok(fdatasync(files.main()).map(|()| 0)?),
-            Op::Discard | Op::Zero { .. } => {
-                return Ok(fallocate(files.main(), io.fallocate_flags(), offset, len).map(|()| 0)?);
+            DiskOp::Read => libc::preadv(attempt.fd, iovecs, count, offset),
+            DiskOp::Write { .. } => libc::pwritev2(attempt.fd, iovecs, count, offset, attempt.flags),
+            DiskOp::Flush => return Ok(fdatasync(files.preferred()).map(|()| 0)?),
+            DiskOp::Discard | DiskOp::Zero { .. } => {
+                return Ok(fallocate(files.preferred(), io.fallocate_flags(), offset, len).map(|()| 0)?);
             }
         }
     };
@@ -255,16 +257,16 @@ mod tests {
     use crate::ring::Buffer;
 
     /// A direct disk of 16 KiB, served in each way, and what it holds.
-    fn direct_disks(each: impl Fn(&Files, &mut dyn FnMut(Io) -> (Io, u64), &mut Vec<u8>)) {
+    fn direct_disks(each: impl Fn(&ImageFiles, &mut dyn FnMut(DiskIo) -> (DiskIo, u64), &mut Vec<u8>)) {
         for uring in [true, false] {
             let image = tempfile::NamedTempFile::new().unwrap();
             let mut contents: Vec<u8> = (0..0x4000u32).map(|at| (at % 251) as u8).collect();
             std::fs::write(image.path(), &contents).unwrap();
             let open = |flags| File::options().read(true).write(true).custom_flags(flags).open(image.path()).unwrap();
-            let files = Arc::new(Files::new(open(0), Some(open(libc::O_DIRECT))).unwrap().with_blocks(4096));
-            let mut engine: Box<dyn Engine> = match uring {
-                true => Box::new(Uring::new(files.clone(), &Arc::new(Urings::new(1, 4).unwrap())).unwrap()),
-                false => Box::new(Threads::new(&files).unwrap()),
+            let files = Arc::new(ImageFiles::new(open(0), Some(open(libc::O_DIRECT))).unwrap().with_blocks(4096));
+            let mut engine: Box<dyn DiskEngine> = match uring {
+                true => Box::new(UringEngine::new(files.clone(), &Arc::new(UringPool::new(1, 4).unwrap())).unwrap()),
+                false => Box::new(ThreadEngine::new(&files).unwrap()),
             };
             let mut serve = |io| {
                 engine.submit(io);
@@ -287,11 +289,11 @@ mod tests {
         Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x8000, 0, 0).unwrap())]).unwrap()
     }
 
-    fn io(memory: &Memory, op: Op, gpa: u64, disk: Range<u64>) -> Io {
+    fn io(memory: &Memory, op: DiskOp, gpa: u64, disk: Range<u64>) -> DiskIo {
         let mut request = Request::new(memory.clone(), None);
         let (first, buffer) = (100, Buffer { gpa, len: (disk.end - disk.start) as u32 });
         let chain = request.reset();
-        let buffers = if op == Op::Read { &mut chain.writable } else { &mut chain.readable };
+        let buffers = if op == DiskOp::Read { &mut chain.writable } else { &mut chain.readable };
         match gpa.is_multiple_of(4096) {
             true => buffers.push(buffer),
             false => buffers.extend([
@@ -299,59 +301,61 @@ mod tests {
                 Buffer { gpa: gpa + u64::from(first), len: buffer.len - first },
             ]),
         }
-        Io { request, op, disk, at: 0, way: Way::Direct }
+        DiskIo { request, op, file_range: disk, request_offset: 0, path: IoPath::Direct }
     }
 
     #[test]
-    fn what_is_not_aligned_goes_past_the_page_cache_all_the_same_unless_it_is_part_of_a_block_to_write() {
-        let write = Op::Write { durable: false };
+    fn unaligned_io_is_bounced_and_only_partial_block_writes_use_the_page_cache() {
+        let write = DiskOp::Write { durable: false };
         direct_disks(|files, serve, contents| {
             let memory = memory();
             let mut read = |gpa: u64, disk: Range<u64>, way| {
                 let (at, len) = (disk.start as usize, (disk.end - disk.start) as usize);
-                let (io, count) = serve(io(&memory, Op::Read, gpa, disk));
+                let (io, count) = serve(io(&memory, DiskOp::Read, gpa, disk));
                 let mut bytes = vec![0; len];
                 memory.read(gpa, &mut bytes).unwrap();
-                assert_eq!((io.way, count), (way, len as u64));
+                assert_eq!((io.path, count), (way, len as u64));
                 assert_eq!(io.request.used_len() as usize, len);
                 assert!(bytes == contents[at..at + len]);
             };
-            read(0, 4096..0x3000, Way::Direct);
-            read(3, 4096..0x3000, Way::Bounced);
-            read(0, 512..1024, Way::Bounced);
-            read(3, 0x1e00..0x2200, Way::Bounced);
-            read(4096, 0x3e00..0x4000, Way::Bounced);
+            read(0, 4096..0x3000, IoPath::Direct);
+            read(3, 4096..0x3000, IoPath::Bounced);
+            read(0, 512..1024, IoPath::Bounced);
+            read(3, 0x1e00..0x2200, IoPath::Bounced);
+            read(4096, 0x3e00..0x4000, IoPath::Bounced);
             assert!(!files.is_unsynced());
-            for (gpa, disk, way) in
-                [(0, 0..4096, Way::Direct), (7, 4096..0x3000, Way::Bounced), (4096, 0x3200..0x3400, Way::Cached)]
-            {
+            for (gpa, disk, way) in [
+                (0, 0..4096, IoPath::Direct),
+                (7, 4096..0x3000, IoPath::Bounced),
+                (4096, 0x3200..0x3400, IoPath::Cached),
+            ] {
                 let data = vec![0xa0 | gpa as u8; (disk.end - disk.start) as usize];
                 memory.write(gpa, &data).unwrap();
                 contents[disk.start as usize..disk.end as usize].copy_from_slice(&data);
                 let (io, count) = serve(io(&memory, write, gpa, disk));
-                assert_eq!((io.way, count), (way, data.len() as u64));
+                assert_eq!((io.path, count), (way, data.len() as u64));
             }
         });
     }
 
     #[test]
-    fn what_was_changed_is_unsynced_until_a_flush_that_began_afterwards() {
+    fn changes_are_unsynced_until_a_later_flush_completes() {
         direct_disks(|files, serve, contents| {
             let memory = memory();
             contents[..4096].fill(0);
-            serve(io(&memory, Op::Write { durable: true }, 0, 0..4096));
+            serve(io(&memory, DiskOp::Write { durable: true }, 0, 0..4096));
             assert!(!files.is_unsynced());
-            serve(io(&memory, Op::Write { durable: false }, 0, 0..4096));
+            serve(io(&memory, DiskOp::Write { durable: false }, 0, 0..4096));
             assert!(files.is_unsynced());
-            serve(Io { disk: 0..0, ..io(&memory, Op::Flush, 0, 0..4096) });
+            serve(DiskIo { file_range: 0..0, ..io(&memory, DiskOp::Flush, 0, 0..4096) });
             assert!(!files.is_unsynced());
             contents[4096..0x2000].fill(0);
-            serve(io(&memory, Op::Discard, 0, 4096..0x2000));
+            serve(io(&memory, DiskOp::Discard, 0, 4096..0x2000));
             assert!(files.is_unsynced());
             files.sync().unwrap();
             assert!(!files.is_unsynced());
-            files.begins(Op::Flush, Way::Direct);
-            files.ended(Op::Flush, false);
+            files.note_start(DiskOp::Flush, IoPath::Direct);
+            files.note_end(DiskOp::Flush, false);
             assert!(files.is_unsynced(), "a flush that fails leaves it to be done");
         });
     }

@@ -21,27 +21,27 @@ use crate::memory::{Access, Iotlb, IotlbMiss, IovaWindow, TranslationError, over
 use crate::ring::{Buffer, RingIommu, RingLayout};
 
 /// How often a ring looks whether the front-end has acknowledged its question.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
+const REPLY_POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// After which time a question is asked again: its answer may have been invalidated before it was used.
-const AGAIN: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Asks for one translation at a time.
 pub(super) struct IotlbMisses {
     index: u16,
     iotlb: Arc<Iotlb>,
-    host: Arc<FrontendHandle>,
-    asked: Option<Asked>,
+    frontend: Arc<FrontendHandle>,
+    pending: Option<PendingMiss>,
 }
 
-struct Asked {
+struct PendingMiss {
     miss: IotlbMiss,
-    answer: Option<Receiver<u64>>,
-    at: Instant,
+    reply: Option<Receiver<u64>>,
+    sent_at: Instant,
 }
 
 impl IotlbMisses {
     pub(super) fn new(index: u16, iotlb: Arc<Iotlb>, host: Arc<FrontendHandle>) -> IotlbMisses {
-        IotlbMisses { index, iotlb, host, asked: None }
+        IotlbMisses { index, iotlb, frontend: host, pending: None }
     }
 
     /// Asks for what is missing, unless that was done already.
@@ -49,18 +49,18 @@ impl IotlbMisses {
     /// # Errors
     /// [`BackendError::AccessRefused`] if the front-end has refused it, [`BackendError::BackendChannel`] if there is nobody to ask.
     pub(super) fn ask(&mut self, miss: IotlbMiss) -> Result<(), BackendError> {
-        let same = |asked: &&Asked| (asked.miss.iova, asked.miss.access) == (miss.iova, miss.access);
-        if let Some(asked) = self.asked.as_ref().filter(same) {
+        let same = |asked: &&PendingMiss| (asked.miss.iova, asked.miss.access) == (miss.iova, miss.access);
+        if let Some(asked) = self.pending.as_ref().filter(same) {
             let refused = BackendError::AccessRefused { index: self.index, iova: miss.iova, access: miss.access };
             if miss.denied {
                 // Nobody else says so to the driver; it may not be heard.
-                let _ = self.host.send(BackendRequest::IOTLB_MSG, &message(VHOST_IOTLB_ACCESS_FAIL, &miss));
+                let _ = self.frontend.send(BackendRequest::IOTLB_MSG, &iotlb_msg(VHOST_IOTLB_ACCESS_FAIL, &miss));
                 return Err(refused);
             }
-            match asked.answer.as_ref().map(Receiver::try_recv) {
+            match asked.reply.as_ref().map(Receiver::try_recv) {
                 Some(Ok(1..)) => return Err(refused),
                 // An acknowledged one comes over another socket than the update, which may be on its way.
-                _ if asked.at.elapsed() < AGAIN => return Ok(()),
+                _ if asked.sent_at.elapsed() < RETRY_INTERVAL => return Ok(()),
                 // There is still somebody who will answer.
                 Some(Err(TryRecvError::Empty)) => return Ok(()),
                 _ => {}
@@ -71,35 +71,35 @@ impl IotlbMisses {
             self.iotlb.invalidate(&(miss.iova..=miss.iova));
         }
         debug!("ring {}: asks for {:#x}, {:?}", self.index, miss.iova, miss.access);
-        let answer = self.host.ask(BackendRequest::IOTLB_MSG, &message(VHOST_IOTLB_MISS, &miss))?;
-        self.asked = Some(Asked { miss, answer, at: Instant::now() });
+        let answer = self.frontend.send_with_reply(BackendRequest::IOTLB_MSG, &iotlb_msg(VHOST_IOTLB_MISS, &miss))?;
+        self.pending = Some(PendingMiss { miss, reply: answer, sent_at: Instant::now() });
         Ok(())
     }
 
     /// Whether a question is open.
-    pub(super) fn is_waiting(&self) -> bool {
-        self.asked.is_some()
+    pub(super) fn is_pending(&self) -> bool {
+        self.pending.is_some()
     }
 
     /// There is nothing missing any more.
-    pub(super) fn has_all(&mut self) {
-        self.asked = None;
+    pub(super) fn clear(&mut self) {
+        self.pending = None;
     }
 
     /// How long to wait until the next look at the answer.
-    pub(super) fn patience(&self) -> Option<Duration> {
-        self.asked.as_ref().map(|asked| if asked.answer.is_some() { LOOK_EVERY } else { AGAIN })
+    pub(super) fn poll_interval(&self) -> Option<Duration> {
+        self.pending.as_ref().map(|asked| if asked.reply.is_some() { REPLY_POLL_INTERVAL } else { RETRY_INTERVAL })
     }
 
     /// Where the areas of a ring lie; `None` while it is not known.
     ///
     /// # Errors
     /// As [`IotlbMisses::ask`]; areas that can't be.
-    pub(super) fn window(&mut self, setup: &VringConfig) -> Result<Option<IovaWindow>, BackendError> {
+    pub(super) fn map_areas(&mut self, setup: &VringConfig) -> Result<Option<IovaWindow>, BackendError> {
         let index = self.index;
-        match IovaWindow::open(&setup.memory, &self.iotlb, &areas(setup), logged(setup)) {
+        match IovaWindow::open(&setup.memory, &self.iotlb, &ring_areas(setup), used_log_range(setup)) {
             Ok(window) => {
-                self.has_all();
+                self.clear();
                 Ok(Some(window))
             }
             Err(TranslationError::Missing(miss)) => self.ask(miss).map(|()| None),
@@ -109,58 +109,58 @@ impl IotlbMisses {
 }
 
 /// What a running ring has in use.
-pub(super) struct InUse {
-    pub(super) asker: IotlbMisses,
+pub(super) struct MappedRing {
+    pub(super) misses: IotlbMisses,
     pub(super) window: Arc<IovaWindow>,
     /// Buffers of requests in flight, by what names those.
-    buffers: Vec<Vec<Buffer>>,
+    in_flight: Vec<Vec<Buffer>>,
     /// Invalidated, and to be told when nothing uses it any more.
-    retiring: Vec<(RangeInclusive<u64>, Sender<()>)>,
+    pending_invalidations: Vec<(RangeInclusive<u64>, Sender<()>)>,
 }
 
-impl InUse {
-    pub(super) fn new(asker: IotlbMisses, window: Arc<IovaWindow>) -> InUse {
-        InUse { asker, window, buffers: Vec::new(), retiring: Vec::new() }
+impl MappedRing {
+    pub(super) fn new(asker: IotlbMisses, window: Arc<IovaWindow>) -> MappedRing {
+        MappedRing { misses: asker, window, in_flight: Vec::new(), pending_invalidations: Vec::new() }
     }
 
     /// What the ring itself needs.
-    pub(super) fn ring(&self, setup: &VringConfig) -> RingIommu {
-        RingIommu { memory: setup.memory.clone(), iotlb: self.asker.iotlb.clone(), window: self.window.clone() }
+    pub(super) fn ring_iommu(&self, setup: &VringConfig) -> RingIommu {
+        RingIommu { memory: setup.memory.clone(), iotlb: self.misses.iotlb.clone(), window: self.window.clone() }
     }
 
     /// A request is in flight.
-    pub(super) fn begin(&mut self, head: u16, buffers: &[Buffer]) {
-        self.asker.has_all();
+    pub(super) fn request_started(&mut self, head: u16, buffers: &[Buffer]) {
+        self.misses.clear();
         let at = usize::from(head);
-        if at >= self.buffers.len() {
-            self.buffers.resize_with(at + 1, Vec::new);
+        if at >= self.in_flight.len() {
+            self.in_flight.resize_with(at + 1, Vec::new);
         }
-        if let Some(noted) = self.buffers.get_mut(at) {
+        if let Some(noted) = self.in_flight.get_mut(at) {
             noted.extend_from_slice(buffers);
         }
     }
 
     /// A request is not in flight any more.
-    pub(super) fn end(&mut self, head: u16) {
-        if let Some(noted) = self.buffers.get_mut(usize::from(head)) {
+    pub(super) fn request_completed(&mut self, head: u16) {
+        if let Some(noted) = self.in_flight.get_mut(usize::from(head)) {
             noted.clear();
         }
     }
 
     /// Whether a request in flight uses these addresses.
     pub(super) fn uses(&self, iovas: &RangeInclusive<u64>) -> bool {
-        self.buffers.iter().flatten().any(|buffer| overlap(buffer.gpa, buffer.len.into(), iovas))
+        self.in_flight.iter().flatten().any(|buffer| overlap(buffer.gpa, buffer.len.into(), iovas))
     }
 
     /// Tells `done` as soon as no request in flight uses these addresses.
-    pub(super) fn retire(&mut self, iovas: RangeInclusive<u64>, done: Sender<()>) {
-        self.retiring.push((iovas, done));
-        self.tell_retired();
+    pub(super) fn invalidate(&mut self, iovas: RangeInclusive<u64>, done: Sender<()>) {
+        self.pending_invalidations.push((iovas, done));
+        self.acknowledge_invalidations();
     }
 
     /// Tells what is not in use any more.
-    pub(super) fn tell_retired(&mut self) {
-        let mut retiring = std::mem::take(&mut self.retiring);
+    pub(super) fn acknowledge_invalidations(&mut self) {
+        let mut retiring = std::mem::take(&mut self.pending_invalidations);
         retiring.retain(|(iovas, done)| {
             let uses = self.uses(iovas);
             if !uses {
@@ -168,12 +168,12 @@ impl InUse {
             }
             uses
         });
-        self.retiring = retiring;
+        self.pending_invalidations = retiring;
     }
 }
 
 /// The areas of a ring, and what its device does there.
-fn areas(setup: &VringConfig) -> [(u64, u64, Access); 3] {
+fn ring_areas(setup: &VringConfig) -> [(u64, u64, Access); 3] {
     let [desc, driver, device] = setup.layout.areas();
     let [desc_bytes, driver_bytes, device_bytes] = RingLayout::area_bytes(setup.features, setup.layout.size());
     // Completions are written into a packed ring's descriptors; the device reads what it wrote in its own area.
@@ -182,11 +182,11 @@ fn areas(setup: &VringConfig) -> [(u64, u64, Access); 3] {
 }
 
 /// Where the device's area is logged (rule L5.1).
-pub(super) fn logged(setup: &VringConfig) -> Option<(u64, u64)> {
+pub(super) fn used_log_range(setup: &VringConfig) -> Option<(u64, u64)> {
     let [_, _, bytes] = RingLayout::area_bytes(setup.features, setup.layout.size());
     setup.logging.used.as_ref().map(|(_, at)| (*at, bytes))
 }
 
-fn message(kind: u8, miss: &IotlbMiss) -> IotlbMsg {
+fn iotlb_msg(kind: u8, miss: &IotlbMiss) -> IotlbMsg {
     IotlbMsg { iova: miss.iova, perm: miss.access.permission(), kind, ..IotlbMsg::new_zeroed() }
 }

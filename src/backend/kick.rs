@@ -39,7 +39,7 @@ impl Kick {
     }
 
     /// Adds a ring that is woken by `wake` when another one takes a kick.
-    pub(super) fn add(&self, wake: &Arc<EventFd>) {
+    pub(super) fn add_waker(&self, wake: &Arc<EventFd>) {
         let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
         rings.retain(|ring| ring.strong_count() > 0);
         rings.push(Arc::downgrade(wake));

@@ -23,14 +23,14 @@ pub(super) struct Postcopy {
     /// What is registered and in use.
     memory: Memory,
     /// What is registered, and waits until the front-end says that it will bring pages.
-    offered: Option<Memory>,
+    unacknowledged: Option<Memory>,
 }
 
 impl Postcopy {
     /// POSTCOPY_ADVISE: the fd for the front-end.
     pub(super) fn advise(&mut self) -> Result<OwnedFd, BackendError> {
         if self.listening {
-            return Err(refused("POSTCOPY_ADVISE came after POSTCOPY_LISTEN: send POSTCOPY_END first"));
+            return Err(order_error("POSTCOPY_ADVISE came after POSTCOPY_LISTEN: send POSTCOPY_END first"));
         }
         let userfault = Userfault::new()?;
         let fd = userfault.as_fd().try_clone_to_owned().map_err(BackendError::system("pass on a userfaultfd"))?;
@@ -41,7 +41,7 @@ impl Postcopy {
     /// POSTCOPY_LISTEN: memory tables from now on are not complete.
     pub(super) fn listen(&mut self) -> Result<(), BackendError> {
         if self.userfault.is_none() {
-            return Err(refused("POSTCOPY_LISTEN came without POSTCOPY_ADVISE"));
+            return Err(order_error("POSTCOPY_LISTEN came without POSTCOPY_ADVISE"));
         }
         self.listening = true;
         Ok(())
@@ -57,21 +57,21 @@ impl Postcopy {
         if let Some(userfault) = &self.userfault {
             memory.regions().iter().try_for_each(|region| userfault.register(region))?;
         }
-        self.offered = Some(memory);
+        self.unacknowledged = Some(memory);
         Ok(())
     }
 
     /// Whether the next message must be the acknowledgement of what was offered.
-    pub(super) fn awaits(&self) -> bool {
-        self.offered.is_some()
+    pub(super) fn awaits_acknowledgement(&self) -> bool {
+        self.unacknowledged.is_some()
     }
 
     /// What was offered, to be used from now on.
-    pub(super) fn acknowledged(&mut self, message: &VhostUserMessage, is_table: bool) -> Result<Memory, BackendError> {
-        let memory = self.offered.take().unwrap_or_default();
+    pub(super) fn acknowledge(&mut self, message: &VhostUserMessage, is_table: bool) -> Result<Memory, BackendError> {
+        let memory = self.unacknowledged.take().unwrap_or_default();
         if !is_table || message.body::<u64>()? != 0 {
-            give_up(self.userfault.as_ref(), &memory);
-            return Err(refused("SET_MEM_TABLE was answered and then not acknowledged by a u64 of 0"));
+            abandon_memory(self.userfault.as_ref(), &memory);
+            return Err(order_error("SET_MEM_TABLE was answered and then not acknowledged by a u64 of 0"));
         }
         self.memory = memory.clone();
         Ok(memory)
@@ -80,7 +80,7 @@ impl Postcopy {
     /// POSTCOPY_END: all pages are there.
     pub(super) fn end(&mut self) -> Result<(), BackendError> {
         let Some(userfault) = self.userfault.take() else {
-            return Err(refused("POSTCOPY_END came without POSTCOPY_ADVISE"));
+            return Err(order_error("POSTCOPY_END came without POSTCOPY_ADVISE"));
         };
         for region in std::mem::take(&mut self.memory).regions() {
             if let Err(error) = userfault.unregister(region) {
@@ -94,15 +94,15 @@ impl Postcopy {
 
 impl Drop for Postcopy {
     fn drop(&mut self) {
-        for memory in [&self.memory, self.offered.as_ref().unwrap_or(&Memory::default())] {
-            give_up(self.userfault.as_ref(), memory);
+        for memory in [&self.memory, self.unacknowledged.as_ref().unwrap_or(&Memory::default())] {
+            abandon_memory(self.userfault.as_ref(), memory);
         }
     }
 }
 
 /// Frees whoever waits for pages that nobody brings any more. What they wrote there would be wrong wherever the memory is
 /// still in use: it goes to blank memory of this process instead.
-fn give_up(userfault: Option<&Userfault>, memory: &Memory) {
+fn abandon_memory(userfault: Option<&Userfault>, memory: &Memory) {
     let Some(userfault) = userfault else { return };
     for region in memory.regions() {
         debug!("memory at {:#x} is given up: its pages will not come", region.gpa());
@@ -114,7 +114,7 @@ fn give_up(userfault: Option<&Userfault>, memory: &Memory) {
 }
 
 /// The payload of SET_MEM_TABLE with the addresses of this process, as its answer.
-pub(super) fn own_addresses(payload: &[u8], memory: &Memory) -> Vec<u8> {
+pub(super) fn reply_payload(payload: &[u8], memory: &Memory) -> Vec<u8> {
     let (head, regions) = payload.split_at_checked(size_of::<MemoryHeader>()).unwrap_or_default();
     let mut answer = head.to_vec();
     let (descriptions, rest) = regions.as_chunks::<{ size_of::<MemoryRegion>() }>();
@@ -129,6 +129,6 @@ pub(super) fn own_addresses(payload: &[u8], memory: &Memory) -> Vec<u8> {
     answer
 }
 
-fn refused(why: &'static str) -> BackendError {
+fn order_error(why: &'static str) -> BackendError {
     BackendError::Postcopy { why }
 }

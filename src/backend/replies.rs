@@ -15,18 +15,18 @@ use crate::sys::socket;
 
 /// Answers to a front-end that are to be sent.
 #[derive(Debug)]
-pub(super) struct Answers {
+pub(super) struct PendingReplies {
     connection: OwnedFd,
-    waiting: Mutex<Vec<u8>>,
+    bytes: Mutex<Vec<u8>>,
 }
 
-impl Answers {
+impl PendingReplies {
     /// Answers that go over `connection`.
     ///
     /// # Errors
     /// The error of the system.
-    pub(super) fn new(connection: BorrowedFd<'_>) -> io::Result<Answers> {
-        Ok(Answers { connection: connection.try_clone_to_owned()?, waiting: Mutex::default() })
+    pub(super) fn new(connection: BorrowedFd<'_>) -> io::Result<PendingReplies> {
+        Ok(PendingReplies { connection: connection.try_clone_to_owned()?, bytes: Mutex::default() })
     }
 
     /// Adds an answer. Returns how many bytes wait.
@@ -50,7 +50,7 @@ impl Answers {
     }
 
     /// Sends what there is room for. For use before something that takes time.
-    pub(super) fn send_now(&self) {
+    pub(super) fn try_send(&self) {
         let mut waiting = self.lock();
         if waiting.is_empty() {
             return;
@@ -62,6 +62,6 @@ impl Answers {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

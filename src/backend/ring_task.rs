@@ -11,10 +11,10 @@ use crossbeam::channel::Receiver;
 use nix::sys::eventfd::EventFd;
 
 use super::counters::RingCounters;
-use super::iommu::{InUse, IotlbMisses};
+use super::iommu::{IotlbMisses, MappedRing};
 use super::session::VringConfig;
-use super::tracker::Tracker;
-use super::worker::{Order, ParkedRing, StopReason, Worker, timeout, wait_for};
+use super::tracker::InflightTracker;
+use super::worker::{ParkedRing, StopReason, Worker, WorkerCommand, poll_readable, poll_timeout};
 use super::{BackendError, VirtioDevice};
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
@@ -23,22 +23,22 @@ use crate::ring::{DeviceRing, PackedDevice, RingBase};
 use crate::sys::log_limit::limited;
 
 /// How long a ring waits that may not use its areas, before it asks again.
-const REFUSED_FOR: Duration = Duration::from_secs(1);
+const REFUSAL_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Where a ring is served, whether it can run or not.
 pub(super) struct RingTask {
     pub(super) index: u16,
     pub(super) device: Arc<dyn VirtioDevice>,
-    pub(super) inbox: Receiver<Order>,
+    pub(super) commands: Receiver<WorkerCommand>,
     pub(super) wake: Arc<EventFd>,
 }
 
 impl RingTask {
     /// Takes the ring up; also says how the take-over from a predecessor went.
-    pub(super) fn open(
+    pub(super) fn start_worker(
         &self,
         setup: VringConfig,
-        in_use: Option<InUse>,
+        in_use: Option<MappedRing>,
     ) -> Result<(Worker, Result<(), BackendError>), BackendError> {
         let index = self.index;
         let broken = |source| BackendError::BrokenRing { index, source };
@@ -49,12 +49,12 @@ impl RingTask {
         let areas = in_use.as_ref().map_or(&setup.memory, |in_use| in_use.window.memory());
         let mut ring = DeviceRing::new(areas, setup.layout, setup.features, setup.base).map_err(broken)?;
         if let Some(in_use) = &in_use {
-            ring.set_iommu(in_use.ring(&setup));
+            ring.set_iommu(in_use.ring_iommu(&setup));
         }
         ring.set_log(setup.logging.of_ring());
         let found = match &mut ring {
             DeviceRing::Packed(ring) if setup.is_first_start && setup.inflight.is_none() => {
-                find_position(index, &setup, ring)
+                find_packed_position(index, &setup, ring)
             }
             _ => Ok(()),
         };
@@ -62,16 +62,16 @@ impl RingTask {
         let inflight = setup
             .inflight
             .as_ref()
-            .map(|region| Tracker::start(region, index, &mut ring, setup.is_first_start))
+            .map(|region| InflightTracker::start(region, index, &mut ring, setup.is_first_start))
             .transpose()?;
-        let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.has_a_past());
+        let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.was_used());
         if setup.is_first_start {
             self.device.ring_activated(has_a_past || goes_on, setup.features);
         }
         if setup.is_first_start && (has_a_past || goes_on) {
-            relog_memory(index, &setup, &ring);
+            mark_memory_if_log_is_new(index, &setup, &ring);
         }
-        let (inbox, wake) = (self.inbox.clone(), self.wake.clone());
+        let (inbox, wake) = (self.commands.clone(), self.wake.clone());
         let mut worker = Worker::new(index, inbox, wake, ring, queue, setup, in_use);
         // A ring that stands nobody knows where is as one that its driver broke.
         let recovered = found.and_then(|()| worker.recover(inflight));
@@ -79,41 +79,41 @@ impl RingTask {
     }
 
     /// Serves a ring behind an IOMMU whenever its areas are known, until told to end (rules T1.5, T3.4).
-    pub(super) fn serve_translated(&self, mut setup: VringConfig, iotlb: &Arc<Iotlb>) -> RingBase {
+    pub(super) fn run_translated(&self, mut setup: VringConfig, iotlb: &Arc<Iotlb>) -> RingBase {
         let (index, mut broken, mut held, mut refused) = (self.index, false, false, false);
         let mut asking = IotlbMisses::new(index, iotlb.clone(), setup.frontend.clone());
         loop {
-            while let Ok(order) = self.inbox.try_recv() {
+            while let Ok(order) = self.commands.try_recv() {
                 match order {
-                    Order::Logging(logging, done) => {
+                    WorkerCommand::Logging(logging, done) => {
                         setup.logging = logging;
                         let _ = done.send(());
                     }
-                    Order::Notifiers { call, error, done } => {
+                    WorkerCommand::Notifiers { call, error, done } => {
                         (setup.call, setup.error, setup.call_changed) = (call, error, true);
                         let _ = done.send(());
                     }
-                    Order::Invalidate(_, done) => drop(done.send(())),
-                    Order::Hold(yes, done) => {
+                    WorkerCommand::Invalidate(_, done) => drop(done.send(())),
+                    WorkerCommand::SetEnabled(yes, done) => {
                         held = yes;
                         let _ = done.send(());
                     }
-                    Order::Stop | Order::Suspend | Order::Abandon => return setup.base,
+                    WorkerCommand::Stop | WorkerCommand::Suspend | WorkerCommand::Abandon => return setup.base,
                 }
             }
-            let window = if broken { Ok(None) } else { asking.window(&setup) };
+            let window = if broken { Ok(None) } else { asking.map_areas(&setup) };
             let opened = window.and_then(|window| match window {
                 None => Ok(None),
                 Some(window) => {
                     let asker = IotlbMisses::new(index, iotlb.clone(), setup.frontend.clone());
-                    self.open(setup.clone(), Some(InUse::new(asker, Arc::new(window)))).map(Some)
+                    self.start_worker(setup.clone(), Some(MappedRing::new(asker, Arc::new(window)))).map(Some)
                 }
             });
             match opened {
                 Ok(Some((mut worker, recovered))) => {
                     worker.held = held;
                     match worker.run(recovered) {
-                        StopReason::Told(base) => return base,
+                        StopReason::Commanded(base) => return base,
                         StopReason::Unmapped(left, done) => {
                             ParkedRing { setup, broken, held } = *left;
                             (setup.is_first_start, refused) = (false, false);
@@ -121,20 +121,20 @@ impl RingTask {
                         }
                     }
                 }
-                Ok(None) => self.await_areas(&mut setup, asking.patience().filter(|_| !broken)),
+                Ok(None) => self.wait_for_translation(&mut setup, asking.poll_interval().filter(|_| !broken)),
                 Err(error) => {
                     // The areas may come yet: the driver has lost nothing. It is told once.
                     broken = !matches!(error, BackendError::AccessRefused { .. });
                     if broken || !std::mem::replace(&mut refused, true) {
                         limited!(warn, "{error}");
-                        RingCounters::new(index).broke();
+                        RingCounters::new(index).ring_broken();
                         if let Some(notifier) = &setup.error {
                             notifier.signal();
                         }
                     }
                     if !broken {
-                        self.await_areas(&mut setup, Some(REFUSED_FOR));
-                        asking.has_all();
+                        self.wait_for_translation(&mut setup, Some(REFUSAL_RETRY_INTERVAL));
+                        asking.clear();
                     }
                 }
             }
@@ -142,10 +142,10 @@ impl RingTask {
     }
 
     /// Waits for an order, a kick or an update, all of which are reasons to look again.
-    fn await_areas(&self, setup: &mut VringConfig, patience: Option<Duration>) {
+    fn wait_for_translation(&self, setup: &mut VringConfig, patience: Option<Duration>) {
         let kick = setup.kick.clone();
         let fds = [Some(self.wake.as_fd()), kick.as_ref().map(|kick| kick.as_fd())];
-        let [_, kicked] = wait_for(fds, timeout(patience));
+        let [_, kicked] = poll_readable(fds, poll_timeout(patience));
         let _ = self.wake.read();
         if let Some(kick) = kick.filter(|_| kicked)
             && kick.take(self.index, &self.wake).is_err()
@@ -159,14 +159,14 @@ impl RingTask {
 /// A log without the marks of a ring that others served before is a new one, whatever other devices have marked in it:
 /// what the last back-end marked in the old one, the front-end may have thrown away with it. All guest memory may have
 /// been written (rule L15.2).
-fn relog_memory(index: u16, setup: &VringConfig, ring: &DeviceRing) {
+fn mark_memory_if_log_is_new(index: u16, setup: &VringConfig, ring: &DeviceRing) {
     let Some(log) = setup.logging.data.as_ref().filter(|_| !ring.is_used_marked()) else { return };
     limited!(warn, "ring {index}: its last back-end's log is gone: all guest memory is logged as written (rule L15.2)");
     log.mark_memory(&setup.memory);
 }
 
 /// A base that was right long ago is not where a packed ring without a region goes on (rule I12.2).
-fn find_position(index: u16, setup: &VringConfig, ring: &mut PackedDevice) -> Result<(), BackendError> {
+fn find_packed_position(index: u16, setup: &VringConfig, ring: &mut PackedDevice) -> Result<(), BackendError> {
     let in_order = setup.features & bit(VIRTIO_F_IN_ORDER) != 0;
     if !in_order && ring.find_position().map_err(|source| BackendError::BrokenRing { index, source })? {
         let base = ring.base();

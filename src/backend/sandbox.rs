@@ -135,7 +135,7 @@ const ALLOWED: &[i64] = &[
 ];
 
 /// Refused with EACCES rather than punished: what libraries try and can do without, as when a panic prints where it was.
-const LOOKING_AROUND: &[i64] = &[
+const REFUSED: &[i64] = &[
     #[cfg(target_arch = "x86_64")]
     libc::SYS_readlink,
     libc::SYS_readlinkat,
@@ -184,15 +184,15 @@ impl Sandbox {
     pub fn install(self) -> Result<(), SandboxError> {
         nonblocking::prepare();
         // The one that forbids to install others comes last.
-        let programs = || Ok::<_, seccompiler::Error>([no_clone3()?, self.quiet()?, self.main()?]);
+        let programs = || Ok::<_, seccompiler::Error>([no_clone3()?, self.refusals()?, self.allowed_calls()?]);
         let install =
             |programs: [BpfProgram; 3]| programs.iter().try_for_each(|program| apply_filter_all_threads(program));
         programs().and_then(install).map_err(SandboxError)
     }
 
     /// What is allowed, and what the other two filters answer.
-    fn main(self) -> Result<BpfProgram, seccompiler::Error> {
-        let mut rules: Rules = ALLOWED.iter().chain(LOOKING_AROUND).map(|call| (*call, vec![])).collect();
+    fn allowed_calls(self) -> Result<BpfProgram, seccompiler::Error> {
+        let mut rules: Rules = ALLOWED.iter().chain(REFUSED).map(|call| (*call, vec![])).collect();
         let mut only = |call, alternatives: Vec<SeccompRule>| rules.insert(call, alternatives);
         let not_executable = || rule(&[(2, MaskedEq(libc::PROT_EXEC as u64), 0)]);
         only(libc::SYS_mmap, vec![not_executable()?]);
@@ -221,11 +221,11 @@ impl Sandbox {
         );
         let commands = FCNTL.iter().map(|command| rule(&[(1, Eq, *command as u64)]));
         only(libc::SYS_fcntl, commands.collect::<Result<_, _>>()?);
-        for (call, rules) in reading_open()? {
+        for (call, rules) in read_only_open()? {
             only(call, rules);
         }
         if self.allow_unlink || self.allow_pair {
-            let (call, rules) = removing()?;
+            let (call, rules) = unlink_rule()?;
             only(call, rules);
         }
         if self.allow_userfaultfd {
@@ -252,9 +252,9 @@ impl Sandbox {
     }
 
     /// Refusals of what is no reason to end.
-    fn quiet(self) -> Result<BpfProgram, seccompiler::Error> {
-        let mut rules: Rules = LOOKING_AROUND.iter().map(|call| (*call, vec![])).collect();
-        rules.extend(reading_open()?);
+    fn refusals(self) -> Result<BpfProgram, seccompiler::Error> {
+        let mut rules: Rules = REFUSED.iter().map(|call| (*call, vec![])).collect();
+        rules.extend(read_only_open()?);
         // Whoever removes a socket looks first whether it is still the own one, and so follows no link.
         let allowed =
             if self.allow_unlink { libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW } else { libc::AT_EMPTY_PATH };
@@ -272,7 +272,7 @@ fn no_clone3() -> Result<BpfProgram, seccompiler::Error> {
 }
 
 /// Attempts to open something without changing anything.
-fn reading_open() -> Result<Rules, seccompiler::Error> {
+fn read_only_open() -> Result<Rules, seccompiler::Error> {
     let changes = (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC) as u64;
     let reads = |flags| Ok::<_, seccompiler::Error>(vec![rule(&[(flags, MaskedEq(changes), 0)])?]);
     Ok(Rules::from([
@@ -283,7 +283,7 @@ fn reading_open() -> Result<Rules, seccompiler::Error> {
 }
 
 /// The call that removes a file, and no folder.
-fn removing() -> Result<(i64, Vec<SeccompRule>), seccompiler::Error> {
+fn unlink_rule() -> Result<(i64, Vec<SeccompRule>), seccompiler::Error> {
     #[cfg(target_arch = "x86_64")]
     let call = (libc::SYS_unlink, vec![]);
     #[cfg(not(target_arch = "x86_64"))]

@@ -16,8 +16,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::replies::Answers;
-use super::ring_lock::{Turn, Turns};
+use super::replies::PendingReplies;
+use super::ring_lock::{RingLock, RingLockClient};
 use super::session::{MessageOutcome, Session};
 use super::{BackendError, MAX_FDS, VhostUserMessage, VhostUserReply, VirtioDevice, Workers, counters};
 use crate::abi::vhost_user::{Header, Request as Code};
@@ -31,12 +31,12 @@ const RETRY_MS: u16 = 1000;
 const RECONNECT_MS: u16 = 100;
 /// How long a front-end may take from the first byte of a message to the last, and to make room for an answer. Between
 /// messages it may be silent as long as it likes.
-const PATIENCE: Duration = Duration::from_secs(10);
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Most messages that are taken without waiting between two looks at whether to stop.
-const MOST_UNWATCHED: usize = 64;
+const MAX_MESSAGES_WITHOUT_POLL: usize = 64;
 /// Bytes of answers that are sent together.
-const MOST_ANSWERS: usize = 4096;
+const MAX_REPLY_BYTES: usize = 4096;
 
 /// Where front-ends connect. A socket that was made here is removed with it, unless another process has replaced it.
 #[derive(Debug)]
@@ -53,15 +53,15 @@ struct Connection<'a> {
     /// Until one has come.
     next: Option<BorrowedFd<'a>>,
     /// Messages that were there without waiting since `stop` and `next` were last looked at.
-    unwatched: usize,
-    answers: Arc<Answers>,
+    messages_since_poll: usize,
+    replies: Arc<PendingReplies>,
 }
 
 /// What a wait came to.
-enum Heard<T> {
-    This(T),
+enum WaitResult<T> {
+    Ready(T),
     /// The front-end has hung up.
-    End,
+    HungUp,
     /// It is time to stop.
     Stop,
 }
@@ -121,7 +121,7 @@ pub fn serve(
     let mut failing = false;
     loop {
         match accept(listener, stop, &mut failing)? {
-            Some(Heard::This(connection)) => {
+            Some(WaitResult::Ready(connection)) => {
                 let stopped = run_connection(&connection, device, stop, Some(listener.socket.as_fd()), None);
                 if stopped {
                     return Ok(());
@@ -138,22 +138,22 @@ fn accept(
     listener: &BackendListener,
     stop: BorrowedFd<'_>,
     failing: &mut bool,
-) -> Result<Option<Heard<UnixStream>>, BackendError> {
-    if let Heard::Stop = wait(listener.socket.as_fd(), PollFlags::POLLIN, stop, PollTimeout::NONE)? {
-        return Ok(Some(Heard::Stop));
+) -> Result<Option<WaitResult<UnixStream>>, BackendError> {
+    if let WaitResult::Stop = wait(listener.socket.as_fd(), PollFlags::POLLIN, stop, PollTimeout::NONE)? {
+        return Ok(Some(WaitResult::Stop));
     }
     match listener.socket.accept() {
         Ok((connection, _)) => {
             *failing = false;
-            return Ok(Some(Heard::This(connection)));
+            return Ok(Some(WaitResult::Ready(connection)));
         }
         Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
         Err(e) => {
             if !std::mem::replace(failing, true) {
                 limited!(error, "can't accept a connection, and goes on trying: {e}");
             }
-            if let Heard::Stop = wait(stop, PollFlags::POLLIN, stop, RETRY_MS.into())? {
-                return Ok(Some(Heard::Stop));
+            if let WaitResult::Stop = wait(stop, PollFlags::POLLIN, stop, RETRY_MS.into())? {
+                return Ok(Some(WaitResult::Stop));
             }
         }
     }
@@ -170,20 +170,20 @@ fn serve_several(
     let seats = u32::try_from(device.max_front_ends()).unwrap_or(u32::MAX);
     // Readable while there is room for one more.
     let free = EventFd::from_value_and_flags(seats, flags).map_err(BackendError::system("make an eventfd"))?;
-    let (free, turns, mut failing) = (&free, &Arc::new(Turns::default()), false);
+    let (free, turns, mut failing) = (&free, &Arc::new(RingLock::default()), false);
     thread::scope(|scope| {
         for number in 0.. {
-            if let Heard::Stop = wait(free.as_fd(), PollFlags::POLLIN, stop, PollTimeout::NONE)? {
+            if let WaitResult::Stop = wait(free.as_fd(), PollFlags::POLLIN, stop, PollTimeout::NONE)? {
                 break;
             }
             let connection = match accept(listener, stop, &mut failing)? {
-                Some(Heard::This(connection)) => connection,
+                Some(WaitResult::Ready(connection)) => connection,
                 Some(_) => break,
                 None => continue,
             };
             let _ = free.read();
             let serve = move || {
-                run_connection(&connection, device, stop, None, Some(Turn::new(turns, number)));
+                run_connection(&connection, device, stop, None, Some(RingLockClient::new(turns, number)));
                 let _ = free.write(1);
             };
             if let Err(e) = thread::Builder::new().name("front-end".into()).spawn_scoped(scope, serve) {
@@ -223,7 +223,7 @@ pub fn connect_and_serve(
                 }
             }
         }
-        if let Heard::Stop = wait(stop, PollFlags::POLLIN, stop, RECONNECT_MS.into())? {
+        if let WaitResult::Stop = wait(stop, PollFlags::POLLIN, stop, RECONNECT_MS.into())? {
             return Ok(());
         }
     }
@@ -240,30 +240,31 @@ fn run_connection(
     device: &Arc<dyn VirtioDevice>,
     stop: BorrowedFd<'_>,
     next: Option<BorrowedFd<'_>>,
-    turn: Option<Turn>,
+    turn: Option<RingLockClient>,
 ) -> bool {
     limited!(info, "a front-end has connected");
-    counters::connected();
-    let answers = match Answers::new(connection.as_fd()) {
+    counters::frontend_connected();
+    let answers = match PendingReplies::new(connection.as_fd()) {
         Ok(answers) => Arc::new(answers),
         Err(error) => {
             limited!(error, "the connection is closed: no fd is left for it: {error}");
             return false;
         }
     };
-    let mut channel = Connection { socket: connection.as_fd(), stop, next, unwatched: 0, answers: answers.clone() };
+    let mut channel =
+        Connection { socket: connection.as_fd(), stop, next, messages_since_poll: 0, replies: answers.clone() };
     let mut rings = Workers::new(device.clone());
-    rings.send_before_waiting(answers);
-    turn.into_iter().for_each(|turn| rings.take_turns(turn));
-    if let Err(error) = rings.watch(connection.as_fd()) {
+    rings.set_replies(answers);
+    turn.into_iter().for_each(|turn| rings.use_ring_lock(turn));
+    if let Err(error) = rings.watch_connection(connection.as_fd()) {
         limited!(warn, "can't watch the connection: {error}");
     }
     // Ends before the rings, which may wait for pages that nobody brings any more (rule P1.8).
     let mut session = Session::new(device.clone());
-    let ended = converse(&mut channel, &mut session, &mut rings);
-    channel.answers.send_now();
+    let ended = serve_messages(&mut channel, &mut session, &mut rings);
+    channel.replies.try_send();
     match &ended {
-        Ok(Heard::Stop) => {
+        Ok(WaitResult::Stop) => {
             rings.stop_all();
             if let Err(error) = device.rings_stopped() {
                 limited!(error, "what the guest has written may not be on stable storage: {error}");
@@ -272,35 +273,35 @@ fn run_connection(
         Ok(_) => limited!(info, "the front-end has hung up"),
         Err(error) => limited!(error, "the connection is closed: {error}"),
     }
-    matches!(ended, Ok(Heard::Stop))
+    matches!(ended, Ok(WaitResult::Stop))
 }
 
 /// Answers messages strictly in order (rule F4.4), until there are no more.
-fn converse(
+fn serve_messages(
     channel: &mut Connection<'_>,
     session: &mut Session,
     rings: &mut Workers,
-) -> Result<Heard<()>, BackendError> {
+) -> Result<WaitResult<()>, BackendError> {
     loop {
-        let message = match receive(channel)? {
-            Heard::This(message) => message,
-            Heard::End => return Ok(Heard::End),
-            Heard::Stop => return Ok(Heard::Stop),
+        let message = match read_message(channel)? {
+            WaitResult::Ready(message) => message,
+            WaitResult::HungUp => return Ok(WaitResult::HungUp),
+            WaitResult::Stop => return Ok(WaitResult::Stop),
         };
-        if !is_quick(message.code)
-            && let ended @ (Heard::Stop | Heard::End) = channel.flush()?
+        if !may_delay_reply(message.code)
+            && let ended @ (WaitResult::Stop | WaitResult::HungUp) = channel.flush_replies()?
         {
             return Ok(ended);
         }
         let step = session.handle_message(message, rings);
-        rings.rest();
+        rings.release_idle_ring_lock();
         let reply = match step {
             MessageOutcome::NoReply => continue,
             MessageOutcome::Reply(reply) => reply,
             MessageOutcome::Close(error) => return Err(error),
         };
-        match channel.answer(&reply)? {
-            Heard::This(()) => {}
+        match channel.send_reply(&reply)? {
+            WaitResult::Ready(()) => {}
             ended => return Ok(ended),
         }
     }
@@ -308,7 +309,7 @@ fn converse(
 
 /// Messages whose answers may wait for those of the messages behind them. If one has to wait for something, what is there is sent
 /// before ([`VringController::before_blocking`](super::session::VringController::before_blocking)).
-fn is_quick(code: Code) -> bool {
+fn may_delay_reply(code: Code) -> bool {
     use Code as C;
     matches!(
         code,
@@ -325,78 +326,80 @@ fn is_quick(code: Code) -> bool {
 }
 
 /// Reads one message, however it is cut into segments (rule F1.3).
-fn receive(channel: &mut Connection<'_>) -> Result<Heard<VhostUserMessage>, BackendError> {
+fn read_message(channel: &mut Connection<'_>) -> Result<WaitResult<VhostUserMessage>, BackendError> {
     let mut header = Header::new_zeroed();
     let mut fds = Vec::new();
     let head = size_of::<Header>();
     let mut deadline = None;
-    channel.unwatched += 1;
-    if channel.unwatched > MOST_UNWATCHED
-        && let Heard::Stop = channel.wait_for_more(None)?
+    channel.messages_since_poll += 1;
+    if channel.messages_since_poll > MAX_MESSAGES_WITHOUT_POLL
+        && let WaitResult::Stop = channel.wait_for_more(None)?
     {
-        return Ok(Heard::Stop);
+        return Ok(WaitResult::Stop);
     }
-    match channel.fill(header.as_mut_bytes(), &mut fds, &mut deadline)? {
-        Heard::Stop => return Ok(Heard::Stop),
-        Heard::End | Heard::This(0) => return Ok(Heard::End),
-        Heard::This(got) if got < head => return Err(BackendError::CutShort { got, needed: head }),
-        Heard::This(_) => {}
+    match channel.read_into(header.as_mut_bytes(), &mut fds, &mut deadline)? {
+        WaitResult::Stop => return Ok(WaitResult::Stop),
+        WaitResult::HungUp | WaitResult::Ready(0) => return Ok(WaitResult::HungUp),
+        WaitResult::Ready(got) if got < head => return Err(BackendError::CutShort { got, needed: head }),
+        WaitResult::Ready(_) => {}
     }
     let size = VhostUserMessage::payload_size(&header)?;
     let mut payload = vec![0; size];
-    match channel.fill(&mut payload, &mut fds, &mut deadline)? {
-        Heard::Stop => return Ok(Heard::Stop),
-        Heard::This(got) if got == size => {}
-        Heard::This(got) => return Err(BackendError::CutShort { got: head + got, needed: head + size }),
-        Heard::End => return Err(BackendError::CutShort { got: head, needed: head + size }),
+    match channel.read_into(&mut payload, &mut fds, &mut deadline)? {
+        WaitResult::Stop => return Ok(WaitResult::Stop),
+        WaitResult::Ready(got) if got == size => {}
+        WaitResult::Ready(got) => return Err(BackendError::CutShort { got: head + got, needed: head + size }),
+        WaitResult::HungUp => return Err(BackendError::CutShort { got: head, needed: head + size }),
     }
-    Ok(Heard::This(VhostUserMessage { code: Code(header.request), flags: header.flags, payload, fds }))
+    Ok(WaitResult::Ready(VhostUserMessage { code: Code(header.request), flags: header.flags, payload, fds }))
 }
 
 impl Connection<'_> {
     /// Sends an answer, those of messages that have come already together.
-    fn answer(&mut self, reply: &VhostUserReply) -> Result<Heard<()>, BackendError> {
+    fn send_reply(&mut self, reply: &VhostUserReply) -> Result<WaitResult<()>, BackendError> {
         // An fd travels with the first byte of what is sent.
         if reply.fd.is_some()
-            && let ended @ (Heard::Stop | Heard::End) = self.flush()?
+            && let ended @ (WaitResult::Stop | WaitResult::HungUp) = self.flush_replies()?
         {
             return Ok(ended);
         }
-        let waiting = self.answers.add(&reply.to_bytes());
-        match reply.fd.is_some() || waiting >= MOST_ANSWERS {
+        let waiting = self.replies.add(&reply.to_bytes());
+        match reply.fd.is_some() || waiting >= MAX_REPLY_BYTES {
             true => self.send(reply.fd.as_ref()),
-            false => Ok(Heard::This(())),
+            false => Ok(WaitResult::Ready(())),
         }
     }
 
     /// Sends the answers that wait.
-    fn flush(&mut self) -> Result<Heard<()>, BackendError> {
-        if self.answers.is_empty() { Ok(Heard::This(())) } else { self.send(None) }
+    fn flush_replies(&mut self) -> Result<WaitResult<()>, BackendError> {
+        if self.replies.is_empty() { Ok(WaitResult::Ready(())) } else { self.send(None) }
     }
 
-    fn send(&mut self, fd: Option<&OwnedFd>) -> Result<Heard<()>, BackendError> {
+    fn send(&mut self, fd: Option<&OwnedFd>) -> Result<WaitResult<()>, BackendError> {
         // A front-end that does not read its answers is given up: the next one waits for this connection.
-        if let Heard::Stop = self.wait(PollFlags::POLLOUT, Some(Instant::now() + PATIENCE))? {
-            return Ok(Heard::Stop);
+        if let WaitResult::Stop = self.wait(PollFlags::POLLOUT, Some(Instant::now() + MESSAGE_TIMEOUT))? {
+            return Ok(WaitResult::Stop);
         }
-        match self.answers.send(fd.map(AsFd::as_fd)) {
-            Ok(()) => Ok(Heard::This(())),
-            Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(Heard::End),
+        match self.replies.send(fd.map(AsFd::as_fd)) {
+            Ok(()) => Ok(WaitResult::Ready(())),
+            Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+                Ok(WaitResult::HungUp)
+            }
             Err(e) => Err(BackendError::system("answer the front-end")(e)),
         }
     }
 
     /// Waits for more of the front-end, which has all answers first.
-    fn wait_for_more(&mut self, deadline: Option<Instant>) -> Result<Heard<()>, BackendError> {
-        match self.flush()? {
-            Heard::This(()) => self.wait(PollFlags::POLLIN, deadline),
+    fn wait_for_more(&mut self, deadline: Option<Instant>) -> Result<WaitResult<()>, BackendError> {
+        match self.flush_replies()? {
+            WaitResult::Ready(()) => self.wait(PollFlags::POLLIN, deadline),
             ended => Ok(ended),
         }
     }
 
     /// Waits for the front-end until `deadline`. That another one has come is said once.
-    fn wait(&mut self, flags: PollFlags, deadline: Option<Instant>) -> Result<Heard<()>, BackendError> {
-        self.unwatched = 0;
+    fn wait(&mut self, flags: PollFlags, deadline: Option<Instant>) -> Result<WaitResult<()>, BackendError> {
+        self.messages_since_poll = 0;
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             // Rounded up: a wait that is over is over.
@@ -406,44 +409,44 @@ impl Connection<'_> {
                 .map(|(fd, flags)| PollFd::new(fd, flags));
             match poll(&mut fds, left.unwrap_or(PollTimeout::NONE)) {
                 Ok(0) if deadline.is_some_and(|deadline| deadline <= Instant::now()) => {
-                    return Err(BackendError::Stalled { seconds: PATIENCE.as_secs() });
+                    return Err(BackendError::Stalled { seconds: MESSAGE_TIMEOUT.as_secs() });
                 }
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(BackendError::system("wait for the front-end")(errno)),
             }
             let [stop, socket, next] = fds.map(|fd| fd.any() == Some(true));
             if stop {
-                return Ok(Heard::Stop);
+                return Ok(WaitResult::Stop);
             }
             if next && self.next.take().is_some() {
                 limited!(warn, "another front-end has connected: it is served when this one hangs up (rule R9.2)");
             }
             if socket {
-                return Ok(Heard::This(()));
+                return Ok(WaitResult::Ready(()));
             }
         }
     }
 
     /// Reads until `buf` is full or the front-end has hung up; tells how much came. From the first byte on there is a
     /// deadline.
-    fn fill(
+    fn read_into(
         &mut self,
         buf: &mut [u8],
         fds: &mut Vec<OwnedFd>,
         deadline: &mut Option<Instant>,
-    ) -> Result<Heard<usize>, BackendError> {
+    ) -> Result<WaitResult<usize>, BackendError> {
         let mut filled = 0;
         while let Some(rest) = buf.get_mut(filled..).filter(|rest| !rest.is_empty()) {
             match socket::receive(self.socket, rest, fds, MAX_FDS) {
                 Ok(0) => break,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => match self.wait_for_more(*deadline)? {
-                    Heard::This(()) => {}
-                    Heard::End => break,
-                    Heard::Stop => return Ok(Heard::Stop),
+                    WaitResult::Ready(()) => {}
+                    WaitResult::HungUp => break,
+                    WaitResult::Stop => return Ok(WaitResult::Stop),
                 },
                 Ok(count) => {
                     filled += count;
-                    deadline.get_or_insert_with(|| Instant::now() + PATIENCE);
+                    deadline.get_or_insert_with(|| Instant::now() + MESSAGE_TIMEOUT);
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 // A front-end that dies with our answers unread resets the connection: that too is hanging up.
@@ -451,7 +454,7 @@ impl Connection<'_> {
                 Err(e) => return Err(BackendError::system("read from the front-end")(e)),
             }
         }
-        Ok(Heard::This(filled))
+        Ok(WaitResult::Ready(filled))
     }
 }
 
@@ -461,7 +464,7 @@ fn wait(
     flags: PollFlags,
     stop: BorrowedFd<'_>,
     timeout: PollTimeout,
-) -> Result<Heard<()>, BackendError> {
+) -> Result<WaitResult<()>, BackendError> {
     let mut fds = [PollFd::new(stop, PollFlags::POLLIN), PollFd::new(fd, flags)];
     loop {
         match poll(&mut fds, timeout) {
@@ -471,5 +474,5 @@ fn wait(
         }
     }
     let [stop, _] = fds;
-    Ok(if stop.any() == Some(true) { Heard::Stop } else { Heard::This(()) })
+    Ok(if stop.any() == Some(true) { WaitResult::Stop } else { WaitResult::Ready(()) })
 }

@@ -7,7 +7,7 @@ use crate::inflight::{InflightRegion, PackedInflight, PackedRecovery, SplitInfli
 use crate::ring::{Chain, DeviceRing, RingError};
 
 /// The part of the inflight region that belongs to one ring.
-pub(super) enum Tracker {
+pub(super) enum InflightTracker {
     Split(SplitInflight),
     Packed(PackedInflight),
 }
@@ -18,7 +18,7 @@ pub(super) enum Recovered {
     Packed(PackedRecovery),
 }
 
-impl Tracker {
+impl InflightTracker {
     /// Starts tracking ring `index`, which goes on where the region says if that has been in use (rules I3.4, I4.5). If its
     /// driver has started afresh and nothing is in flight, the base counts; of a ring that has run on this connection, not
     /// for the `first` time, any base does (rule I12.1).
@@ -30,7 +30,7 @@ impl Tracker {
         index: u16,
         ring: &mut DeviceRing,
         first: bool,
-    ) -> Result<(Tracker, Recovered), BackendError> {
+    ) -> Result<(InflightTracker, Recovered), BackendError> {
         let broken = |source| BackendError::BrokenRing { index, source };
         match ring {
             DeviceRing::Split(ring) => {
@@ -38,7 +38,7 @@ impl Tracker {
                 if let Some(next) = recovery.next_avail {
                     ring.set_next_avail(next);
                 }
-                Ok((Tracker::Split(tracker), Recovered::Split(recovery)))
+                Ok((InflightTracker::Split(tracker), Recovered::Split(recovery)))
             }
             DeviceRing::Packed(ring) => {
                 let (size, given) = (ring.layout().size, ring.base());
@@ -53,7 +53,7 @@ impl Tracker {
                     let (avail, used) = base.packed_positions();
                     ring.set_positions(avail, used).map_err(broken)?;
                 }
-                Ok((Tracker::Packed(tracker), Recovered::Packed(recovery)))
+                Ok((InflightTracker::Packed(tracker), Recovered::Packed(recovery)))
             }
         }
     }
@@ -61,44 +61,44 @@ impl Tracker {
     /// Notes the request that was popped last; what names it here. `None` for more requests than the ring can have.
     pub(super) fn take(&mut self, ring: &DeviceRing, head: u16) -> Option<u16> {
         match (self, ring) {
-            (Tracker::Split(tracker), _) => {
+            (InflightTracker::Split(tracker), _) => {
                 tracker.take(head);
                 Some(head)
             }
-            (Tracker::Packed(tracker), DeviceRing::Packed(ring)) => tracker.take(ring.descs()),
-            (Tracker::Packed(_), DeviceRing::Split(_)) => None,
+            (InflightTracker::Packed(tracker), DeviceRing::Packed(ring)) => tracker.take(ring.descs()),
+            (InflightTracker::Packed(_), DeviceRing::Split(_)) => None,
         }
     }
 
     /// Puts the request that is named `name` here into the batch that is published next.
     pub(super) fn stage(&mut self, name: u16) {
         match self {
-            Tracker::Split(tracker) => tracker.stage(name),
-            Tracker::Packed(tracker) => tracker.stage(name),
+            InflightTracker::Split(tracker) => tracker.stage(name),
+            InflightTracker::Packed(tracker) => tracker.stage(name),
         }
     }
 
     /// Notes that a request, the last one taken, is as if never taken.
     pub(super) fn put_back(&mut self, name: u16) {
         match self {
-            Tracker::Split(tracker) => tracker.put_back(name),
-            Tracker::Packed(tracker) => tracker.put_back(name),
+            InflightTracker::Split(tracker) => tracker.put_back(name),
+            InflightTracker::Packed(tracker) => tracker.put_back(name),
         }
     }
 
     /// Notes that the batch is published.
     pub(super) fn commit(&mut self, ring: &DeviceRing) {
         match (self, ring) {
-            (Tracker::Split(tracker), DeviceRing::Split(ring)) => tracker.commit(ring.used_index()),
-            (Tracker::Packed(tracker), _) => tracker.commit(),
-            (Tracker::Split(_), DeviceRing::Packed(_)) => {}
+            (InflightTracker::Split(tracker), DeviceRing::Split(ring)) => tracker.commit(ring.used_index()),
+            (InflightTracker::Packed(tracker), _) => tracker.commit(),
+            (InflightTracker::Split(_), DeviceRing::Packed(_)) => {}
         }
     }
 }
 
 impl Recovered {
     /// Whether somebody served this ring before and noted it here.
-    pub(super) fn has_a_past(&self) -> bool {
+    pub(super) fn was_used(&self) -> bool {
         match self {
             Recovered::Split(recovery) => recovery.next_avail.is_some(),
             Recovered::Packed(recovery) => recovery.base.is_some(),

@@ -40,14 +40,14 @@ struct Envelope {
 }
 
 /// A transfer under way, or one whose result nobody has asked for. Dropping it ends it.
-pub(super) struct Transfer {
-    load: bool,
+pub(super) struct StateTransfer {
+    is_load: bool,
     result: Receiver<io::Result<Vec<u8>>>,
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Transfer {
+impl StateTransfer {
     /// Begins what SET_DEVICE_STATE_FD asks for. What is saved is the state as it is now.
     ///
     /// # Errors
@@ -56,16 +56,16 @@ impl Transfer {
         device: &dyn VirtioDevice,
         transfer: DeviceStateTransfer,
         pipe: OwnedFd,
-    ) -> Result<Transfer, BackendError> {
+    ) -> Result<StateTransfer, BackendError> {
         let kind = kind(device)?;
         let DeviceStateTransfer { direction, phase } = transfer;
         if phase != DEVICE_STATE_PHASE_STOPPED {
-            return Err(refused(format!("phase {phase} is not known, only 0 (stopped)")));
+            return Err(state_error(format!("phase {phase} is not known, only 0 (stopped)")));
         }
         let bytes = match direction {
-            DEVICE_STATE_SAVE => Some(seal(kind, device.save_state()?)?),
+            DEVICE_STATE_SAVE => Some(encode(kind, device.save_state()?)?),
             DEVICE_STATE_LOAD => None,
-            _ => return Err(refused(format!("direction {direction} is neither save (0) nor load (1)"))),
+            _ => return Err(state_error(format!("direction {direction} is neither save (0) nor load (1)"))),
         };
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(BackendError::system("make an eventfd"))?;
         let (stop, (sender, result)) = (Arc::new(stop), bounded(1));
@@ -82,7 +82,7 @@ impl Transfer {
         };
         let thread = thread::Builder::new().name("device state".into()).spawn(carry);
         let thread = thread.map_err(BackendError::system("start a thread"))?;
-        Ok(Transfer { load, result, stop, thread: Some(thread) })
+        Ok(StateTransfer { is_load: load, result, stop, thread: Some(thread) })
     }
 
     /// Ends it; a state that was loaded is the device's from here on, or, after an error, nothing has changed.
@@ -91,13 +91,13 @@ impl Transfer {
     /// [`BackendError::DeviceState`] for what did not go through or is not whole, and what the device says.
     pub(super) fn check(self, device: &dyn VirtioDevice) -> Result<(), BackendError> {
         let moved = self.result.recv_timeout(PATIENCE);
-        let moved = moved.map_err(|_| refused("its transfer is not over: close the pipe before you ask".into()))?;
-        let bytes = moved.map_err(|error| refused(format!("the transfer failed: {error}")))?;
-        if self.load { device.load_state(&open(kind(device)?, &bytes)?) } else { Ok(()) }
+        let moved = moved.map_err(|_| state_error("its transfer is not over: close the pipe before you ask".into()))?;
+        let bytes = moved.map_err(|error| state_error(format!("the transfer failed: {error}")))?;
+        if self.is_load { device.load_state(&decode(kind(device)?, &bytes)?) } else { Ok(()) }
     }
 }
 
-impl Drop for Transfer {
+impl Drop for StateTransfer {
     fn drop(&mut self) {
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {
@@ -106,7 +106,7 @@ impl Drop for Transfer {
     }
 }
 
-fn refused(why: String) -> BackendError {
+fn state_error(why: String) -> BackendError {
     BackendError::DeviceState { why }
 }
 
@@ -114,28 +114,28 @@ fn kind(device: &dyn VirtioDevice) -> Result<&'static str, BackendError> {
     device.state_kind().ok_or(BackendError::Unsupported { code: Code::SET_DEVICE_STATE_FD })
 }
 
-fn seal(kind: &str, state: Vec<u8>) -> Result<Vec<u8>, BackendError> {
+fn encode(kind: &str, state: Vec<u8>) -> Result<Vec<u8>, BackendError> {
     let envelope = Envelope { kind: kind.into(), state: Bytes(state) };
-    let mut bytes = record::encode(VERSION, &envelope).map_err(|error| refused(error.to_string()))?;
+    let mut bytes = record::encode(VERSION, &envelope).map_err(|error| state_error(error.to_string()))?;
     bytes.extend(XxHash3_64::oneshot(&bytes).to_le_bytes());
     match bytes.len() {
         ..=MAX_STATE => Ok(bytes),
-        len => Err(refused(format!("it has {len} bytes, and at most {MAX_STATE} travel"))),
+        len => Err(state_error(format!("it has {len} bytes, and at most {MAX_STATE} travel"))),
     }
 }
 
-fn open(kind: &str, bytes: &[u8]) -> Result<Vec<u8>, BackendError> {
+fn decode(kind: &str, bytes: &[u8]) -> Result<Vec<u8>, BackendError> {
     let Some((record, hash)) = bytes.split_last_chunk::<HASH_BYTES>() else {
-        return Err(refused(format!("{} bytes came, which is none", bytes.len())));
+        return Err(state_error(format!("{} bytes came, which is none", bytes.len())));
     };
     if XxHash3_64::oneshot(record) != u64::from_le_bytes(*hash) {
-        return Err(refused("it was cut short or changed on its way".into()));
+        return Err(state_error("it was cut short or changed on its way".into()));
     }
     let envelope = record::decode::<Envelope>("device state", VERSION, record, MAX_STATE);
-    let Envelope { kind: theirs, state } = envelope.map_err(|error| refused(error.to_string()))?;
+    let Envelope { kind: theirs, state } = envelope.map_err(|error| state_error(error.to_string()))?;
     match theirs == kind {
         true => Ok(state.0),
-        false => Err(refused(format!("it is of {theirs:?}, and this is {kind:?}"))),
+        false => Err(state_error(format!("it is of {theirs:?}, and this is {kind:?}"))),
     }
 }
 
@@ -144,11 +144,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_state_arrives_as_it_was_and_nothing_else_does() {
+    fn an_encoded_state_is_decoded_intact_and_other_bytes_are_refused() {
         let state: Vec<u8> = (0..200).collect();
-        let bytes = seal("net", state.clone()).unwrap();
-        assert_eq!(open("net", &bytes).unwrap(), state);
-        let why = |kind, bytes: &[u8]| open(kind, bytes).unwrap_err().to_string();
+        let bytes = encode("net", state.clone()).unwrap();
+        assert_eq!(decode("net", &bytes).unwrap(), state);
+        let why = |kind, bytes: &[u8]| decode(kind, bytes).unwrap_err().to_string();
         assert!(why("disk", &bytes).contains("it is of \"net\", and this is \"disk\""));
         for end in 0..bytes.len() {
             why("net", &bytes[..end]);
@@ -162,18 +162,18 @@ mod tests {
     }
 
     #[test]
-    fn a_state_of_another_version_says_whom_to_update() {
-        let mut bytes = seal("net", vec![1]).unwrap();
+    fn a_state_of_a_newer_version_is_refused_with_advice_to_update() {
+        let mut bytes = encode("net", vec![1]).unwrap();
         bytes.truncate(bytes.len() - HASH_BYTES);
         bytes[0] = 2;
         bytes.extend(XxHash3_64::oneshot(&bytes).to_le_bytes());
-        let why = open("net", &bytes).unwrap_err().to_string();
+        let why = decode("net", &bytes).unwrap_err().to_string();
         assert!(why.contains("device state version 2 came") && why.contains("update this program"), "{why}");
     }
 
     #[test]
-    fn a_state_that_is_too_large_is_not_sent() {
-        assert!(seal("net", vec![0; MAX_STATE - 64]).is_ok());
-        assert!(seal("net", vec![0; MAX_STATE]).is_err());
+    fn a_state_above_the_size_limit_is_refused() {
+        assert!(encode("net", vec![0; MAX_STATE - 64]).is_ok());
+        assert!(encode("net", vec![0; MAX_STATE]).is_err());
     }
 }

@@ -14,7 +14,7 @@ use crate::server::Server;
 
 /// The guest was reset, and its driver begins with empty rings; the front-end keeps the region.
 #[rstest]
-fn a_driver_that_starts_afresh_is_served_though_the_region_was_kept(
+fn a_driver_that_starts_with_empty_rings_is_served_with_a_used_inflight_region(
     #[values(SPLIT, PACKED)] features: u64,
     #[values(false, true)] reconnects: bool,
     #[values(1, 5, 13, 21)] before: u64,
@@ -74,7 +74,7 @@ fn serve_and_die(guest: &Guest, ring: &mut Ring, ahead: u64, count: u64) {
 
 /// QEMU's network devices have no region, and a base that was right long ago.
 #[test]
-fn a_packed_ring_without_a_region_goes_on_where_its_descriptors_tell() {
+fn a_packed_ring_without_a_region_resumes_at_the_position_found_in_its_descriptors() {
     let (device, gate) = Held::new();
     gate.write(1).unwrap();
     let server = Server::new(device);
@@ -94,7 +94,7 @@ fn a_packed_ring_without_a_region_goes_on_where_its_descriptors_tell() {
 }
 
 #[test]
-fn a_packed_ring_that_does_not_stand_at_its_base_is_broken_if_it_does_not_tell_where() {
+fn a_packed_ring_whose_position_contradicts_the_base_and_cannot_be_found_is_broken() {
     let (device, gate) = Held::new();
     gate.write(1).unwrap();
     let (server, guest) = (Server::new(device), Guest::new());

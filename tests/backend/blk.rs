@@ -106,7 +106,7 @@ fn every_engine(promise: impl Fn(&mut Rig)) {
 }
 
 #[test]
-fn what_is_written_is_on_the_disk_and_what_is_read_is_what_is_there() {
+fn writes_reach_the_image_and_reads_return_its_contents() {
     every_engine(|rig| {
         let data: Vec<u8> = (0..8192u32).map(|i| (i % 251) as u8).collect();
         assert_eq!(rig.simple(1, 10, &data, 0), (OK, 1));
@@ -118,7 +118,7 @@ fn what_is_written_is_on_the_disk_and_what_is_read_is_what_is_there() {
 }
 
 #[test]
-fn many_requests_at_once_are_each_answered_with_their_own_data() {
+fn concurrent_requests_complete_each_with_its_own_data() {
     every_engine(|rig| {
         for slot in 0..80 {
             rig.ring.read(&rig.guest, slot, slot * 8, 4096);
@@ -136,7 +136,7 @@ fn many_requests_at_once_are_each_answered_with_their_own_data() {
 }
 
 #[test]
-fn how_a_request_is_cut_into_descriptors_says_nothing() {
+fn the_split_of_a_request_into_descriptors_has_no_meaning() {
     every_engine(|rig| {
         let at = 0x61_0000;
         header(&rig.guest, at, VIRTIO_BLK_T_OUT, 33);
@@ -160,7 +160,7 @@ fn how_a_request_is_cut_into_descriptors_says_nothing() {
 }
 
 #[test]
-fn more_pieces_than_one_system_call_takes_are_transferred_all_the_same() {
+fn a_request_with_more_segments_than_iov_max_is_transferred() {
     for (aio, features) in [(Aio::IoUring, SPLIT), (Aio::Threads, SPLIT), (Aio::IoUring, PACKED)] {
         let mut rig = Rig::with(features, |options| options.aio = aio);
         // Every buffer lies across the border of two regions.
@@ -181,7 +181,7 @@ fn more_pieces_than_one_system_call_takes_are_transferred_all_the_same() {
 }
 
 #[test]
-fn what_is_no_range_of_the_disk_is_refused_and_touches_nothing() {
+fn a_request_outside_the_disk_fails_and_changes_nothing() {
     every_engine(|rig| {
         let end = DISK / 512;
         let before = rig.guest.bytes(HIGH, 0x1_0000);
@@ -236,7 +236,7 @@ fn an_unknown_request_is_unsupported() {
 }
 
 #[test]
-fn the_serial_is_what_was_given() {
+fn get_id_returns_the_configured_serial() {
     let mut rig = Rig::new(|options| options.serial = "twenty bytes exactly".into());
     assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
     assert_eq!(rig.data(20), b"twenty bytes exactly");
@@ -246,7 +246,7 @@ fn the_serial_is_what_was_given() {
 }
 
 #[test]
-fn discarded_and_zeroed_ranges_read_as_zeroes_and_their_neighbours_stay() {
+fn discarded_and_zeroed_ranges_read_as_zeroes_and_other_sectors_are_unchanged() {
     every_engine(|rig| {
         let range = |sector: u64, num_sectors: u32, flags: u32| BlkDiscardWriteZeroes {
             sector: sector.into(),
@@ -279,7 +279,7 @@ fn discarded_and_zeroed_ranges_read_as_zeroes_and_their_neighbours_stay() {
 }
 
 #[test]
-fn no_more_sectors_are_cleared_at_a_time_than_were_offered() {
+fn a_discard_or_write_zeroes_above_the_offered_maximum_fails() {
     let mut rig = Rig::new(|options| {
         std::fs::OpenOptions::new().write(true).open(&options.image).unwrap().set_len(3 << 30).unwrap();
     });
@@ -309,7 +309,7 @@ fn a_read_only_disk_is_never_written() {
 }
 
 #[test]
-fn an_error_of_the_disk_reaches_the_guest_and_the_queue_goes_on() {
+fn a_disk_error_completes_the_request_with_ioerr_and_the_queue_continues() {
     every_engine(|rig| {
         std::fs::OpenOptions::new().write(true).open(rig.server.image()).unwrap().set_len(1 << 20).unwrap();
         assert_eq!(rig.simple(0, 4096, &[], 4096).0, IOERR);
@@ -320,7 +320,7 @@ fn an_error_of_the_disk_reaches_the_guest_and_the_queue_goes_on() {
 }
 
 #[rstest]
-fn queues_work_side_by_side(#[values(SPLIT, PACKED)] features: u64) {
+fn queues_serve_requests_independently(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |options| options.queues = 4), Guest::new());
     let client = server.connect();
     begin(&client, &guest, features);
@@ -344,7 +344,7 @@ fn queues_work_side_by_side(#[values(SPLIT, PACKED)] features: u64) {
 
 /// Without indirect descriptors a request takes a descriptor for each segment, one for its header and one for its status.
 #[test]
-fn a_request_of_as_many_segments_as_are_offered_fits_the_ring() {
+fn a_request_with_the_offered_maximum_of_segments_fits_the_ring() {
     for (size, segments) in [(4, 2), (64, 62), (128, 126), (256, 126), (2, 0)] {
         let server = Server::disk(DISK, |options| options.max_queue_size = size);
         let question = ConfigHeader { offset: 0, size: 72, flags: 0 };
@@ -354,7 +354,7 @@ fn a_request_of_as_many_segments_as_are_offered_fits_the_ring() {
 }
 
 #[test]
-fn configuration_space_and_features_say_what_the_disk_is() {
+fn configuration_space_and_features_describe_the_disk() {
     let server = Server::disk(DISK + 100, |options| options.queues = 3);
     let client = server.connect();
     let question = ConfigHeader { offset: 0, size: 72, flags: 0 };
@@ -380,7 +380,7 @@ fn image_on_disk(bytes: u64) -> tempfile::NamedTempFile {
 }
 
 #[test]
-fn the_generation_is_told_while_no_ring_runs_and_changes_with_what_the_disk_holds() {
+fn the_disk_generation_is_reported_while_no_ring_runs_and_changes_with_the_contents() {
     const GET_DISK_GENERATION: Code = Code(0x7664_0001);
     const GET_DISK_IDENTITY: Code = Code(0x7664_0002);
     let image = image_on_disk(DISK);
@@ -426,7 +426,7 @@ fn the_generation_is_told_while_no_ring_runs_and_changes_with_what_the_disk_hold
 const WRITE_BACK: Duration = Duration::from_secs(15);
 
 #[test]
-fn what_the_guest_writes_is_written_back_while_its_pages_are_logged() {
+fn written_data_is_written_back_while_logging_is_enabled() {
     let image = image_on_disk(DISK);
     let features = SPLIT | bit(VIRTIO_BLK_F_FLUSH);
     let mut rig = Rig::negotiated(features, |options| options.image = image.path().to_owned());
@@ -449,7 +449,7 @@ fn what_the_guest_writes_is_written_back_while_its_pages_are_logged() {
 }
 
 #[test]
-fn what_can_not_be_a_disk_is_explained_in_one_line() {
+fn invalid_disk_options_are_refused_with_a_one_line_error() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     std::fs::write(at("tiny"), "tiny").unwrap();
@@ -474,7 +474,7 @@ fn what_can_not_be_a_disk_is_explained_in_one_line() {
 }
 
 #[test]
-fn an_image_that_does_not_look_raw_is_refused_unless_told_otherwise() {
+fn an_image_in_a_known_other_format_is_refused_unless_raw_is_requested() {
     let folder = tempfile::tempdir().unwrap();
     let (image, socket) = (folder.path().join("image"), folder.path().join("s"));
     std::fs::write(&image, [b"QFI\xfb", &[0; 4092][..]].concat()).unwrap();
@@ -487,7 +487,7 @@ fn an_image_that_does_not_look_raw_is_refused_unless_told_otherwise() {
 
 /// As at a migration on one host, or when the I/O of a killed process has not ended; also if it only reads (rules I9.1, I9.2).
 #[rstest]
-fn a_ring_waits_until_whoever_has_the_image_lets_go_of_it(#[values(false, true)] read_only: bool) {
+fn a_ring_starts_only_after_another_process_unlocks_the_image(#[values(false, true)] read_only: bool) {
     let first = Rig::new(|options| options.read_only = read_only);
     let image = first.server.image();
     let share = |options: &mut BlkOptions| (options.image, options.read_only) = (image.clone(), read_only);
@@ -514,7 +514,7 @@ fn a_ring_waits_until_whoever_has_the_image_lets_go_of_it(#[values(false, true)]
 }
 
 #[test]
-fn readers_that_ask_for_it_serve_an_image_at_the_same_time() {
+fn two_read_only_disks_with_share_readers_serve_one_image() {
     let readers = |options: &mut BlkOptions| (options.read_only, options.share_readers) = (true, true);
     let mut first = Rig::new(readers);
     let image = first.server.image();
@@ -529,7 +529,7 @@ fn readers_that_ask_for_it_serve_an_image_at_the_same_time() {
 }
 
 #[test]
-fn with_in_order_completions_come_in_the_order_of_the_requests() {
+fn completions_follow_the_request_order_with_in_order() {
     for ring in [SPLIT, PACKED] {
         let (server, guest) = (Server::disk(DISK, |options| options.in_order = true), Guest::new());
         let client = server.connect();
@@ -558,7 +558,7 @@ fn with_in_order_completions_come_in_the_order_of_the_requests() {
 
 /// The used length: what the driver may rely on, from the first byte on (virtio 1.2, "The Virtqueue Used Ring").
 #[rstest]
-fn the_used_length_is_of_what_was_written_from_the_first_byte_on(#[values(SPLIT, PACKED)] features: u64) {
+fn the_used_length_counts_bytes_written_contiguously_from_the_first(#[values(SPLIT, PACKED)] features: u64) {
     let mut rig = Rig::with(features, |_| {});
     assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 100), (OK, 20), "the serial number, and then nothing");
     assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
@@ -575,7 +575,7 @@ fn the_used_length_is_of_what_was_written_from_the_first_byte_on(#[values(SPLIT,
 
 /// A guest writes no lines at will, and none at all that look like a fault of the host.
 #[test]
-fn requests_without_memory_are_answered_and_counted_and_no_line_says_error() {
+fn requests_with_unmapped_buffers_fail_and_are_counted_without_error_lines() {
     let folder = tempfile::tempdir().unwrap();
     let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
     let metrics = folder.path().join("metrics");
@@ -607,7 +607,7 @@ fn requests_without_memory_are_answered_and_counted_and_no_line_says_error() {
 
 /// Neither does a front-end: messages that are refused are a number of lines, and counted.
 #[test]
-fn a_flood_of_refused_messages_is_a_few_lines() {
+fn repeated_refused_messages_are_limited_in_the_log() {
     let folder = tempfile::tempdir().unwrap();
     let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
     let mut process = Process::start(&socket, &image, &[]);

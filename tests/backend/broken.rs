@@ -129,7 +129,7 @@ fn said(mut process: Process, expected: &[(u32, &str)]) {
 }
 
 #[rstest]
-fn a_broken_ring_stops_alone_says_so_and_can_be_set_up_again(#[values(SPLIT, PACKED)] features: u64) {
+fn a_broken_ring_stops_alone_signals_its_error_fd_and_can_be_set_up_again(#[values(SPLIT, PACKED)] features: u64) {
     let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
@@ -156,7 +156,7 @@ fn a_broken_ring_stops_alone_says_so_and_can_be_set_up_again(#[values(SPLIT, PAC
 
 /// Receive, transmit and control queue: each stops alone, and all others go on.
 #[rstest]
-fn each_broken_ring_of_an_interface_stops_alone_and_says_so(
+fn a_broken_ring_of_a_network_device_stops_alone_and_signals_its_error_fd(
     #[values(SPLIT, PACKED)] rings: u64,
     #[values(0, 1, CONTROL)] broken: u32,
 ) {
@@ -212,9 +212,7 @@ fn each_broken_ring_of_an_interface_stops_alone_and_says_so(
 }
 
 #[rstest]
-fn a_descriptor_that_is_made_available_twice_breaks_the_ring_and_not_the_process(
-    #[values(SPLIT, PACKED)] features: u64,
-) {
+fn a_head_made_available_twice_breaks_only_its_ring(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = crate::drain::Held::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();

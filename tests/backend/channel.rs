@@ -102,7 +102,7 @@ fn read(client: &Client, guest: &Guest, ring: &mut Ring) {
 
 /// Rule B3.2.
 #[rstest]
-fn kicks_and_calls_can_be_messages(#[values(SPLIT, PACKED)] features: u64) {
+fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     agree(&client, &guest, features, IN_BAND);
@@ -122,7 +122,7 @@ fn kicks_and_calls_can_be_messages(#[values(SPLIT, PACKED)] features: u64) {
 
 /// Cut short, with and without need-reply; and a second channel that is none takes the first one away from nobody.
 #[rstest]
-fn wrong_kicks_and_channels_are_refused_and_leave_both_as_they_were(#[values(SPLIT, PACKED)] features: u64) {
+fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     agree(&client, &guest, features, IN_BAND);
@@ -151,7 +151,7 @@ fn wrong_kicks_and_channels_are_refused_and_leave_both_as_they_were(#[values(SPL
 
 /// Rules B3.3, B3.4: User-mode Linux sends neither SET_VRING_KICK nor SET_VRING_CALL, and begins packed rings at 0 too (rule R4.4).
 #[rstest]
-fn the_first_kick_starts_a_ring_whose_fds_were_never_spoken_of(#[values(SPLIT, PACKED)] features: u64) {
+fn the_first_in_band_kick_starts_a_ring_without_kick_and_call_fds(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     agree(&client, &guest, features, IN_BAND);
@@ -197,7 +197,7 @@ impl VringController for Started {
 
 /// Rule B3.7.
 #[test]
-fn a_ring_without_a_kick_is_polled_unless_its_kicks_are_messages() {
+fn a_ring_without_a_kick_fd_is_polled_unless_kicks_are_in_band() {
     for (protocol, polled) in [(PROTOCOL, true), (IN_BAND, false)] {
         let guest = Guest::new();
         let (mut session, mut rings) = (Session::new(Arc::new(Restless::default())), Started::default());
@@ -221,7 +221,7 @@ fn a_ring_without_a_kick_is_polled_unless_its_kicks_are_messages() {
 }
 
 #[rstest]
-fn a_broken_ring_says_so_in_a_message_and_the_other_goes_on(#[values(SPLIT, PACKED)] features: u64) {
+fn a_broken_ring_sends_vring_err_and_other_rings_continue(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     agree(&client, &guest, features, IN_BAND);
@@ -296,7 +296,7 @@ fn requests(ring: &mut Ring, count: usize) {
 
 /// Rules B1.2, B1.4, B2.1.
 #[test]
-fn a_front_end_that_never_reads_its_channel_stalls_no_ring_and_hears_of_the_last_change() {
+fn a_front_end_that_does_not_read_its_channel_stalls_no_ring_and_gets_the_last_change() {
     let device = Arc::new(Restless::default());
     let (server, guest) = (Server::new(device.clone()), Guest::new());
     let client = server.connect();
@@ -322,7 +322,7 @@ fn a_front_end_that_never_reads_its_channel_stalls_no_ring_and_hears_of_the_last
 
 /// Rule B1.5.
 #[test]
-fn a_front_end_that_talks_nonsense_on_its_channel_or_closes_it_loses_the_channel_and_nothing_else() {
+fn invalid_data_on_the_back_end_channel_or_its_end_closes_only_the_channel() {
     let device = Arc::new(Restless::default());
     let (server, guest) = (Server::new(device.clone()), Guest::new());
     let client = server.connect();

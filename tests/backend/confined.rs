@@ -148,7 +148,7 @@ fn use_disk(socket: &str, features: u64) {
 }
 
 #[test]
-fn a_disk_is_served_by_a_user_without_rights_behind_the_filter() {
+fn an_unprivileged_sandboxed_process_serves_a_disk() {
     let nobodys = Nobodys::new();
     let image = nobodys.path("image");
     for more in [&[][..], &["--aio", "threads"], &["--direct"], &["--log-level", "debug", "--queues", "4"]] {
@@ -169,7 +169,7 @@ fn a_disk_is_served_by_a_user_without_rights_behind_the_filter() {
 }
 
 #[test]
-fn a_network_interface_is_served_behind_the_filter() {
+fn a_sandboxed_process_serves_a_network_device() {
     let nobodys = Nobodys::new();
     let wire = nobodys.path("wire");
     for arguments in [&["net", "--loopback"][..], &["net", "--pair", &wire]] {
@@ -181,7 +181,7 @@ fn a_network_interface_is_served_behind_the_filter() {
 }
 
 #[test]
-fn counters_can_be_fetched_from_behind_the_filter() {
+fn a_sandboxed_process_serves_its_counters() {
     let nobodys = Nobodys::new();
     let (image, place) = (nobodys.path("image"), nobodys.path("metrics"));
     let confined = nobodys.start(&["blk", "--image", &image, "--metrics", &format!("unix:{place}")]);
@@ -197,7 +197,7 @@ fn counters_can_be_fetched_from_behind_the_filter() {
 }
 
 #[test]
-fn without_a_filter_it_says_so_in_its_status_and_an_image_out_of_reach_is_explained() {
+fn seccomp_off_installs_no_filter_and_an_unreadable_image_is_reported() {
     let nobodys = Nobodys::new();
     let image = nobodys.path("image");
     for none in [&["--seccomp", "off"][..], &["--no-seccomp"]] {

@@ -50,7 +50,7 @@ fn ends_at_sigterm(child: &mut Child) {
 #[rstest]
 #[case::disk(&[])]
 #[case::network_interface(&["net", "--loopback"])]
-fn a_back_end_connects_to_a_front_end_that_listens_and_again_when_it_has_hung_up(#[case] device: &[&str]) {
+fn a_back_end_connects_to_a_listening_front_end_and_reconnects_after_hang_up(#[case] device: &[&str]) {
     let folder = tempfile::tempdir().unwrap();
     let image = disk_options(folder.path(), 1 << 20, |_| ()).image;
     let socket = folder.path().join("front-end");
@@ -74,7 +74,7 @@ fn a_back_end_connects_to_a_front_end_that_listens_and_again_when_it_has_hung_up
 }
 
 #[test]
-fn a_path_that_no_socket_can_have_is_refused_at_once() {
+fn a_socket_path_that_is_too_long_is_refused_immediately() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x".repeat(108));
     let output = Process::command_of("net", &["--loopback"]).arg("--connect").arg(path).output().unwrap();

@@ -195,39 +195,39 @@ fn survives(kills: u32, features: u64, more: &[&str]) {
 }
 
 #[test]
-fn killed_a_hundred_times_every_request_is_answered_exactly_once_and_right() {
+fn every_request_completes_exactly_once_after_100_kills() {
     survives(100, BASIC, &[]);
 }
 
 #[test]
-fn killed_a_hundred_times_with_event_idx_and_threads_every_request_is_answered_exactly_once_and_right() {
+fn every_request_completes_exactly_once_after_100_kills_with_event_idx_and_threads() {
     survives(100, BASIC | bit(VIRTIO_RING_F_EVENT_IDX), &["--aio", "threads"]);
 }
 
 #[test]
-fn killed_a_hundred_times_with_packed_rings_every_request_is_answered_exactly_once_and_right() {
+fn every_request_completes_exactly_once_after_100_kills_with_packed_rings() {
     survives(100, PACKED, &[]);
 }
 
 #[test]
-fn killed_a_hundred_times_with_packed_rings_and_event_idx_every_request_is_answered_exactly_once_and_right() {
+fn every_request_completes_exactly_once_after_100_kills_with_packed_rings_and_event_idx() {
     survives(100, PACKED | bit(VIRTIO_RING_F_EVENT_IDX), &["--aio", "threads"]);
 }
 
 #[test]
-fn killed_fifty_times_with_completions_in_order_every_request_is_answered_exactly_once_and_right() {
+fn every_request_completes_exactly_once_after_50_kills_with_in_order() {
     for ring in [SPLIT, PACKED] {
         survives(50, ring | bit(VIRTIO_F_IN_ORDER), &["--in-order"]);
     }
 }
 
 #[test]
-fn killed_fifty_times_with_o_direct_every_request_is_answered_exactly_once_and_right() {
+fn every_request_completes_exactly_once_after_50_kills_with_o_direct() {
     survives(50, BASIC | bit(VIRTIO_RING_F_EVENT_IDX), &["--direct"]);
 }
 
 #[test]
-fn a_signal_ends_it_cleanly() {
+fn sigterm_and_sigint_end_the_process_cleanly() {
     let folder = tempfile::tempdir().unwrap();
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
@@ -241,7 +241,7 @@ fn a_signal_ends_it_cleanly() {
 }
 
 #[test]
-fn an_inherited_connection_is_served_until_it_ends() {
+fn a_process_serves_an_inherited_connection_until_it_ends() {
     let folder = tempfile::tempdir().unwrap();
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
@@ -266,7 +266,7 @@ fn naps(process: &Process) -> u64 {
 
 /// Rule I10.1: as long as a predecessor has the image it may go on with the ring.
 #[rstest]
-fn a_successor_looks_at_ring_and_region_when_it_has_the_image(#[values(SPLIT, PACKED)] features: u64) {
+fn a_successor_reads_ring_and_region_only_after_locking_the_image(#[values(SPLIT, PACKED)] features: u64) {
     let folder = tempfile::tempdir().unwrap();
     let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
     let guest = Guest::new();
@@ -302,7 +302,7 @@ fn a_successor_looks_at_ring_and_region_when_it_has_the_image(#[values(SPLIT, PA
 
 /// The answers to what has come already go out together, but none of them waits for an image.
 #[test]
-fn an_answer_does_not_wait_for_the_message_behind_it_to_get_an_image() {
+fn a_reply_is_sent_before_a_later_message_waits_for_the_image_lock() {
     let folder = tempfile::tempdir().unwrap();
     let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
     let guest = Guest::new();
@@ -323,7 +323,7 @@ fn an_answer_does_not_wait_for_the_message_behind_it_to_get_an_image() {
 
 /// Nor for the trial of a ring that is not started: that takes up to a second for each.
 #[test]
-fn an_answer_does_not_wait_for_the_trial_behind_it_to_get_an_image() {
+fn a_reply_is_sent_before_a_later_message_probes_the_image_lock() {
     let folder = tempfile::tempdir().unwrap();
     let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
     let guest = Guest::new();
@@ -352,7 +352,7 @@ fn message(code: Code, num: u32) -> Vec<u8> {
 
 /// However the connection ends, what was done before is acknowledged.
 #[test]
-fn answers_that_wait_are_sent_before_the_connection_ends() {
+fn pending_replies_are_sent_before_the_connection_closes() {
     let folder = tempfile::tempdir().unwrap();
     let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
     let _process = Process::start(&socket, &image, &[]);

@@ -53,7 +53,7 @@ fn cached(path: &Path) -> (u64, u64) {
 }
 
 #[test]
-fn nothing_of_a_direct_disk_is_in_the_page_cache_whatever_the_buffers_are() {
+fn direct_io_leaves_the_page_cache_empty_for_any_buffer_alignment() {
     for aio in [Aio::IoUring, Aio::Threads] {
         let disk = OnDisk::new();
         let mut rig = Rig::new(|options| {
@@ -78,7 +78,7 @@ fn nothing_of_a_direct_disk_is_in_the_page_cache_whatever_the_buffers_are() {
 }
 
 #[test]
-fn what_was_written_is_on_stable_storage_when_the_last_ring_has_stopped() {
+fn written_data_is_on_stable_storage_when_the_last_ring_has_stopped() {
     for aio in [Aio::IoUring, Aio::Threads] {
         let disk = OnDisk::new();
         let mut rig = Rig::new(|options| {
@@ -97,7 +97,7 @@ fn what_was_written_is_on_stable_storage_when_the_last_ring_has_stopped() {
 }
 
 #[test]
-fn zeroes_are_stable_for_a_driver_that_does_not_flush() {
+fn write_zeroes_is_durable_for_a_driver_without_flush() {
     for aio in [Aio::IoUring, Aio::Threads] {
         for (flags, sector) in [(0, 9u64), (1, 17)] {
             let disk = OnDisk::new();
@@ -164,7 +164,7 @@ impl VirtioDevice for Slow {
 }
 
 #[test]
-fn only_the_base_of_the_last_ring_waits_for_the_disk() {
+fn only_the_last_get_vring_base_waits_for_the_disk_sync() {
     let (synced, sync) = channel();
     let (server, guest) = (Server::new(Arc::new(Slow(Mutex::new(sync)))), Guest::new());
     // Dropped before the server, which syncs at its end.
@@ -187,7 +187,7 @@ fn only_the_base_of_the_last_ring_waits_for_the_disk() {
 }
 
 #[test]
-fn a_front_end_is_not_told_that_a_disk_has_stopped_which_could_not_be_synced() {
+fn a_failed_disk_sync_closes_the_connection_instead_of_replying_to_get_vring_base() {
     let (server, guest) = (Server::new(Arc::new(Lossy)), Guest::new());
     let client = server.connect();
     begin(&client, &guest, BASIC);

@@ -106,7 +106,9 @@ pub(crate) fn page(slot: u64) -> Buffer {
 }
 
 #[rstest]
-fn get_vring_base_answers_when_all_requests_are_complete_logged_and_published(#[values(SPLIT, PACKED)] features: u64) {
+fn get_vring_base_replies_after_all_requests_are_completed_logged_and_published(
+    #[values(SPLIT, PACKED)] features: u64,
+) {
     let (device, gate) = Held::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
@@ -129,9 +131,7 @@ fn get_vring_base_answers_when_all_requests_are_complete_logged_and_published(#[
 }
 
 #[rstest]
-fn after_the_reply_to_get_vring_base_no_byte_of_memory_changes_and_nobody_is_notified(
-    #[values(SPLIT, PACKED)] features: u64,
-) {
+fn after_the_get_vring_base_reply_memory_is_unchanged_and_no_call_is_signalled(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = Held::new();
     let (mut server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
@@ -155,7 +155,7 @@ fn after_the_reply_to_get_vring_base_no_byte_of_memory_changes_and_nobody_is_not
 }
 
 #[rstest]
-fn a_disabled_ring_finishes_what_it_has_takes_nothing_new_and_goes_on_when_enabled(
+fn a_disabled_ring_completes_its_requests_takes_no_new_ones_and_resumes_when_enabled(
     #[values(SPLIT, PACKED)] features: u64,
 ) {
     let (device, gate) = Held::new();
@@ -196,7 +196,7 @@ fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only(#[val
 }
 
 #[rstest]
-fn a_changed_memory_table_waits_for_what_is_in_flight(#[values(SPLIT, PACKED)] features: u64) {
+fn a_new_memory_table_waits_for_requests_in_flight(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = Held::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
@@ -219,7 +219,9 @@ fn a_changed_memory_table_waits_for_what_is_in_flight(#[values(SPLIT, PACKED)] f
 }
 
 #[rstest]
-fn when_the_next_front_end_is_heard_the_last_ones_rings_move_no_more(#[values(SPLIT, PACKED)] features: u64) {
+fn the_rings_of_a_closed_connection_are_stopped_before_the_next_front_end_is_served(
+    #[values(SPLIT, PACKED)] features: u64,
+) {
     let (device, gate) = Held::new();
     let (mut server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
@@ -243,7 +245,7 @@ fn when_the_next_front_end_is_heard_the_last_ones_rings_move_no_more(#[values(SP
 
 /// Rule I10.2: nothing that it left is published behind the back of its next back-end, and that need not wait.
 #[rstest]
-fn a_front_end_that_hangs_up_while_a_ring_is_being_stopped_is_noticed(#[values(SPLIT, PACKED)] features: u64) {
+fn a_hang_up_during_get_vring_base_abandons_the_requests_in_flight(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = Held::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
@@ -299,7 +301,7 @@ impl Queue for GivesBackQueue {
 
 /// What is given back and can't go back into the ring is used in its turn.
 #[rstest]
-fn in_order_a_request_that_is_given_back_before_later_ones_ends_with_them(#[values(SPLIT, PACKED)] features: u64) {
+fn a_request_put_back_before_later_ones_is_used_in_its_turn_with_in_order(#[values(SPLIT, PACKED)] features: u64) {
     let (device, _) = Held::new();
     let features = features | bit(VIRTIO_F_IN_ORDER);
     let (server, guest) = (Server::new(Arc::new(GivesBackTheOldest(device))), Guest::new());
@@ -311,7 +313,7 @@ fn in_order_a_request_that_is_given_back_before_later_ones_ends_with_them(#[valu
 }
 
 #[rstest]
-fn told_to_end_it_completes_and_publishes_what_is_under_way(#[values(SPLIT, PACKED)] features: u64) {
+fn a_stopped_server_completes_and_publishes_requests_in_flight(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = Held::new();
     let (mut server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
@@ -324,7 +326,7 @@ fn told_to_end_it_completes_and_publishes_what_is_under_way(#[values(SPLIT, PACK
 }
 
 #[rstest]
-fn an_added_region_can_be_used_at_once_and_a_removed_one_can_not(#[values(SPLIT, PACKED)] features: u64) {
+fn an_added_memory_region_is_usable_immediately_and_a_removed_one_is_not(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = Held::new();
     gate.write(1).unwrap();
     let (server, guest) = (Server::new(device), Guest::new());
@@ -404,7 +406,7 @@ impl Queue for Careless {
 }
 
 #[rstest]
-fn a_request_that_a_device_drops_goes_back_to_the_driver_logged(#[values(SPLIT, PACKED)] features: u64) {
+fn a_request_dropped_by_the_device_is_logged_and_returned_to_the_driver(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::new(Arc::new(Careless)), Guest::new());
     let client = server.connect();
     begin(&client, &guest, features);

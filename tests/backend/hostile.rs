@@ -207,7 +207,7 @@ pub(crate) fn works(guest: &Guest, ring: &mut Ring) {
 }
 
 #[rstest]
-fn every_wrong_message_is_refused_and_the_ring_goes_on(#[values(SPLIT, PACKED)] features: u64) {
+fn every_invalid_message_is_refused_and_the_ring_continues(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = with_running_ring(&client, &guest, features);
@@ -220,7 +220,7 @@ fn every_wrong_message_is_refused_and_the_ring_goes_on(#[values(SPLIT, PACKED)] 
 }
 
 #[rstest]
-fn without_need_reply_a_wrong_message_is_passed_over_unless_an_answer_is_owed(#[values(SPLIT, PACKED)] features: u64) {
+fn an_invalid_message_without_need_reply_is_ignored_unless_it_requires_a_reply(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let file = sealed_memfd("hostile", 1 << 20).unwrap();
     let owed = [
@@ -260,7 +260,7 @@ fn without_need_reply_a_wrong_message_is_passed_over_unless_an_answer_is_owed(#[
 }
 
 #[test]
-fn a_broken_frame_ends_the_connection_and_the_next_one_is_served() {
+fn an_invalid_header_closes_the_connection_and_the_next_one_is_served() {
     let server = Server::disk(1 << 20, |_| {});
     let header = |request, flags, size| Header { request, flags, size }.as_bytes().to_vec();
     let frames = [
@@ -287,7 +287,7 @@ fn a_broken_frame_ends_the_connection_and_the_next_one_is_served() {
 }
 
 #[test]
-fn a_reply_that_nobody_asked_for_is_passed_over() {
+fn an_unexpected_reply_is_ignored() {
     let server = Server::disk(1 << 20, |_| {});
     let client = server.connect();
     client.send(Code::SET_FEATURES, VERSION | Header::FLAG_REPLY, &[0; 8], &[]);
@@ -295,7 +295,7 @@ fn a_reply_that_nobody_asked_for_is_passed_over() {
 }
 
 #[rstest]
-fn an_inflight_region_full_of_noise_is_refused_when_the_ring_would_start(#[values(SPLIT, PACKED)] features: u64) {
+fn an_inflight_region_with_random_contents_is_refused_at_ring_start(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let mut noise = 1u64;
     for round in 0..50 {
@@ -321,7 +321,7 @@ fn an_inflight_region_full_of_noise_is_refused_when_the_ring_would_start(#[value
 }
 
 #[test]
-fn nothing_hostile_leaves_an_fd_open_or_a_process_dead() {
+fn invalid_messages_leak_no_fd_and_do_not_end_the_process() {
     let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
@@ -357,7 +357,7 @@ fn nothing_hostile_leaves_an_fd_open_or_a_process_dead() {
 }
 
 #[test]
-fn memory_may_change_thousands_of_times_and_fill_every_slot() {
+fn thousands_of_memory_table_changes_leak_nothing_and_every_slot_is_usable() {
     let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
@@ -393,7 +393,7 @@ fn memory_may_change_thousands_of_times_and_fill_every_slot() {
 
 /// Rule R9.2: those in the queue send garbage and fds, and hang up or stay.
 #[rstest]
-fn who_waits_for_its_turn_disturbs_nobody(#[values(SPLIT, PACKED)] features: u64) {
+fn queued_connections_do_not_disturb_the_served_one(#[values(SPLIT, PACKED)] features: u64) {
     let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
@@ -442,7 +442,7 @@ fn who_waits_for_its_turn_disturbs_nobody(#[values(SPLIT, PACKED)] features: u64
 
 /// A front-end that stalls keeps the next one waiting for some seconds and no longer; one that is idle is left alone.
 #[test]
-fn who_stalls_within_a_message_gives_way_and_who_is_idle_stays() {
+fn a_front_end_that_stalls_within_a_message_is_disconnected_and_an_idle_one_is_not() {
     let patient = |server: &Server| {
         let client = server.connect();
         client.socket.set_read_timeout(Some(DEADLINE * 6)).unwrap();

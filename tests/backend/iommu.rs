@@ -81,12 +81,12 @@ fn scattered_memory_is_read_written_and_logged_by_guest_physical_address() {
 }
 
 #[test]
-fn indirect_tables_are_translated_too() {
+fn split_rings_with_indirect_tables_are_translated() {
     traffic(INDIRECT, true);
 }
 
 #[test]
-fn packed_rings_are_translated_and_logged_where_they_lie() {
+fn packed_rings_are_translated_and_logged_by_guest_physical_address() {
     traffic(PACKED, false);
 }
 
@@ -167,12 +167,12 @@ fn taken_away_under_load(features: u64) {
 }
 
 #[test]
-fn nothing_touches_a_page_after_its_invalidation_was_acknowledged() {
+fn a_split_ring_does_not_access_a_page_after_acknowledging_its_invalidation() {
     taken_away_under_load(0);
 }
 
 #[test]
-fn nor_from_a_packed_ring() {
+fn a_packed_ring_does_not_access_a_page_after_acknowledging_its_invalidation() {
     taken_away_under_load(PACKED);
 }
 
@@ -196,7 +196,7 @@ fn held(space: &Space, features: u64, count: u64) -> Ring {
 
 /// Rule T3.2, with a device that is in no hurry.
 #[test]
-fn an_invalidation_waits_for_the_requests_that_use_it_and_for_no_others() {
+fn an_invalidation_waits_only_for_requests_that_use_the_range() {
     let (device, gate) = Held::new();
     let server = Server::new(device);
     let space = Space::new(server.connect(), FEATURES);
@@ -275,12 +275,12 @@ fn taken_over(features: u64) {
 }
 
 #[test]
-fn a_successor_translates_what_its_predecessor_had_under_way() {
+fn a_successor_translates_and_completes_requests_of_a_split_ring_in_flight() {
     taken_over(0);
 }
 
 #[test]
-fn so_it_does_from_a_packed_ring() {
+fn a_successor_translates_and_completes_requests_of_a_packed_ring_in_flight() {
     taken_over(PACKED);
 }
 
@@ -297,7 +297,7 @@ pub(crate) fn is_served(space: &Space, ring: &mut Ring, slot: u64) {
 }
 
 #[test]
-fn a_translation_cut_short_is_refused_and_the_ring_goes_on() {
+fn a_truncated_iotlb_msg_is_refused_and_the_ring_continues() {
     let server = server();
     let space = Space::new(server.connect(), FEATURES);
     let mut ring = space.ring(0, 256, 0);
@@ -314,7 +314,7 @@ fn a_translation_cut_short_is_refused_and_the_ring_goes_on() {
 
 /// Rule T1.4: a page that may only be read, and one that is nobody's.
 #[test]
-fn what_the_iommu_refuses_ends_the_ring_that_asked_and_no_other() {
+fn a_refused_translation_breaks_only_the_ring_that_needs_it() {
     for permission in [Some(1), Some(0), None] {
         let server = server();
         let space = Space::new(server.connect(), FEATURES);
@@ -345,7 +345,7 @@ fn what_the_iommu_refuses_ends_the_ring_that_asked_and_no_other() {
 
 /// Rule T1.5: misses without an answer.
 #[test]
-fn a_front_end_that_never_answers_holds_up_one_ring_and_nothing_else() {
+fn an_unanswered_miss_delays_only_the_ring_that_needs_it() {
     let server = server();
     let space = Space::new(server.connect(), FEATURES);
     let (mut stuck, mut good) = (space.ring(0, 256, 0), space.ring(1, 256, 0));
@@ -410,18 +410,18 @@ fn a_ring_moves(features: u64) {
 }
 
 #[test]
-fn a_ring_whose_pages_go_elsewhere_goes_on_there() {
+fn a_split_ring_continues_after_its_pages_are_remapped() {
     a_ring_moves(0);
 }
 
 #[test]
-fn a_packed_ring_whose_pages_go_elsewhere_goes_on_there() {
+fn a_packed_ring_continues_after_its_pages_are_remapped() {
     a_ring_moves(PACKED);
 }
 
 /// No channel: what was told counts, what was not ends the ring.
 #[test]
-fn without_a_channel_only_what_was_told_is_known() {
+fn without_a_back_end_channel_only_pushed_translations_are_used() {
     let server = server();
     let client = server.connect();
     let guest = Guest::new();
@@ -465,7 +465,7 @@ fn without_a_channel_only_what_was_told_is_known() {
 
 /// Bad messages change nothing; an invalidation of everything during I/O costs only time.
 #[test]
-fn hostile_translations_are_refused_and_the_rings_go_on() {
+fn invalid_translations_are_refused_and_the_rings_continue() {
     let server = server();
     let space = Space::new(server.connect(), FEATURES);
     let mut ring = space.ring(0, 256, 0);
@@ -511,7 +511,7 @@ fn hostile_translations_are_refused_and_the_rings_go_on() {
 
 /// A device that does not offer it doesn't know the message; acknowledging it is refused.
 #[test]
-fn it_is_offered_only_if_asked_for() {
+fn access_platform_is_offered_only_if_configured() {
     let server = Server::disk(DISK, |_| {});
     let client: Client = server.connect();
     client.tell(Code::SET_PROTOCOL_FEATURES, &CHANNEL);

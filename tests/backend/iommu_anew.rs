@@ -49,7 +49,7 @@ fn assert_untouched(space: &Space, pages: &[u64]) {
 }
 
 #[test]
-fn a_device_that_was_stopped_asks_anew_for_every_translation() {
+fn a_stopped_device_requests_every_translation_again_when_restarted() {
     for features in BOTH {
         let server = server();
         let space = Space::new(server.connect(), FEATURES | features);
@@ -66,7 +66,7 @@ fn a_device_that_was_stopped_asks_anew_for_every_translation() {
 }
 
 #[test]
-fn nothing_is_known_of_an_iommu_that_is_acknowledged_anew() {
+fn acknowledging_access_platform_again_discards_all_translations() {
     let server = server();
     let space = Space::new(server.connect(), FEATURES);
     let mut ring = space.ring(0, 256, 0);
@@ -85,7 +85,7 @@ fn nothing_is_known_of_an_iommu_that_is_acknowledged_anew() {
 
 /// The front-end maps its regions elsewhere: each where the other was. Rings run on.
 #[test]
-fn addresses_of_a_new_memory_table_are_not_taken_for_those_of_the_old_one() {
+fn a_new_memory_table_discards_translations_to_old_addresses() {
     for features in BOTH {
         let server = server();
         let space = Space::new(server.connect(), FEATURES | features);

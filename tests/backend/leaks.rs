@@ -92,7 +92,7 @@ fn a_thousand(process: &Process, socket: &Path, visit: impl Fn(Client, u32)) {
 }
 
 #[test]
-fn a_thousand_connections_leave_no_fd_no_mapping_no_thread_and_no_memory_behind() {
+fn a_thousand_connections_to_a_disk_leak_no_fds_mappings_threads_or_memory() {
     let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
@@ -101,7 +101,7 @@ fn a_thousand_connections_leave_no_fd_no_mapping_no_thread_and_no_memory_behind(
 }
 
 #[test]
-fn a_thousand_connections_leave_nothing_behind_in_an_interface() {
+fn a_thousand_connections_to_a_network_device_leak_no_fds_mappings_threads_or_memory() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("socket");
     let process = Process::net(&socket, &["--loopback", "--queue-pairs", "2"]);
@@ -138,7 +138,7 @@ fn insist(client: &Client, guest: &Guest, ring: &Ring) {
 
 /// Whatever the fd is for that there is none left for: the message is refused, or the connection ends.
 #[test]
-fn fds_that_run_out_anywhere_cost_one_connection_and_no_more() {
+fn fd_exhaustion_at_any_step_ends_only_that_connection() {
     let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
@@ -177,7 +177,7 @@ fn fds_that_run_out_anywhere_cost_one_connection_and_no_more() {
 
 /// Messages full of fds, by the byte too, to a process that can't have as many.
 #[rstest]
-fn a_flood_of_fds_leaves_the_process_as_it_was(#[values(SPLIT, PACKED)] features: u64) {
+fn a_flood_of_fds_leaks_nothing(#[values(SPLIT, PACKED)] features: u64) {
     let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");

@@ -170,7 +170,7 @@ fn the_log_holds_exactly_what_the_device_wrote(#[values(SPLIT, PACKED)] basic: u
 }
 
 #[rstest]
-fn a_buffer_across_pages_and_regions_is_logged_to_its_last_byte_and_no_further(#[values(SPLIT, PACKED)] features: u64) {
+fn a_buffer_across_pages_and_regions_is_logged_exactly(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -195,7 +195,7 @@ fn a_buffer_across_pages_and_regions_is_logged_to_its_last_byte_and_no_further(#
 }
 
 #[rstest]
-fn nothing_is_logged_before_logging_is_on_nor_after_it_is_off(#[values(SPLIT, PACKED)] features: u64) {
+fn pages_are_logged_only_while_logging_is_enabled(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -215,7 +215,7 @@ fn nothing_is_logged_before_logging_is_on_nor_after_it_is_off(#[values(SPLIT, PA
 }
 
 #[rstest]
-fn data_follows_log_all_and_the_used_ring_follows_f_log(#[values(SPLIT, PACKED)] features: u64) {
+fn log_all_controls_data_logging_and_f_log_controls_used_ring_logging(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -235,7 +235,7 @@ fn data_follows_log_all_and_the_used_ring_follows_f_log(#[values(SPLIT, PACKED)]
 }
 
 #[rstest]
-fn a_log_that_changes_under_load_loses_nothing_and_leaves_the_old_one_alone(#[values(SPLIT, PACKED)] features: u64) {
+fn changing_the_log_under_load_loses_no_page_and_stops_writes_to_the_old_log(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features | EVENT_IDX);
@@ -260,7 +260,7 @@ fn a_log_that_changes_under_load_loses_nothing_and_leaves_the_old_one_alone(#[va
 }
 
 #[rstest]
-fn memory_that_changes_under_load_leaves_the_log_exact(#[values(SPLIT, PACKED)] features: u64) {
+fn changing_the_memory_table_under_load_keeps_the_log_exact(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -305,7 +305,7 @@ fn a_second_migration_is_logged_as_exactly_as_the_first(#[values(SPLIT, PACKED)]
 }
 
 #[rstest]
-fn on_reconnect_while_logging_no_byte_is_touched_until_the_ring_is_enabled(#[values(SPLIT, PACKED)] features: u64) {
+fn a_reconnect_while_logging_writes_nothing_until_the_ring_is_enabled(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     // The order in which QEMU does it (rule L8.1): LOG_ALL, F_LOG and KICK before SET_LOG_BASE and ENABLE.
@@ -330,7 +330,7 @@ fn on_reconnect_while_logging_no_byte_is_touched_until_the_ring_is_enabled(#[val
 }
 
 #[rstest]
-fn log_all_without_a_log_serves_the_guest(#[values(SPLIT, PACKED)] features: u64) {
+fn rings_run_with_log_all_and_no_log(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features | LOG_ALL);
@@ -342,7 +342,7 @@ fn log_all_without_a_log_serves_the_guest(#[values(SPLIT, PACKED)] features: u64
 }
 
 #[rstest]
-fn a_log_of_any_size_at_any_place_is_used_to_its_last_byte_and_not_one_beyond(#[values(SPLIT, PACKED)] features: u64) {
+fn a_log_of_any_size_and_offset_is_used_exactly_within_its_bounds(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -369,7 +369,7 @@ fn a_log_of_any_size_at_any_place_is_used_to_its_last_byte_and_not_one_beyond(#[
 }
 
 #[rstest]
-fn the_log_fd_is_signalled_after_logging_and_not_when_it_is_taken_back(#[values(SPLIT, PACKED)] features: u64) {
+fn the_log_fd_is_signalled_after_logging_until_it_is_removed(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -416,7 +416,7 @@ fn succeeded(guest: &Guest, client: &Client, features: u64, kept: bool) -> (Ring
 
 /// Rules I3.3 and L10.1: a process may die between a write to the used ring and its mark.
 #[rstest]
-fn a_successor_logs_the_whole_used_ring_again_if_its_predecessor_died_at_work(#[values(SPLIT, PACKED)] features: u64) {
+fn a_successor_of_a_killed_back_end_logs_the_whole_used_ring_again(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let (mut ring, log) = succeeded(&guest, &client, features, true);
@@ -434,7 +434,7 @@ fn a_successor_logs_the_whole_used_ring_again_if_its_predecessor_died_at_work(#[
 
 /// Rule L15.2: once, and not when this back-end itself has stopped and started the ring.
 #[rstest]
-fn a_successor_with_a_new_log_logs_all_memory_because_the_old_one_is_gone(#[values(SPLIT, PACKED)] features: u64) {
+fn a_successor_with_a_new_log_logs_all_guest_memory(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let (mut ring, log) = succeeded(&guest, &client, features, false);

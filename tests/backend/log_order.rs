@@ -233,7 +233,7 @@ fn a_ring_that_is_stopped_and_continued_loses_no_page_in_any_order_of_start(
 
 /// Rules L9.3 and L9.4: marks are carried over once, and not at all from a migration that has ended.
 #[rstest]
-fn marks_that_were_carried_over_or_are_of_another_migration_do_not_come_again(#[values(SPLIT, PACKED)] features: u64) {
+fn marks_already_copied_or_of_an_earlier_migration_are_not_repeated(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let (client, mut load, old, mut copy) = logging(&server, &guest, features);
     load.serve(&guest, &mut copy);

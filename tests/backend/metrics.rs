@@ -65,7 +65,7 @@ fn writes_outside_the_log_and_requests_of_a_predecessor_are_counted() {
 
 /// Who connects to the counters and asks for nothing takes the back-end's descriptors from nobody, and fills no log.
 #[rstest]
-fn idle_connections_to_the_counters_leave_front_ends_alone(#[values("tcp", "unix")] kind: &str) {
+fn idle_metrics_connections_do_not_block_front_ends(#[values("tcp", "unix")] kind: &str) {
     let folder = tempfile::tempdir().unwrap();
     let image = disk_options(folder.path(), 1 << 20, |_| {}).image;
     let address = match kind {

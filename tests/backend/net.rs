@@ -156,7 +156,7 @@ fn frame(len: usize, seed: u8) -> Vec<u8> {
 }
 
 #[rstest]
-fn a_frame_of_any_size_comes_back_byte_for_byte_however_the_buffers_are_cut(#[values(SPLIT, PACKED)] rings: u64) {
+fn a_frame_of_any_size_is_received_intact_for_any_buffer_sizes(#[values(SPLIT, PACKED)] rings: u64) {
     for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
         let mut rig = Rig::new(features, |_| {});
         let mut seed = 0;
@@ -180,7 +180,7 @@ fn a_frame_of_any_size_comes_back_byte_for_byte_however_the_buffers_are_cut(#[va
 }
 
 #[rstest]
-fn without_mergeable_buffers_a_packet_takes_one_and_is_dropped_if_it_does_not_fit(#[values(SPLIT, PACKED)] rings: u64) {
+fn without_mergeable_buffers_a_packet_larger_than_its_buffer_is_dropped(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = Rig::new(rings, |_| {});
     rig.provide_kicked(0, &[1526, 1526, 65562]);
     rig.send(0, &frame(1514, 1));
@@ -194,7 +194,7 @@ fn without_mergeable_buffers_a_packet_takes_one_and_is_dropped_if_it_does_not_fi
 }
 
 #[rstest]
-fn a_packet_that_waits_for_buffers_is_received_when_they_come(#[values(SPLIT, PACKED)] rings: u64) {
+fn a_packet_without_buffers_is_received_once_buffers_are_added(#[values(SPLIT, PACKED)] rings: u64) {
     for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
         let mut rig = Rig::new(features, |_| {});
         rig.send(0, &frame(3000, 1));
@@ -253,7 +253,7 @@ fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: u64) 
 }
 
 #[rstest]
-fn a_stop_does_not_wait_for_packets_and_gives_every_unused_buffer_back(#[values(SPLIT, PACKED)] rings: u64) {
+fn get_vring_base_does_not_wait_for_packets_and_returns_unused_buffers(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = Rig::new(rings | MERGEABLE, |_| {});
     let (region, fd, description) = inflight_region(rings, 2, 256);
     for ring in rig.rx.iter().chain(&rig.tx) {
@@ -295,7 +295,7 @@ fn a_stop_does_not_wait_for_packets_and_gives_every_unused_buffer_back(#[values(
 }
 
 #[rstest]
-fn buffers_that_a_killed_predecessor_had_taken_are_the_first_to_be_used(#[values(SPLIT, PACKED)] rings: u64) {
+fn buffers_taken_by_a_killed_back_end_are_used_first(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = Rig::new(rings | MERGEABLE, |_| {});
     for ring in rig.rx.iter().chain(&rig.tx) {
         assert_eq!(rig.client.ring_base(ring.index), ring.start());
@@ -316,7 +316,7 @@ fn buffers_that_a_killed_predecessor_had_taken_are_the_first_to_be_used(#[values
 }
 
 #[rstest]
-fn a_burst_of_packets_arrives_in_order_and_a_flood_is_dropped_and_counted(#[values(SPLIT, PACKED)] rings: u64) {
+fn a_burst_is_received_in_order_and_excess_packets_are_dropped_and_counted(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = Rig::new(rings | MERGEABLE, |_| {});
     rig.provide_kicked(0, &[1000; 100]);
     for seed in 0..50 {
@@ -355,7 +355,7 @@ fn each_pair_receives_what_it_sent(#[values(SPLIT, PACKED)] rings: u64) {
 
 /// As with QEMU and a guest with fewer CPUs than pairs: it starts the rings of all of them and enables some.
 #[rstest]
-fn packets_for_a_pair_whose_ring_is_disabled_are_received_by_another(#[values(SPLIT, PACKED)] rings: u64) {
+fn packets_of_a_pair_with_a_disabled_ring_are_received_by_another_pair(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = Rig::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 3);
     rig.provide_kicked(0, &[2000; 9]);
     rig.provide_kicked(1, &[2000]);
@@ -394,7 +394,7 @@ fn packets_on_a_disabled_transmit_ring_stay_there_until_it_is_enabled(#[values(S
 
 /// Rule R11.1: the driver could say how many pairs it uses, and has not.
 #[rstest]
-fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_wants_more(#[values(SPLIT, PACKED)] rings: u64) {
+fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = Rig::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
     let mut control = Controls::new(&rig, 8);
     (0..4).for_each(|pair| rig.provide_kicked(pair, &[700; 30]));
@@ -429,7 +429,7 @@ fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_wants_more(#[valu
 
 /// What a driver sets is its own: the next one must not inherit it, with a control queue or without.
 #[rstest]
-fn another_driver_begins_without_the_filter_of_the_last(#[values(0, CONTROL)] next: u64) {
+fn a_new_driver_starts_with_the_default_filter(#[values(0, CONTROL)] next: u64) {
     let device = Arc::new(NetDevice::open(options(NetPeer::Loopback)).unwrap());
     let (server, strange) = (Server::new(device.clone()), [2, 0, 0, 0, 0, 9]);
     {
@@ -450,7 +450,7 @@ fn another_driver_begins_without_the_filter_of_the_last(#[values(0, CONTROL)] ne
 
 /// As a front-end that comes back while its guest runs: rings go on where they were.
 #[test]
-fn the_same_driver_goes_on_with_its_filter() {
+fn a_resumed_driver_keeps_its_filter() {
     let device = Arc::new(NetDevice::open(options(NetPeer::Loopback)).unwrap());
     let server = Server::new(device.clone());
     let mut rig = Rig::on(&server, &device, MERGEABLE | CONTROL, 1);
@@ -472,7 +472,7 @@ fn the_same_driver_goes_on_with_its_filter() {
 
 /// Before version 1 a driver without mergeable buffers has a header of 10 bytes: it ends where the number of buffers would be.
 #[test]
-fn a_short_header_has_no_number_of_buffers() {
+fn a_legacy_header_has_no_num_buffers_field() {
     let mut rig = Rig::new(BIT_30, |_| {});
     let frame = frame(60, 3);
     rig.guest.memory.write(SENT, &[&[0; 10], &frame[..]].concat()).unwrap();
@@ -514,7 +514,7 @@ fn table(macs: &[[u8; 6]]) -> Vec<u8> {
 }
 
 #[test]
-fn a_frame_sent_after_an_answer_meets_the_filter_that_was_answered() {
+fn a_frame_sent_after_a_control_reply_is_filtered_by_the_new_filter() {
     let mut rig = Rig::new(SPLIT | MERGEABLE | CONTROL, |options| options.pairs = 1);
     let mut control = Controls::new(&rig, 2);
     rig.provide_kicked(0, &[2000; 20]);
@@ -536,7 +536,7 @@ fn a_frame_sent_after_an_answer_meets_the_filter_that_was_answered() {
 }
 
 #[rstest]
-fn the_control_queue_does_what_the_specification_says_and_refuses_the_rest(#[values(SPLIT, PACKED)] rings: u64) {
+fn the_control_queue_executes_specified_commands_and_refuses_others(#[values(SPLIT, PACKED)] rings: u64) {
     const OK: u8 = 0;
     const ERR: u8 = 1;
     let mut rig = Rig::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
@@ -591,7 +591,7 @@ fn the_control_queue_does_what_the_specification_says_and_refuses_the_rest(#[val
 
 /// Without MQ there is one pair, and the control queue is behind it (virtio 1.2, 5.1.2).
 #[test]
-fn without_multi_queue_the_control_queue_is_the_third() {
+fn without_multi_queue_the_control_queue_has_index_2() {
     let rig = Rig::new(MERGEABLE | CONTROL, |options| options.pairs = 1);
     assert_eq!(Controls::new(&rig, 2).ask(&rig.guest, 0, 0, &[0]), 0);
     let device = Arc::new(NetDevice::open(NetOptions { pairs: 4, ..options(NetPeer::Loopback) }).unwrap());
@@ -613,7 +613,7 @@ fn config(client: &Client) -> ([u8; 6], u16) {
 }
 
 #[test]
-fn what_a_front_end_asks_about_the_device_is_answered() {
+fn network_device_messages_are_answered() {
     let rig = Rig::new(MERGEABLE | CONTROL, |options| (options.pairs, options.mtu) = (3, Some(9000)));
     let client = &rig.client;
     assert_eq!(client.ask_number(Code::GET_QUEUE_NUM), 3, "front-ends of net devices compare it with pairs");
@@ -644,7 +644,7 @@ fn what_a_front_end_asks_about_the_device_is_answered() {
 }
 
 #[rstest]
-fn an_announcement_or_an_mtu_cut_short_is_refused_and_packets_go_on(#[values(SPLIT, PACKED)] rings: u64) {
+fn a_truncated_send_rarp_or_net_set_mtu_is_refused_and_packets_continue(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = Rig::new(rings | MERGEABLE | CONTROL, |options| options.mtu = Some(9000));
     let mut seed = 0;
     for code in [Code::SEND_RARP, Code::NET_SET_MTU] {
@@ -661,7 +661,7 @@ fn an_announcement_or_an_mtu_cut_short_is_refused_and_packets_go_on(#[values(SPL
 }
 
 #[rstest]
-fn packets_that_can_not_be_are_dropped_and_counted_and_the_queue_goes_on(#[values(SPLIT, PACKED)] rings: u64) {
+fn invalid_packets_are_dropped_and_counted_and_the_queue_continues(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = Rig::new(rings | MERGEABLE, |_| {});
     rig.provide_kicked(0, &[2000; 3]);
     let at = |gpa, len| Buffer { gpa, len };
@@ -682,7 +682,7 @@ fn packets_that_can_not_be_are_dropped_and_counted_and_the_queue_goes_on(#[value
 }
 
 #[rstest]
-fn buffers_that_nothing_can_be_put_in_come_back_empty_and_the_queue_goes_on(#[values(SPLIT, PACKED)] rings: u64) {
+fn unusable_receive_buffers_are_returned_empty_and_the_queue_continues(#[values(SPLIT, PACKED)] rings: u64) {
     for features in [rings, rings | MERGEABLE] {
         let mut rig = Rig::new(features, |_| {});
         let at = |gpa, len| Buffer { gpa, len };
@@ -704,7 +704,7 @@ fn buffers_that_nothing_can_be_put_in_come_back_empty_and_the_queue_goes_on(#[va
 
 /// A longer one would wait for ever, and all others behind it.
 #[rstest]
-fn a_packet_that_no_full_ring_can_hold_is_dropped(#[values(SPLIT, PACKED)] rings: u64) {
+fn a_packet_larger_than_a_full_ring_of_buffers_is_dropped(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = Rig::new(rings | MERGEABLE, |_| {});
     rig.send(0, &frame(256 * 12, 1));
     rig.send(0, &frame(255 * 12, 2));
@@ -720,7 +720,7 @@ fn a_packet_that_no_full_ring_can_hold_is_dropped(#[values(SPLIT, PACKED)] rings
 
 /// Two interfaces, each in a process or a thread of its own.
 #[rstest]
-fn two_ends_of_a_pair_hear_each_other_and_their_successors(#[values(SPLIT, PACKED)] rings: u64) {
+fn paired_devices_exchange_packets_also_after_a_restart(#[values(SPLIT, PACKED)] rings: u64) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("wire");
     let end = || {
@@ -768,7 +768,7 @@ fn two_ends_of_a_pair_hear_each_other_and_their_successors(#[values(SPLIT, PACKE
 }
 
 #[test]
-fn two_processes_are_a_pair_whichever_comes_first() {
+fn paired_processes_connect_in_any_start_order() {
     let folder = tempfile::tempdir().unwrap();
     let wire = folder.path().join("wire");
     let start = |socket: &str| Process::net(&folder.path().join(socket), &["--pair", wire.to_str().unwrap()]);
@@ -833,7 +833,7 @@ impl NetClient {
 }
 
 #[test]
-fn what_can_not_be_an_interface_is_explained_in_one_line() {
+fn invalid_network_options_are_refused_with_a_one_line_error() {
     let run = |arguments: &[&str]| {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
         let output = command.args(["backend", "net", "--socket", "s"]).args(arguments).output().unwrap();
@@ -857,7 +857,7 @@ fn what_can_not_be_an_interface_is_explained_in_one_line() {
 
 /// Rule R10.1: QEMU gives the call fd last, when packets may have come already.
 #[rstest]
-fn what_a_ring_had_to_notify_without_a_call_fd_is_said_over_the_next(#[values(SPLIT, PACKED)] rings: u64) {
+fn a_notification_without_a_call_fd_is_signalled_over_the_next_call_fd(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = Rig::new(rings | MERGEABLE, |_| {});
     let renew = |rig: &mut Rig| {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
@@ -880,7 +880,7 @@ fn what_a_ring_had_to_notify_without_a_call_fd_is_said_over_the_next(#[values(SP
 
 /// The other end of a pair that says it will send nothing more, and stays: it would be readable for ever.
 #[test]
-fn a_pair_that_ends_in_one_direction_is_hung_up_and_connected_again() {
+fn a_half_closed_pair_connection_is_closed_and_reconnected() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pair");
     let _rig = Rig::new(BASIC, |options| options.peer = NetPeer::Pair(path.clone()));
@@ -903,7 +903,7 @@ fn a_pair_that_ends_in_one_direction_is_hung_up_and_connected_again() {
 /// A tap that is deleted while the interface runs: its queues read from it no more, one line says so, and all else goes on.
 #[cfg(feature = "peers")]
 #[test]
-fn a_tap_that_is_deleted_is_taken_out() {
+fn a_deleted_tap_is_removed_from_the_device() {
     use std::io::{BufRead, BufReader, Write};
     use std::process::{Command, Stdio};
 

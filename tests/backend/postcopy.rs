@@ -228,7 +228,7 @@ fn every_byte_arrives(server: &Server, to: &Memory, features: u64) {
 }
 
 #[rstest]
-fn a_disk_works_in_memory_that_arrives_when_it_is_touched(#[values(SPLIT, PACKED)] features: u64) {
+fn a_disk_serves_requests_in_postcopy_memory(#[values(SPLIT, PACKED)] features: u64) {
     let changes: [fn(&mut vhost_migrate::backend::blk::BlkOptions); 3] =
         [|_| {}, |options| options.aio = Aio::Threads, |options| options.direct = true];
     for change in changes {
@@ -238,7 +238,7 @@ fn a_disk_works_in_memory_that_arrives_when_it_is_touched(#[values(SPLIT, PACKED
 
 /// Packets in buffers over the ends of pages, each of which lies among what is the guest's.
 #[rstest]
-fn packets_received_into_pages_that_are_missing_arrive_whole_and_are_logged(#[values(SPLIT, PACKED)] rings: u64) {
+fn packets_received_into_missing_postcopy_pages_are_intact_and_logged(#[values(SPLIT, PACKED)] rings: u64) {
     const PACKETS: u16 = 8;
     const LENGTHS: [usize; 3] = [4000, 4000, 1012];
     const HEADER: usize = 12;
@@ -374,7 +374,7 @@ fn serves(server: &Server) {
 }
 
 #[test]
-fn a_front_end_that_dies_in_postcopy_leaves_nobody_waiting_and_its_memory_as_it_was() {
+fn a_hang_up_during_postcopy_releases_waiting_workers_and_leaves_memory_unchanged() {
     let server = server(|_| {});
     for _ in 0..3 {
         let (client, guest, _ring) = stuck(&server);
@@ -386,7 +386,7 @@ fn a_front_end_that_dies_in_postcopy_leaves_nobody_waiting_and_its_memory_as_it_
 }
 
 #[test]
-fn postcopy_in_another_order_is_refused_and_the_back_end_goes_on() {
+fn postcopy_messages_out_of_order_are_refused_and_the_back_end_continues() {
     let server = server(|_| {});
     let client = server.connect();
     let offered = client.ask_number(Code::GET_PROTOCOL_FEATURES);
@@ -433,7 +433,7 @@ fn postcopy_in_another_order_is_refused_and_the_back_end_goes_on() {
 }
 
 #[test]
-fn postcopy_messages_that_are_wrong_are_refused_and_the_connection_goes_on_unless_it_waits_for_pages() {
+fn invalid_postcopy_messages_are_refused_and_close_the_connection_only_after_listen() {
     let (server, guest) = (server(|_| {}), Guest::new());
     let client = advised(&server);
     guest.send_table(&client);
@@ -495,7 +495,7 @@ fn postcopy_is_not_offered_to_drivers_behind_an_iommu() {
 }
 
 #[test]
-fn a_disk_works_in_huge_pages_that_arrive_when_they_are_touched() {
+fn a_disk_serves_requests_in_postcopy_huge_pages() {
     const POOL: &str = "/proc/sys/vm/nr_hugepages";
     let pages: u64 = std::fs::read_to_string(POOL).unwrap().trim().parse().unwrap();
     if pages < 24 {
@@ -507,7 +507,7 @@ fn a_disk_works_in_huge_pages_that_arrive_when_they_are_touched() {
 }
 
 #[test]
-fn the_addresses_of_a_back_end_are_those_of_its_own_process() {
+fn the_set_mem_table_reply_holds_the_back_ends_own_addresses() {
     let server = server(|_| {});
     let guest = Guest::new();
     let client = advised(&server);

@@ -222,21 +222,21 @@ fn race_on_an_interface(features: u64) {
 }
 
 #[test]
-fn a_guest_that_rewrites_a_split_ring_while_requests_run_gets_nothing_out_of_it() {
+fn a_guest_rewriting_a_split_ring_under_load_breaks_only_that_ring() {
     race_on_a_disk(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC));
 }
 
 #[test]
-fn a_guest_that_rewrites_a_packed_ring_while_requests_run_gets_nothing_out_of_it() {
+fn a_guest_rewriting_a_packed_ring_under_load_breaks_only_that_ring() {
     race_on_a_disk(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC) | bit(VIRTIO_F_RING_PACKED));
 }
 
 #[test]
-fn a_guest_that_rewrites_the_split_rings_of_an_interface_gets_nothing_out_of_it() {
+fn a_guest_rewriting_split_rings_of_a_network_device_breaks_only_those_rings() {
     race_on_an_interface(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC));
 }
 
 #[test]
-fn a_guest_that_rewrites_the_packed_rings_of_an_interface_gets_nothing_out_of_it() {
+fn a_guest_rewriting_packed_rings_of_a_network_device_breaks_only_those_rings() {
     race_on_an_interface(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC) | bit(VIRTIO_F_RING_PACKED));
 }

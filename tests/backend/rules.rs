@@ -48,7 +48,7 @@ fn read_one(guest: &Guest, ring: &mut Ring, sector: u64) {
 }
 
 #[test]
-fn what_is_offered_is_what_the_rules_speak_of() {
+fn the_offered_features_are_those_of_the_protocol_rules() {
     let (server, _) = disk();
     let client = server.connect();
     let features = client.ask_number(Code::GET_FEATURES);
@@ -93,7 +93,7 @@ fn a_message_may_come_byte_by_byte_with_its_fds_on_the_first() {
 
 /// Rules F3.1, F3.2.
 #[test]
-fn need_reply_adds_no_second_answer_to_a_request_that_has_one() {
+fn need_reply_adds_no_second_reply_to_a_request_with_its_own_reply() {
     let (server, _) = disk();
     let client = server.connect();
     client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
@@ -105,7 +105,7 @@ fn need_reply_adds_no_second_answer_to_a_request_that_has_one() {
 
 /// Rule F4.3.2; UML waits for this answer.
 #[test]
-fn the_message_that_switches_acknowledgements_on_is_acknowledged_itself() {
+fn the_message_that_acknowledges_reply_ack_is_itself_acknowledged() {
     let (server, _) = disk();
     let client = server.connect();
     client.done(Code::SET_PROTOCOL_FEATURES, &PROTOCOL, &[]);
@@ -116,7 +116,7 @@ fn the_message_that_switches_acknowledgements_on_is_acknowledged_itself() {
 
 /// Rule F4.3.
 #[test]
-fn need_reply_means_nothing_before_reply_ack_is_acknowledged() {
+fn need_reply_is_ignored_before_reply_ack_is_acknowledged() {
     let (server, _) = disk();
     let client = server.connect();
     client.send(Code::SET_OWNER, NEED_REPLY, &[], &[]);
@@ -127,7 +127,7 @@ fn need_reply_means_nothing_before_reply_ack_is_acknowledged() {
 
 /// Rules F6.1, F6.2.
 #[test]
-fn a_memory_table_may_be_longer_than_its_regions() {
+fn a_memory_table_payload_may_be_longer_than_its_regions() {
     let (server, guest) = disk();
     let client = server.connect();
     client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
@@ -141,7 +141,7 @@ fn a_memory_table_may_be_longer_than_its_regions() {
 
 /// Rule F7.1. rust-vmm's front-end asks for acknowledgements and waits for these 16 bytes all the same.
 #[test]
-fn set_log_base_has_an_answer_of_its_own_also_if_a_number_is_asked_for() {
+fn set_log_base_has_its_own_reply_also_with_need_reply() {
     let (server, guest) = disk();
     let client = server.connect();
     client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
@@ -157,7 +157,7 @@ fn set_log_base_has_an_answer_of_its_own_also_if_a_number_is_asked_for() {
 
 /// Rule F8.1.
 #[rstest]
-fn the_call_may_be_a_socket_and_the_signal_is_eight_bytes(#[values(SPLIT, PACKED)] features: u64) {
+fn a_call_fd_may_be_a_socket_and_gets_eight_bytes_per_signal(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -197,7 +197,7 @@ fn without_bit_30_a_ring_runs_as_soon_as_it_is_kicked(#[values(SPLIT, PACKED)] f
 
 /// Rule R2.2.
 #[rstest]
-fn requests_that_waited_before_the_ring_was_started_are_served_without_a_kick(#[values(SPLIT, PACKED)] features: u64) {
+fn requests_available_before_the_ring_starts_are_served_without_a_kick(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     begin(&client, &guest, features);
@@ -212,7 +212,7 @@ fn requests_that_waited_before_the_ring_was_started_are_served_without_a_kick(#[
 
 /// Rules R2.1 and R6.4: the parts of a ring may come in any order.
 #[rstest]
-fn a_ring_runs_when_its_last_part_has_come_whichever_that_is(#[values(SPLIT, PACKED)] features: u64) {
+fn a_ring_runs_once_its_setup_is_complete_in_any_order(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
@@ -231,7 +231,7 @@ fn a_ring_runs_when_its_last_part_has_come_whichever_that_is(#[values(SPLIT, PAC
 
 /// Rules R5.1, R5.2.
 #[rstest]
-fn set_vring_addr_on_a_running_ring_moves_no_index_and_no_address(#[values(SPLIT, PACKED)] features: u64) {
+fn set_vring_addr_on_a_running_ring_changes_only_its_logging(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -249,7 +249,7 @@ fn set_vring_addr_on_a_running_ring_moves_no_index_and_no_address(#[values(SPLIT
 
 /// Rule R2.6.
 #[rstest]
-fn size_and_base_of_a_running_ring_can_not_be_changed(#[values(SPLIT, PACKED)] features: u64) {
+fn set_vring_num_and_set_vring_base_are_refused_on_a_running_ring(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -261,7 +261,7 @@ fn size_and_base_of_a_running_ring_can_not_be_changed(#[values(SPLIT, PACKED)] f
 
 /// Rules R3.1 and R2.2: a ring that was stopped starts again where it was.
 #[rstest]
-fn a_stopped_ring_goes_on_where_it_was(#[values(SPLIT, PACKED)] features: u64) {
+fn a_stopped_ring_resumes_at_its_base(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -300,7 +300,7 @@ fn a_reset_stops_the_rings_and_keeps_the_memory(#[values(SPLIT, PACKED)] feature
 
 /// Rule R8.1.
 #[rstest]
-fn without_an_owner_all_rings_are_disabled(#[values(SPLIT, PACKED)] features: u64) {
+fn reset_owner_disables_all_rings(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -320,7 +320,7 @@ fn without_an_owner_all_rings_are_disabled(#[values(SPLIT, PACKED)] features: u6
 
 /// Rule R9.1.
 #[rstest]
-fn the_next_front_end_finds_the_disk_and_nothing_else(#[values(SPLIT, PACKED)] features: u64) {
+fn the_next_front_end_inherits_only_the_disk_contents(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -344,7 +344,7 @@ fn the_next_front_end_finds_the_disk_and_nothing_else(#[values(SPLIT, PACKED)] f
 
 /// Rule C1.1.
 #[test]
-fn configuration_space_is_echoed_with_its_offset_and_size() {
+fn get_config_echoes_offset_and_size() {
     let (device, _gate) = Held::new();
     let server = Server::new(device);
     let client = server.connect();
@@ -361,7 +361,7 @@ fn configuration_space_is_echoed_with_its_offset_and_size() {
 
 /// Rules I1.1, I1.3.
 #[rstest]
-fn an_inflight_region_is_made_as_asked_and_taken_back(#[values(SPLIT, PACKED)] features: u64) {
+fn get_inflight_fd_creates_the_requested_region_and_set_inflight_fd_accepts_it(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
@@ -385,7 +385,7 @@ fn an_inflight_region_is_made_as_asked_and_taken_back(#[values(SPLIT, PACKED)] f
 
 /// Rules I5.1, I5.3: the destination of a migration, where the ring was used without the region.
 #[rstest]
-fn a_fresh_inflight_region_on_a_used_ring_marks_nothing(#[values(SPLIT, PACKED)] features: u64) {
+fn a_fresh_inflight_region_on_a_used_ring_marks_no_request(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -408,7 +408,7 @@ fn a_fresh_inflight_region_on_a_used_ring_marks_nothing(#[values(SPLIT, PACKED)]
 
 /// Rule R1.4: a ring keeps to what was acknowledged when it started.
 #[rstest]
-fn of_the_features_only_log_all_changes_while_a_ring_runs(#[values(SPLIT, PACKED)] features: u64) {
+fn only_log_all_may_change_while_a_ring_runs(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     let features = features | bit(VIRTIO_RING_F_INDIRECT_DESC);
@@ -435,7 +435,7 @@ fn of_the_features_only_log_all_changes_while_a_ring_runs(#[values(SPLIT, PACKED
 
 /// A kick without an fd: the ring is to be polled.
 #[rstest]
-fn a_ring_without_a_kick_is_served_all_the_same(#[values(SPLIT, PACKED)] features: u64) {
+fn a_ring_without_a_kick_fd_is_served_by_polling(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -448,7 +448,7 @@ fn a_ring_without_a_kick_is_served_all_the_same(#[values(SPLIT, PACKED)] feature
 
 /// The advice of the command line, for people.
 #[test]
-fn a_socket_that_a_dead_process_left_is_replaced_and_others_are_explained() {
+fn a_stale_socket_file_is_replaced_and_other_files_are_reported() {
     use vhost_migrate::backend::BackendListener;
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
@@ -467,7 +467,7 @@ fn a_socket_that_a_dead_process_left_is_replaced_and_others_are_explained() {
 
 /// Rule F5.4: as a state, the number that refuses must not be a ring's.
 #[test]
-fn a_refused_get_vring_base_reads_as_the_base_of_no_ring() {
+fn a_refused_get_vring_base_replies_with_an_invalid_ring_index() {
     let server = Server::disk(DISK, |_| {});
     let client = server.connect();
     begin(&client, &Guest::new(), SPLIT);
@@ -498,7 +498,7 @@ fn a_reset_keeps_the_call_fd(#[values(SPLIT, PACKED)] features: u64) {
 
 /// Rules R10.1, R10.2: also if the ring was started again in between.
 #[rstest]
-fn what_was_to_be_notified_without_a_call_fd_is_signalled_also_after_a_restart(
+fn a_notification_without_a_call_fd_is_signalled_after_the_ring_restarts(
     #[values(SPLIT, PACKED)] features: u64,
     #[values(false, true)] stopped: bool,
 ) {

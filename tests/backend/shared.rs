@@ -118,7 +118,7 @@ fn fill(fd: BorrowedFd<'_>) {
 }
 
 #[rstest]
-fn a_call_without_room_that_blocks_stops_no_ring(
+fn a_full_blocking_call_fd_stops_no_ring(
     #[values(Kind::EventFd, Kind::Socket, Kind::Pipe)] kind: Kind,
     #[values(SPLIT, PACKED)] features: u64,
 ) {
@@ -142,7 +142,7 @@ fn a_call_without_room_that_blocks_stops_no_ring(
 }
 
 #[rstest]
-fn an_error_fd_without_room_that_blocks_stops_nothing(#[values(Kind::EventFd, Kind::Socket, Kind::Pipe)] kind: Kind) {
+fn a_full_blocking_error_fd_stops_no_ring(#[values(Kind::EventFd, Kind::Socket, Kind::Pipe)] kind: Kind) {
     let rig = Rig::new(&[]);
     let client = rig.begin(SPLIT);
     let (error, _other) = kind.open();
@@ -159,7 +159,7 @@ fn an_error_fd_without_room_that_blocks_stops_nothing(#[values(Kind::EventFd, Ki
 
 /// A kick that a poll says is there and that can't be read: for ever, or as long as nobody sends the other 7 bytes.
 #[rstest]
-fn a_kick_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "epoll")] what: &str) {
+fn a_kick_fd_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "epoll")] what: &str) {
     let rig = Rig::new(&[]);
     let client = rig.begin(SPLIT);
     let mut ring = rig.ring(&client, 0, SPLIT);
@@ -189,7 +189,7 @@ fn a_kick_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "epol
 }
 
 #[rstest]
-fn one_blocking_kick_serves_two_rings(#[values(SPLIT, PACKED)] features: u64) {
+fn one_blocking_kick_eventfd_serves_two_rings(#[values(SPLIT, PACKED)] features: u64) {
     let rig = Rig::new(&[]);
     let client = rig.begin(features);
     let kick = EventFd::from_flags(EfdFlags::empty()).unwrap();
@@ -218,7 +218,7 @@ fn one_blocking_kick_serves_two_rings(#[values(SPLIT, PACKED)] features: u64) {
 
 /// A back-end that has read the first bytes waits for the next ones, and for nothing else.
 #[rstest]
-fn a_state_that_does_not_come_blocks_nobody(#[values("pipe", "socket")] kind: &str) {
+fn an_incomplete_device_state_transfer_blocks_no_other_front_end(#[values("pipe", "socket")] kind: &str) {
     let mut rig = Rig::interface();
     let client = Client::connect(&rig.socket);
     begin_with(&client, &rig.guest, BASIC, bit(protocol_feature::REPLY_ACK) | bit(protocol_feature::DEVICE_STATE));
@@ -252,7 +252,7 @@ fn unread(fd: BorrowedFd<'_>) -> i32 {
 
 /// A thread that can't go on for any reason, here because it is held by ptrace.
 #[test]
-fn sigterm_ends_a_process_that_hangs() {
+fn sigterm_ends_a_process_with_a_hanging_thread() {
     let mut rig = Rig::new(&["--stop-timeout", "1"]);
     let client = rig.begin(SPLIT);
     let mut ring = rig.ring(&client, 0, SPLIT);

@@ -126,7 +126,7 @@ fn driver(server: &Server) -> UserDevice {
 }
 
 #[test]
-fn a_state_larger_than_any_pipe_arrives_as_it_was() {
+fn a_device_state_larger_than_a_pipe_is_transferred_intact() {
     let state: Vec<u8> = (0..3 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     let (from, to) = (Keeper::new("keeper", &state), Keeper::new("keeper", b"other"));
     let (source, destination) = (Server::new(from), Server::new(to.clone()));
@@ -138,7 +138,7 @@ fn a_state_larger_than_any_pipe_arrives_as_it_was() {
 }
 
 #[test]
-fn whatever_is_not_whole_or_not_for_this_device_is_refused_and_changes_nothing() {
+fn an_invalid_or_foreign_device_state_is_refused_and_changes_nothing() {
     let device = Keeper::new("keeper", b"as it was");
     let server = Server::new(device.clone());
     let client = greeted(&server);
@@ -165,7 +165,7 @@ fn whatever_is_not_whole_or_not_for_this_device_is_refused_and_changes_nothing()
 
 /// Cut short, without an fd, with two, with a phase that is not known.
 #[test]
-fn a_message_that_begins_no_transfer_ends_none() {
+fn an_invalid_set_device_state_fd_does_not_end_the_current_transfer() {
     let device = Keeper::new("keeper", b"as it was");
     let server = Server::new(device.clone());
     let client = greeted(&server);
@@ -196,7 +196,7 @@ fn a_message_that_begins_no_transfer_ends_none() {
 }
 
 #[test]
-fn only_a_device_whose_rings_are_stopped_has_a_state_to_give_or_take() {
+fn device_state_is_transferred_only_while_all_rings_are_stopped() {
     let device = Keeper::new("keeper", b"as it was");
     let (server, guest) = (Server::new(device.clone()), Guest::new());
     let client = server.connect();
@@ -225,7 +225,7 @@ fn only_a_device_whose_rings_are_stopped_has_a_state_to_give_or_take() {
 }
 
 #[test]
-fn a_pipe_that_nobody_empties_or_fills_holds_nothing_up() {
+fn a_stalled_device_state_pipe_blocks_no_message() {
     let device = Keeper::new("keeper", &vec![7; 1 << 20]);
     let (server, guest) = (Server::new(device.clone()), Guest::new());
     let (reader, writer) = std::io::pipe().unwrap();
@@ -248,7 +248,7 @@ fn a_pipe_that_nobody_empties_or_fills_holds_nothing_up() {
 }
 
 #[test]
-fn a_device_without_a_state_offers_none() {
+fn a_device_without_state_does_not_offer_device_state() {
     let server = Server::new(Held::new().0);
     let client = greeted(&server);
     assert_eq!(client.ask_number(Code::GET_PROTOCOL_FEATURES) & bit(protocol_feature::DEVICE_STATE), 0);
@@ -262,7 +262,7 @@ fn a_device_without_a_state_offers_none() {
 }
 
 #[test]
-fn a_refused_state_is_said_to_be_refused() {
+fn a_refused_device_state_is_reported_by_check_device_state() {
     let server = Server::new(Keeper::new("keeper", b""));
     let mut device = driver(&server);
     for bytes in [vec![], vec![0; 17 << 20]] {
@@ -275,7 +275,7 @@ fn a_refused_state_is_said_to_be_refused() {
 
 /// A front-end that connects again before it has started a ring loads the state again.
 #[test]
-fn a_loaded_state_outlives_its_back_end_until_a_ring_starts() {
+fn a_loaded_device_state_is_loaded_again_after_a_reconnect_until_a_ring_starts() {
     let saved = driver(&Server::new(Keeper::new("keeper", b"of the guest"))).save_state().unwrap().unwrap();
     let first = Server::new(Keeper::new("keeper", b""));
     let mut device = driver(&first);
@@ -292,7 +292,7 @@ fn a_loaded_state_outlives_its_back_end_until_a_ring_starts() {
 }
 
 #[test]
-fn what_a_driver_has_set_on_its_interface_arrives_and_stays_until_it_is_reset() {
+fn network_driver_settings_are_transferred_and_kept_until_reset() {
     let net = |mtu| {
         let options = NetOptions { mtu, ..NetOptions::new(NetPeer::Loopback, [2, 0, 0, 0, 0, 1]) };
         let device = Arc::new(NetDevice::open(options).unwrap());

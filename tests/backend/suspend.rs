@@ -111,7 +111,7 @@ impl Scene {
 }
 
 #[test]
-fn a_stop_cut_short_or_of_no_ring_stops_nothing() {
+fn an_invalid_skip_drain_request_stops_no_ring() {
     for features in BOTH {
         let mut scene = Scene::new(features, INFLIGHT_MIGRATION);
         let (code, none) = (Code::GET_VRING_BASE_SKIP_DRAIN, VringState { index: 9, num: 0 });
@@ -131,7 +131,7 @@ fn a_stop_cut_short_or_of_no_ring_stops_nothing() {
 }
 
 #[test]
-fn what_is_in_flight_is_left_in_the_region_logged_and_unpublished_and_served_elsewhere() {
+fn suspended_requests_stay_marked_logged_and_unpublished_and_are_resubmitted_elsewhere() {
     for features in BOTH {
         let mut scene = Scene::new(features, INFLIGHT_MIGRATION);
         // QEMU's order: a ring is disabled before it is known how it is to be stopped.
@@ -159,7 +159,7 @@ fn what_is_in_flight_is_left_in_the_region_logged_and_unpublished_and_served_els
 }
 
 #[test]
-fn a_ring_that_was_suspended_goes_on_where_it_was_if_the_migration_fails() {
+fn a_suspended_ring_resumes_its_requests_after_a_failed_migration() {
     for features in BOTH {
         let mut scene = Scene::new(features, INFLIGHT_MIGRATION);
         let base = scene.stop(Code::GET_VRING_BASE_SKIP_DRAIN);
@@ -172,7 +172,7 @@ fn a_ring_that_was_suspended_goes_on_where_it_was_if_the_migration_fails() {
 }
 
 #[test]
-fn a_disabled_ring_keeps_what_it_has_takes_nothing_new_and_goes_on_when_enabled() {
+fn a_disabled_ring_keeps_its_requests_takes_no_new_ones_and_resumes_when_enabled() {
     for features in BOTH {
         let mut scene = Scene::new(features, INFLIGHT_MIGRATION);
         scene.ring.enable(&scene.client, false);
@@ -189,7 +189,7 @@ fn a_disabled_ring_keeps_what_it_has_takes_nothing_new_and_goes_on_when_enabled(
 }
 
 #[test]
-fn get_vring_base_still_drains_unless_there_was_no_other_request_for_it_yet() {
+fn get_vring_base_drains_unless_only_the_inflight_feature_is_acknowledged() {
     let inflight = bit(protocol_feature::GET_VRING_BASE_INFLIGHT);
     for features in BOTH {
         for (protocol, left) in [(INFLIGHT_MIGRATION, 0), (0, 0), (inflight, COUNT)] {
@@ -249,7 +249,7 @@ impl Queue for KeepsOneQueue {
 }
 
 #[test]
-fn with_in_order_what_is_complete_behind_an_open_request_is_left_too() {
+fn suspend_leaves_requests_completed_behind_an_open_one_with_in_order() {
     for features in BOTH {
         let (device, gate) = Held::new();
         let mut scene = Scene::on(Arc::new(KeepsOne), gate, features | IN_ORDER, INFLIGHT_MIGRATION);
@@ -264,7 +264,7 @@ fn with_in_order_what_is_complete_behind_an_open_request_is_left_too() {
 }
 
 #[test]
-fn without_a_region_a_ring_is_drained_and_without_the_feature_the_request_is_unknown() {
+fn skip_drain_drains_without_a_region_and_is_unsupported_without_the_feature() {
     let (device, gate) = Held::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();

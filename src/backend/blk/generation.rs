@@ -11,7 +11,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::image_lock::Image;
+use super::image_lock::ImageLock;
 use crate::abi::vhost_user::DiskGeneration;
 use crate::sys::random::random;
 use crate::sys::xattr;
@@ -22,7 +22,7 @@ const TEXT_BYTES: usize = 65;
 
 /// The generation of one opened image.
 #[derive(Debug)]
-pub(super) struct Generation {
+pub(super) struct ImageGeneration {
     file: File,
     writable: bool,
     /// Running queues.
@@ -30,31 +30,31 @@ pub(super) struct Generation {
     /// The generation was replaced since the first of them has started.
     replaced: AtomicBool,
     /// Held while it is replaced.
-    replacing: Mutex<()>,
+    replace_lock: Mutex<()>,
 }
 
-impl Generation {
+impl ImageGeneration {
     /// For the image that `file` is; `None` if it can't have attributes.
-    pub(super) fn new(file: &File, writable: bool) -> io::Result<Option<Arc<Generation>>> {
+    pub(super) fn new(file: &File, writable: bool) -> io::Result<Option<Arc<ImageGeneration>>> {
         if !file.metadata()?.is_file() || xattr::get::<TEXT_BYTES>(file, NAME).is_err_and(|error| !is_too_long(&error))
         {
             return Ok(None);
         }
         let (file, queues, replaced) = (file.try_clone()?, Mutex::new(0), AtomicBool::new(false));
-        Ok(Some(Arc::new(Generation { file, writable, queues, replaced, replacing: Mutex::default() })))
+        Ok(Some(Arc::new(ImageGeneration { file, writable, queues, replaced, replace_lock: Mutex::default() })))
     }
 
     /// The present one; an image that has none gets one. `image` keeps other processes from changing it meanwhile.
     ///
     /// # Errors
     /// If rings run here or in another process, or it can't be read or made.
-    pub(super) fn report(&self, image: Option<&Arc<Image>>) -> io::Result<DiskGeneration> {
+    pub(super) fn current(&self, image: Option<&Arc<ImageLock>>) -> io::Result<DiskGeneration> {
         let queues = lock(&self.queues);
-        let image = image.ok_or_else(shared)?;
+        let image = image.ok_or_else(not_locked_error)?;
         if *queues > 0 {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another front-end runs rings"));
         }
-        let _claim = image.claim_soon()?;
+        let _claim = image.lock_briefly()?;
         self.read_or_make()
     }
 
@@ -63,19 +63,19 @@ impl Generation {
     ///
     /// # Errors
     /// If it can't be read or made.
-    pub(super) fn identity(&self, image: Option<&Arc<Image>>) -> io::Result<u128> {
+    pub(super) fn identity(&self, image: Option<&Arc<ImageLock>>) -> io::Result<u128> {
         if let Some(generation) = self.read()? {
             return Ok(generation.identity);
         }
-        let _claim = image.ok_or_else(shared)?.claim_soon()?;
-        let _alone = lock(&self.replacing);
+        let _claim = image.ok_or_else(not_locked_error)?.lock_briefly()?;
+        let _alone = lock(&self.replace_lock);
         self.read_or_make().map(|generation| generation.identity)
     }
 
     /// Notes a queue that is going to run. The image must be claimed for at least as long.
-    pub(super) fn use_by_queue(self: &Arc<Generation>) -> InUse {
+    pub(super) fn queue_started(self: &Arc<ImageGeneration>) -> RunningQueue {
         *lock(&self.queues) += 1;
-        InUse(self.clone())
+        RunningQueue(self.clone())
     }
 
     /// The present one; an image that has none gets one.
@@ -106,7 +106,7 @@ impl Generation {
 
     /// Replaces the generation, unless that was done meanwhile.
     fn replace(&self) -> io::Result<()> {
-        let _alone = lock(&self.replacing);
+        let _alone = lock(&self.replace_lock);
         if !self.replaced.load(Ordering::Relaxed) {
             let identity = self.read()?.map_or_else(random, |before| Ok(before.identity))?;
             self.write(identity)?;
@@ -118,9 +118,9 @@ impl Generation {
 
 /// A running queue's use of the image, until dropped.
 #[derive(Debug)]
-pub(super) struct InUse(Arc<Generation>);
+pub(super) struct RunningQueue(Arc<ImageGeneration>);
 
-impl InUse {
+impl RunningQueue {
     /// To be called before every change of the image.
     ///
     /// # Errors
@@ -130,7 +130,7 @@ impl InUse {
     }
 }
 
-impl Drop for InUse {
+impl Drop for RunningQueue {
     fn drop(&mut self) {
         let mut queues = lock(&self.0.queues);
         *queues -= 1;
@@ -146,7 +146,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The reason that an image is not told which has no lock.
-fn shared() -> io::Error {
+fn not_locked_error() -> io::Error {
     io::Error::other("other processes may write the image at any time")
 }
 
@@ -162,7 +162,7 @@ fn parse(text: &[u8]) -> Option<DiskGeneration> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::image_lock::Sharing;
+    use super::super::image_lock::LockMode;
     use super::*;
 
     /// On a disk: not every system's folder for temporary files has attributes.
@@ -170,27 +170,27 @@ mod tests {
         tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/target").unwrap()
     }
 
-    fn open(file: &tempfile::NamedTempFile, writable: bool) -> (Arc<Generation>, Arc<Image>) {
+    fn open(file: &tempfile::NamedTempFile, writable: bool) -> (Arc<ImageGeneration>, Arc<ImageLock>) {
         let file = File::options().read(true).write(writable).open(file.path()).unwrap();
-        let image = Arc::new(Image::new(&file, Sharing::Exclusive).unwrap());
-        (Generation::new(&file, writable).unwrap().expect("a file system with attributes"), image)
+        let image = Arc::new(ImageLock::new(&file, LockMode::Exclusive).unwrap());
+        (ImageGeneration::new(&file, writable).unwrap().expect("a file system with attributes"), image)
     }
 
     #[test]
-    fn it_stays_until_the_first_change_after_rings_have_started_and_the_identity_for_good() {
+    fn the_generation_changes_with_the_first_write_after_ring_start_and_the_identity_never() {
         let file = image();
         let (generation, image) = open(&file, true);
-        let report = |generation: &Generation| generation.report(Some(&image)).unwrap();
+        let report = |generation: &ImageGeneration| generation.current(Some(&image)).unwrap();
         let first = report(&generation);
         assert_eq!(report(&generation), first);
         assert_eq!(report(&open(&file, true).0), first, "another process");
 
-        let queues = [generation.use_by_queue(), generation.use_by_queue()];
-        assert!(generation.report(Some(&image)).is_err(), "it may change at any moment");
+        let queues = [generation.queue_started(), generation.queue_started()];
+        assert!(generation.current(Some(&image)).is_err(), "it may change at any moment");
         drop(queues);
         assert_eq!(report(&generation), first, "nothing was changed");
 
-        let queue = generation.use_by_queue();
+        let queue = generation.queue_started();
         queue.before_change().unwrap();
         let while_it_runs = generation.read().unwrap();
         queue.before_change().unwrap();
@@ -200,30 +200,30 @@ mod tests {
         assert_eq!((second.identity, Some(second)), (first.identity, while_it_runs));
         assert_ne!(second.generation, first.generation);
 
-        let queue = generation.use_by_queue();
+        let queue = generation.queue_started();
         queue.before_change().unwrap();
         drop(queue);
         assert_ne!(report(&generation), second, "it was reported in between");
     }
 
     #[test]
-    fn it_is_not_told_while_another_process_may_change_the_image() {
+    fn the_generation_is_refused_while_another_process_may_change_the_image() {
         let file = image();
         let (generation, mine) = open(&file, true);
-        assert!(generation.report(None).is_err(), "shared with other writers");
+        assert!(generation.current(None).is_err(), "shared with other writers");
         let (_, theirs) = open(&file, true);
-        let claim = theirs.claim().unwrap();
-        assert!(generation.report(Some(&mine)).is_err());
+        let claim = theirs.lock().unwrap();
+        assert!(generation.current(Some(&mine)).is_err());
         drop(claim);
-        assert!(generation.report(Some(&mine)).is_ok());
+        assert!(generation.current(Some(&mine)).is_ok());
     }
 
     #[test]
-    fn the_identity_is_told_while_rings_run_here_or_in_another_process() {
+    fn the_identity_is_available_while_rings_run_in_any_process() {
         let file = image();
         let (generation, mine) = open(&file, true);
-        let queue = generation.use_by_queue();
-        let claim = mine.claim().unwrap();
+        let queue = generation.queue_started();
+        let claim = mine.lock().unwrap();
         let (other, theirs) = open(&file, true);
         assert!(other.identity(Some(&theirs)).is_err(), "another process may be about to give it one");
         let identity = generation.identity(Some(&mine)).unwrap();
@@ -232,7 +232,7 @@ mod tests {
         queue.before_change().unwrap();
         assert_eq!(other.identity(Some(&theirs)).unwrap(), identity);
         drop((queue, claim));
-        assert_eq!(generation.report(Some(&mine)).unwrap().identity, identity);
+        assert_eq!(generation.current(Some(&mine)).unwrap().identity, identity);
 
         let another = image();
         let (generation, image) = open(&another, true);
@@ -240,33 +240,33 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_is_only_read_gets_none() {
+    fn a_read_only_image_gets_no_generation() {
         let file = image();
         let (reader, image) = open(&file, false);
-        assert!(reader.report(Some(&image)).is_err());
+        assert!(reader.current(Some(&image)).is_err());
         assert!(reader.identity(Some(&image)).is_err());
         let (writer, _) = open(&file, true);
-        let made = writer.report(Some(&image)).unwrap();
-        assert_eq!(reader.report(Some(&image)).unwrap(), made);
+        let made = writer.current(Some(&image)).unwrap();
+        assert_eq!(reader.current(Some(&image)).unwrap(), made);
     }
 
     #[test]
-    fn what_is_no_generation_is_replaced() {
+    fn an_invalid_generation_attribute_is_replaced() {
         let file = image();
         let (generation, image) = open(&file, true);
         for junk in ["", ":", "7", "x:y", &"9".repeat(TEXT_BYTES + 1)] {
             xattr::set(&generation.file, NAME, junk.as_bytes()).unwrap();
-            let found = open(&file, true).0.report(Some(&image)).unwrap();
+            let found = open(&file, true).0.current(Some(&image)).unwrap();
             assert_eq!(generation.read().unwrap(), Some(found));
         }
     }
 
     #[test]
-    fn files_without_attributes_have_none() {
+    fn files_without_extended_attributes_have_no_generation() {
         let memfd = File::from(crate::memory::sealed_memfd("generation-test", 4096).unwrap());
-        let without = Generation::new(&File::open("/dev/null").unwrap(), true).unwrap();
+        let without = ImageGeneration::new(&File::open("/dev/null").unwrap(), true).unwrap();
         assert!(without.is_none());
         // Linux 6.6 and later know attributes of users on tmpfs.
-        let _ = Generation::new(&memfd, true).unwrap();
+        let _ = ImageGeneration::new(&memfd, true).unwrap();
     }
 }

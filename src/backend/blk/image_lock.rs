@@ -14,78 +14,78 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 
 /// How long to wait for whoever has the image.
-const PATIENCE: Duration = Duration::from_secs(10);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to wait where the image is only tried: a predecessor that has stopped may still have I/O under way.
-const TRIAL: Duration = Duration::from_secs(1);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often to look.
-const NAP: Duration = Duration::from_millis(1);
+const RETRY_INTERVAL: Duration = Duration::from_millis(1);
 
 /// The other processes that may use an image that is claimed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Sharing {
+pub(super) enum LockMode {
     /// Nobody.
     Exclusive,
     /// Others that share it in the same way, and only read.
-    Readers,
+    Shared,
 }
 
 /// The lock of one opened image.
 #[derive(Debug)]
-pub(super) struct Image {
+pub(super) struct ImageLock {
     file: File,
-    sharing: Sharing,
+    mode: LockMode,
     /// Claims that are held.
-    claims: Mutex<usize>,
+    guards: Mutex<usize>,
 }
 
-impl Image {
+impl ImageLock {
     /// For the image that `file` is: the open file through which I/O may outlive the process.
-    pub(super) fn new(file: &File, sharing: Sharing) -> io::Result<Image> {
-        Ok(Image { file: file.try_clone()?, sharing, claims: Mutex::new(0) })
+    pub(super) fn new(file: &File, sharing: LockMode) -> io::Result<ImageLock> {
+        Ok(ImageLock { file: file.try_clone()?, mode: sharing, guards: Mutex::new(0) })
     }
 
     /// Waits until the image is free and claims it.
     ///
     /// # Errors
     /// When somebody else has it for too long.
-    pub(super) fn claim(self: &Arc<Image>) -> io::Result<Claim> {
-        self.claim_within(PATIENCE)
+    pub(super) fn lock(self: &Arc<ImageLock>) -> io::Result<ImageLockGuard> {
+        self.lock_within(LOCK_TIMEOUT)
     }
 
     /// Finds out whether it could be claimed, and leaves it to others.
     ///
     /// # Errors
     /// When another process has it.
-    pub(super) fn try_claim(self: &Arc<Image>) -> io::Result<()> {
-        self.claim_soon().map(drop)
+    pub(super) fn probe(self: &Arc<ImageLock>) -> io::Result<()> {
+        self.lock_briefly().map(drop)
     }
 
     /// Claims the image unless another process goes on using it.
     ///
     /// # Errors
     /// When another process has it.
-    pub(super) fn claim_soon(self: &Arc<Image>) -> io::Result<Claim> {
-        self.claim_within(TRIAL)
+    pub(super) fn lock_briefly(self: &Arc<ImageLock>) -> io::Result<ImageLockGuard> {
+        self.lock_within(PROBE_TIMEOUT)
     }
 
-    fn claim_within(self: &Arc<Image>, time: Duration) -> io::Result<Claim> {
-        let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
+    fn lock_within(self: &Arc<ImageLock>, time: Duration) -> io::Result<ImageLockGuard> {
+        let mut claims = self.guards.lock().unwrap_or_else(PoisonError::into_inner);
         if *claims == 0 {
-            self.lock(Instant::now() + time)?;
+            self.lock_file(Instant::now() + time)?;
         }
         *claims += 1;
-        Ok(Claim(self.clone()))
+        Ok(ImageLockGuard(self.clone()))
     }
 
-    fn lock(&self, deadline: Instant) -> io::Result<()> {
+    fn lock_file(&self, deadline: Instant) -> io::Result<()> {
         loop {
-            let tried = match self.sharing {
-                Sharing::Exclusive => self.file.try_lock(),
-                Sharing::Readers => self.file.try_lock_shared(),
+            let tried = match self.mode {
+                LockMode::Exclusive => self.file.try_lock(),
+                LockMode::Shared => self.file.try_lock_shared(),
             };
             match tried {
                 Ok(()) => return Ok(()),
-                Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(NAP),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(RETRY_INTERVAL),
                 Err(TryLockError::WouldBlock) => {
                     return Err(io::Error::new(
                         io::ErrorKind::ResourceBusy,
@@ -104,11 +104,11 @@ impl Image {
 
 /// The right to use an image, until dropped.
 #[derive(Debug)]
-pub(super) struct Claim(Arc<Image>);
+pub(super) struct ImageLockGuard(Arc<ImageLock>);
 
-impl Drop for Claim {
+impl Drop for ImageLockGuard {
     fn drop(&mut self) {
-        let mut claims = self.0.claims.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut claims = self.0.guards.lock().unwrap_or_else(PoisonError::into_inner);
         *claims -= 1;
         if *claims == 0
             && let Err(error) = self.0.file.unlock()
@@ -122,8 +122,8 @@ impl Drop for Claim {
 mod tests {
     use super::*;
 
-    fn open(path: &std::path::Path, sharing: Sharing) -> Arc<Image> {
-        Arc::new(Image::new(&File::open(path).unwrap(), sharing).unwrap())
+    fn open(path: &std::path::Path, sharing: LockMode) -> Arc<ImageLock> {
+        Arc::new(ImageLock::new(&File::open(path).unwrap(), sharing).unwrap())
     }
 
     fn is_free(path: &std::path::Path) -> bool {
@@ -131,44 +131,44 @@ mod tests {
     }
 
     #[test]
-    fn an_image_is_locked_from_the_first_claim_to_the_last() {
+    fn an_image_is_locked_until_the_last_guard_is_dropped() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let image = open(file.path(), Sharing::Exclusive);
+        let image = open(file.path(), LockMode::Exclusive);
         assert!(is_free(file.path()));
-        let (first, second) = (image.claim().unwrap(), image.claim().unwrap());
+        let (first, second) = (image.lock().unwrap(), image.lock().unwrap());
         drop(first);
         assert!(!is_free(file.path()));
         drop(second);
         assert!(is_free(file.path()));
-        drop(image.claim().unwrap());
+        drop(image.lock().unwrap());
     }
 
     #[test]
-    fn an_image_that_is_tried_is_free_afterwards() {
+    fn a_probed_image_is_unlocked_afterwards() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let image = open(file.path(), Sharing::Exclusive);
-        image.try_claim().unwrap();
+        let image = open(file.path(), LockMode::Exclusive);
+        image.probe().unwrap();
         assert!(is_free(file.path()));
         let other = File::open(file.path()).unwrap();
         other.lock().unwrap();
-        assert!(image.try_claim().unwrap_err().to_string().contains("another process has locked the image"));
+        assert!(image.probe().unwrap_err().to_string().contains("another process has locked the image"));
         drop(other);
-        let claim = image.claim().unwrap();
-        image.try_claim().unwrap();
+        let claim = image.lock().unwrap();
+        image.probe().unwrap();
         assert!(!is_free(file.path()));
         drop(claim);
     }
 
     #[test]
-    fn a_claim_waits_for_the_last_user_of_the_open_file() {
+    fn a_lock_waits_for_the_last_user_of_the_open_file() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let predecessor = File::open(file.path()).unwrap();
         predecessor.lock().unwrap();
         // Stands for I/O in the kernel: it keeps the open file after its process has closed it.
         let lingering = predecessor.try_clone().unwrap();
         drop(predecessor);
-        let image = open(file.path(), Sharing::Exclusive);
-        let waiting = std::thread::spawn(move || image.claim().map(|_| Instant::now()));
+        let image = open(file.path(), LockMode::Exclusive);
+        let waiting = std::thread::spawn(move || image.lock().map(|_| Instant::now()));
         std::thread::sleep(Duration::from_millis(50));
         let ended = Instant::now();
         drop(lingering);
@@ -176,10 +176,10 @@ mod tests {
     }
 
     #[test]
-    fn readers_that_ask_for_it_share_an_image() {
+    fn shared_locks_of_one_image_coexist() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let (one, other) = (open(file.path(), Sharing::Readers), open(file.path(), Sharing::Readers));
-        let _claims = (one.claim().unwrap(), other.claim().unwrap());
+        let (one, other) = (open(file.path(), LockMode::Shared), open(file.path(), LockMode::Shared));
+        let _claims = (one.lock().unwrap(), other.lock().unwrap());
         assert!(!is_free(file.path()));
     }
 }

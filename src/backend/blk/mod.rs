@@ -24,9 +24,9 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use tracing::{debug, info, warn};
 use zerocopy::{FromZeros, IntoBytes};
 
-use self::generation::Generation;
-use self::image_lock::{Image, Sharing};
-use self::queue::DiskQueue;
+use self::generation::ImageGeneration;
+use self::image_lock::{ImageLock, LockMode};
+use self::queue::BlkQueue;
 use super::{BackendError, FrontendHandle, Queue, RING_FEATURES, VirtioDevice};
 use crate::abi::bit;
 use crate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
@@ -36,7 +36,9 @@ use crate::abi::virtio::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_IN_ORDER,
 };
-use crate::backend::disk_io::{self, Alignment, Engine, Files, Threads, Uring, Urings, WriteBack};
+use crate::backend::disk_io::{
+    self, Alignment, DiskEngine, ImageFiles, ThreadEngine, UringEngine, UringPool, WriteBack,
+};
 
 /// Most data segments of a request, if rings are large enough.
 const MAX_SEGMENTS: u16 = 126;
@@ -194,21 +196,21 @@ pub enum BlkError {
 /// An opened disk; also the [`VirtioDevice`] to serve.
 #[derive(Debug)]
 pub struct BlkDevice {
-    files: Arc<Files>,
+    files: Arc<ImageFiles>,
     /// Of io_uring, if that is used.
-    urings: Option<Arc<Urings>>,
+    urings: Option<Arc<UringPool>>,
     /// In sectors of 512 bytes; it only grows.
     capacity: Arc<AtomicU64>,
     /// Who is to be told when it does.
-    hosts: Mutex<Vec<Weak<FrontendHandle>>>,
+    frontends: Mutex<Vec<Weak<FrontendHandle>>>,
     block_size: u32,
     /// Whether parts of it can be deallocated or zeroed.
-    clears: bool,
+    can_clear: bool,
     serial: [u8; VIRTIO_BLK_ID_BYTES],
     /// Locked while queues run.
-    image: Option<Arc<Image>>,
+    image: Option<Arc<ImageLock>>,
     /// Unless the image can't have one.
-    generation: Option<Arc<Generation>>,
+    generation: Option<Arc<ImageGeneration>>,
     options: BlkOptions,
 }
 
@@ -229,13 +231,13 @@ impl BlkDevice {
             return Err(BlkError::QueueLayout { queues, size: entries });
         }
         let buffered = open(&image, options.read_only, 0)?;
-        let kind = buffered.metadata().map_err(|source| refused(&image, source))?.file_type();
+        let kind = buffered.metadata().map_err(|source| open_error(&image, source))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(BlkError::NotADisk { image });
         }
         let bytes = size(&image, &buffered)?;
         if !options.raw
-            && let Some(format) = format::find(&buffered, bytes).map_err(|source| refused(&image, source))?
+            && let Some(format) = format::find(&buffered, bytes).map_err(|source| open_error(&image, source))?
         {
             return Err(BlkError::Format { image, format });
         }
@@ -248,10 +250,10 @@ impl BlkDevice {
         }
         let direct = if options.direct { Some(open(&image, options.read_only, libc::O_DIRECT)?) } else { None };
         let clears = !options.read_only && (kind.is_block_device() || punches_holes(&buffered, bytes));
-        let sharing = if options.read_only && options.share_readers { Sharing::Readers } else { Sharing::Exclusive };
-        let files = Files::new(buffered, direct).map_err(|source| match source.kind() {
+        let sharing = if options.read_only && options.share_readers { LockMode::Shared } else { LockMode::Exclusive };
+        let files = ImageFiles::new(buffered, direct).map_err(|source| match source.kind() {
             io::ErrorKind::Unsupported => BlkError::NotDirect { image: image.clone() },
-            _ => refused(&image, source),
+            _ => open_error(&image, source),
         })?;
         let block_size = match files.alignment() {
             // A larger one is more than drivers know: what they write of its blocks goes through the page cache.
@@ -260,17 +262,29 @@ impl BlkDevice {
             None => 512,
         };
         let (files, capacity) = (Arc::new(files), Arc::new(AtomicU64::new(capacity)));
-        let lock = Image::new(files.main(), sharing).map_err(|source| refused(&image, source))?;
-        let generation = Generation::new(files.main(), !options.read_only).map_err(|source| refused(&image, source))?;
+        let lock = ImageLock::new(files.preferred(), sharing).map_err(|source| open_error(&image, source))?;
+        let generation =
+            ImageGeneration::new(files.preferred(), !options.read_only).map_err(|source| open_error(&image, source))?;
         let image = (!options.share_rw).then(|| Arc::new(lock));
         let urings = match options.aio {
-            Aio::IoUring => Urings::new(queues, entries)
+            Aio::IoUring => UringPool::new(queues, entries)
                 .inspect_err(|error| info!("io_uring is not to be had ({error}): disk I/O is done by threads")),
             Aio::Threads => Err(io::ErrorKind::Unsupported.into()),
         };
         let urings = urings.ok().map(Arc::new);
         let hosts = Mutex::default();
-        Ok(BlkDevice { files, urings, capacity, hosts, block_size, clears, serial, image, generation, options })
+        Ok(BlkDevice {
+            files,
+            urings,
+            capacity,
+            frontends: hosts,
+            block_size,
+            can_clear: clears,
+            serial,
+            image,
+            generation,
+            options,
+        })
     }
 
     /// Its size, in sectors of 512 bytes.
@@ -285,7 +299,7 @@ impl BlkDevice {
     /// [`BlkError::Shrunk`], and whatever keeps it from looking; the disk stays as it is.
     pub fn grow(&self) -> Result<u64, BlkError> {
         // Held meanwhile, so that the last of several is the last to be told.
-        let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let hosts = self.frontends.lock().unwrap_or_else(PoisonError::into_inner);
         let image = &self.options.image;
         let bytes = size(image, &self.files.buffered)?;
         let (before, now) = (self.capacity(), bytes / SECTOR_BYTES);
@@ -305,11 +319,11 @@ impl BlkDevice {
         Ok(now)
     }
 
-    fn engine(&self) -> io::Result<Box<dyn Engine>> {
-        let uring = self.urings.as_ref().and_then(|urings| Uring::new(self.files.clone(), urings));
+    fn engine(&self) -> io::Result<Box<dyn DiskEngine>> {
+        let uring = self.urings.as_ref().and_then(|urings| UringEngine::new(self.files.clone(), urings));
         match uring {
             Some(uring) => Ok(Box::new(uring)),
-            None => Ok(Box::new(Threads::new(&self.files)?)),
+            None => Ok(Box::new(ThreadEngine::new(&self.files)?)),
         }
     }
 }
@@ -325,7 +339,7 @@ impl VirtioDevice for BlkDevice {
             | or(self.options.iommu, bit(VIRTIO_F_ACCESS_PLATFORM))
             | or(self.options.queues > 1, bit(VIRTIO_BLK_F_MQ))
             | or(self.options.read_only, bit(VIRTIO_BLK_F_RO))
-            | or(self.clears, bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES))
+            | or(self.can_clear, bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES))
     }
 
     fn protocol_features(&self) -> u64 {
@@ -351,7 +365,7 @@ impl VirtioDevice for BlkDevice {
         config.seg_max = u32::from(segments).into();
         config.blk_size = self.block_size.into();
         config.num_queues = self.options.queues.into();
-        if self.clears {
+        if self.can_clear {
             config.max_discard_sectors = MAX_CLEAR_SECTORS.into();
             config.max_discard_seg = 1.into();
             config.discard_sector_alignment = (self.block_size / SECTOR_BYTES as u32).into();
@@ -367,7 +381,7 @@ impl VirtioDevice for BlkDevice {
     }
 
     fn connected(&self, host: Arc<FrontendHandle>) {
-        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut hosts = self.frontends.lock().unwrap_or_else(PoisonError::into_inner);
         hosts.retain(|host| host.strong_count() > 0);
         hosts.push(Arc::downgrade(&host));
     }
@@ -392,7 +406,7 @@ impl VirtioDevice for BlkDevice {
 
     fn disk_generation(&self) -> Result<DiskGeneration, BackendError> {
         let generation = self.generation.as_ref().ok_or_else(|| io::Error::other("the image can't have one"));
-        let told = generation.and_then(|generation| generation.report(self.image.as_ref()));
+        let told = generation.and_then(|generation| generation.current(self.image.as_ref()));
         told.map_err(|error| BackendError::DiskGeneration { why: error.to_string() })
     }
 
@@ -403,20 +417,20 @@ impl VirtioDevice for BlkDevice {
     }
 
     fn validate_queue(&self) -> io::Result<()> {
-        self.image.as_ref().map_or(Ok(()), Image::try_claim)
+        self.image.as_ref().map_or(Ok(()), ImageLock::probe)
     }
 
     fn start_queue(&self, index: u16, _size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
-        let claim = self.image.as_ref().map(Image::claim).transpose()?;
+        let claim = self.image.as_ref().map(ImageLock::lock).transpose()?;
         // Others may have changed the image until now.
         self.files.drop_cache();
-        Ok(Box::new(DiskQueue::new(self, index, features, self.engine()?, claim)))
+        Ok(Box::new(BlkQueue::new(self, index, features, self.engine()?, claim)))
     }
 }
 
 /// Bytes of an image, or of a block device.
 fn size(image: &Path, mut file: &File) -> Result<u64, BlkError> {
-    file.seek(SeekFrom::End(0)).map_err(|source| refused(image, source))
+    file.seek(SeekFrom::End(0)).map_err(|source| open_error(image, source))
 }
 
 fn open(image: &Path, read_only: bool, flags: i32) -> Result<File, BlkError> {
@@ -425,10 +439,10 @@ fn open(image: &Path, read_only: bool, flags: i32) -> Result<File, BlkError> {
         .write(!read_only)
         .custom_flags(flags)
         .open(image)
-        .map_err(|source| refused(image, source))
+        .map_err(|source| open_error(image, source))
 }
 
-fn refused(image: &Path, source: io::Error) -> BlkError {
+fn open_error(image: &Path, source: io::Error) -> BlkError {
     let advice = match source.kind() {
         io::ErrorKind::NotFound => "check the path",
         io::ErrorKind::PermissionDenied => "change its owner or mode, or use --read-only",

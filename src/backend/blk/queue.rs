@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::errno::Errno;
 use tracing::debug;
 
-use super::generation::{Generation, InUse};
-use super::image_lock::Claim;
+use super::generation::{ImageGeneration, RunningQueue};
+use super::image_lock::ImageLockGuard;
 use super::{BlkDevice, MAX_CLEAR_SECTORS};
 use crate::abi::bit;
 use crate::abi::virtio::{
@@ -21,134 +21,136 @@ use crate::abi::virtio::{
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use crate::backend::disk_io::{Engine, Io, Op, Way};
+use crate::backend::disk_io::{DiskEngine, DiskIo, DiskOp, IoPath};
 use crate::backend::{Queue, Request, counters};
 use crate::sys::log_limit::limited;
 
 const HEADER: u64 = size_of::<BlkRequestHeader>() as u64;
 
-pub(super) struct DiskQueue {
+pub(super) struct BlkQueue {
     index: u16,
     /// In sectors; the disk may grow.
     capacity: Arc<AtomicU64>,
-    clears: bool,
+    can_clear: bool,
     read_only: bool,
     /// The best way for data.
-    way: Way,
+    path: IoPath,
     /// Whether what is written or zeroed is complete only when it is on stable storage: for drivers that never flush.
     durable: bool,
     serial: [u8; VIRTIO_BLK_ID_BYTES],
-    engine: Box<dyn Engine>,
+    engine: Box<dyn DiskEngine>,
     /// Given up after the engine, which waits for its I/O, and before the claim.
-    generation: Option<InUse>,
-    _claim: Option<Claim>,
+    generation: Option<RunningQueue>,
+    _lock: Option<ImageLockGuard>,
     /// Requests that are complete.
     ready: Vec<Request>,
     /// While the queue is suspended: requests that it did not complete.
     unserved: Option<Vec<Request>>,
     /// Attempts that came back.
-    attempts: VecDeque<(Io, io::Result<u64>)>,
+    attempts: VecDeque<(DiskIo, io::Result<u64>)>,
 }
 
 /// What a request turns out to be.
-enum Plan {
+enum ParsedRequest {
     /// Answer it with this status.
-    Answer(u8),
+    Complete(u8),
     /// Do this first: operation, first byte on the disk, bytes, and where in the request its data is.
-    Disk { op: Op, start: u64, len: u64, at: u64 },
+    Io { op: DiskOp, start: u64, len: u64, at: u64 },
 }
 
-impl DiskQueue {
+impl BlkQueue {
     pub(super) fn new(
         disk: &BlkDevice,
         index: u16,
         features: u64,
-        engine: Box<dyn Engine>,
-        claim: Option<Claim>,
-    ) -> DiskQueue {
-        DiskQueue {
+        engine: Box<dyn DiskEngine>,
+        claim: Option<ImageLockGuard>,
+    ) -> BlkQueue {
+        BlkQueue {
             index,
             capacity: disk.capacity.clone(),
-            clears: disk.clears,
+            can_clear: disk.can_clear,
             read_only: disk.options.read_only,
-            way: if disk.files.alignment().is_some() { Way::Direct } else { Way::Cached },
+            path: if disk.files.alignment().is_some() { IoPath::Direct } else { IoPath::Cached },
             durable: features & bit(VIRTIO_BLK_F_FLUSH) == 0,
             serial: disk.serial,
             engine,
-            generation: disk.generation.as_ref().map(Generation::use_by_queue),
-            _claim: claim,
+            generation: disk.generation.as_ref().map(ImageGeneration::queue_started),
+            _lock: claim,
             ready: Vec::new(),
             unserved: None,
             attempts: VecDeque::new(),
         }
     }
 
-    fn plan(&self, request: &mut Request) -> Plan {
+    fn parse(&self, request: &mut Request) -> ParsedRequest {
         let Ok(header) = request.read_obj::<BlkRequestHeader>(0) else {
             debug!("queue {}: a request without a readable header", self.index);
-            return Plan::Answer(VIRTIO_BLK_S_IOERR);
+            return ParsedRequest::Complete(VIRTIO_BLK_S_IOERR);
         };
         let (sector, room) = (header.sector.get(), request.writable_len().saturating_sub(1));
         match header.request_type.get() {
-            VIRTIO_BLK_T_IN => self.transfer(Op::Read, sector, room, 0),
-            VIRTIO_BLK_T_OUT if self.read_only => Plan::Answer(VIRTIO_BLK_S_IOERR),
+            VIRTIO_BLK_T_IN => self.transfer(DiskOp::Read, sector, room, 0),
+            VIRTIO_BLK_T_OUT if self.read_only => ParsedRequest::Complete(VIRTIO_BLK_S_IOERR),
             VIRTIO_BLK_T_OUT => {
                 let len = request.readable_len() - HEADER;
-                self.transfer(Op::Write { durable: self.durable }, sector, len, HEADER)
+                self.transfer(DiskOp::Write { durable: self.durable }, sector, len, HEADER)
             }
-            VIRTIO_BLK_T_FLUSH => Plan::Disk { op: Op::Flush, start: 0, len: 0, at: 0 },
+            VIRTIO_BLK_T_FLUSH => ParsedRequest::Io { op: DiskOp::Flush, start: 0, len: 0, at: 0 },
             VIRTIO_BLK_T_GET_ID => {
                 let len = (VIRTIO_BLK_ID_BYTES as u64).min(room) as usize;
                 match request.write(0, self.serial.get(..len).unwrap_or_default()) {
-                    Ok(()) => Plan::Answer(VIRTIO_BLK_S_OK),
-                    Err(_) => Plan::Answer(VIRTIO_BLK_S_IOERR),
+                    Ok(()) => ParsedRequest::Complete(VIRTIO_BLK_S_OK),
+                    Err(_) => ParsedRequest::Complete(VIRTIO_BLK_S_IOERR),
                 }
             }
-            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if self.read_only => Plan::Answer(VIRTIO_BLK_S_IOERR),
-            kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) if self.clears => self.clear(kind, request),
+            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if self.read_only => {
+                ParsedRequest::Complete(VIRTIO_BLK_S_IOERR)
+            }
+            kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) if self.can_clear => self.clear(kind, request),
             kind => {
                 debug!("queue {}: request type {kind} is not supported", self.index);
-                Plan::Answer(VIRTIO_BLK_S_UNSUPP)
+                ParsedRequest::Complete(VIRTIO_BLK_S_UNSUPP)
             }
         }
     }
 
     /// A range of the disk, if it is one.
-    fn transfer(&self, op: Op, sector: u64, len: u64, at: u64) -> Plan {
+    fn transfer(&self, op: DiskOp, sector: u64, len: u64, at: u64) -> ParsedRequest {
         let (start, capacity) =
             (sector.checked_mul(SECTOR_BYTES), self.capacity.load(Ordering::Relaxed) * SECTOR_BYTES);
         match start.filter(|start| start.checked_add(len).is_some_and(|end| end <= capacity)) {
-            Some(_) if len == 0 => Plan::Answer(VIRTIO_BLK_S_OK),
-            Some(start) if len.is_multiple_of(SECTOR_BYTES) => Plan::Disk { op, start, len, at },
+            Some(_) if len == 0 => ParsedRequest::Complete(VIRTIO_BLK_S_OK),
+            Some(start) if len.is_multiple_of(SECTOR_BYTES) => ParsedRequest::Io { op, start, len, at },
             _ => {
                 debug!("queue {}: {len} bytes at sector {sector} are no whole sectors of the disk", self.index);
-                Plan::Answer(VIRTIO_BLK_S_IOERR)
+                ParsedRequest::Complete(VIRTIO_BLK_S_IOERR)
             }
         }
     }
 
-    fn clear(&self, kind: u32, request: &Request) -> Plan {
+    fn clear(&self, kind: u32, request: &Request) -> ParsedRequest {
         let whole = request.readable_len() == HEADER + size_of::<BlkDiscardWriteZeroes>() as u64;
         let Some(range) = request.read_obj::<BlkDiscardWriteZeroes>(HEADER).ok().filter(|_| whole) else {
             debug!("queue {}: a discard or write-zeroes that doesn't have one range", self.index);
-            return Plan::Answer(VIRTIO_BLK_S_IOERR);
+            return ParsedRequest::Complete(VIRTIO_BLK_S_IOERR);
         };
         let unmap = range.flags.get() & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
         let op = match (kind, range.flags.get() & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) {
-            (VIRTIO_BLK_T_DISCARD, 0) if !unmap => Op::Discard,
-            (VIRTIO_BLK_T_WRITE_ZEROES, 0) => Op::Zero { unmap, last: false },
-            _ => return Plan::Answer(VIRTIO_BLK_S_UNSUPP),
+            (VIRTIO_BLK_T_DISCARD, 0) if !unmap => DiskOp::Discard,
+            (VIRTIO_BLK_T_WRITE_ZEROES, 0) => DiskOp::Zero { unmap, is_fallback: false },
+            _ => return ParsedRequest::Complete(VIRTIO_BLK_S_UNSUPP),
         };
         let sectors = range.num_sectors.get();
         if sectors > MAX_CLEAR_SECTORS {
             debug!("queue {}: {op:?} of {sectors} sectors, and {MAX_CLEAR_SECTORS} were offered", self.index);
-            return Plan::Answer(VIRTIO_BLK_S_IOERR);
+            return ParsedRequest::Complete(VIRTIO_BLK_S_IOERR);
         }
         self.transfer(op, range.sector.get(), u64::from(sectors) * SECTOR_BYTES, 0)
     }
 
     /// Replaces the generation before the first operation that changes the image (GET_DISK_GENERATION).
-    fn before(&self, op: Op) -> io::Result<()> {
+    fn before_change(&self, op: DiskOp) -> io::Result<()> {
         match &self.generation {
             Some(generation) if op.changes() => generation.before_change(),
             _ => Ok(()),
@@ -156,18 +158,18 @@ impl DiskQueue {
     }
 
     /// Finishes a request after an attempt, or makes the next one.
-    fn conclude(&mut self, mut io: Io, result: io::Result<u64>) {
+    fn handle_result(&mut self, mut io: DiskIo, result: io::Result<u64>) {
         let status = match result {
             // The zeroes are there; without FLUSH the driver counts on that they stay (virtio 1.2, 5.2.6.2).
-            Ok(_) if matches!(io.op, Op::Zero { .. }) && self.durable => {
-                return self.try_again(Io { op: Op::Flush, ..io });
+            Ok(_) if matches!(io.op, DiskOp::Zero { .. }) && self.durable => {
+                return self.retry(DiskIo { op: DiskOp::Flush, ..io });
             }
             Ok(count) => {
-                io.disk.start += if io.moves_data() { count } else { io.disk.end - io.disk.start };
-                io.at += count;
-                match io.disk.is_empty() {
+                io.file_range.start += if io.moves_data() { count } else { io.file_range.end - io.file_range.start };
+                io.request_offset += count;
+                match io.file_range.is_empty() {
                     true => VIRTIO_BLK_S_OK,
-                    false if count > 0 => return self.try_again(io),
+                    false if count > 0 => return self.retry(io),
                     false => self.disk_error(&io, "the image ends here: was it truncated?"),
                 }
             }
@@ -177,32 +179,32 @@ impl DiskQueue {
                 VIRTIO_BLK_S_IOERR
             }
             Err(error) => match error.raw_os_error().map(Errno::from_raw) {
-                Some(Errno::EINTR | Errno::EAGAIN) => return self.try_again(io),
-                Some(Errno::ECANCELED) if self.unserved.is_some() => return self.try_again(io),
+                Some(Errno::EINTR | Errno::EAGAIN) => return self.retry(io),
+                Some(Errno::ECANCELED) if self.unserved.is_some() => return self.retry(io),
                 // Direct I/O needs more than the file has told.
-                Some(Errno::EINVAL) if io.way != Way::Cached => {
-                    return self.try_again(Io { way: io.way.next(), ..io });
+                Some(Errno::EINVAL) if io.path != IoPath::Cached => {
+                    return self.retry(DiskIo { path: io.path.next(), ..io });
                 }
                 // A discard is a hint; zeroes can be had the other way.
                 Some(Errno::EOPNOTSUPP) => match io.op {
-                    Op::Discard => VIRTIO_BLK_S_OK,
-                    Op::Zero { unmap, last: false } => {
-                        return self.try_again(Io { op: Op::Zero { unmap: !unmap, last: true }, ..io });
+                    DiskOp::Discard => VIRTIO_BLK_S_OK,
+                    DiskOp::Zero { unmap, is_fallback: false } => {
+                        return self.retry(DiskIo { op: DiskOp::Zero { unmap: !unmap, is_fallback: true }, ..io });
                     }
                     _ => self.disk_error(&io, &error.to_string()),
                 },
                 _ => self.disk_error(&io, &error.to_string()),
             },
         };
-        if io.op == Op::Read && status != VIRTIO_BLK_S_OK {
+        if io.op == DiskOp::Read && status != VIRTIO_BLK_S_OK {
             // All of the buffer was lent, and the rest of it has not been read.
-            io.request.limit_used_len(io.at);
+            io.request.limit_used_len(io.request_offset);
         }
-        self.finish(io.request, status);
+        self.complete(io.request, status);
     }
 
     /// Makes another attempt, unless that is left to a successor.
-    fn try_again(&mut self, io: Io) {
+    fn retry(&mut self, io: DiskIo) {
         match &mut self.unserved {
             Some(unserved) => unserved.push(io.request),
             None => self.engine.submit(io),
@@ -218,15 +220,15 @@ impl DiskQueue {
                 break;
             }
             while let Some((io, result)) = self.attempts.pop_front() {
-                self.conclude(io, result);
+                self.handle_result(io, result);
             }
         }
     }
 
     /// Puts the status into the last byte and gives the request back.
-    fn finish(&mut self, mut request: Request, status: u8) {
+    fn complete(&mut self, mut request: Request, status: u8) {
         if status != VIRTIO_BLK_S_OK {
-            counters::failed(self.index);
+            counters::request_failed(self.index);
         }
         match request.writable_len().checked_sub(1).map(|last| request.write(last, &[status])) {
             Some(Ok(())) => {}
@@ -235,27 +237,34 @@ impl DiskQueue {
         self.ready.push(request);
     }
 
-    fn disk_error(&self, io: &Io, why: &str) -> u8 {
-        let (from, len) = (io.disk.start / SECTOR_BYTES, (io.disk.end - io.disk.start) / SECTOR_BYTES);
+    fn disk_error(&self, io: &DiskIo, why: &str) -> u8 {
+        let (from, len) =
+            (io.file_range.start / SECTOR_BYTES, (io.file_range.end - io.file_range.start) / SECTOR_BYTES);
         limited!(error, "queue {}: the disk failed: {:?} of {len} sectors at sector {from}: {why}", self.index, io.op);
         VIRTIO_BLK_S_IOERR
     }
 }
 
-impl Queue for DiskQueue {
+impl Queue for BlkQueue {
     fn submit(&mut self, mut request: Request) {
         // Nobody could be told how it went.
         if request.writable_len() == 0 {
-            return self.finish(request, VIRTIO_BLK_S_IOERR);
+            return self.complete(request, VIRTIO_BLK_S_IOERR);
         }
-        match self.plan(&mut request) {
-            Plan::Answer(status) => self.finish(request, status),
-            Plan::Disk { op, .. } if let Err(error) = self.before(op) => {
+        match self.parse(&mut request) {
+            ParsedRequest::Complete(status) => self.complete(request, status),
+            ParsedRequest::Io { op, .. } if let Err(error) = self.before_change(op) => {
                 limited!(error, "queue {}: {op:?}: the image's generation can't be replaced: {error}", self.index);
-                self.finish(request, VIRTIO_BLK_S_IOERR);
+                self.complete(request, VIRTIO_BLK_S_IOERR);
             }
-            Plan::Disk { op, start, len, at } => {
-                self.engine.submit(Io { request, op, disk: start..start + len, at, way: self.way });
+            ParsedRequest::Io { op, start, len, at } => {
+                self.engine.submit(DiskIo {
+                    request,
+                    op,
+                    file_range: start..start + len,
+                    request_offset: at,
+                    path: self.path,
+                });
             }
         }
     }

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use vm_memory::VolatileSlice;
 
-use super::{Alignment, Files, Io, Op, Way};
+use super::{Alignment, DiskIo, DiskOp, ImageFiles, IoPath};
 
 /// Most ranges that one call takes (IOV_MAX); what is left over is left to the next attempt.
 const MAX_IOVECS: usize = 1024;
@@ -24,12 +24,12 @@ pub(super) struct Attempt {
     pub(super) iovecs: Vec<libc::iovec>,
     /// Flags of a write.
     pub(super) flags: i32,
-    bounced: Option<Bounced>,
+    bounce_buffer: Option<BounceBuffer>,
 }
 
 /// Aligned memory that stands for the request's, and is copied from and to it.
 #[derive(Debug)]
-struct Bounced {
+struct BounceBuffer {
     bytes: Vec<u8>,
     /// Where in `bytes` the request's data is.
     data: Range<usize>,
@@ -42,57 +42,57 @@ impl Attempt {
     ///
     /// # Errors
     /// When a buffer is outside guest memory; nothing has begun then.
-    pub(super) fn prepare(&mut self, files: &Files, io: &mut Io) -> io::Result<()> {
-        *self = Attempt { iovecs: std::mem::take(&mut self.iovecs), start: io.disk.start, ..Attempt::default() };
+    pub(super) fn prepare(&mut self, files: &ImageFiles, io: &mut DiskIo) -> io::Result<()> {
+        *self = Attempt { iovecs: std::mem::take(&mut self.iovecs), start: io.file_range.start, ..Attempt::default() };
         self.iovecs.clear();
-        let range = io.at..io.at.saturating_add(io.len());
+        let range = io.request_offset..io.request_offset.saturating_add(io.len());
         match io.op {
-            Op::Read => io.request.lend_writable(range, &mut self.iovecs),
-            Op::Write { .. } => io.request.lend_readable(range, &mut self.iovecs),
-            Op::Flush | Op::Discard | Op::Zero { .. } => Ok(()),
+            DiskOp::Read => io.request.lend_writable(range, &mut self.iovecs),
+            DiskOp::Write { .. } => io.request.lend_readable(range, &mut self.iovecs),
+            DiskOp::Flush | DiskOp::Discard | DiskOp::Zero { .. } => Ok(()),
         }
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
         let alignment = files.alignment();
         if let Some(alignment) = alignment.filter(|_| io.moves_data()) {
-            io.way = self.way(io, alignment);
-            if io.way == Way::Bounced {
+            io.path = self.choose_path(io, alignment);
+            if io.path == IoPath::Bounced {
                 self.bounce(io, alignment);
             }
         }
         self.iovecs.truncate(MAX_IOVECS);
         // Nobody else is to wait for what is in the page cache of an image that others read past it.
-        let stable = io.op == (Op::Write { durable: true }) || alignment.is_some() && io.way == Way::Cached;
+        let stable = io.op == (DiskOp::Write { durable: true }) || alignment.is_some() && io.path == IoPath::Cached;
         self.flags = if stable { libc::RWF_DSYNC } else { 0 };
-        self.fd = files.of(io.way).as_raw_fd();
-        files.begins(io.op, io.way);
+        self.fd = files.file_for(io.path).as_raw_fd();
+        files.note_start(io.op, io.path);
         Ok(())
     }
 
     /// The way of this attempt, no better than that of the last one.
-    fn way(&self, io: &Io, Alignment { memory, block }: Alignment) -> Way {
-        let whole = (io.disk.start | io.len()).is_multiple_of(block);
+    fn choose_path(&self, io: &DiskIo, Alignment { memory, block }: Alignment) -> IoPath {
+        let whole = (io.file_range.start | io.len()).is_multiple_of(block);
         let is_aligned = |iovec: &libc::iovec| {
             (iovec.iov_base as u64).is_multiple_of(memory) && (iovec.iov_len as u64).is_multiple_of(block)
         };
-        match io.way {
-            Way::Direct if whole && self.iovecs.iter().all(is_aligned) => Way::Direct,
+        match io.path {
+            IoPath::Direct if whole && self.iovecs.iter().all(is_aligned) => IoPath::Direct,
             // The rest of a block that is written in part is the page cache's to read.
-            Way::Direct | Way::Bounced if whole || io.op == Op::Read => Way::Bounced,
-            _ => Way::Cached,
+            IoPath::Direct | IoPath::Bounced if whole || io.op == DiskOp::Read => IoPath::Bounced,
+            _ => IoPath::Cached,
         }
     }
 
     /// Puts aligned memory in the place of the request's, for whole blocks.
-    fn bounce(&mut self, io: &Io, Alignment { memory, block }: Alignment) {
-        let start = io.disk.start - io.disk.start % block;
+    fn bounce(&mut self, io: &DiskIo, Alignment { memory, block }: Alignment) {
+        let start = io.file_range.start - io.file_range.start % block;
         let most = start.saturating_add(MAX_BOUNCED.max(block));
-        let end = io.disk.end.checked_next_multiple_of(block).unwrap_or(io.disk.end).min(most);
-        let (skip, len) = ((io.disk.start - start) as usize, (end - start) as usize);
+        let end = io.file_range.end.checked_next_multiple_of(block).unwrap_or(io.file_range.end).min(most);
+        let (skip, len) = ((io.file_range.start - start) as usize, (end - start) as usize);
         let align = PAGE.max(memory as usize);
         let mut bytes = vec![0; len + align];
         let begin = bytes.as_ptr().align_offset(align);
-        let data = begin + skip..begin + skip + (end.min(io.disk.end) - io.disk.start) as usize;
-        if let (Op::Write { .. }, Some(to)) = (io.op, bytes.get_mut(data.clone())) {
+        let data = begin + skip..begin + skip + (end.min(io.file_range.end) - io.file_range.start) as usize;
+        if let (DiskOp::Write { .. }, Some(to)) = (io.op, bytes.get_mut(data.clone())) {
             let mut rest = to;
             for slice in self.iovecs.iter().map(volatile) {
                 let (here, later) = rest.split_at_mut(slice.len().min(rest.len()));
@@ -102,18 +102,20 @@ impl Attempt {
         }
         let iov_base = bytes.as_mut_ptr().wrapping_add(begin).cast();
         let iovecs = std::mem::replace(&mut self.iovecs, vec![libc::iovec { iov_base, iov_len: len }]);
-        (self.start, self.bounced) = (start, Some(Bounced { bytes, data, iovecs }));
+        (self.start, self.bounce_buffer) = (start, Some(BounceBuffer { bytes, data, iovecs }));
     }
 
     /// Ends it: what was read is where it belongs, and the result counts the request's bytes.
-    pub(super) fn end(&mut self, files: &Files, io: &Io, result: io::Result<u64>) -> io::Result<u64> {
-        files.ended(io.op, result.is_ok());
-        let (Some(Bounced { bytes, data, iovecs }), Ok(count)) = (self.bounced.take(), &result) else { return result };
-        if io.op != Op::Read {
+    pub(super) fn end(&mut self, files: &ImageFiles, io: &DiskIo, result: io::Result<u64>) -> io::Result<u64> {
+        files.note_end(io.op, result.is_ok());
+        let (Some(BounceBuffer { bytes, data, iovecs }), Ok(count)) = (self.bounce_buffer.take(), &result) else {
+            return result;
+        };
+        if io.op != DiskOp::Read {
             return result;
         }
         // What came begins with the block.
-        let skip = io.disk.start - self.start;
+        let skip = io.file_range.start - self.start;
         let came = count.saturating_sub(skip).min(data.len() as u64);
         let mut rest = bytes.get(data).and_then(|data| data.get(..came as usize)).unwrap_or_default();
         for slice in iovecs.iter().map(volatile) {

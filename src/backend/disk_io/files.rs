@@ -10,10 +10,10 @@ use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::unistd::fdatasync;
 use tracing::warn;
 
-use super::{Op, Way};
+use super::{DiskOp, IoPath};
 
 /// Smallest unit of direct I/O anywhere, and the largest that is assumed of a file that doesn't tell, in bytes.
-const ASSUMED: std::ops::RangeInclusive<u64> = 512..=4096;
+const ASSUMED_BLOCK: std::ops::RangeInclusive<u64> = 512..=4096;
 
 /// The alignment that direct I/O on a file needs, in bytes; powers of two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,23 +26,23 @@ pub(crate) struct Alignment {
 
 /// One image, opened in every way that is needed.
 #[derive(Debug)]
-pub(crate) struct Files {
+pub(crate) struct ImageFiles {
     pub(crate) buffered: File,
     /// With O_DIRECT.
     direct: Option<(File, Alignment)>,
     /// Whether something was changed that no flush was started after.
     unsynced: AtomicBool,
     /// Whether I/O that should have been direct went through the page cache.
-    cached: AtomicBool,
+    used_page_cache: AtomicBool,
 }
 
-impl Files {
+impl ImageFiles {
     /// # Errors
     /// What the system says of `direct`, which was opened with O_DIRECT; [`io::ErrorKind::Unsupported`] if its I/O would go
     /// through the page cache all the same.
-    pub(crate) fn new(buffered: File, direct: Option<File>) -> io::Result<Files> {
+    pub(crate) fn new(buffered: File, direct: Option<File>) -> io::Result<ImageFiles> {
         let direct = direct.map(|file| alignment(&file).map(|alignment| (file, alignment))).transpose()?;
-        Ok(Files { buffered, direct, unsynced: AtomicBool::new(false), cached: AtomicBool::new(false) })
+        Ok(ImageFiles { buffered, direct, unsynced: AtomicBool::new(false), used_page_cache: AtomicBool::new(false) })
     }
 
     /// The alignment that direct I/O needs, if the image is opened for it.
@@ -51,34 +51,36 @@ impl Files {
     }
 
     /// The file for I/O that should go past the page cache.
-    pub(crate) fn main(&self) -> &File {
+    pub(crate) fn preferred(&self) -> &File {
         self.direct.as_ref().map_or(&self.buffered, |(file, _)| file)
     }
 
     /// The file that I/O goes through.
-    pub(super) fn of(&self, way: Way) -> &File {
-        if way == Way::Cached { &self.buffered } else { self.main() }
+    pub(super) fn file_for(&self, way: IoPath) -> &File {
+        if way == IoPath::Cached { &self.buffered } else { self.preferred() }
     }
 
     /// Notes that an attempt begins.
-    pub(super) fn begins(&self, op: Op, way: Way) {
+    pub(super) fn note_start(&self, op: DiskOp, way: IoPath) {
         match op {
             // What completes while it is under way may not be in it.
-            Op::Flush => self.unsynced.store(false, Ordering::Release),
+            DiskOp::Flush => self.unsynced.store(false, Ordering::Release),
             // File systems zero the parts of a block through the page cache.
-            Op::Discard | Op::Zero { .. } => self.cached.store(true, Ordering::Release),
-            Op::Read | Op::Write { .. } if way == Way::Cached => self.cached.store(true, Ordering::Release),
-            Op::Read | Op::Write { .. } => {}
+            DiskOp::Discard | DiskOp::Zero { .. } => self.used_page_cache.store(true, Ordering::Release),
+            DiskOp::Read | DiskOp::Write { .. } if way == IoPath::Cached => {
+                self.used_page_cache.store(true, Ordering::Release)
+            }
+            DiskOp::Read | DiskOp::Write { .. } => {}
         }
     }
 
     /// Notes that an attempt has ended.
-    pub(super) fn ended(&self, op: Op, succeeded: bool) {
+    pub(super) fn note_end(&self, op: DiskOp, succeeded: bool) {
         let unsynced = match op {
-            Op::Flush => !succeeded,
-            Op::Write { durable } => !durable,
-            Op::Discard | Op::Zero { .. } => true,
-            Op::Read => false,
+            DiskOp::Flush => !succeeded,
+            DiskOp::Write { durable } => !durable,
+            DiskOp::Discard | DiskOp::Zero { .. } => true,
+            DiskOp::Read => false,
         };
         if unsynced {
             self.unsynced.store(true, Ordering::Release);
@@ -91,7 +93,7 @@ impl Files {
     /// The error of the system.
     pub(crate) fn sync(&self) -> io::Result<()> {
         if self.unsynced.swap(false, Ordering::AcqRel)
-            && let Err(errno) = fdatasync(self.main())
+            && let Err(errno) = fdatasync(self.preferred())
         {
             self.unsynced.store(true, Ordering::Release);
             return Err(errno.into());
@@ -111,16 +113,16 @@ impl Files {
 
     /// The same, if I/O has gone through it since the last time.
     pub(crate) fn drop_used_cache(&self) {
-        if self.cached.swap(false, Ordering::AcqRel) {
+        if self.used_page_cache.swap(false, Ordering::AcqRel) {
             self.drop_cache();
         }
     }
 }
 
 #[cfg(test)]
-impl Files {
+impl ImageFiles {
     /// As if direct I/O needed blocks of that many bytes.
-    pub(super) fn with_blocks(mut self, bytes: u64) -> Files {
+    pub(super) fn with_blocks(mut self, bytes: u64) -> ImageFiles {
         if let Some((_, alignment)) = &mut self.direct {
             alignment.block = bytes;
         }
@@ -149,7 +151,7 @@ fn alignment(file: &File) -> io::Result<Alignment> {
     let metadata = file.metadata()?;
     let block = match metadata.file_type().is_block_device() {
         true => block_size(file.as_fd()).into(),
-        false => metadata.blksize().clamp(*ASSUMED.start(), *ASSUMED.end()),
+        false => metadata.blksize().clamp(*ASSUMED_BLOCK.start(), *ASSUMED_BLOCK.end()),
     };
     Ok(Alignment { memory: block, block })
 }

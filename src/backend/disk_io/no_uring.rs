@@ -6,31 +6,31 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use super::{Done, Engine, Files, Io};
+use super::{DiskEngine, DiskIo, Done, ImageFiles};
 
 /// Rings that were set up in advance: none.
 #[derive(Debug)]
-pub(crate) struct Urings(Infallible);
+pub(crate) struct UringPool(Infallible);
 
-impl Urings {
+impl UringPool {
     /// # Errors
     /// Always: this program has no io_uring.
-    pub(crate) fn new(_queues: u16, _depth: u16) -> io::Result<Urings> {
+    pub(crate) fn new(_queues: u16, _depth: u16) -> io::Result<UringPool> {
         Err(io::Error::new(io::ErrorKind::Unsupported, "this program was built without the feature io-uring"))
     }
 }
 
 /// An engine over a ring, of which there is none.
-pub(crate) struct Uring(Infallible);
+pub(crate) struct UringEngine(Infallible);
 
-impl Uring {
-    pub(crate) fn new(_files: Arc<Files>, home: &Arc<Urings>) -> Option<Uring> {
-        match home.0 {}
+impl UringEngine {
+    pub(crate) fn new(_files: Arc<ImageFiles>, pool: &Arc<UringPool>) -> Option<UringEngine> {
+        match pool.0 {}
     }
 }
 
-impl Engine for Uring {
-    fn submit(&mut self, _: Io) {
+impl DiskEngine for UringEngine {
+    fn submit(&mut self, _: DiskIo) {
         match self.0 {}
     }
 

@@ -12,21 +12,21 @@ use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::attempt::Attempt;
-use super::{Done, Engine, Files, Io, MAX_BATCH, Op};
+use super::{DiskEngine, DiskIo, DiskOp, Done, ImageFiles, MAX_BATCH};
 
 /// Rings of io_uring, made before anybody is served: each takes disk I/O and nothing else from then on. A process whose
 /// system calls are filtered can't make others.
-pub(crate) struct Urings(Mutex<Vec<IoUring>>);
+pub(crate) struct UringPool(Mutex<Vec<IoUring>>);
 
-impl fmt::Debug for Urings {
+impl fmt::Debug for UringPool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Urings")
     }
 }
 
-impl Urings {
+impl UringPool {
     /// One for each of `queues` queues, with up to `depth` pieces of I/O at a time.
-    pub(crate) fn new(queues: u16, depth: u16) -> io::Result<Urings> {
+    pub(crate) fn new(queues: u16, depth: u16) -> io::Result<UringPool> {
         let depth = u32::from(depth.max(1)).next_power_of_two();
         let make = |_| {
             let mut builder = IoUring::builder();
@@ -43,7 +43,7 @@ impl Urings {
         // When a ring is closed, the kernel interrupts the thread that made it in whatever it does then: one is made for
         // this that has ended by then.
         let rings = thread::scope(|scope| scope.spawn(|| (0..queues).map(make).collect::<io::Result<_>>()).join());
-        Ok(Urings(Mutex::new(rings.map_err(|_| io::Error::other("a thread has failed"))??)))
+        Ok(UringPool(Mutex::new(rings.map_err(|_| io::Error::other("a thread has failed"))??)))
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<IoUring>> {
@@ -52,11 +52,11 @@ impl Urings {
 }
 
 /// I/O through io_uring.
-pub(crate) struct Uring {
+pub(crate) struct UringEngine {
     ring: ManuallyDrop<IoUring>,
     /// Where the ring comes from, and goes back to.
-    home: Arc<Urings>,
-    files: Arc<Files>,
+    pool: Arc<UringPool>,
+    files: Arc<ImageFiles>,
     slots: Vec<Slot>,
     free: Vec<usize>,
     /// What could not even be tried.
@@ -65,38 +65,38 @@ pub(crate) struct Uring {
 
 #[derive(Default)]
 struct Slot {
-    io: Option<Io>,
+    io: Option<DiskIo>,
     attempt: Attempt,
 }
 
-impl Uring {
+impl UringEngine {
     /// On one of the rings, if not all are in use.
-    pub(crate) fn new(files: Arc<Files>, home: &Arc<Urings>) -> Option<Uring> {
+    pub(crate) fn new(files: Arc<ImageFiles>, home: &Arc<UringPool>) -> Option<UringEngine> {
         let ring = ManuallyDrop::new(home.idle().pop()?);
-        Some(Uring { ring, home: home.clone(), files, slots: Vec::new(), free: Vec::new(), failed: Vec::new() })
+        Some(UringEngine { ring, pool: home.clone(), files, slots: Vec::new(), free: Vec::new(), failed: Vec::new() })
     }
 
-    fn entry(&Attempt { fd, start, ref iovecs, flags, .. }: &Attempt, io: &Io) -> squeue::Entry {
+    fn submission_entry(&Attempt { fd, start, ref iovecs, flags, .. }: &Attempt, io: &DiskIo) -> squeue::Entry {
         let (fd, many) = (types::Fd(fd), iovecs.len() as u32);
         match (io.op, iovecs.as_slice()) {
-            (Op::Read, [one]) => opcode::Read::new(fd, one.iov_base.cast(), length(one)).offset(start).build(),
-            (Op::Read, all) => opcode::Readv::new(fd, all.as_ptr(), many).offset(start).build(),
-            (Op::Write { .. }, [one]) => opcode::Write::new(fd, one.iov_base.cast_const().cast(), length(one))
+            (DiskOp::Read, [one]) => opcode::Read::new(fd, one.iov_base.cast(), length(one)).offset(start).build(),
+            (DiskOp::Read, all) => opcode::Readv::new(fd, all.as_ptr(), many).offset(start).build(),
+            (DiskOp::Write { .. }, [one]) => opcode::Write::new(fd, one.iov_base.cast_const().cast(), length(one))
                 .offset(start)
                 .rw_flags(flags)
                 .build(),
-            (Op::Write { .. }, all) => {
+            (DiskOp::Write { .. }, all) => {
                 opcode::Writev::new(fd, all.as_ptr(), many).offset(start).rw_flags(flags).build()
             }
-            (Op::Flush, _) => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
-            (Op::Discard | Op::Zero { .. }, _) => {
+            (DiskOp::Flush, _) => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            (DiskOp::Discard | DiskOp::Zero { .. }, _) => {
                 opcode::Fallocate::new(fd, io.len()).offset(start).mode(io.fallocate_flags().bits()).build()
             }
         }
     }
 
     /// Passes everything on to the kernel. When it has no room for more, completions have to be taken first.
-    fn pass_on(&mut self) {
+    fn submit_queued(&mut self) {
         while !self.ring.submission().is_empty() {
             match self.ring.submit() {
                 Ok(_) => {}
@@ -116,8 +116,8 @@ fn length(iovec: &libc::iovec) -> u32 {
     iovec.iov_len.min(1 << 30) as u32
 }
 
-impl Engine for Uring {
-    fn submit(&mut self, mut io: Io) {
+impl DiskEngine for UringEngine {
+    fn submit(&mut self, mut io: DiskIo) {
         let index = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot::default());
             self.slots.len() - 1
@@ -128,7 +128,7 @@ impl Engine for Uring {
             self.failed.push((io, Err(error)));
             return;
         }
-        let entry = Uring::entry(&slot.attempt, &io).user_data(index as u64);
+        let entry = UringEngine::submission_entry(&slot.attempt, &io).user_data(index as u64);
         slot.io = Some(io);
         // SAFETY: the buffers are guest memory of the request in `slot.io` or what stands for it in `slot.attempt`, which
         // has the list of them too; neither is touched until the completion with this index has been taken, for which `drop` waits too. The
@@ -151,15 +151,15 @@ impl Engine for Uring {
     }
 
     fn cancel(&mut self) {
-        self.pass_on();
+        self.submit_queued();
         let entry = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build().user_data(u64::MAX);
         // SAFETY: it refers to no memory. Its own completion belongs to no slot.
         let _ = unsafe { self.ring.submission().push(&entry) };
-        self.pass_on();
+        self.submit_queued();
     }
 
     fn completions(&mut self, done: &mut VecDeque<Done>) {
-        self.pass_on();
+        self.submit_queued();
         done.extend(self.failed.drain(..));
         for completion in self.ring.completion() {
             let index = completion.user_data() as usize;
@@ -179,7 +179,7 @@ impl Engine for Uring {
     }
 }
 
-impl Drop for Uring {
+impl Drop for UringEngine {
     fn drop(&mut self) {
         let mut done = VecDeque::new();
         self.completions(&mut done);
@@ -190,7 +190,7 @@ impl Drop for Uring {
         }
         // SAFETY: nothing uses `self.ring` after this.
         let ring = unsafe { ManuallyDrop::take(&mut self.ring) };
-        self.home.idle().push(ring);
+        self.pool.idle().push(ring);
     }
 }
 
@@ -201,13 +201,13 @@ mod tests {
 
     use super::*;
     use crate::backend::Request;
-    use crate::backend::disk_io::Way;
+    use crate::backend::disk_io::IoPath;
     use crate::memory::{Memory, Region, sealed_memfd};
     use crate::ring::Buffer;
 
     #[test]
-    fn a_ring_does_disk_io_and_nothing_that_a_filter_of_system_calls_would_forbid() {
-        let urings = Urings::new(1, 4).unwrap();
+    fn an_io_uring_is_restricted_to_disk_io() {
+        let urings = UringPool::new(1, 4).unwrap();
         let mut ring = urings.idle().pop().unwrap();
         let null = File::open("/dev/null").unwrap();
         let opening = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/dev/null".as_ptr()).build();
@@ -223,16 +223,22 @@ mod tests {
     }
 
     #[test]
-    fn io_that_takes_for_ever_comes_back_when_it_is_canceled() {
+    fn blocked_io_completes_when_canceled() {
         let (empty, _keeps_it_open) = nix::unistd::pipe().unwrap();
-        let files = Arc::new(Files::new(empty.into(), None).unwrap());
+        let files = Arc::new(ImageFiles::new(empty.into(), None).unwrap());
         let fd = sealed_memfd("disk-io-test", 0x2000).unwrap();
         let memory = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x2000, 0, 0).unwrap())]).unwrap();
-        let mut engine = Uring::new(files, &Arc::new(Urings::new(1, 4).unwrap())).unwrap();
+        let mut engine = UringEngine::new(files, &Arc::new(UringPool::new(1, 4).unwrap())).unwrap();
         for gpa in [0, 0x1000] {
             let mut request = Request::new(memory.clone(), None);
             request.reset().writable.push(Buffer { gpa, len: 0x1000 });
-            engine.submit(Io { request, op: Op::Read, disk: 0..0x1000, at: 0, way: Way::Cached });
+            engine.submit(DiskIo {
+                request,
+                op: DiskOp::Read,
+                file_range: 0..0x1000,
+                request_offset: 0,
+                path: IoPath::Cached,
+            });
         }
         let mut done = VecDeque::new();
         engine.completions(&mut done);

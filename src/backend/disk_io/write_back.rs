@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
-use super::Files;
+use super::ImageFiles;
 use crate::sys::log_limit::limited;
 use crate::sys::write_back::begin_write_back;
 
@@ -23,14 +23,14 @@ pub(crate) struct WriteBack {
 
 impl WriteBack {
     /// Starts the thread.
-    pub(crate) fn start(files: Arc<Files>) -> io::Result<WriteBack> {
+    pub(crate) fn start(files: Arc<ImageFiles>) -> io::Result<WriteBack> {
         let (_running, ended) = bounded(0);
-        thread::Builder::new().name("write back".into()).spawn(move || keep_up(&files, &ended))?;
+        thread::Builder::new().name("write back".into()).spawn(move || write_back_loop(&files, &ended))?;
         Ok(WriteBack { _running })
     }
 }
 
-fn keep_up(files: &Files, ended: &Receiver<()>) {
+fn write_back_loop(files: &ImageFiles, ended: &Receiver<()>) {
     loop {
         // The flush at the end says what could not be written.
         if let Err(error) = begin_write_back(files.buffered.as_fd()) {

@@ -10,8 +10,8 @@ use tracing::debug;
 use zerocopy::FromBytes;
 use zerocopy::little_endian::{U16, U32};
 
-use super::filter::{Addresses, Filter, Mac};
-use super::state::Hub;
+use super::filter::{AddressTable, Mac, ReceiveFilter};
+use super::state::SharedNetState;
 use crate::abi::bit;
 use crate::abi::virtio::{
     NetCtrlHeader, VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MAC,
@@ -26,22 +26,22 @@ use crate::backend::{Queue, Request};
 /// Longest command that is read, bytes: two tables of some thousand addresses.
 const MAX_COMMAND: u64 = 64 << 10;
 
-pub(super) struct Control {
-    hub: Arc<Hub>,
+pub(super) struct ControlQueue {
+    shared: Arc<SharedNetState>,
     /// Pairs that the device has.
     pairs: u16,
     features: u64,
     done: Vec<Request>,
 }
 
-impl Control {
-    pub(super) fn new(hub: Arc<Hub>, pairs: u16, features: u64) -> Control {
-        hub.change(|state| state.controlled = true);
-        Control { hub, pairs, features, done: Vec::new() }
+impl ControlQueue {
+    pub(super) fn new(hub: Arc<SharedNetState>, pairs: u16, features: u64) -> ControlQueue {
+        hub.update(|state| state.control_queue_ran = true);
+        ControlQueue { shared: hub, pairs, features, done: Vec::new() }
     }
 
     /// Does what a command says; `None` if it can't be done.
-    fn command(&self, request: &Request) -> Option<()> {
+    fn execute(&self, request: &Request) -> Option<()> {
         let len = request.readable_len();
         if len > MAX_COMMAND {
             return None;
@@ -54,7 +54,7 @@ impl Control {
             (VIRTIO_NET_CTRL_RX, mode) => {
                 let basic = matches!(mode, VIRTIO_NET_CTRL_RX_PROMISC | VIRTIO_NET_CTRL_RX_ALLMULTI);
                 negotiated(if basic { VIRTIO_NET_F_CTRL_RX } else { VIRTIO_NET_F_CTRL_RX_EXTRA })?;
-                let switch: fn(&mut Filter) -> &mut bool = match mode {
+                let switch: fn(&mut ReceiveFilter) -> &mut bool = match mode {
                     VIRTIO_NET_CTRL_RX_PROMISC => |filter| &mut filter.promiscuous,
                     VIRTIO_NET_CTRL_RX_ALLMULTI => |filter| &mut filter.all_multicast,
                     VIRTIO_NET_CTRL_RX_ALLUNI => |filter| &mut filter.all_unicast,
@@ -64,29 +64,29 @@ impl Control {
                     _ => return None,
                 };
                 let [on] = data else { return None };
-                self.hub.change(|state| *switch(&mut state.filter) = *on != 0);
+                self.shared.update(|state| *switch(&mut state.filter) = *on != 0);
             }
             (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET) => {
                 negotiated(VIRTIO_NET_F_CTRL_MAC_ADDR)?;
                 let mac = Mac::try_from(data).ok()?;
-                self.hub.change(|state| state.filter.mac = mac);
+                self.shared.update(|state| state.filter.mac = mac);
             }
             (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET) => {
                 negotiated(VIRTIO_NET_F_CTRL_RX)?;
-                let (unicast, rest) = table(data)?;
-                let (multicast, rest) = table(rest)?;
+                let (unicast, rest) = split_table(data)?;
+                let (multicast, rest) = split_table(rest)?;
                 rest.is_empty().then_some(())?;
-                self.hub.change(|state| state.filter.set_tables(unicast, multicast));
+                self.shared.update(|state| state.filter.set_tables(unicast, multicast));
             }
             (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK) => {
                 negotiated(VIRTIO_NET_F_GUEST_ANNOUNCE)?;
-                self.hub.change(|state| state.announce = false);
+                self.shared.update(|state| state.must_announce = false);
             }
             (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET) => {
                 negotiated(VIRTIO_NET_F_MQ)?;
                 let pairs = U16::read_from_bytes(data).ok()?.get();
                 (1..=self.pairs).contains(&pairs).then_some(())?;
-                self.hub.change(|state| state.pairs = Some(pairs));
+                self.shared.update(|state| state.driver_pairs = Some(pairs));
             }
             _ => return None,
         }
@@ -95,17 +95,17 @@ impl Control {
 }
 
 /// A number of addresses, and they themselves; what follows.
-fn table(data: &[u8]) -> Option<(Addresses, &[u8])> {
+fn split_table(data: &[u8]) -> Option<(AddressTable, &[u8])> {
     let (count, rest) = U32::read_from_prefix(data).ok()?;
     let bytes = usize::try_from(count.get()).ok()?.checked_mul(size_of::<Mac>())?;
     let (macs, rest) = rest.split_at_checked(bytes)?;
     let (macs, _) = macs.as_chunks();
-    Some((Addresses::new(macs), rest))
+    Some((AddressTable::new(macs), rest))
 }
 
-impl Queue for Control {
+impl Queue for ControlQueue {
     fn submit(&mut self, mut request: Request) {
-        let answer = match self.command(&request) {
+        let answer = match self.execute(&request) {
             Some(()) => VIRTIO_NET_OK,
             None => {
                 debug!("control queue: a command of {} bytes is refused", request.readable_len());

@@ -9,7 +9,7 @@ const BROADCAST: Mac = [0xff; 6];
 
 /// The modes and addresses in force.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Filter {
+pub(super) struct ReceiveFilter {
     /// The driver's own address.
     pub(super) mac: Mac,
     /// Everything.
@@ -25,40 +25,40 @@ pub(super) struct Filter {
     /// No broadcast.
     pub(super) no_broadcast: bool,
     /// Other unicast addresses.
-    pub(super) unicast: Addresses,
+    pub(super) unicast: AddressTable,
     /// Multicast addresses.
-    pub(super) multicast: Addresses,
+    pub(super) multicast: AddressTable,
 }
 
 /// A table of addresses that are wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Addresses {
+pub(super) enum AddressTable {
     /// These.
-    These(Vec<Mac>),
+    Listed(Vec<Mac>),
     /// More than fit.
     All,
 }
 
-impl Addresses {
+impl AddressTable {
     /// Of as many as the driver names.
-    pub(super) fn new(macs: &[Mac]) -> Addresses {
-        if macs.len() > MAX_ADDRESSES { Addresses::All } else { Addresses::These(macs.to_vec()) }
+    pub(super) fn new(macs: &[Mac]) -> AddressTable {
+        if macs.len() > MAX_ADDRESSES { AddressTable::All } else { AddressTable::Listed(macs.to_vec()) }
     }
 
-    fn hold(&self, mac: &Mac) -> bool {
+    fn contains(&self, mac: &Mac) -> bool {
         match self {
-            Addresses::These(macs) => macs.contains(mac),
-            Addresses::All => true,
+            AddressTable::Listed(macs) => macs.contains(mac),
+            AddressTable::All => true,
         }
     }
 }
 
-impl Filter {
+impl ReceiveFilter {
     /// Everything passes, until the driver says otherwise: it may have no control queue, or one that the front-end keeps to
     /// itself, as QEMU does.
-    pub(super) fn new(mac: Mac) -> Filter {
-        let none = Addresses::These(Vec::new());
-        Filter {
+    pub(super) fn new(mac: Mac) -> ReceiveFilter {
+        let none = AddressTable::Listed(Vec::new());
+        ReceiveFilter {
             mac,
             promiscuous: true,
             all_multicast: false,
@@ -71,12 +71,12 @@ impl Filter {
         }
     }
 
-    pub(super) fn set_tables(&mut self, unicast: Addresses, multicast: Addresses) {
+    pub(super) fn set_tables(&mut self, unicast: AddressTable, multicast: AddressTable) {
         (self.unicast, self.multicast) = (unicast, multicast);
     }
 
     /// Whether the driver wants this frame. One without a whole destination goes only to those who want everything.
-    pub(super) fn wants(&self, frame: &[u8]) -> bool {
+    pub(super) fn accepts(&self, frame: &[u8]) -> bool {
         if self.promiscuous {
             return true;
         }
@@ -84,9 +84,9 @@ impl Filter {
         if *to == BROADCAST {
             !self.no_broadcast
         } else if to[0] & 1 != 0 {
-            !self.no_multicast && (self.all_multicast || self.multicast.hold(to))
+            !self.no_multicast && (self.all_multicast || self.multicast.contains(to))
         } else {
-            !self.no_unicast && (self.all_unicast || *to == self.mac || self.unicast.hold(to))
+            !self.no_unicast && (self.all_unicast || *to == self.mac || self.unicast.contains(to))
         }
     }
 }
@@ -100,16 +100,16 @@ mod tests {
     const GROUP: Mac = [1, 0, 0x5e, 0, 0, 1];
 
     /// Own, other, group, broadcast, and half an address.
-    fn wanted(change: impl FnOnce(&mut Filter)) -> [bool; 5] {
-        let mut filter = Filter::new(OWN);
+    fn wanted(change: impl FnOnce(&mut ReceiveFilter)) -> [bool; 5] {
+        let mut filter = ReceiveFilter::new(OWN);
         filter.promiscuous = false;
         change(&mut filter);
-        [&OWN[..], &OTHER, &GROUP, &BROADCAST, &OWN[..5]].map(|to| filter.wants(&[to, &[0; 60]].concat()[..to.len()]))
+        [&OWN[..], &OTHER, &GROUP, &BROADCAST, &OWN[..5]].map(|to| filter.accepts(&[to, &[0; 60]].concat()[..to.len()]))
     }
 
     #[test]
-    fn each_mode_lets_through_what_the_specification_says() {
-        assert!(Filter::new(OWN).wants(&[]), "everything, at first");
+    fn each_receive_mode_accepts_the_frames_of_the_specification() {
+        assert!(ReceiveFilter::new(OWN).accepts(&[]), "everything, at first");
         assert_eq!(wanted(|_| {}), [true, false, false, true, false]);
         assert_eq!(wanted(|f| f.promiscuous = true), [true; 5]);
         assert_eq!(wanted(|f| f.all_multicast = true), [true, false, true, true, false]);
@@ -117,14 +117,14 @@ mod tests {
         assert_eq!(wanted(|f| (f.all_multicast, f.no_multicast) = (true, true)), [true, false, false, true, false]);
         assert_eq!(wanted(|f| f.no_unicast = true), [false, false, false, true, false]);
         assert_eq!(wanted(|f| f.no_broadcast = true), [true, false, false, false, false]);
-        let tables = |f: &mut Filter| f.set_tables(Addresses::new(&[OTHER]), Addresses::new(&[GROUP]));
+        let tables = |f: &mut ReceiveFilter| f.set_tables(AddressTable::new(&[OTHER]), AddressTable::new(&[GROUP]));
         assert_eq!(wanted(tables), [true, true, true, true, false]);
     }
 
     #[test]
-    fn a_table_that_does_not_fit_holds_everything() {
+    fn an_address_table_above_the_limit_accepts_every_address() {
         let many = vec![GROUP; MAX_ADDRESSES + 1];
-        assert_eq!(Addresses::new(&many), Addresses::All);
-        assert!(wanted(|f| f.set_tables(Addresses::new(&many), Addresses::new(&[])))[1]);
+        assert_eq!(AddressTable::new(&many), AddressTable::All);
+        assert!(wanted(|f| f.set_tables(AddressTable::new(&many), AddressTable::new(&[])))[1]);
     }
 }

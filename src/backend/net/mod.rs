@@ -27,14 +27,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use zerocopy::{FromZeros, IntoBytes};
 
-use self::control::Control;
-use self::filter::Filter;
+use self::control::ControlQueue;
 pub use self::filter::Mac;
-use self::pair::Link;
-use self::receive::Receive;
+use self::filter::ReceiveFilter;
+use self::pair::PairConnector;
+use self::receive::ReceiveQueue;
 pub use self::state::PacketCounts;
-use self::state::{HEADER, Hub, Wire};
-use self::transmit::Transmit;
+use self::state::{HEADER, PeerPort, SharedNetState};
+use self::transmit::TransmitQueue;
 use super::{BackendError, FrontendHandle, Queue, RING_FEATURES, VirtioDevice};
 use crate::abi::bit;
 use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, Request as Code, protocol_feature};
@@ -154,12 +154,12 @@ pub enum NetError {
 /// An interface; also the [`VirtioDevice`] to serve.
 #[derive(Debug)]
 pub struct NetDevice {
-    hub: Arc<Hub>,
+    shared: Arc<SharedNetState>,
     options: NetOptions,
     /// Who is to be told when the driver shall announce itself.
-    host: Mutex<Arc<FrontendHandle>>,
+    frontend: Mutex<Arc<FrontendHandle>>,
     /// Finds the other end of a pair, as long as it lives.
-    _link: Option<Link>,
+    _connector: Option<PairConnector>,
 }
 
 impl NetDevice {
@@ -178,54 +178,54 @@ impl NetDevice {
         if let Some(mtu) = mtu.filter(|mtu| *mtu < MIN_MTU) {
             return Err(NetError::Mtu { mtu });
         }
-        let there = |wires: Vec<Wire>| wires.into_iter().map(|wire| Some(Arc::new(wire))).collect();
+        let there = |wires: Vec<PeerPort>| wires.into_iter().map(|wire| Some(Arc::new(wire))).collect();
         let wires = match &options.peer {
-            NetPeer::Loopback => there((0..pairs).map(|_| looped()).collect::<Result<_, _>>()?),
+            NetPeer::Loopback => there((0..pairs).map(|_| loopback_port()).collect::<Result<_, _>>()?),
             NetPeer::Tap(name) => there(tap::open(name, pairs)?),
             NetPeer::Pair(_) => (0..pairs).map(|_| None).collect(),
         };
-        let hub = Arc::new(Hub::new(wires, Filter::new(mac)));
+        let hub = Arc::new(SharedNetState::new(wires, ReceiveFilter::new(mac)));
         let link = match &options.peer {
-            NetPeer::Pair(path) => Some(Link::start(path, pairs, hub.clone())?),
+            NetPeer::Pair(path) => Some(PairConnector::start(path, pairs, hub.clone())?),
             _ => None,
         };
-        Ok(NetDevice { hub, options, host: Mutex::default(), _link: link })
+        Ok(NetDevice { shared: hub, options, frontend: Mutex::default(), _connector: link })
     }
 
     /// What became of packets so far.
     pub fn packet_counts(&self) -> PacketCounts {
-        self.hub.counters.read()
+        self.shared.counters.read()
     }
 
     /// What the queue at `index` is for, which depends on what the driver negotiated (virtio 1.2, 5.1.2).
-    fn role(&self, index: u16, features: u64) -> Option<Role> {
+    fn queue_role(&self, index: u16, features: u64) -> Option<QueueRole> {
         let pairs = if features & bit(VIRTIO_NET_F_MQ) != 0 { self.options.pairs } else { 1 };
         if features & bit(VIRTIO_NET_F_CTRL_VQ) != 0 && index == 2 * pairs {
-            return Some(Role::Control);
+            return Some(QueueRole::Control);
         }
         let pair = index / 2;
         match (pair < self.options.pairs, index.is_multiple_of(2)) {
-            (true, true) => Some(Role::Receive(pair)),
-            (true, false) => Some(Role::Transmit(pair)),
+            (true, true) => Some(QueueRole::Receive(pair)),
+            (true, false) => Some(QueueRole::Transmit(pair)),
             (false, _) => None,
         }
     }
 
     /// Makes the network learn where `mac` is now: broadcasts a RARP in its name, and asks the driver to announce itself.
     fn announce(&self, mac: Mac) {
-        self.hub.change(|state| state.announce = true);
+        self.shared.update(|state| state.must_announce = true);
         self.config_changed();
         if self.options.peer == NetPeer::Loopback {
             return;
         }
-        let state = self.hub.state();
-        if !state.out_of(0).is_some_and(|wire| wire.send(&rarp(mac))) {
+        let state = self.shared.state();
+        if !state.port(0).is_some_and(|wire| wire.send(&rarp_packet(mac))) {
             limited!(warn, "nobody hears that {mac:02x?} is here now: the other end is not there or has no room");
         }
     }
 
     fn config_changed(&self) {
-        self.host.lock().unwrap_or_else(PoisonError::into_inner).config_changed();
+        self.frontend.lock().unwrap_or_else(PoisonError::into_inner).config_changed();
     }
 
     fn check_mtu(&self, mtu: u64) -> Result<(), BackendError> {
@@ -237,7 +237,7 @@ impl NetDevice {
     }
 }
 
-enum Role {
+enum QueueRole {
     Receive(u16),
     Transmit(u16),
     Control,
@@ -280,8 +280,8 @@ impl VirtioDevice for NetDevice {
     }
 
     fn config(&self) -> Vec<u8> {
-        let state = self.hub.state();
-        let announce = if state.announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
+        let state = self.shared.state();
+        let announce = if state.must_announce { VIRTIO_NET_S_ANNOUNCE } else { 0 };
         let mut config = NetConfig::new_zeroed();
         config.mac = state.filter.mac;
         config.status = (VIRTIO_NET_S_LINK_UP | announce).into();
@@ -299,14 +299,16 @@ impl VirtioDevice for NetDevice {
         let Some(mac) = bytes.first_chunk::<6>().filter(|_| offset == 0) else {
             return refused("a migration brings it from its start on, with the address");
         };
-        self.hub.change(|state| (state.filter.mac, state.announce, state.inherited) = (*mac, true, false));
+        self.shared.update(|state| {
+            (state.filter.mac, state.must_announce, state.from_previous_connection) = (*mac, true, false)
+        });
         self.config_changed();
         Ok(())
     }
 
     fn connected(&self, host: Arc<FrontendHandle>) {
-        self.hub.change(|state| (state.inherited, state.controlled) = (true, false));
-        *self.host.lock().unwrap_or_else(PoisonError::into_inner) = host;
+        self.shared.update(|state| (state.from_previous_connection, state.control_queue_ran) = (true, false));
+        *self.frontend.lock().unwrap_or_else(PoisonError::into_inner) = host;
     }
 
     fn handle_message(&self, code: Code, number: u64) -> Result<(), BackendError> {
@@ -326,35 +328,36 @@ impl VirtioDevice for NetDevice {
     }
 
     fn save_state(&self) -> Result<Vec<u8>, BackendError> {
-        saved_state::save(&self.hub.state(), self.options.mtu)
+        saved_state::save(&self.shared.state(), self.options.mtu)
     }
 
     fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
         let (filter, pairs) = saved_state::load(state, self.options.pairs, self.options.mtu)?;
         // It is somewhere else now, and its driver, once it runs, has to say so.
-        self.hub.change(|state| {
-            (state.filter, state.pairs, state.announce, state.inherited) = (filter, Some(pairs), true, false);
+        self.shared.update(|state| {
+            (state.filter, state.driver_pairs, state.must_announce, state.from_previous_connection) =
+                (filter, Some(pairs), true, false);
         });
         self.config_changed();
         Ok(())
     }
 
     fn reset(&self) {
-        self.hub.change(|state| {
-            state.forget(self.options.mac);
-            (state.controlled, state.announce) = (false, false);
+        self.shared.update(|state| {
+            state.reset_driver_settings(self.options.mac);
+            (state.control_queue_ran, state.must_announce) = (false, false);
         });
     }
 
     /// What another driver has set is not for one that begins anew, or has no control queue to say otherwise.
     fn ring_activated(&self, goes_on: bool, features: u64) {
-        if !self.hub.state().inherited {
+        if !self.shared.state().from_previous_connection {
             return;
         }
         let keeps = goes_on && features & bit(VIRTIO_NET_F_CTRL_VQ) != 0;
-        self.hub.change(|state| {
-            if std::mem::take(&mut state.inherited) && !keeps {
-                state.forget(self.options.mac);
+        self.shared.update(|state| {
+            if std::mem::take(&mut state.from_previous_connection) && !keeps {
+                state.reset_driver_settings(self.options.mac);
             }
         });
     }
@@ -362,18 +365,18 @@ impl VirtioDevice for NetDevice {
     fn start_queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
         let mergeable = features & bit(VIRTIO_NET_F_MRG_RXBUF) != 0;
         let header = if mergeable || features & bit(VIRTIO_F_VERSION_1) != 0 { HEADER } else { LEGACY_HEADER };
-        let hub = self.hub.clone();
-        Ok(match self.role(index, features) {
-            Some(Role::Receive(pair)) => Box::new(Receive::new(hub, pair, size, header, mergeable)?),
-            Some(Role::Transmit(pair)) => Box::new(Transmit::new(hub, pair, header)),
-            Some(Role::Control) => Box::new(Control::new(hub, self.options.pairs, features)),
+        let hub = self.shared.clone();
+        Ok(match self.queue_role(index, features) {
+            Some(QueueRole::Receive(pair)) => Box::new(ReceiveQueue::new(hub, pair, size, header, mergeable)?),
+            Some(QueueRole::Transmit(pair)) => Box::new(TransmitQueue::new(hub, pair, header)),
+            Some(QueueRole::Control) => Box::new(ControlQueue::new(hub, self.options.pairs, features)),
             None => return Err(io::Error::other("a control queue that the driver has not negotiated")),
         })
     }
 }
 
 /// A RARP request for its own address, broadcast by `mac` (RFC 903), behind the header of a wire.
-fn rarp(mac: Mac) -> Vec<u8> {
+fn rarp_packet(mac: Mac) -> Vec<u8> {
     const SHORTEST_FRAME: usize = 60;
     let mut message = vec![0; HEADER];
     message.extend([0xff; 6]);
@@ -389,9 +392,9 @@ fn rarp(mac: Mac) -> Vec<u8> {
 }
 
 /// A wire whose end is its start.
-fn looped() -> Result<Wire, NetError> {
+fn loopback_port() -> Result<PeerPort, NetError> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let ends = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
     let (output, input) = ends.map_err(|errno| NetError::System { what: "make a loop", source: errno.into() })?;
-    Ok(Wire::new(output, input))
+    Ok(PeerPort::new(output, input))
 }

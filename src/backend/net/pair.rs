@@ -25,19 +25,19 @@ use zerocopy::little_endian::U16;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::NetError;
-use super::state::{Hub, Wire};
+use super::state::{PeerPort, SharedNetState};
 use crate::sys::join::join;
 use crate::sys::log_limit::limited;
 
 /// How long to wait before the other end is looked for again, in milliseconds.
 const RETRY_MS: u16 = 100;
 /// How long whoever has connected may take to say for which pair.
-const PATIENCE: Duration = Duration::from_secs(1);
+const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What the system says when a connection has to wait.
 const EXHAUSTED: [Errno; 4] = [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOBUFS];
 /// How long it waits then, in milliseconds.
-const LATER_MS: u16 = 1000;
+const EXHAUSTED_RETRY_MS: u16 = 1000;
 
 /// First message of a connection.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -54,37 +54,37 @@ const MAGIC: [u8; 8] = *b"vm-pair1";
 
 /// Connects, and connects again, until it is dropped.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(super) struct PairConnector {
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Link {
+impl PairConnector {
     /// Begins to look for the other end at `path`, and puts the wires to it into `hub`.
-    pub(super) fn start(path: &Path, pairs: u16, hub: Arc<Hub>) -> Result<Link, NetError> {
+    pub(super) fn start(path: &Path, pairs: u16, hub: Arc<SharedNetState>) -> Result<PairConnector, NetError> {
         let refused = |source: io::Error| NetError::Pair { path: path.to_owned(), source };
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(|errno| refused(errno.into()))?);
         let mut lock = path.as_os_str().to_owned();
         lock.push(".lock");
         let lock = OpenOptions::new().create(true).truncate(false).write(true).open(lock).map_err(refused)?;
         UnixAddr::new(path).map_err(|errno| refused(errno.into()))?;
-        let mut end = End {
+        let mut end = PairEnd {
             path: path.to_owned(),
             lock,
             pairs,
-            hub,
+            shared: hub,
             stop: stop.clone(),
             listener: None,
             exhausted: Cell::default(),
         };
         // Who is first listens, before anybody is told that this end is there.
-        end.meet();
+        end.connect_or_listen();
         let thread = thread::Builder::new().name("pair".into()).spawn(move || end.run()).map_err(refused)?;
-        Ok(Link { stop, thread: Some(thread) })
+        Ok(PairConnector { stop, thread: Some(thread) })
     }
 }
 
-impl Drop for Link {
+impl Drop for PairConnector {
     fn drop(&mut self) {
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {
@@ -94,11 +94,11 @@ impl Drop for Link {
 }
 
 /// This end of the pair.
-struct End {
+struct PairEnd {
     path: PathBuf,
     lock: File,
     pairs: u16,
-    hub: Arc<Hub>,
+    shared: Arc<SharedNetState>,
     stop: Arc<EventFd>,
     /// While this end is the one that listens.
     listener: Option<UnixListener>,
@@ -106,10 +106,10 @@ struct End {
     exhausted: Cell<bool>,
 }
 
-impl End {
+impl PairEnd {
     fn run(&mut self) {
         while !self.wait() {
-            self.meet();
+            self.connect_or_listen();
         }
         if self.listener.is_some() {
             let _ = std::fs::remove_file(&self.path);
@@ -117,7 +117,7 @@ impl End {
     }
 
     /// Looks for the other end, unless it is the other end's turn.
-    fn meet(&mut self) {
+    fn connect_or_listen(&mut self) {
         if self.listener.is_none()
             && let Err(error) = self.connect()
         {
@@ -127,9 +127,9 @@ impl End {
 
     /// Connects what is not connected; if nobody listens, listens itself.
     fn connect(&mut self) -> io::Result<()> {
-        let state = self.hub.state();
-        for pair in (0..self.pairs).filter(|pair| state.out_of(*pair).is_none()) {
-            let stream = match connected(&self.path) {
+        let state = self.shared.state();
+        for pair in (0..self.pairs).filter(|pair| state.port(*pair).is_none()) {
+            let stream = match connect_nonblocking(&self.path) {
                 Ok(stream) => stream,
                 Err(Errno::ENOENT | Errno::ECONNREFUSED) => return self.listen(),
                 Err(errno) => return Err(errno.into()),
@@ -162,7 +162,7 @@ impl End {
     fn accept(&self, listener: &UnixListener) -> io::Result<()> {
         let (stream, _) = listener.accept()?;
         stream.set_nonblocking(false)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(HELLO_TIMEOUT))?;
         let mut bytes = [0; size_of::<Hello>()];
         let count = io::Read::read(&mut &stream, &mut bytes)?;
         let hello = Hello::read_from_bytes(bytes.get(..count).unwrap_or_default());
@@ -175,7 +175,7 @@ impl End {
             let why = format!("{here} queue pairs here and {there} at the other end: start both with the same number");
             return Err(io::Error::other(why));
         }
-        if self.hub.state().out_of(pair).is_some() {
+        if self.shared.state().port(pair).is_some() {
             return Err(io::Error::other(format!("a third end has come for pair {pair}, which has two")));
         }
         self.add(pair, stream)
@@ -183,15 +183,15 @@ impl End {
 
     fn add(&self, pair: u16, stream: UnixStream) -> io::Result<()> {
         stream.set_nonblocking(true)?;
-        let wire = Arc::new(Wire::new(stream.try_clone()?.into(), stream.into()));
+        let wire = Arc::new(PeerPort::new(stream.try_clone()?.into(), stream.into()));
         limited!(info, "{}: pair {pair} is connected", self.path.display());
         self.set(pair, Some(wire));
         Ok(())
     }
 
-    fn set(&self, pair: u16, wire: Option<Arc<Wire>>) {
-        self.hub.change(|state| {
-            if let Some(place) = state.wires.get_mut(usize::from(pair)) {
+    fn set(&self, pair: u16, wire: Option<Arc<PeerPort>>) {
+        self.shared.update(|state| {
+            if let Some(place) = state.ports.get_mut(usize::from(pair)) {
                 *place = wire;
             }
         });
@@ -199,13 +199,13 @@ impl End {
 
     /// Waits until something is to be done, and does it: connections that come, and those that end. True at the end.
     fn wait(&self) -> bool {
-        let state = self.hub.state();
-        let missing = state.wires.iter().any(Option::is_none);
+        let state = self.shared.state();
+        let missing = state.ports.iter().any(Option::is_none);
         let timeout = match self.listener.is_none() && missing {
             true => PollTimeout::from(RETRY_MS),
             false => PollTimeout::NONE,
         };
-        let wires = || (0..).zip(&state.wires).filter_map(|(pair, wire)| Some((pair, wire.as_ref()?)));
+        let wires = || (0..).zip(&state.ports).filter_map(|(pair, wire)| Some((pair, wire.as_ref()?)));
         // Without a free pair, whoever connects waits.
         let listener = self.listener.as_ref().filter(|_| missing);
         let listening = listener.map(AsFd::as_fd);
@@ -227,7 +227,7 @@ impl End {
             && ready.next() == Some(true)
             && let Err(refused) = self.accept(listener)
         {
-            self.refuse(&refused);
+            self.report_refused(&refused);
         }
         for ((pair, _), _) in wires().zip(ready).filter(|(_, gone)| *gone) {
             limited!(info, "{}: the other end of pair {pair} is gone", self.path.display());
@@ -237,16 +237,16 @@ impl End {
     }
 }
 
-impl End {
+impl PairEnd {
     /// Says why a connection is not taken. Without descriptors it can't be, and stays: that is said once and tried later.
-    fn refuse(&self, refused: &io::Error) {
+    fn report_refused(&self, refused: &io::Error) {
         let exhausted = refused.raw_os_error().is_some_and(|errno| EXHAUSTED.contains(&Errno::from_raw(errno)));
         if !self.exhausted.replace(exhausted) || !exhausted {
             limited!(error, "{}: {refused}", self.path.display());
         }
         if exhausted {
             // The result is looked at by the next wait.
-            let _ = poll(&mut [PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)], LATER_MS);
+            let _ = poll(&mut [PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)], EXHAUSTED_RETRY_MS);
         }
     }
 }
@@ -256,7 +256,7 @@ fn seqpacket(flags: SockFlag) -> nix::Result<OwnedFd> {
 }
 
 /// Never waits: EAGAIN is an end whose queue of connections is full.
-fn connected(path: &Path) -> nix::Result<UnixStream> {
+fn connect_nonblocking(path: &Path) -> nix::Result<UnixStream> {
     let fd = seqpacket(SockFlag::SOCK_NONBLOCK)?;
     connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
     fcntl(&fd, FcntlArg::F_SETFL(OFlag::empty()))?;

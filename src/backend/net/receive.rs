@@ -13,60 +13,66 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tracing::debug;
 
-use super::state::{HEADER, Hub, MAX_FRAME, View, Wire, count};
+use super::state::{HEADER, MAX_FRAME, NetStateCache, PeerPort, SharedNetState, count};
 use crate::backend::{Queue, Request};
 use crate::sys::log_limit::limited;
 
 /// Packets looked at before orders are: more than that may not be for the guest.
 const BATCH: usize = 256;
 
-pub(super) struct Receive {
+pub(super) struct ReceiveQueue {
     pair: u16,
     /// Bytes of the header as this driver knows it.
     header: usize,
     mergeable: bool,
     /// Entries of the ring: more buffers than that never come for one packet.
     size: usize,
-    view: View,
+    net_state: NetStateCache,
     /// Rings when the state has changed.
-    ear: Arc<EventFd>,
+    wake: Arc<EventFd>,
     /// Readable when one of the wires or the ear is.
-    ready_to_read: Epoll,
-    wires: Vec<Arc<Wire>>,
+    readable: Epoll,
+    ports: Vec<Arc<PeerPort>>,
     /// Where to look first, so that no wire starves.
-    next: usize,
+    next_port: usize,
     buffer: Box<[u8]>,
     /// Bytes of the packet in `buffer`, its header of 12 bytes included.
     packet: Option<usize>,
     /// Taken, and untouched.
-    held: VecDeque<Request>,
+    free_buffers: VecDeque<Request>,
     /// Writable bytes of those.
-    room: u64,
+    free_bytes: u64,
     done: Vec<Request>,
 }
 
-impl Receive {
-    pub(super) fn new(hub: Arc<Hub>, pair: u16, size: u16, header: usize, mergeable: bool) -> io::Result<Receive> {
+impl ReceiveQueue {
+    pub(super) fn new(
+        hub: Arc<SharedNetState>,
+        pair: u16,
+        size: u16,
+        header: usize,
+        mergeable: bool,
+    ) -> io::Result<ReceiveQueue> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let ear = Arc::new(EventFd::from_flags(flags)?);
-        let mut queue = Receive {
+        let mut queue = ReceiveQueue {
             pair,
             header,
             mergeable,
             size: size.into(),
-            ready_to_read: listen_to(&ear, &[])?,
-            wires: Vec::new(),
-            next: 0,
+            readable: epoll_for(&ear, &[])?,
+            ports: Vec::new(),
+            next_port: 0,
             // One byte more than the longest: what fills it is too long.
             buffer: vec![0; HEADER + MAX_FRAME + 1].into(),
             packet: None,
-            held: VecDeque::new(),
-            room: 0,
+            free_buffers: VecDeque::new(),
+            free_bytes: 0,
             done: Vec::new(),
-            view: View::new(hub.clone()),
-            ear: ear.clone(),
+            net_state: NetStateCache::new(hub.clone()),
+            wake: ear.clone(),
         };
-        if let Some(packet) = hub.listen(pair, ear)
+        if let Some(packet) = hub.receiver_started(pair, ear)
             && let Some(to) = queue.buffer.get_mut(..packet.len())
         {
             to.copy_from_slice(&packet);
@@ -78,38 +84,38 @@ impl Receive {
     /// Hears the wires that are this queue's now.
     fn refresh(&mut self) {
         // Again until nothing has changed: a signal that is taken may be of a change after the one that was looked at.
-        while self.view.refresh() {
-            let _ = self.ear.read();
-            self.wires = self.view.state.heard_by(self.pair);
-            match listen_to(&self.ear, &self.wires) {
-                Ok(epoll) => self.ready_to_read = epoll,
+        while self.net_state.refresh() {
+            let _ = self.wake.read();
+            self.ports = self.net_state.state.ports_received_by(self.pair);
+            match epoll_for(&self.wake, &self.ports) {
+                Ok(epoll) => self.readable = epoll,
                 Err(error) => limited!(warn, "receive queue {}: can't wait for packets: {error}", self.pair),
             }
         }
     }
 
     /// Gets the next packet that the driver wants; false if there is none for now.
-    fn receive(&mut self) -> bool {
+    fn receive_packet(&mut self) -> bool {
         self.refresh();
         for _ in 0..BATCH {
-            let (before, after) = self.wires.split_at(self.next.min(self.wires.len()));
+            let (before, after) = self.ports.split_at(self.next_port.min(self.ports.len()));
             let mut turn = after.iter().chain(before);
             let received = turn.find_map(|wire| {
                 wire.receive(&mut self.buffer).unwrap_or_else(|why| {
-                    self.view.hub.take_out(wire, why);
+                    self.net_state.shared.remove_port(wire, why);
                     None
                 })
             });
             let Some(len) = received else { return false };
-            self.next = (self.next + 1) % self.wires.len();
+            self.next_port = (self.next_port + 1) % self.ports.len();
             // It may have come after an answer that this queue has not heard of.
             self.refresh();
             let Some(frame) = self.buffer.get(HEADER..len).filter(|frame| frame.len() <= MAX_FRAME) else {
-                count(&self.view.hub.counters.received_malformed);
+                count(&self.net_state.shared.counters.received_malformed);
                 continue;
             };
-            if !self.view.state.filter.wants(frame) {
-                count(&self.view.hub.counters.received_filtered);
+            if !self.net_state.state.filter.accepts(frame) {
+                count(&self.net_state.shared.counters.received_filtered);
                 continue;
             }
             self.packet = Some(len);
@@ -119,33 +125,33 @@ impl Receive {
     }
 
     /// Puts the packet into the buffers held, or drops it if no buffers can ever hold it. It stays if more are needed.
-    fn place(&mut self) {
+    fn place_packet(&mut self) {
         let Some(len) = self.packet else { return };
         self.refresh();
-        if self.pair >= self.view.state.pairs_in_use() {
+        if self.pair >= self.net_state.state.pairs_in_use() {
             // It came before the driver had said so (rule R11.3).
-            count(&self.view.hub.counters.received_dropped);
+            count(&self.net_state.shared.counters.received_dropped);
             self.packet = None;
             return;
         }
         // The driver's header, which may be shorter than ours, ends where ours does.
         let needed = (len - HEADER + self.header) as u64;
-        let enough = match (self.mergeable, self.held.front()) {
+        let enough = match (self.mergeable, self.free_buffers.front()) {
             (_, None) => false,
-            (true, _) if self.room < needed && self.held.len() < self.size => return,
-            (true, _) => self.room >= needed,
+            (true, _) if self.free_bytes < needed && self.free_buffers.len() < self.size => return,
+            (true, _) => self.free_bytes >= needed,
             (false, Some(first)) => first.writable_len() >= needed,
         };
         if !enough {
-            if !self.held.is_empty() {
+            if !self.free_buffers.is_empty() {
                 debug!("receive queue {}: no buffers for a packet of {needed} bytes", self.pair);
-                count(&self.view.hub.counters.received_dropped);
+                count(&self.net_state.shared.counters.received_dropped);
                 self.packet = None;
             }
             return;
         }
         let (mut left, mut buffers) = (needed, 0u16);
-        for request in &self.held {
+        for request in &self.free_buffers {
             left = left.saturating_sub(request.writable_len());
             buffers += 1;
             if left == 0 {
@@ -160,8 +166,8 @@ impl Receive {
             }
         }
         let mut rest = self.buffer.get(HEADER - self.header..len).unwrap_or_default();
-        for mut request in self.held.drain(..usize::from(buffers)) {
-            self.room -= request.writable_len();
+        for mut request in self.free_buffers.drain(..usize::from(buffers)) {
+            self.free_bytes -= request.writable_len();
             let here = rest.len().min(usize::try_from(request.writable_len()).unwrap_or(usize::MAX));
             let (now, later) = rest.split_at(here);
             rest = later;
@@ -172,17 +178,17 @@ impl Receive {
             self.done.push(request);
         }
         self.packet = None;
-        count(&self.view.hub.counters.received);
+        count(&self.net_state.shared.counters.received);
     }
 }
 
-impl Queue for Receive {
+impl Queue for ReceiveQueue {
     fn wants_request(&mut self) -> bool {
         while self.packet.is_none() {
-            if !self.receive() {
+            if !self.receive_packet() {
                 return false;
             }
-            self.place();
+            self.place_packet();
         }
         true
     }
@@ -190,12 +196,12 @@ impl Queue for Receive {
     fn submit(&mut self, request: Request) {
         if request.writable_len() < self.header as u64 || !request.is_writable() {
             debug!("receive queue {}: a buffer of {} bytes is of no use", self.pair, request.writable_len());
-            count(&self.view.hub.counters.bad_buffers);
+            count(&self.net_state.shared.counters.bad_buffers);
             return self.done.push(request);
         }
-        self.room += request.writable_len();
-        self.held.push_back(request);
-        self.place();
+        self.free_bytes += request.writable_len();
+        self.free_buffers.push_back(request);
+        self.place_packet();
     }
 
     fn completions(&mut self, done: &mut Vec<Request>) {
@@ -203,25 +209,25 @@ impl Queue for Receive {
     }
 
     fn put_back(&mut self, unused: &mut Vec<Request>) {
-        self.room = 0;
-        unused.extend(self.held.drain(..));
+        self.free_bytes = 0;
+        unused.extend(self.free_buffers.drain(..));
     }
 
     fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
         // With a packet at hand it waits for buffers, and for nothing else.
-        self.packet.is_none().then(|| self.ready_to_read.0.as_fd())
+        self.packet.is_none().then(|| self.readable.0.as_fd())
     }
 }
 
-impl Drop for Receive {
+impl Drop for ReceiveQueue {
     fn drop(&mut self) {
-        debug!("receive queue {}: stops, and so far {:?}", self.pair, self.view.hub.counters.read());
+        debug!("receive queue {}: stops, and so far {:?}", self.pair, self.net_state.shared.counters.read());
         let packet = self.packet.and_then(|len| self.buffer.get(..len)).map(<[u8]>::to_vec);
-        self.view.hub.leave(self.pair, packet);
+        self.net_state.shared.receiver_stopped(self.pair, packet);
     }
 }
 
-fn listen_to(ear: &EventFd, wires: &[Arc<Wire>]) -> nix::Result<Epoll> {
+fn epoll_for(ear: &EventFd, wires: &[Arc<PeerPort>]) -> nix::Result<Epoll> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
     epoll.add(ear, event)?;
@@ -235,26 +241,26 @@ fn listen_to(ear: &EventFd, wires: &[Arc<Wire>]) -> nix::Result<Epoll> {
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    use super::super::filter::Filter;
+    use super::super::filter::ReceiveFilter;
     use super::*;
 
     /// No buffers are asked for while there are no packets, so nothing else wakes the queue.
     #[test]
-    fn a_change_while_an_earlier_one_is_looked_at_is_not_missed() {
-        let hub = Arc::new(Hub::new(vec![None, None], Filter::new([2; 6])));
-        let mut queue = Receive::new(hub.clone(), 0, 8, HEADER, true).unwrap();
+    fn a_concurrent_state_change_is_not_missed() {
+        let hub = Arc::new(SharedNetState::new(vec![None, None], ReceiveFilter::new([2; 6])));
+        let mut queue = ReceiveQueue::new(hub.clone(), 0, 8, HEADER, true).unwrap();
         for _ in 0..1000 {
             let over = AtomicBool::new(false);
             std::thread::scope(|scope| {
                 scope.spawn(|| {
-                    (0..10).for_each(|_| hub.change(|_| {}));
+                    (0..10).for_each(|_| hub.update(|_| {}));
                     over.store(true, Ordering::Release);
                 });
                 while !over.load(Ordering::Acquire) {
                     queue.refresh();
                 }
             });
-            assert!(queue.ear.read().is_ok() || !queue.view.refresh(), "the last change is not seen");
+            assert!(queue.wake.read().is_ok() || !queue.net_state.refresh(), "the last change is not seen");
         }
     }
 }

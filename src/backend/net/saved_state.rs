@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::filter::{Addresses, Filter, MAX_ADDRESSES, Mac};
-use super::state::State;
+use super::filter::{AddressTable, MAX_ADDRESSES, Mac, ReceiveFilter};
+use super::state::NetState;
 use crate::backend::BackendError;
 use crate::stream::record;
 
@@ -14,7 +14,7 @@ const MAX_BYTES: usize = 4 << 10;
 
 /// The record.
 #[derive(Serialize, Deserialize)]
-struct Saved {
+struct SavedNetState {
     mac: Mac,
     promiscuous: bool,
     all_multicast: bool,
@@ -31,8 +31,8 @@ struct Saved {
 }
 
 /// The record of `state`, for a device whose driver was told `mtu`.
-pub(super) fn save(state: &State, mtu: Option<u16>) -> Result<Vec<u8>, BackendError> {
-    let Filter {
+pub(super) fn save(state: &NetState, mtu: Option<u16>) -> Result<Vec<u8>, BackendError> {
+    let ReceiveFilter {
         mac,
         promiscuous,
         all_multicast,
@@ -44,10 +44,10 @@ pub(super) fn save(state: &State, mtu: Option<u16>) -> Result<Vec<u8>, BackendEr
         multicast,
     } = state.filter.clone();
     let table = |addresses| match addresses {
-        Addresses::These(macs) => Some(macs),
-        Addresses::All => None,
+        AddressTable::Listed(macs) => Some(macs),
+        AddressTable::All => None,
     };
-    let saved = Saved {
+    let saved = SavedNetState {
         mac,
         promiscuous,
         all_multicast,
@@ -64,9 +64,9 @@ pub(super) fn save(state: &State, mtu: Option<u16>) -> Result<Vec<u8>, BackendEr
 }
 
 /// What a record says, checked against this device: filter, pairs in use.
-pub(super) fn load(bytes: &[u8], pairs: u16, mtu: Option<u16>) -> Result<(Filter, u16), BackendError> {
+pub(super) fn load(bytes: &[u8], pairs: u16, mtu: Option<u16>) -> Result<(ReceiveFilter, u16), BackendError> {
     let refused = |why: String| BackendError::DeviceState { why };
-    let saved: Saved =
+    let saved: SavedNetState =
         record::decode("net state", VERSION, bytes, MAX_BYTES).map_err(|error| refused(error.to_string()))?;
     if !(1..=pairs).contains(&saved.pairs) {
         return Err(refused(format!("its driver uses {} queue pairs, and this device has {pairs}", saved.pairs)));
@@ -77,10 +77,10 @@ pub(super) fn load(bytes: &[u8], pairs: u16, mtu: Option<u16>) -> Result<(Filter
     }
     let table = |macs: Option<Vec<Mac>>| match macs {
         Some(macs) if macs.len() > MAX_ADDRESSES => Err(refused(format!("a table of {} addresses", macs.len()))),
-        Some(macs) => Ok(Addresses::These(macs)),
-        None => Ok(Addresses::All),
+        Some(macs) => Ok(AddressTable::Listed(macs)),
+        None => Ok(AddressTable::All),
     };
-    let filter = Filter {
+    let filter = ReceiveFilter {
         mac: saved.mac,
         promiscuous: saved.promiscuous,
         all_multicast: saved.all_multicast,
@@ -98,22 +98,22 @@ pub(super) fn load(bytes: &[u8], pairs: u16, mtu: Option<u16>) -> Result<(Filter
 mod tests {
     use std::sync::Arc;
 
-    use super::super::state::Hub;
+    use super::super::state::SharedNetState;
     use super::*;
 
-    fn state() -> Arc<State> {
-        let hub = Hub::new(vec![None, None], Filter::new([2, 0, 0, 0, 0, 1]));
-        hub.change(|state| {
+    fn state() -> Arc<NetState> {
+        let hub = SharedNetState::new(vec![None, None], ReceiveFilter::new([2, 0, 0, 0, 0, 1]));
+        hub.update(|state| {
             let filter = &mut state.filter;
             (filter.promiscuous, filter.all_multicast, filter.no_broadcast) = (false, true, true);
-            filter.set_tables(Addresses::new(&[[2, 0, 0, 0, 0, 9]; 3]), Addresses::All);
-            state.pairs = Some(2);
+            filter.set_tables(AddressTable::new(&[[2, 0, 0, 0, 0, 9]; 3]), AddressTable::All);
+            state.driver_pairs = Some(2);
         });
         hub.state()
     }
 
     #[test]
-    fn everything_the_driver_has_set_comes_back() {
+    fn saved_driver_settings_are_restored() {
         let state = state();
         let bytes = save(&state, Some(1400)).unwrap();
         assert_eq!(load(&bytes, 4, Some(1400)).unwrap(), (state.filter.clone(), 2));
@@ -125,14 +125,14 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_the_device_is_refused() {
+    fn a_saved_state_that_does_not_fit_the_device_is_refused() {
         let bytes = save(&state(), Some(1400)).unwrap();
         assert!(load(&bytes, 1, Some(1400)).is_err(), "fewer pairs than the driver uses");
         assert!(load(&bytes, 2, None).is_err(), "another MTU than the driver was told");
         assert!(load(&bytes[..bytes.len() - 1], 2, Some(1400)).is_err());
         let full = |count| {
-            let hub = Hub::new(vec![None], Filter::new([2; 6]));
-            hub.change(|state| state.filter.set_tables(Addresses::These(vec![[2; 6]; count]), Addresses::All));
+            let hub = SharedNetState::new(vec![None], ReceiveFilter::new([2; 6]));
+            hub.update(|state| state.filter.set_tables(AddressTable::Listed(vec![[2; 6]; count]), AddressTable::All));
             load(&save(&hub.state(), None).unwrap(), 1, None)
         };
         assert!(full(MAX_ADDRESSES).is_ok());

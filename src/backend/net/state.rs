@@ -14,7 +14,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::{read, write};
 use tracing::warn;
 
-use super::filter::{Filter, Mac};
+use super::filter::{Mac, ReceiveFilter};
 use crate::abi::virtio::NetHeader;
 
 /// Bytes of the header before each frame on a wire.
@@ -24,15 +24,15 @@ pub(super) const MAX_FRAME: usize = 65550;
 
 /// A way out and a way in.
 #[derive(Debug)]
-pub(super) struct Wire {
+pub(super) struct PeerPort {
     output: OwnedFd,
     input: OwnedFd,
 }
 
-impl Wire {
+impl PeerPort {
     /// Both must not block.
-    pub(super) fn new(output: OwnedFd, input: OwnedFd) -> Wire {
-        Wire { output, input }
+    pub(super) fn new(output: OwnedFd, input: OwnedFd) -> PeerPort {
+        PeerPort { output, input }
     }
 
     /// Sends a header and a frame; false if the other end has no room or is gone.
@@ -68,38 +68,38 @@ impl Wire {
 
 /// What queues go by. A change replaces it as a whole.
 #[derive(Debug, Clone)]
-pub(super) struct State {
+pub(super) struct NetState {
     /// By pair; `None` while nobody is at the other end.
-    pub(super) wires: Vec<Option<Arc<Wire>>>,
+    pub(super) ports: Vec<Option<Arc<PeerPort>>>,
     /// Which frames the driver wants.
-    pub(super) filter: Filter,
+    pub(super) filter: ReceiveFilter,
     /// Pairs that the driver has said it uses, from the first on.
-    pub(super) pairs: Option<u16>,
+    pub(super) driver_pairs: Option<u16>,
     /// Whether the control queue has run since the front-end connected, so that the driver can say that.
-    pub(super) controlled: bool,
+    pub(super) control_queue_ran: bool,
     /// Whether the driver shall announce itself.
-    pub(super) announce: bool,
+    pub(super) must_announce: bool,
     /// Whether what was set is from before the front-end connected, and no ring has run since.
-    pub(super) inherited: bool,
+    pub(super) from_previous_connection: bool,
     /// The pairs whose receive queues run, with what wakes them when this changes.
-    ears: BTreeMap<u16, Arc<EventFd>>,
+    receivers: BTreeMap<u16, Arc<EventFd>>,
 }
 
-impl State {
+impl NetState {
     /// How many pairs may receive, from the first on: what the driver has said, one until it does, or as many as run if it
     /// can't say it here (rule R11.2).
     pub(super) fn pairs_in_use(&self) -> u16 {
-        self.pairs.unwrap_or(if self.controlled { 1 } else { self.wires.len() as u16 })
+        self.driver_pairs.unwrap_or(if self.control_queue_ran { 1 } else { self.ports.len() as u16 })
     }
 
     /// Forgets all that a driver has set.
-    pub(super) fn forget(&mut self, mac: Mac) {
-        (self.filter, self.pairs) = (Filter::new(mac), None);
+    pub(super) fn reset_driver_settings(&mut self, mac: Mac) {
+        (self.filter, self.driver_pairs) = (ReceiveFilter::new(mac), None);
     }
 
     /// The wires that the receive queue of `pair` hears: its own, and a share of those whose own queue doesn't run.
-    pub(super) fn heard_by(&self, pair: u16) -> Vec<Arc<Wire>> {
-        let listening: Vec<u16> = self.ears.keys().copied().filter(|ear| *ear < self.pairs_in_use()).collect();
+    pub(super) fn ports_received_by(&self, pair: u16) -> Vec<Arc<PeerPort>> {
+        let listening: Vec<u16> = self.receivers.keys().copied().filter(|ear| *ear < self.pairs_in_use()).collect();
         if listening.is_empty() {
             return Vec::new();
         }
@@ -107,13 +107,13 @@ impl State {
             true => wire == pair,
             false => listening.get(usize::from(wire) % listening.len()) == Some(&pair),
         };
-        let wires = (0..).zip(&self.wires).filter(|(wire, _)| hears(*wire));
+        let wires = (0..).zip(&self.ports).filter(|(wire, _)| hears(*wire));
         wires.filter_map(|(_, wire)| wire.clone()).collect()
     }
 
     /// The wire that `pair` sends on.
-    pub(super) fn out_of(&self, pair: u16) -> Option<&Arc<Wire>> {
-        self.wires.get(usize::from(pair))?.as_ref()
+    pub(super) fn port(&self, pair: u16) -> Option<&Arc<PeerPort>> {
+        self.ports.get(usize::from(pair))?.as_ref()
     }
 }
 
@@ -174,47 +174,55 @@ pub(super) fn count(counter: &AtomicU64) {
 
 /// The device's wires and what the driver has set, shared by its queues.
 #[derive(Debug)]
-pub(super) struct Hub {
-    state: Mutex<Arc<State>>,
+pub(super) struct SharedNetState {
+    state: Mutex<Arc<NetState>>,
     /// Counts the changes of `state`.
     generation: AtomicU64,
     /// Packets that were received by queues which have stopped since, by pair.
-    kept: Mutex<BTreeMap<u16, Vec<u8>>>,
+    unplaced_packets: Mutex<BTreeMap<u16, Vec<u8>>>,
     pub(super) counters: PacketCounters,
 }
 
-impl Hub {
-    pub(super) fn new(wires: Vec<Option<Arc<Wire>>>, filter: Filter) -> Hub {
+impl SharedNetState {
+    pub(super) fn new(wires: Vec<Option<Arc<PeerPort>>>, filter: ReceiveFilter) -> SharedNetState {
         let (pairs, ears) = (None, BTreeMap::new());
-        let state = State { wires, filter, pairs, controlled: false, announce: false, inherited: false, ears };
-        Hub {
+        let state = NetState {
+            ports: wires,
+            filter,
+            driver_pairs: pairs,
+            control_queue_ran: false,
+            must_announce: false,
+            from_previous_connection: false,
+            receivers: ears,
+        };
+        SharedNetState {
             state: Mutex::new(Arc::new(state)),
             generation: AtomicU64::new(0),
-            kept: Mutex::default(),
+            unplaced_packets: Mutex::default(),
             counters: PacketCounters::default(),
         }
     }
 
-    pub(super) fn state(&self) -> Arc<State> {
+    pub(super) fn state(&self) -> Arc<NetState> {
         lock(&self.state).clone()
     }
 
     /// Changes the state, and wakes the receive queues for it.
-    pub(super) fn change(&self, change: impl FnOnce(&mut State)) {
+    pub(super) fn update(&self, change: impl FnOnce(&mut NetState)) {
         let mut state = lock(&self.state);
         change(Arc::make_mut(&mut state));
         self.generation.fetch_add(1, Ordering::Release);
-        for ear in state.ears.values() {
+        for ear in state.receivers.values() {
             let _ = ear.write(1);
         }
     }
 
     /// Takes out a wire over which nothing comes any more, whoever finds that first.
-    pub(super) fn take_out(&self, wire: &Arc<Wire>, why: Errno) {
-        let is_this = |there: &Option<Arc<Wire>>| there.as_ref().is_some_and(|there| Arc::ptr_eq(there, wire));
-        let Some(pair) = self.state().wires.iter().position(is_this) else { return };
-        self.change(|state| {
-            for there in state.wires.iter_mut().filter(|there| is_this(there)) {
+    pub(super) fn remove_port(&self, wire: &Arc<PeerPort>, why: Errno) {
+        let is_this = |there: &Option<Arc<PeerPort>>| there.as_ref().is_some_and(|there| Arc::ptr_eq(there, wire));
+        let Some(pair) = self.state().ports.iter().position(is_this) else { return };
+        self.update(|state| {
+            for there in state.ports.iter_mut().filter(|there| is_this(there)) {
                 *there = None;
                 warn!(
                     "queue pair {pair}: its tap or other end is gone ({}): no packets until it is there again",
@@ -227,45 +235,45 @@ impl Hub {
     }
 
     /// A receive queue begins to run; the packet that its predecessor left.
-    pub(super) fn listen(&self, pair: u16, ear: Arc<EventFd>) -> Option<Vec<u8>> {
-        self.change(|state| {
-            state.ears.insert(pair, ear);
+    pub(super) fn receiver_started(&self, pair: u16, ear: Arc<EventFd>) -> Option<Vec<u8>> {
+        self.update(|state| {
+            state.receivers.insert(pair, ear);
         });
-        lock(&self.kept).remove(&pair)
+        lock(&self.unplaced_packets).remove(&pair)
     }
 
     /// It has ended, with a packet that found no buffers.
-    pub(super) fn leave(&self, pair: u16, packet: Option<Vec<u8>>) {
+    pub(super) fn receiver_stopped(&self, pair: u16, packet: Option<Vec<u8>>) {
         if let Some(packet) = packet {
-            lock(&self.kept).insert(pair, packet);
+            lock(&self.unplaced_packets).insert(pair, packet);
         }
-        self.change(|state| {
-            state.ears.remove(&pair);
+        self.update(|state| {
+            state.receivers.remove(&pair);
         });
     }
 }
 
 /// A queue's look at the state: no lock is taken while nothing changes.
-pub(super) struct View {
-    pub(super) hub: Arc<Hub>,
-    pub(super) state: Arc<State>,
+pub(super) struct NetStateCache {
+    pub(super) shared: Arc<SharedNetState>,
+    pub(super) state: Arc<NetState>,
     generation: u64,
 }
 
-impl View {
-    pub(super) fn new(hub: Arc<Hub>) -> View {
+impl NetStateCache {
+    pub(super) fn new(hub: Arc<SharedNetState>) -> NetStateCache {
         let generation = hub.generation.load(Ordering::Acquire);
-        View { state: hub.state(), generation, hub }
+        NetStateCache { state: hub.state(), generation, shared: hub }
     }
 
     /// Takes note of changes; false if there were none.
     pub(super) fn refresh(&mut self) -> bool {
-        let generation = self.hub.generation.load(Ordering::Acquire);
+        let generation = self.shared.generation.load(Ordering::Acquire);
         if generation == self.generation {
             return false;
         }
         // A change after the number was read is noticed the next time.
-        (self.generation, self.state) = (generation, self.hub.state());
+        (self.generation, self.state) = (generation, self.shared.state());
         true
     }
 }

@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::libc::{self, c_int};
 
 use super::NetError;
-use super::state::{HEADER, Wire};
+use super::state::{HEADER, PeerPort};
 
 /// `struct ifreq`, as TUNSETIFF reads it.
 #[repr(C)]
@@ -26,7 +26,7 @@ nix::ioctl_write_ptr_bad!(tun_set_header, libc::TUNSETVNETHDRSZ, c_int);
 nix::ioctl_write_int_bad!(tun_set_offload, libc::TUNSETOFFLOAD);
 
 /// Opens one queue per pair of the tap `name`; one that doesn't exist is made, and goes away with this process.
-pub(super) fn open(name: &str, pairs: u16) -> Result<Vec<Wire>, NetError> {
+pub(super) fn open(name: &str, pairs: u16) -> Result<Vec<PeerPort>, NetError> {
     let one = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     let several = one | libc::IFF_MULTI_QUEUE;
     if pairs > 1 {
@@ -37,7 +37,7 @@ pub(super) fn open(name: &str, pairs: u16) -> Result<Vec<Wire>, NetError> {
     Ok(vec![wire])
 }
 
-fn queue(name: &str, flags: c_int) -> Result<Wire, NetError> {
+fn queue(name: &str, flags: c_int) -> Result<PeerPort, NetError> {
     let refused = |source: io::Error| {
         let advice = match source.raw_os_error().map(Errno::from_raw) {
             Some(Errno::EPERM | Errno::EACCES) => "run as root, or make it for this user: ip tuntap add ... user NAME",
@@ -65,7 +65,7 @@ fn queue(name: &str, flags: c_int) -> Result<Wire, NetError> {
     // SAFETY: takes no pointer. A user before us may have asked for packets that the driver was not asked about.
     unsafe { tun_set_offload(fd, 0) }.map_err(failed)?;
     let input = tap.try_clone().map_err(refused)?;
-    Ok(Wire::new(tap.into(), input.into()))
+    Ok(PeerPort::new(tap.into(), input.into()))
 }
 
 #[cfg(test)]
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_that_no_interface_can_have_is_refused_before_the_system_is_asked() {
+    fn an_invalid_tap_name_is_refused_before_any_system_call() {
         for name in ["", "sixteen-bytes-xx", "a/b", "tap%d", "a\0"] {
             assert!(matches!(open(name, 1), Err(NetError::TapName { .. })), "{name:?}");
         }

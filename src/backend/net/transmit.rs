@@ -5,25 +5,25 @@ use std::sync::Arc;
 
 use tracing::debug;
 
-use super::state::{HEADER, Hub, MAX_FRAME, View, count};
+use super::state::{HEADER, MAX_FRAME, NetStateCache, SharedNetState, count};
 use crate::backend::{Queue, Request};
 
-pub(super) struct Transmit {
+pub(super) struct TransmitQueue {
     pair: u16,
     /// Bytes of the header as this driver knows it.
     header: usize,
-    view: View,
+    net_state: NetStateCache,
     buffer: Vec<u8>,
     done: Vec<Request>,
 }
 
-impl Transmit {
-    pub(super) fn new(hub: Arc<Hub>, pair: u16, header: usize) -> Transmit {
-        Transmit { pair, header, view: View::new(hub), buffer: Vec::new(), done: Vec::new() }
+impl TransmitQueue {
+    pub(super) fn new(hub: Arc<SharedNetState>, pair: u16, header: usize) -> TransmitQueue {
+        TransmitQueue { pair, header, net_state: NetStateCache::new(hub), buffer: Vec::new(), done: Vec::new() }
     }
 
     fn send(&mut self, request: &Request) {
-        let counters = &self.view.hub.counters;
+        let counters = &self.net_state.shared.counters;
         let frame = request.readable_len().checked_sub(self.header as u64).and_then(|len| usize::try_from(len).ok());
         let Some(frame) = frame.filter(|len| *len <= MAX_FRAME) else {
             debug!("transmit queue {}: a packet of {} bytes is dropped", self.pair, request.readable_len());
@@ -37,16 +37,16 @@ impl Transmit {
             debug!("transmit queue {}: a packet is dropped: {error}", self.pair);
             return count(&counters.sent_malformed);
         }
-        match self.view.state.out_of(self.pair).is_some_and(|wire| wire.send(&self.buffer)) {
+        match self.net_state.state.port(self.pair).is_some_and(|wire| wire.send(&self.buffer)) {
             true => count(&counters.sent),
             false => count(&counters.sent_dropped),
         }
     }
 }
 
-impl Queue for Transmit {
+impl Queue for TransmitQueue {
     fn submit(&mut self, request: Request) {
-        self.view.refresh();
+        self.net_state.refresh();
         self.send(&request);
         self.done.push(request);
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use zerocopy::{Immutable, IntoBytes};
 
-use super::super::transfer::Transfer;
+use super::super::transfer::StateTransfer;
 use super::super::{BackendError, VhostUserMessage, VhostUserReply};
 use super::Session;
 use crate::abi::vhost_user::{ConfigHeader, InflightDescription, Request as Code, VHOST_USER_MAX_CONFIG_SIZE, own};
@@ -36,7 +36,7 @@ impl Session {
 
     pub(super) fn get_inflight(&self, wanted: InflightDescription) -> VhostUserReply {
         let make = || {
-            self.check_shape(&wanted)?;
+            self.check_inflight_description(&wanted)?;
             let mmap_size =
                 inflight::InflightRegion::bytes_for(self.inflight_kind(), wanted.num_queues, wanted.queue_size)?;
             let (_, fd) = inflight::InflightRegion::create(self.inflight_kind(), wanted.num_queues, wanted.queue_size)?;
@@ -53,16 +53,16 @@ impl Session {
 
     pub(super) fn get_generation(&mut self) -> VhostUserReply {
         let code = own::GET_DISK_GENERATION;
-        told(code, self.all_stopped(code, "G1.4").and_then(|()| self.device.disk_generation()))
+        reply_or_empty(code, self.require_all_stopped(code, "G1.4").and_then(|()| self.device.disk_generation()))
     }
 
     pub(super) fn get_identity(&self) -> VhostUserReply {
-        told(own::GET_DISK_IDENTITY, self.device.disk_identity())
+        reply_or_empty(own::GET_DISK_IDENTITY, self.device.disk_identity())
     }
 
     pub(super) fn set_inflight(&mut self, description: &InflightDescription, fd: &OwnedFd) -> Result<(), BackendError> {
-        self.check_shape(description)?;
-        self.all_stopped(Code::SET_INFLIGHT_FD, "I1.3")?;
+        self.check_inflight_description(description)?;
+        self.require_all_stopped(Code::SET_INFLIGHT_FD, "I1.3")?;
         let InflightDescription { mmap_size, mmap_offset, num_queues, queue_size, .. } = *description;
         let kind = self.inflight_kind();
         let region = inflight::InflightRegion::map(kind, fd.as_fd(), mmap_size, mmap_offset, num_queues, queue_size)?;
@@ -74,7 +74,7 @@ impl Session {
         if self.is_packed() { inflight::RingKind::Packed } else { inflight::RingKind::Split }
     }
 
-    pub(super) fn check_shape(&self, wanted: &InflightDescription) -> Result<(), BackendError> {
+    pub(super) fn check_inflight_description(&self, wanted: &InflightDescription) -> Result<(), BackendError> {
         let (queues, size, max) = (wanted.num_queues, wanted.queue_size, self.device.queues());
         match queues >= 1 && queues <= max && size >= 1 && u32::from(size) <= virtio::MAX_QUEUE_SIZE {
             true => Ok(()),
@@ -84,21 +84,21 @@ impl Session {
 
     /// SET_DEVICE_STATE_FD; a transfer that nobody asked the result of is given up for the new one.
     pub(super) fn begin_transfer(&mut self, message: &mut VhostUserMessage) -> Result<(), BackendError> {
-        self.all_stopped(message.code, "D1.6")?;
-        self.transfer = Some(Transfer::begin(self.device.as_ref(), message.body()?, message.only_fd()?)?);
+        self.require_all_stopped(message.code, "D1.6")?;
+        self.transfer = Some(StateTransfer::begin(self.device.as_ref(), message.body()?, message.only_fd()?)?);
         Ok(())
     }
 
     pub(super) fn check_transfer(&mut self) -> Result<(), BackendError> {
         let nothing = || BackendError::DeviceState { why: "SET_DEVICE_STATE_FD did not begin a transfer".into() };
         let transfer = self.transfer.take().ok_or_else(nothing)?;
-        self.all_stopped(Code::CHECK_DEVICE_STATE, "D1.6")?;
+        self.require_all_stopped(Code::CHECK_DEVICE_STATE, "D1.6")?;
         transfer.check(self.device.as_ref())
     }
 }
 
 /// The reply to a request that has an answer that means "no": no payload.
-fn told<T: IntoBytes + Immutable>(code: Code, told: Result<T, BackendError>) -> VhostUserReply {
+fn reply_or_empty<T: IntoBytes + Immutable>(code: Code, told: Result<T, BackendError>) -> VhostUserReply {
     told.map(|told| VhostUserReply::new(code, &told)).unwrap_or_else(|error| {
         limited!(warn, "{error}");
         VhostUserReply { code, payload: Vec::new(), fd: None }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::super::BackendError;
-use super::ring::{Ring, logs_used};
+use super::ring::{SessionRing, logs_used};
 use super::{LOG_ALL, Logging, Session, VringController};
 use crate::abi::vhost_user::LogDescription;
 use crate::dirty::Log;
@@ -21,9 +21,9 @@ impl Session {
         let log = Arc::new(Log::map(fd.as_fd(), description.mmap_size, description.mmap_offset)?);
         self.report_lost_pages();
         let old = self.log.replace(log.clone());
-        self.lost = Arc::default();
+        self.out_of_range_pages = Arc::default();
         self.check_log_size();
-        self.relog(rings);
+        self.update_logging(rings);
         // Nothing writes the old log any more. If the front-end released it before a ring was started, nobody reads what
         // was marked in it since (rule L9.3).
         if let Some(old) = old.filter(|_| self.is_logging()) {
@@ -38,13 +38,13 @@ impl Session {
 
     /// True if the front-end wants to know what is written.
     fn is_logging(&self) -> bool {
-        self.features & LOG_ALL != 0 || self.rings.iter().any(Ring::logs)
+        self.features & LOG_ALL != 0 || self.rings.iter().any(SessionRing::logs_used_ring)
     }
 
     /// Notes that a ring runs whose writes should be logged, and there is no log (rule L8.3).
     pub(super) fn note_unlogged(&mut self) {
         let log_all = self.features & LOG_ALL != 0;
-        let runs = self.rings.iter().any(|ring| ring.running && (log_all || ring.logs()));
+        let runs = self.rings.iter().any(|ring| ring.running && (log_all || ring.logs_used_ring()));
         self.unlogged |= runs && self.log.is_none();
     }
 
@@ -67,19 +67,19 @@ impl Session {
     }
 
     /// Tells the running rings where to log now.
-    pub(super) fn relog(&self, rings: &mut dyn VringController) {
+    pub(super) fn update_logging(&self, rings: &mut dyn VringController) {
         for (index, ring) in (0..).zip(&self.rings).filter(|(_, ring)| ring.running) {
             rings.set_logging(index, self.logging(ring));
         }
     }
 
-    pub(super) fn logging(&self, ring: &Ring) -> Logging {
+    pub(super) fn logging(&self, ring: &SessionRing) -> Logging {
         let used = ring.addr.filter(logs_used).zip(self.log.clone());
         Logging {
             data: self.log.clone().filter(|_| self.features & LOG_ALL != 0),
             used: used.map(|(addr, log)| (log, addr.log_guest_addr)),
             signal: self.log_signal.clone(),
-            out_of_range_pages: self.lost.clone(),
+            out_of_range_pages: self.out_of_range_pages.clone(),
         }
     }
 }

@@ -23,7 +23,7 @@ impl Session {
         if regions.len() >= VHOST_USER_MAX_RAM_SLOTS {
             return Err(BackendError::NoSlot { slots: VHOST_USER_MAX_RAM_SLOTS });
         }
-        regions.push(map(region, &fd)?);
+        regions.push(map_region(region, &fd)?);
         self.replace_memory(Memory::new(regions)?, rings)
     }
 
@@ -46,35 +46,35 @@ impl Session {
         rings: &mut dyn VringController,
     ) -> Result<(), BackendError> {
         for index in 0..self.device.queues() {
-            self.pause(index, rings)?;
+            self.stop_ring(index, rings)?;
         }
         self.memory = memory;
         // The front-end's addresses may mean other pages now.
-        self.forget_translations();
+        self.clear_iotlb();
         self.check_log_size();
-        self.settle_all(rings)
+        self.apply_ring_states(rings)
     }
 
     /// The front-end hears of faults from here on, so rings may run (rule P1.5).
-    pub(super) fn memory_acknowledged(
+    pub(super) fn acknowledge_memory(
         &mut self,
         message: &VhostUserMessage,
         rings: &mut dyn VringController,
     ) -> Result<(), BackendError> {
-        let memory = self.postcopy.acknowledged(message, message.code == Code::SET_MEM_TABLE)?;
+        let memory = self.postcopy.acknowledge(message, message.code == Code::SET_MEM_TABLE)?;
         self.replace_memory(memory, rings)
     }
 
     /// Forgets all translations when a front-end has reason to invalidate none of them itself; no ring runs then. One
     /// that nobody can ask has told all beforehand, and won't again (rules T3.7, T3.8).
-    pub(super) fn forget_translations(&self) {
-        if self.host.is_attached() {
+    pub(super) fn clear_iotlb(&self) {
+        if self.frontend.has_channel() {
             self.iotlb.invalidate(&(0..=u64::MAX));
         }
     }
 
     /// What the front-end says of its IOMMU (rules T2.1, T3.1).
-    pub(super) fn translation(
+    pub(super) fn handle_iotlb_msg(
         &mut self,
         message: &IotlbMsg,
         rings: &mut dyn VringController,
@@ -120,12 +120,12 @@ pub(super) fn regions_of(message: &VhostUserMessage) -> Result<Vec<Arc<Region>>,
             got,
             needed,
         })?;
-        map(&region, fd)
+        map_region(&region, fd)
     });
     regions.collect()
 }
 
-fn map(region: &MemoryRegion, fd: &OwnedFd) -> Result<Arc<Region>, BackendError> {
+fn map_region(region: &MemoryRegion, fd: &OwnedFd) -> Result<Arc<Region>, BackendError> {
     let MemoryRegion { guest_phys_addr, memory_size, userspace_addr, mmap_offset } = *region;
     Ok(Arc::new(Region::map(fd.as_fd(), guest_phys_addr, memory_size, userspace_addr, mmap_offset)?))
 }

@@ -19,9 +19,9 @@ use std::sync::atomic::AtomicU64;
 
 use tracing::debug;
 
-use super::backend_channel::{BackendChannel, checked};
-use super::postcopy::{Postcopy, own_addresses};
-use super::transfer::Transfer;
+use super::backend_channel::{BackendChannel, check_socket};
+use super::postcopy::{Postcopy, reply_payload};
+use super::transfer::StateTransfer;
 use super::{BackendError, FrontendHandle, Notifier, VhostUserMessage, VhostUserReply, VirtioDevice, counters};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
@@ -36,7 +36,7 @@ use crate::ring::RingBase;
 use crate::sys::log_limit::limited;
 use device::config_bytes;
 use memory::regions_of;
-use ring::Ring;
+use ring::SessionRing;
 
 /// The protocol features that are offered with any device.
 const PROTOCOL_FEATURES: u64 = bit(protocol_feature::MQ)
@@ -52,10 +52,10 @@ const PROTOCOL_FEATURES: u64 = bit(protocol_feature::MQ)
     | bit(protocol_feature::STATUS);
 
 /// What INBAND_NOTIFICATIONS makes no sense without.
-const IN_BAND_NEEDS: u64 = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::REPLY_ACK);
+const INBAND_REQUIREMENTS: u64 = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::REPLY_ACK);
 
 const LOG_ALL: u64 = bit(VHOST_F_LOG_ALL);
-const BIT_30: u64 = bit(VHOST_USER_F_PROTOCOL_FEATURES);
+const PROTOCOL_FEATURES_BIT: u64 = bit(VHOST_USER_F_PROTOCOL_FEATURES);
 
 /// What is due after a message.
 #[derive(Debug)]
@@ -77,26 +77,26 @@ pub struct Session {
     memory: Memory,
     log: Option<Arc<Log>>,
     log_signal: Option<Arc<LogSignal>>,
-    lost: Arc<AtomicU64>,
+    out_of_range_pages: Arc<AtomicU64>,
     /// A ring has run whose writes should have been logged, and there was no log yet (rule L8.3).
     unlogged: bool,
     /// While logging is wanted: what the device does to be stopped soon.
-    preparing: Option<Box<dyn Send>>,
+    stop_preparation: Option<Box<dyn Send>>,
     inflight: Option<Arc<inflight::InflightRegion>>,
-    rings: Vec<Ring>,
+    rings: Vec<SessionRing>,
     postcopy: Postcopy,
     /// A device's state on its way.
-    transfer: Option<Transfer>,
+    transfer: Option<StateTransfer>,
     iotlb: Arc<Iotlb>,
-    host: Arc<FrontendHandle>,
+    frontend: Arc<FrontendHandle>,
     /// The back-end channel, if the front-end has given one.
-    channel: Option<BackendChannel>,
+    backend_channel: Option<BackendChannel>,
 }
 
 impl Session {
     /// A session with a front-end that has just connected: nothing is acknowledged, all rings are stopped and disabled.
     pub fn new(device: Arc<dyn VirtioDevice>) -> Session {
-        let rings = (0..device.queues()).map(|_| Ring::default()).collect();
+        let rings = (0..device.queues()).map(|_| SessionRing::default()).collect();
         let host = Arc::new(FrontendHandle::default());
         device.connected(host.clone());
         Session {
@@ -107,16 +107,16 @@ impl Session {
             memory: Memory::default(),
             log: None,
             log_signal: None,
-            lost: Arc::default(),
+            out_of_range_pages: Arc::default(),
             unlogged: false,
-            preparing: None,
+            stop_preparation: None,
             inflight: None,
             rings,
             postcopy: Postcopy::default(),
             transfer: None,
             iotlb: Arc::default(),
-            host,
-            channel: None,
+            frontend: host,
+            backend_channel: None,
         }
     }
 
@@ -129,16 +129,16 @@ impl Session {
             message.fds.len(),
             if message.flags & Header::FLAG_NEED_REPLY != 0 { ", wants a reply" } else { "" }
         );
-        if self.postcopy.awaits() {
+        if self.postcopy.awaits_acknowledgement() {
             return self
-                .memory_acknowledged(&message, rings)
+                .acknowledge_memory(&message, rings)
                 .map_or_else(MessageOutcome::Close, |()| MessageOutcome::NoReply);
         }
         let asked = message.flags & Header::FLAG_NEED_REPLY != 0;
-        let outcome = self.handle(message, rings);
+        let outcome = self.dispatch(message, rings);
         // Asked afterwards: the message that switches acknowledgements on may want the first one (rule F4.2).
-        let acknowledge = asked && self.speaks(protocol_feature::REPLY_ACK);
-        counters::message(code, outcome.is_err());
+        let acknowledge = asked && self.has_protocol_feature(protocol_feature::REPLY_ACK);
+        counters::message_handled(code, outcome.is_err());
         match outcome {
             Ok(Some(reply)) => MessageOutcome::Reply(reply),
             Ok(None) if acknowledge => MessageOutcome::Reply(VhostUserReply::new(code, &0u64)),
@@ -151,7 +151,7 @@ impl Session {
                 // There its place is a ring's and its base's: this is that of no ring (rule F5.4).
                 MessageOutcome::Reply(VhostUserReply::new(code, &if states { u64::MAX } else { 1 }))
             }
-            Err(error) if self.always_answers(code) => MessageOutcome::Close(error),
+            Err(error) if self.has_own_reply(code) => MessageOutcome::Close(error),
             Err(error) => {
                 limited!(warn, "{code} refused: {error}");
                 MessageOutcome::NoReply
@@ -159,14 +159,14 @@ impl Session {
         }
     }
 
-    fn speaks(&self, feature: u32) -> bool {
+    fn has_protocol_feature(&self, feature: u32) -> bool {
         self.protocol_features & bit(feature) != 0
     }
 
     /// Whether a request has a reply of its own, whatever its flags say (rule F3.1).
-    fn always_answers(&self, code: Code) -> bool {
+    fn has_own_reply(&self, code: Code) -> bool {
         match code {
-            Code::SET_LOG_BASE => self.speaks(protocol_feature::LOG_SHMFD),
+            Code::SET_LOG_BASE => self.has_protocol_feature(protocol_feature::LOG_SHMFD),
             Code::SET_MEM_TABLE => self.postcopy.is_listening(),
             Code::GET_FEATURES
             | Code::GET_PROTOCOL_FEATURES
@@ -189,7 +189,7 @@ impl Session {
         }
     }
 
-    fn handle(
+    fn dispatch(
         &mut self,
         mut message: VhostUserMessage,
         rings: &mut dyn VringController,
@@ -200,21 +200,23 @@ impl Session {
         }
         let number = |number: u64| Ok(Some(VhostUserReply::new(code, &number)));
         match code {
-            Code::GET_FEATURES => return number(self.offered()),
+            Code::GET_FEATURES => return number(self.offered_features()),
             Code::SET_FEATURES => self.set_features(message.body()?, rings)?,
-            Code::GET_PROTOCOL_FEATURES => return number(self.offered_protocol()),
+            Code::GET_PROTOCOL_FEATURES => return number(self.offered_protocol_features()),
             Code::SET_PROTOCOL_FEATURES => {
-                let bits = acknowledged(code, message.body()?, self.offered_protocol())?;
-                if bits & bit(protocol_feature::INBAND_NOTIFICATIONS) != 0 && bits & IN_BAND_NEEDS != IN_BAND_NEEDS {
+                let bits = check_offered(code, message.body()?, self.offered_protocol_features())?;
+                if bits & bit(protocol_feature::INBAND_NOTIFICATIONS) != 0
+                    && bits & INBAND_REQUIREMENTS != INBAND_REQUIREMENTS
+                {
                     return Err(BackendError::InbandNotifications);
                 }
                 self.protocol_features = bits;
-                self.host.set_acknowledges(self.speaks(protocol_feature::REPLY_ACK));
+                self.frontend.set_reply_ack(self.has_protocol_feature(protocol_feature::REPLY_ACK));
             }
             Code::GET_QUEUE_NUM => return number(self.device.queue_num()),
             Code::GET_MAX_MEM_SLOTS => return number(VHOST_USER_MAX_RAM_SLOTS as u64),
             Code::SET_OWNER => {}
-            Code::RESET_OWNER => self.disable(rings)?,
+            Code::RESET_OWNER => self.stop_and_disable_rings(rings)?,
             Code::RESET_DEVICE => self.reset(rings)?,
             Code::GET_STATUS => return number(self.status),
             Code::SET_STATUS => {
@@ -226,23 +228,23 @@ impl Session {
             Code::SET_MEM_TABLE => {
                 let memory = Memory::new(regions_of(&message)?)?;
                 if self.postcopy.is_listening() {
-                    let payload = own_addresses(&message.payload, &memory);
+                    let payload = reply_payload(&message.payload, &memory);
                     self.postcopy.offer(memory)?;
                     return Ok(Some(VhostUserReply { code, payload, fd: None }));
                 }
                 self.replace_memory(memory, rings)?;
             }
-            Code::POSTCOPY_ADVISE if self.speaks(protocol_feature::PAGEFAULT) => {
+            Code::POSTCOPY_ADVISE if self.has_protocol_feature(protocol_feature::PAGEFAULT) => {
                 // An answer without an fd is the one that means "no".
                 let fd = self.postcopy.advise().map_err(|error| limited!(warn, "{error}")).ok();
                 return Ok(Some(VhostUserReply { code, payload: Vec::new(), fd }));
             }
-            Code::POSTCOPY_LISTEN if self.speaks(protocol_feature::PAGEFAULT) => {
-                let listening = self.all_stopped(code, "P1.3").and_then(|()| self.postcopy.listen());
-                return number(answer(listening));
+            Code::POSTCOPY_LISTEN if self.has_protocol_feature(protocol_feature::PAGEFAULT) => {
+                let listening = self.require_all_stopped(code, "P1.3").and_then(|()| self.postcopy.listen());
+                return number(status_number(listening));
             }
-            Code::POSTCOPY_END if self.speaks(protocol_feature::PAGEFAULT) => {
-                return number(answer(self.postcopy.end()));
+            Code::POSTCOPY_END if self.has_protocol_feature(protocol_feature::PAGEFAULT) => {
+                return number(status_number(self.postcopy.end()));
             }
             Code::ADD_MEM_REG => {
                 let MemRegMsg { region, .. } = message.body()?;
@@ -254,56 +256,58 @@ impl Session {
                 let description = message.body()?;
                 self.set_log_base(&description, &message.only_fd()?, rings)?;
                 // The answer that every front-end takes (rule F7.1), asked for a number or not.
-                return Ok(self.speaks(protocol_feature::LOG_SHMFD).then(|| VhostUserReply::new(code, &description)));
+                return Ok(self
+                    .has_protocol_feature(protocol_feature::LOG_SHMFD)
+                    .then(|| VhostUserReply::new(code, &description)));
             }
             Code::SET_LOG_FD => {
                 // No fd takes the last one back (rule L12.2).
                 self.log_signal = message.fds.pop().map(|fd| Arc::new(LogSignal::new(fd)));
-                self.relog(rings);
+                self.update_logging(rings);
             }
             Code::SET_VRING_NUM => self.set_size(message.body()?, rings)?,
             Code::SET_VRING_BASE => {
                 let state: VringState = message.body()?;
-                self.stopped(code, state.index, "R2.6")?.base = RingBase::from_bits(state.num);
+                self.require_stopped(code, state.index, "R2.6")?.base = RingBase::from_bits(state.num);
             }
             Code::SET_VRING_ADDR => self.set_addr(message.body()?, rings)?,
             Code::SET_VRING_KICK => {
                 let (index, fd) = self.ring_fd(&mut message)?;
                 let kick = fd.map(|fd| self.kick(index, fd)).transpose()?;
-                self.pause(index, rings)?;
+                self.stop_ring(index, rings)?;
                 if let Some(ring) = self.rings.get_mut(usize::from(index)) {
                     (ring.kick, ring.started) = (kick, true);
                 }
-                self.settle(index, rings)?;
+                self.apply_ring_state(index, rings)?;
             }
             Code::SET_VRING_CALL | Code::SET_VRING_ERR => {
                 let (index, fd) = self.ring_fd(&mut message)?;
                 let notifier = fd.map(|fd| Arc::new(Notifier::new(fd)));
                 let ring = self.ring(code, index.into())?;
-                ring.call_is_new |= code == Code::SET_VRING_CALL && notifier.is_some() && !ring.running;
+                ring.call_changed |= code == Code::SET_VRING_CALL && notifier.is_some() && !ring.running;
                 *(if code == Code::SET_VRING_CALL { &mut ring.call } else { &mut ring.error }) = notifier;
                 if let Some(ring) = self.rings.get(usize::from(index)).filter(|ring| ring.running) {
                     let (call, error) = self.notifiers(index, ring);
                     rings.set_notifiers(index, call, error);
                 }
             }
-            Code::VRING_KICK if self.is_in_band() => self.kicked(message.body()?, rings)?,
+            Code::VRING_KICK if self.is_in_band() => self.kick_in_band(message.body()?, rings)?,
             Code::SET_VRING_ENABLE => {
                 let state: VringState = message.body()?;
                 let ring = self.ring(code, state.index)?;
                 ring.enabled = state.num != 0;
                 let is_tried = ring.enabled && !ring.started;
-                self.settle(state.index as u16, rings)?;
+                self.apply_ring_state(state.index as u16, rings)?;
                 if is_tried {
                     rings.before_blocking();
                     self.device.validate_queue().map_err(BackendError::system("serve a queue"))?;
                 }
             }
-            Code::GET_VRING_BASE_SKIP_DRAIN if !self.speaks(unstable::F_GET_VRING_BASE_SKIP_DRAIN) => {
+            Code::GET_VRING_BASE_SKIP_DRAIN if !self.has_protocol_feature(unstable::F_GET_VRING_BASE_SKIP_DRAIN) => {
                 return Err(BackendError::Unsupported { code });
             }
             Code::GET_VRING_BASE | Code::GET_VRING_BASE_SKIP_DRAIN => {
-                return Ok(Some(VhostUserReply::new(code, &self.end_ring(code, message.body()?, rings)?)));
+                return Ok(Some(VhostUserReply::new(code, &self.get_vring_base(code, message.body()?, rings)?)));
             }
             Code::GET_CONFIG => return self.get_config(&message).map(Some),
             Code::SET_CONFIG => {
@@ -314,35 +318,39 @@ impl Session {
             Code::GET_INFLIGHT_FD => return Ok(Some(self.get_inflight(message.body()?))),
             Code::SET_INFLIGHT_FD => self.set_inflight(&message.body()?, &message.only_fd()?)?,
             Code::IOTLB_MSG if self.device.features() & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 => {
-                self.translation(&message.body()?, rings)?;
+                self.handle_iotlb_msg(&message.body()?, rings)?;
             }
-            Code::SET_DEVICE_STATE_FD if self.speaks(protocol_feature::DEVICE_STATE) => {
-                let error = answer(self.begin_transfer(&mut message));
+            Code::SET_DEVICE_STATE_FD if self.has_protocol_feature(protocol_feature::DEVICE_STATE) => {
+                let error = status_number(self.begin_transfer(&mut message));
                 return number(error | DEVICE_STATE_NOFD_MASK);
             }
-            Code::CHECK_DEVICE_STATE if self.speaks(protocol_feature::DEVICE_STATE) => {
-                return number(answer(self.check_transfer()));
+            Code::CHECK_DEVICE_STATE if self.has_protocol_feature(protocol_feature::DEVICE_STATE) => {
+                return number(status_number(self.check_transfer()));
             }
-            own::GET_DISK_GENERATION if self.speaks(own::F_DISK_GENERATION) => return Ok(Some(self.get_generation())),
-            own::GET_DISK_IDENTITY if self.speaks(own::F_DISK_GENERATION) => return Ok(Some(self.get_identity())),
+            own::GET_DISK_GENERATION if self.has_protocol_feature(own::F_DISK_GENERATION) => {
+                return Ok(Some(self.get_generation()));
+            }
+            own::GET_DISK_IDENTITY if self.has_protocol_feature(own::F_DISK_GENERATION) => {
+                return Ok(Some(self.get_identity()));
+            }
             Code::SEND_RARP | Code::NET_SET_MTU => self.device.handle_message(code, message.body()?)?,
             Code::SET_BACKEND_REQ_FD => {
-                let socket = checked(message.only_fd()?)?;
+                let socket = check_socket(message.only_fd()?)?;
                 // The old one ends first.
-                self.channel = None;
-                self.channel = Some(self.host.attach(socket)?);
+                self.backend_channel = None;
+                self.backend_channel = Some(self.frontend.attach(socket)?);
             }
             _ => return Err(BackendError::Unsupported { code }),
         }
         Ok(None)
     }
 
-    fn offered(&self) -> u64 {
-        self.device.features() | LOG_ALL | BIT_30
+    fn offered_features(&self) -> u64 {
+        self.device.features() | LOG_ALL | PROTOCOL_FEATURES_BIT
     }
 
     /// QEMU sets the status to 0, which is a reset, whenever it stops a device; there would be no state left to save.
-    fn offered_protocol(&self) -> u64 {
+    fn offered_protocol_features(&self) -> u64 {
         let mut offered = PROTOCOL_FEATURES | self.device.protocol_features();
         if self.device.state_kind().is_some() {
             offered = offered & !bit(protocol_feature::STATUS) | bit(protocol_feature::DEVICE_STATE);
@@ -359,28 +367,28 @@ impl Session {
     }
 
     fn set_features(&mut self, bits: u64, rings: &mut dyn VringController) -> Result<(), BackendError> {
-        let bits = acknowledged(Code::SET_FEATURES, bits, self.offered())?;
+        let bits = check_offered(Code::SET_FEATURES, bits, self.offered_features())?;
         // Rings and queues keep to what was acknowledged when they started.
         let changed = (bits ^ self.features) & !LOG_ALL;
         if changed != 0 && self.rings.iter().any(|ring| ring.running) {
             return Err(BackendError::FeaturesOfRunningRings { changed });
         }
         if changed & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 {
-            self.forget_translations();
+            self.clear_iotlb();
         }
         self.features = bits;
         // What was written is of no interest any more (rule L8.4).
         self.unlogged &= bits & LOG_ALL != 0;
-        self.relog(rings);
+        self.update_logging(rings);
         self.note_unlogged();
-        match self.preparing.take() {
+        match self.stop_preparation.take() {
             _ if bits & LOG_ALL == 0 => {}
-            None => self.preparing = self.device.prepare_to_stop(),
-            preparing => self.preparing = preparing,
+            None => self.stop_preparation = self.device.prepare_to_stop(),
+            preparing => self.stop_preparation = preparing,
         }
-        if bits & BIT_30 == 0 {
+        if bits & PROTOCOL_FEATURES_BIT == 0 {
             self.rings.iter_mut().for_each(|ring| ring.enabled = true);
-            self.settle_all(rings)?;
+            self.apply_ring_states(rings)?;
         }
         Ok(())
     }
@@ -391,10 +399,10 @@ impl Session {
 
     /// Back to the state before the driver came: the owner, its memory and protocol features stay (rules R8.2, I7.1).
     fn reset(&mut self, rings: &mut dyn VringController) -> Result<(), BackendError> {
-        self.disable(rings)?;
-        self.rings.iter_mut().for_each(Ring::reset);
+        self.stop_and_disable_rings(rings)?;
+        self.rings.iter_mut().for_each(SessionRing::reset);
         (self.features, self.status) = (0, 0);
-        self.preparing = None;
+        self.stop_preparation = None;
         self.iotlb.invalidate(&(0..=u64::MAX));
         self.device.reset();
         if let Some(region) = &self.inflight {
@@ -405,7 +413,7 @@ impl Session {
 
     /// Whether messages stand for the fds of kicks, calls and errors that are not given (rule B3.2).
     fn is_in_band(&self) -> bool {
-        self.speaks(protocol_feature::INBAND_NOTIFICATIONS)
+        self.has_protocol_feature(protocol_feature::INBAND_NOTIFICATIONS)
     }
 
     fn is_packed(&self) -> bool {
@@ -414,7 +422,7 @@ impl Session {
 }
 
 /// The bits, if all of them were offered.
-fn acknowledged(code: Code, bits: u64, offered: u64) -> Result<u64, BackendError> {
+fn check_offered(code: Code, bits: u64, offered: u64) -> Result<u64, BackendError> {
     match bits & !offered {
         0 => Ok(bits),
         unknown => Err(BackendError::UnofferedFeatures { code, bits, unknown }),
@@ -422,7 +430,7 @@ fn acknowledged(code: Code, bits: u64, offered: u64) -> Result<u64, BackendError
 }
 
 /// For requests whose answer has a number that means "no".
-fn answer(done: Result<(), BackendError>) -> u64 {
+fn status_number(done: Result<(), BackendError>) -> u64 {
     done.map_or_else(
         |error| {
             limited!(warn, "{error}");

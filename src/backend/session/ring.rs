@@ -17,7 +17,7 @@ use crate::sys::log_limit::limited;
 
 /// One ring, as the front-end set it up; addresses are the front-end's.
 #[derive(Debug, Default)]
-pub(super) struct Ring {
+pub(super) struct SessionRing {
     pub(super) size: u16,
     pub(super) base: RingBase,
     pub(super) addr: Option<VringAddr>,
@@ -30,33 +30,38 @@ pub(super) struct Ring {
     /// [`VringController::start`] was called, and no [`VringController::stop`] since.
     pub(super) running: bool,
     /// [`VringController::start`] was called before.
-    pub(super) ran: bool,
+    pub(super) has_run: bool,
     /// `call` came since the ring ran.
-    pub(super) call_is_new: bool,
+    pub(super) call_changed: bool,
     /// The driver was to be notified.
-    pub(super) notified: Arc<AtomicBool>,
+    pub(super) has_notified: Arc<AtomicBool>,
 }
 
-impl Ring {
+impl SessionRing {
     /// Forgets all that the driver has to do with; whom to signal is the front-end's (rule R8.4).
     pub(super) fn reset(&mut self) {
         let (call, error) = (self.call.take(), self.error.take());
-        *self = Ring { call, error, ran: self.ran, ..Ring::default() };
+        *self = SessionRing { call, error, has_run: self.has_run, ..SessionRing::default() };
     }
 
     /// True if the used ring is to be logged (rule L3.2).
-    pub(super) fn logs(&self) -> bool {
+    pub(super) fn logs_used_ring(&self) -> bool {
         self.addr.as_ref().is_some_and(logs_used)
     }
 }
 
 impl Session {
-    pub(super) fn ring(&mut self, code: Code, index: u32) -> Result<&mut Ring, BackendError> {
+    pub(super) fn ring(&mut self, code: Code, index: u32) -> Result<&mut SessionRing, BackendError> {
         let queues = self.device.queues();
         self.rings.get_mut(index as usize).ok_or(BackendError::NoSuchRing { code, index, queues })
     }
 
-    pub(super) fn stopped(&mut self, code: Code, index: u32, rule: &'static str) -> Result<&mut Ring, BackendError> {
+    pub(super) fn require_stopped(
+        &mut self,
+        code: Code,
+        index: u32,
+        rule: &'static str,
+    ) -> Result<&mut SessionRing, BackendError> {
         let ring = self.ring(code, index)?;
         match ring.running {
             false => Ok(ring),
@@ -64,13 +69,13 @@ impl Session {
         }
     }
 
-    pub(super) fn all_stopped(&mut self, code: Code, rule: &'static str) -> Result<(), BackendError> {
-        (0..self.device.queues()).try_for_each(|index| self.stopped(code, index.into(), rule).map(drop))
+    pub(super) fn require_all_stopped(&mut self, code: Code, rule: &'static str) -> Result<(), BackendError> {
+        (0..self.device.queues()).try_for_each(|index| self.require_stopped(code, index.into(), rule).map(drop))
     }
 
     pub(super) fn set_size(&mut self, state: VringState, rings: &mut dyn VringController) -> Result<(), BackendError> {
         let (max, packed) = (self.device.max_queue_size(), self.is_packed());
-        let ring = self.stopped(Code::SET_VRING_NUM, state.index, "R2.6")?;
+        let ring = self.require_stopped(Code::SET_VRING_NUM, state.index, "R2.6")?;
         let fits = |size: &u16| (1..=max).contains(size) && (packed || size.is_power_of_two());
         let size = u16::try_from(state.num).ok().filter(fits);
         let index = state.index as u16;
@@ -99,9 +104,9 @@ impl Session {
             layout(&self.memory, features, index, size, &addr)?;
         }
         self.ring(Code::SET_VRING_ADDR, addr.index)?.addr = Some(addr);
-        self.relog(rings);
+        self.update_logging(rings);
         self.note_unlogged();
-        self.settle(index, rings)
+        self.apply_ring_state(index, rings)
     }
 
     /// The ring and the fd of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR.
@@ -120,14 +125,14 @@ impl Session {
     }
 
     /// What a ring signals for calls and errors: where no fd was given, the front-end itself if messages stand for it.
-    pub(super) fn notifiers(&self, index: u16, ring: &Ring) -> (Option<Arc<Notifier>>, Option<Arc<Notifier>>) {
+    pub(super) fn notifiers(&self, index: u16, ring: &SessionRing) -> (Option<Arc<Notifier>>, Option<Arc<Notifier>>) {
         let in_band = |make: fn(Arc<FrontendHandle>, u16) -> Notifier| {
-            self.is_in_band().then(|| Arc::new(make(self.host.clone(), index)))
+            self.is_in_band().then(|| Arc::new(make(self.frontend.clone(), index)))
         };
         (ring.call.clone().or_else(|| in_band(Notifier::call)), ring.error.clone().or_else(|| in_band(Notifier::error)))
     }
 
-    fn setup(&self, index: u16, ring: &Ring) -> Result<VringConfig, BackendError> {
+    fn vring_config(&self, index: u16, ring: &SessionRing) -> Result<VringConfig, BackendError> {
         let incomplete = |missing| BackendError::RingIncomplete { index, missing };
         if ring.size == 0 {
             return Err(incomplete("SET_VRING_NUM"));
@@ -157,31 +162,31 @@ impl Session {
             kick: ring.kick.clone(),
             is_polled: ring.kick.is_none() && !self.is_in_band(),
             call,
-            call_changed: ring.call_is_new,
-            has_notified: ring.notified.clone(),
+            call_changed: ring.call_changed,
+            has_notified: ring.has_notified.clone(),
             error,
             inflight: self.inflight.clone(),
-            is_first_start: !ring.ran,
+            is_first_start: !ring.has_run,
             in_postcopy: self.postcopy.is_listening(),
-            frontend: self.host.clone(),
+            frontend: self.frontend.clone(),
             iotlb,
         })
     }
 
     /// Makes a ring run if it should, and stop if it should not (rules R2.2, R6.4).
-    pub(super) fn settle(&mut self, index: u16, rings: &mut dyn VringController) -> Result<(), BackendError> {
+    pub(super) fn apply_ring_state(&mut self, index: u16, rings: &mut dyn VringController) -> Result<(), BackendError> {
         let Some(ring) = self.rings.get(usize::from(index)) else { return Ok(()) };
-        let skips = self.speaks(unstable::F_GET_VRING_BASE_SKIP_DRAIN);
+        let skips = self.has_protocol_feature(unstable::F_GET_VRING_BASE_SKIP_DRAIN);
         if ring.running && ring.started && skips {
             // It is disabled before it is known whether what is in flight shall be completed (rule I8.5).
             rings.set_enabled(index, !ring.enabled);
         } else if !(ring.started && ring.enabled) {
-            self.pause(index, rings)?;
+            self.stop_ring(index, rings)?;
         } else if !ring.running {
-            let setup = self.setup(index, ring)?;
+            let setup = self.vring_config(index, ring)?;
             rings.start(index, setup)?;
             if let Some(ring) = self.rings.get_mut(usize::from(index)) {
-                (ring.running, ring.ran, ring.call_is_new) = (true, true, false);
+                (ring.running, ring.has_run, ring.call_changed) = (true, true, false);
             }
             self.note_unlogged();
         }
@@ -189,9 +194,9 @@ impl Session {
     }
 
     /// A ring that can't run yet waits for the next change.
-    pub(super) fn settle_all(&mut self, rings: &mut dyn VringController) -> Result<(), BackendError> {
+    pub(super) fn apply_ring_states(&mut self, rings: &mut dyn VringController) -> Result<(), BackendError> {
         for index in 0..self.device.queues() {
-            match self.settle(index, rings) {
+            match self.apply_ring_state(index, rings) {
                 Err(error @ BackendError::WorkerLost { .. }) => return Err(error),
                 Err(error) => limited!(warn, "{error}"),
                 Ok(()) => {}
@@ -201,7 +206,7 @@ impl Session {
     }
 
     /// Stops a ring if it runs, and keeps its base.
-    pub(super) fn pause(&mut self, index: u16, rings: &mut dyn VringController) -> Result<(), BackendError> {
+    pub(super) fn stop_ring(&mut self, index: u16, rings: &mut dyn VringController) -> Result<(), BackendError> {
         if let Some(ring) = self.rings.get_mut(usize::from(index)).filter(|ring| ring.running) {
             ring.running = false;
             ring.base = rings.stop(index)?;
@@ -210,7 +215,7 @@ impl Session {
     }
 
     /// Stops a ring if it runs, without draining it, and keeps its base (rule I8.2).
-    pub(super) fn suspend(&mut self, index: u16, rings: &mut dyn VringController) -> Result<(), BackendError> {
+    pub(super) fn suspend_ring(&mut self, index: u16, rings: &mut dyn VringController) -> Result<(), BackendError> {
         if let Some(ring) = self.rings.get_mut(usize::from(index)).filter(|ring| ring.running) {
             ring.running = false;
             ring.base = rings.suspend(index)?;
@@ -219,20 +224,24 @@ impl Session {
     }
 
     /// A kick in-band (rule B3.4).
-    pub(super) fn kicked(&mut self, state: VringState, rings: &mut dyn VringController) -> Result<(), BackendError> {
+    pub(super) fn kick_in_band(
+        &mut self,
+        state: VringState,
+        rings: &mut dyn VringController,
+    ) -> Result<(), BackendError> {
         let VringState { index, .. } = state;
         let ring = self.ring(Code::VRING_KICK, index)?;
         // It starts a ring too: UML sends no SET_VRING_KICK.
         ring.started = true;
         if !ring.running {
-            return self.settle(index as u16, rings);
+            return self.apply_ring_state(index as u16, rings);
         }
         rings.kick(index as u16);
         Ok(())
     }
 
     /// GET_VRING_BASE, or the request that stops a ring without draining it.
-    pub(super) fn end_ring(
+    pub(super) fn get_vring_base(
         &mut self,
         code: Code,
         state: VringState,
@@ -242,15 +251,17 @@ impl Session {
         self.ring(code, index)?;
         let [leaves, skips] = [unstable::F_GET_VRING_BASE_INFLIGHT, unstable::F_GET_VRING_BASE_SKIP_DRAIN];
         // Before there was a request for it, the feature alone meant it (rule I8.4).
-        match self.speaks(leaves) && (code == Code::GET_VRING_BASE_SKIP_DRAIN || !self.speaks(skips)) {
-            true => self.suspend(index as u16, rings)?,
-            false => self.pause(index as u16, rings)?,
+        match self.has_protocol_feature(leaves)
+            && (code == Code::GET_VRING_BASE_SKIP_DRAIN || !self.has_protocol_feature(skips))
+        {
+            true => self.suspend_ring(index as u16, rings)?,
+            false => self.stop_ring(index as u16, rings)?,
         }
         let ring = self.ring(code, index)?;
         (ring.started, ring.kick) = (false, None);
         let num = ring.base.bits();
         if !self.rings.iter().any(|ring| ring.running) {
-            self.forget_translations();
+            self.clear_iotlb();
             rings.before_blocking();
             self.device
                 .rings_stopped()
@@ -261,9 +272,9 @@ impl Session {
     }
 
     /// Stops all rings; each needs a new kick and a new enable.
-    pub(super) fn disable(&mut self, rings: &mut dyn VringController) -> Result<(), BackendError> {
+    pub(super) fn stop_and_disable_rings(&mut self, rings: &mut dyn VringController) -> Result<(), BackendError> {
         for index in 0..self.device.queues() {
-            self.pause(index, rings)?;
+            self.stop_ring(index, rings)?;
         }
         for ring in &mut self.rings {
             (ring.started, ring.enabled, ring.kick) = (false, false, None);

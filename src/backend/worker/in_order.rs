@@ -10,14 +10,14 @@ use super::super::Request;
 pub(super) struct InOrder {
     pub(super) taken: VecDeque<u16>,
     /// Complete before their turn, by head.
-    pub(super) early: HashMap<u16, Request>,
+    pub(super) completed_early: HashMap<u16, Request>,
 }
 
 impl InOrder {
     /// Leaves in `done` what may be published now, in order.
-    pub(super) fn hold_back(&mut self, done: &mut Vec<Request>) {
-        self.early.extend(done.drain(..).map(|request| (request.head(), request)));
-        while let Some(request) = self.taken.front().and_then(|head| self.early.remove(head)) {
+    pub(super) fn release_in_order(&mut self, done: &mut Vec<Request>) {
+        self.completed_early.extend(done.drain(..).map(|request| (request.head(), request)));
+        while let Some(request) = self.taken.front().and_then(|head| self.completed_early.remove(head)) {
             self.taken.pop_front();
             done.push(request);
         }

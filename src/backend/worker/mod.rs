@@ -23,10 +23,10 @@ use nix::sys::eventfd::EventFd;
 use tracing::debug;
 
 use super::counters::RingCounters;
-use super::device::Dropped;
-use super::iommu::{InUse, logged};
+use super::device::DroppedRequests;
+use super::iommu::{MappedRing, used_log_range};
 use super::session::{Logging, VringConfig};
-use super::tracker::{Recovered, Tracker};
+use super::tracker::{InflightTracker, Recovered};
 use super::{BackendError, Kick, Notifier, Queue, Request};
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
@@ -37,10 +37,10 @@ use in_order::InOrder;
 pub(super) use stop::{ParkedRing, StopReason};
 
 /// How often a ring without a kick is looked at, in milliseconds.
-const POLL_EVERY_MS: u8 = 1;
+const POLL_INTERVAL_MS: u8 = 1;
 
 /// What a session wants of a ring; it is told `done` when that is so.
-pub(super) enum Order {
+pub(super) enum WorkerCommand {
     Logging(Logging, Sender<()>),
     Invalidate(RangeInclusive<u64>, Sender<()>),
     Notifiers {
@@ -49,7 +49,7 @@ pub(super) enum Order {
         done: Sender<()>,
     },
     /// Take no more requests, or take them again.
-    Hold(bool, Sender<()>),
+    SetEnabled(bool, Sender<()>),
     /// Finish, and publish what is finished.
     Stop,
     /// Finish only what can't be left to a successor (rule I8.2).
@@ -64,24 +64,24 @@ pub(super) struct Worker {
     ring: DeviceRing,
     queue: Box<dyn Queue>,
     setup: VringConfig,
-    inflight: Option<Tracker>,
+    inflight: Option<InflightTracker>,
     /// What a predecessor left to be done, and how much of it is under way.
-    left: Option<(Recovered, usize)>,
+    recovery: Option<(Recovered, usize)>,
     /// Behind an IOMMU.
-    in_use: Option<InUse>,
-    inbox: Receiver<Order>,
+    iommu: Option<MappedRing>,
+    commands: Receiver<WorkerCommand>,
     wake: Arc<EventFd>,
     /// Heads in flight.
-    busy: Vec<bool>,
+    heads_in_flight: Vec<bool>,
     in_flight: usize,
     /// With IN_ORDER negotiated: what is in flight, oldest first.
-    order: Option<InOrder>,
+    in_order: Option<InOrder>,
     /// Came back from the queue, to be published.
-    done: Vec<Request>,
+    completed: Vec<Request>,
     /// Were dropped by the queue.
-    dropped: Arc<Dropped>,
+    dropped: Arc<DroppedRequests>,
     /// To be used again.
-    spare: Vec<Request>,
+    spare_requests: Vec<Request>,
     /// No more requests are taken.
     broken: bool,
     /// No more requests are taken until the ring is enabled again.
@@ -92,47 +92,47 @@ pub(super) struct Worker {
 impl Worker {
     pub(super) fn new(
         index: u16,
-        inbox: Receiver<Order>,
+        inbox: Receiver<WorkerCommand>,
         wake: Arc<EventFd>,
         ring: DeviceRing,
         queue: Box<dyn Queue>,
         setup: VringConfig,
-        in_use: Option<InUse>,
+        in_use: Option<MappedRing>,
     ) -> Worker {
         // A packed ring's driver may choose any id.
         let heads = if let DeviceRing::Split(_) = ring { setup.layout.size().into() } else { 1 << 16 };
         let busy = vec![false; heads];
         let order = (setup.features & bit(VIRTIO_F_IN_ORDER) != 0).then(InOrder::default);
-        let dropped = Arc::new(Dropped::new(wake.clone()));
+        let dropped = Arc::new(DroppedRequests::new(wake.clone()));
         let mut worker = Worker {
             index,
             ring,
             queue,
             setup,
             inflight: None,
-            left: None,
-            in_use,
-            inbox,
+            recovery: None,
+            iommu: in_use,
+            commands: inbox,
             wake,
-            busy,
+            heads_in_flight: busy,
             in_flight: 0,
-            order,
-            done: Vec::new(),
+            in_order: order,
+            completed: Vec::new(),
             dropped,
-            spare: Vec::new(),
+            spare_requests: Vec::new(),
             broken: false,
             held: false,
             counters: RingCounters::new(index),
         };
-        worker.log_to(worker.setup.logging.clone());
+        worker.set_logging(worker.setup.logging.clone());
         worker
     }
 
     /// Takes over from a predecessor: serves again what it had under way (rules I3.3, I4.5, I6.2).
-    pub(super) fn recover(&mut self, inflight: Option<(Tracker, Recovered)>) -> Result<(), BackendError> {
+    pub(super) fn recover(&mut self, inflight: Option<(InflightTracker, Recovered)>) -> Result<(), BackendError> {
         let Some((inflight, found)) = inflight else { return Ok(()) };
         self.inflight = Some(inflight);
-        if !found.has_a_past() {
+        if !found.was_used() {
             return Ok(());
         }
         if found.len() > 0 {
@@ -142,7 +142,7 @@ impl Worker {
         found.repair(&mut self.ring);
         // A predecessor that was killed between a write to the ring and its mark has left no other trace.
         self.ring.relog_used();
-        self.left = Some((found, 0));
+        self.recovery = Some((found, 0));
         self.resubmit()?;
         // The last notification may have died with its sender.
         self.notify();
@@ -151,16 +151,16 @@ impl Worker {
 
     /// Serves what a predecessor left, as far as it can be translated.
     fn resubmit(&mut self) -> Result<(), BackendError> {
-        let Some((found, next)) = self.left.take() else { return Ok(()) };
+        let Some((found, next)) = self.recovery.take() else { return Ok(()) };
         for number in next..found.len() {
             let mut request = self.spare_request();
             match found.resubmit(number, &mut self.ring, request.reset()) {
                 Ok(name) => request.inflight_slot = name,
                 Err(source) => {
-                    self.spare.push(request);
+                    self.spare_requests.push(request);
                     // It stays marked whatever becomes of this ring.
-                    self.left = Some((found, number));
-                    return self.missed(source);
+                    self.recovery = Some((found, number));
+                    return self.request_translation(source);
                 }
             }
             self.submit(request)?;
@@ -169,64 +169,64 @@ impl Worker {
     }
 
     /// Asks for what a request lacks.
-    fn missed(&mut self, source: RingError) -> Result<(), BackendError> {
-        match (source.miss(), &mut self.in_use) {
-            (Some(miss), Some(in_use)) => in_use.asker.ask(miss),
+    fn request_translation(&mut self, source: RingError) -> Result<(), BackendError> {
+        match (source.miss(), &mut self.iommu) {
+            (Some(miss), Some(in_use)) => in_use.misses.ask(miss),
             _ => Err(BackendError::BrokenRing { index: self.index, source }),
         }
     }
 
-    fn is_waiting(&self) -> bool {
-        self.in_use.as_ref().is_some_and(|in_use| in_use.asker.is_waiting())
+    fn awaits_translation(&self) -> bool {
+        self.iommu.as_ref().is_some_and(|in_use| in_use.misses.is_pending())
     }
 
     /// Serves the ring until told to end; tells where it goes on.
     pub(super) fn run(mut self, recovered: Result<(), BackendError>) -> StopReason {
-        recovered.unwrap_or_else(|error| self.broke(&error));
+        recovered.unwrap_or_else(|error| self.break_ring(&error));
         // Its call fd came while it did not run.
         if std::mem::take(&mut self.setup.call_changed) {
-            self.notify_again();
+            self.repeat_notification();
         }
         loop {
-            while let Ok(order) = self.inbox.try_recv() {
+            while let Ok(order) = self.commands.try_recv() {
                 match order {
-                    Order::Logging(logging, done) => {
-                        self.log_to(logging);
+                    WorkerCommand::Logging(logging, done) => {
+                        self.set_logging(logging);
                         if !self.is_mapped(None) {
-                            return self.unmap(done);
+                            return self.park(done);
                         }
                         let _ = done.send(());
                     }
-                    Order::Invalidate(iovas, done) => {
+                    WorkerCommand::Invalidate(iovas, done) => {
                         if !self.is_mapped(Some(&iovas)) {
-                            return self.unmap(done);
+                            return self.park(done);
                         }
                         self.invalidate(iovas, done);
                     }
-                    Order::Notifiers { call, error, done } => {
+                    WorkerCommand::Notifiers { call, error, done } => {
                         (self.setup.call, self.setup.error) = (call, error);
                         // There may have been none, or nobody who heard it (rule R10.1).
-                        self.notify_again();
+                        self.repeat_notification();
                         let _ = done.send(());
                     }
-                    Order::Hold(yes, done) => {
+                    WorkerCommand::SetEnabled(yes, done) => {
                         self.held = yes;
                         let _ = done.send(());
                     }
-                    Order::Suspend if self.inflight.is_some() => return StopReason::Told(self.suspend()),
-                    Order::Stop | Order::Suspend => return StopReason::Told(self.drain(true)),
-                    Order::Abandon => return StopReason::Told(self.drain(false)),
+                    WorkerCommand::Suspend if self.inflight.is_some() => return StopReason::Commanded(self.suspend()),
+                    WorkerCommand::Stop | WorkerCommand::Suspend => return StopReason::Commanded(self.drain(true)),
+                    WorkerCommand::Abandon => return StopReason::Commanded(self.drain(false)),
                 }
             }
-            let moved = self.turn().unwrap_or_else(|error| {
-                self.broke(&error);
+            let moved = self.process_ring().unwrap_or_else(|error| {
+                self.break_ring(&error);
                 true
             });
-            if let Some(in_use) = &mut self.in_use {
-                in_use.tell_retired();
+            if let Some(in_use) = &mut self.iommu {
+                in_use.acknowledge_invalidations();
             }
             if !moved {
-                self.wait();
+                self.wait_for_work();
             }
         }
     }
@@ -234,37 +234,37 @@ impl Worker {
     /// Whether all of the ring lies where it did, behind an IOMMU that has invalidated these addresses, and all that is
     /// logged is there.
     fn is_mapped(&self, invalid: Option<&RangeInclusive<u64>>) -> bool {
-        let Some(InUse { window, .. }) = &self.in_use else { return true };
+        let Some(MappedRing { window, .. }) = &self.iommu else { return true };
         !invalid.is_some_and(|iovas| window.uses(iovas))
-            && logged(&self.setup).is_none_or(|(at, len)| window.holds(at, len))
+            && used_log_range(&self.setup).is_none_or(|(at, len)| window.holds(at, len))
     }
 
     /// Ends the service of a ring that has to be found again; `done` is told when nothing is in the old place any more.
-    fn unmap(self, done: Sender<()>) -> StopReason {
+    fn park(self, done: Sender<()>) -> StopReason {
         let mut left = ParkedRing { setup: self.setup.clone(), broken: self.broken, held: self.held };
         left.setup.base = self.drain(true);
         StopReason::Unmapped(Box::new(left), done)
     }
 
     fn invalidate(&mut self, iovas: RangeInclusive<u64>, done: Sender<()>) {
-        if self.in_use.as_ref().is_some_and(|in_use| in_use.uses(&iovas)) {
+        if self.iommu.as_ref().is_some_and(|in_use| in_use.uses(&iovas)) {
             // Those that wait for what is yet to come would be in use for ever.
             self.put_back();
         }
-        if let Some(in_use) = &mut self.in_use {
-            in_use.retire(iovas, done);
+        if let Some(in_use) = &mut self.iommu {
+            in_use.invalidate(iovas, done);
         }
     }
 
     /// Takes what requests there are, and publishes what is complete; false if there was neither.
-    fn turn(&mut self) -> Result<bool, BackendError> {
+    fn process_ring(&mut self) -> Result<bool, BackendError> {
         let mut taken = 0;
-        let resubmitted = if self.left.is_some() && !self.broken { self.resubmit() } else { Ok(()) };
+        let resubmitted = if self.recovery.is_some() && !self.broken { self.resubmit() } else { Ok(()) };
         let result = loop {
             if let Err(error) = resubmitted {
                 break Err(error);
             }
-            if self.left.is_some() {
+            if self.recovery.is_some() {
                 break Ok(false);
             }
             // A batch is bounded by the ring: the next turn looks for orders.
@@ -274,13 +274,13 @@ impl Worker {
             if !self.queue.wants_request() {
                 break Ok(false);
             }
-            match self.take() {
+            match self.take_request() {
                 Ok(true) => taken += 1,
-                Ok(false) => break Ok(!self.is_waiting()),
+                Ok(false) => break Ok(!self.awaits_translation()),
                 Err(error) => break Err(error),
             }
         };
-        let published = self.complete(true);
+        let published = self.collect_completions(true);
         let wanting = result?;
         if taken > 0 || published || self.broken || self.held || !wanting {
             return Ok(taken > 0 || published);
@@ -290,12 +290,12 @@ impl Worker {
     }
 
     /// Takes the next request, if there is one.
-    fn take(&mut self) -> Result<bool, BackendError> {
+    fn take_request(&mut self) -> Result<bool, BackendError> {
         let mut request = self.spare_request();
         match self.ring.pop(request.reset()) {
             Ok(true) => {
                 let head = request.head();
-                if self.busy.get(usize::from(head)) == Some(&true) {
+                if self.heads_in_flight.get(usize::from(head)) == Some(&true) {
                     return Err(BackendError::HeadInFlight { index: self.index, head });
                 }
                 if let Some(inflight) = &mut self.inflight {
@@ -306,27 +306,27 @@ impl Worker {
                 Ok(true)
             }
             Ok(false) => {
-                self.spare.push(request);
+                self.spare_requests.push(request);
                 Ok(false)
             }
             Err(source) => {
-                self.spare.push(request);
-                self.missed(source).map(|()| false)
+                self.spare_requests.push(request);
+                self.request_translation(source).map(|()| false)
             }
         }
     }
 
     fn submit(&mut self, mut request: Request) -> Result<(), BackendError> {
         let (index, head) = (self.index, request.head());
-        match self.busy.get_mut(usize::from(head)) {
+        match self.heads_in_flight.get_mut(usize::from(head)) {
             Some(busy) if !*busy => *busy = true,
             _ => return Err(BackendError::HeadInFlight { index, head }),
         }
         self.in_flight += 1;
-        if let Some(in_use) = &mut self.in_use {
-            in_use.begin(head, &request.chain().untranslated);
+        if let Some(in_use) = &mut self.iommu {
+            in_use.request_started(head, &request.chain().untranslated);
         }
-        if let Some(order) = &mut self.order {
+        if let Some(order) = &mut self.in_order {
             order.taken.push_back(head);
         }
         request.submitted = true;
@@ -335,48 +335,48 @@ impl Worker {
     }
 
     /// Collects what is complete and, if so wanted, publishes it; false if there was nothing.
-    fn complete(&mut self, publish: bool) -> bool {
-        self.queue.completions(&mut self.done);
-        self.dropped.take(&mut self.done);
-        self.done.iter_mut().for_each(|request| request.submitted = false);
-        if let Some(order) = &mut self.order {
-            order.hold_back(&mut self.done);
+    fn collect_completions(&mut self, publish: bool) -> bool {
+        self.queue.completions(&mut self.completed);
+        self.dropped.take(&mut self.completed);
+        self.completed.iter_mut().for_each(|request| request.submitted = false);
+        if let Some(order) = &mut self.in_order {
+            order.release_in_order(&mut self.completed);
         }
-        if self.done.is_empty() {
+        if self.completed.is_empty() {
             return false;
         }
-        self.settle_done();
+        self.mark_not_in_flight();
         if publish {
             self.publish();
         }
-        self.spare.append(&mut self.done);
+        self.spare_requests.append(&mut self.completed);
         true
     }
 
     /// What is done is not in flight any more.
-    fn settle_done(&mut self) {
-        self.in_flight -= self.done.len();
-        for request in &self.done {
+    fn mark_not_in_flight(&mut self) {
+        self.in_flight -= self.completed.len();
+        for request in &self.completed {
             let head = request.head();
-            if let Some(busy) = self.busy.get_mut(usize::from(head)) {
+            if let Some(busy) = self.heads_in_flight.get_mut(usize::from(head)) {
                 *busy = false;
             }
-            if let Some(in_use) = &mut self.in_use {
-                in_use.end(head);
+            if let Some(in_use) = &mut self.iommu {
+                in_use.request_completed(head);
             }
         }
     }
 
     fn publish(&mut self) {
-        self.counters.batch(&self.done, self.setup.logging.data.is_some());
+        self.counters.completed(&self.completed, self.setup.logging.data.is_some());
         if let Some(log) = &self.setup.logging.data {
             // One fence for all data of the batch, which is written by now (rule L10.2).
             let burst = log.burst();
-            for request in &self.done {
+            for request in &self.completed {
                 request.for_each_written(|gpa, len| burst.mark(gpa, len));
             }
         }
-        for request in &self.done {
+        for request in &self.completed {
             if let Some(inflight) = &mut self.inflight {
                 inflight.stage(request.inflight_slot);
             }
@@ -415,7 +415,7 @@ impl Worker {
     }
 
     /// Notifies the driver if there ever was something to notify: nobody may have heard it (rule R10.1).
-    fn notify_again(&mut self) {
+    fn repeat_notification(&mut self) {
         if self.setup.has_notified.load(Ordering::Relaxed) {
             self.notify();
         }
@@ -429,15 +429,15 @@ impl Worker {
         }
     }
 
-    fn log_to(&mut self, logging: Logging) {
+    fn set_logging(&mut self, logging: Logging) {
         self.ring.set_log(logging.of_ring());
         self.setup.logging = logging;
     }
 
     /// Only this ring ends; what is under way is still completed.
-    fn broke(&mut self, error: &BackendError) {
+    fn break_ring(&mut self, error: &BackendError) {
         limited!(warn, "{error}");
-        self.counters.broke();
+        self.counters.ring_broken();
         self.put_back();
         self.broken = true;
         self.setup.kick = None;
@@ -447,43 +447,43 @@ impl Worker {
     }
 
     /// Waits until there may be something to do.
-    fn wait(&mut self) {
+    fn wait_for_work(&mut self) {
         let polled = self.setup.is_polled && !self.broken;
-        let patience = self.in_use.as_ref().and_then(|in_use| in_use.asker.patience()).filter(|_| !self.broken);
-        let timeout = if polled { PollTimeout::from(POLL_EVERY_MS) } else { timeout(patience) };
+        let patience = self.iommu.as_ref().and_then(|in_use| in_use.misses.poll_interval()).filter(|_| !self.broken);
+        let timeout = if polled { PollTimeout::from(POLL_INTERVAL_MS) } else { poll_timeout(patience) };
         let kick = self.setup.kick.clone();
         // A broken ring takes nothing more: only what it still has can move it.
         let completions = self.queue.completion_fd().filter(|_| !self.broken || self.in_flight > 0);
         let fds = [Some(self.wake.as_fd()), completions, kick.as_ref().map(|kick| kick.as_fd())];
-        let [woken, _, kicked] = wait_for(fds, timeout);
+        let [woken, _, kicked] = poll_readable(fds, timeout);
         if woken {
             let _ = self.wake.read();
         }
         if let Some(kick) = kick.filter(|_| kicked) {
-            self.kicked(&kick);
+            self.handle_kick(&kick);
         }
     }
 
-    fn kicked(&mut self, kick: &Kick) {
+    fn handle_kick(&mut self, kick: &Kick) {
         match kick.take(self.index, &self.wake) {
             Ok(true) => self.ring.disable_notifications(),
             Ok(false) => {}
             // Polling it would always return at once.
-            Err(error) => self.broke(&error),
+            Err(error) => self.break_ring(&error),
         }
     }
 
     fn spare_request(&mut self) -> Request {
-        self.spare.pop().unwrap_or_else(|| Request::new(self.setup.memory.clone(), Some(self.dropped.clone())))
+        self.spare_requests.pop().unwrap_or_else(|| Request::new(self.setup.memory.clone(), Some(self.dropped.clone())))
     }
 }
 
-pub(super) fn timeout(patience: Option<Duration>) -> PollTimeout {
+pub(super) fn poll_timeout(patience: Option<Duration>) -> PollTimeout {
     patience.map_or(PollTimeout::NONE, |patience| PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX))
 }
 
 /// Waits until one of the fds has something to say; tells which.
-pub(super) fn wait_for<const N: usize>(fds: [Option<BorrowedFd<'_>>; N], timeout: PollTimeout) -> [bool; N] {
+pub(super) fn poll_readable<const N: usize>(fds: [Option<BorrowedFd<'_>>; N], timeout: PollTimeout) -> [bool; N] {
     let mut polled: Vec<_> = fds.iter().flatten().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
     if let Err(errno) = poll(&mut polled, timeout)
         && errno != Errno::EINTR

@@ -7,7 +7,7 @@ use crossbeam::channel::Sender;
 use nix::poll::PollTimeout;
 
 use super::super::{Request, VringConfig};
-use super::{Order, Worker, wait_for};
+use super::{Worker, WorkerCommand, poll_readable};
 use crate::ring::{Chain, RingBase};
 use crate::sys::log_limit::limited;
 
@@ -16,7 +16,7 @@ const RETRY_MS: u8 = 100;
 
 /// Why a ring is not served any more, and where it goes on.
 pub(in crate::backend) enum StopReason {
-    Told(RingBase),
+    Commanded(RingBase),
     /// Its areas have gone, or are needed elsewhere.
     Unmapped(Box<ParkedRing>, Sender<()>),
 }
@@ -31,7 +31,7 @@ pub(in crate::backend) struct ParkedRing {
 impl StopReason {
     pub(in crate::backend) fn base(self) -> RingBase {
         match self {
-            StopReason::Told(base) => base,
+            StopReason::Commanded(base) => base,
             StopReason::Unmapped(left, _) => left.setup.base,
         }
     }
@@ -49,33 +49,33 @@ impl Worker {
         let chains: Vec<&Chain> = unused.iter().map(Request::chain).collect();
         if !self.ring.put_back(&chains) {
             // Others were taken after them: all that is left is to use them with nothing in them.
-            self.done.append(&mut unused);
-            if let Some(order) = &mut self.order {
-                order.hold_back(&mut self.done);
+            self.completed.append(&mut unused);
+            if let Some(order) = &mut self.in_order {
+                order.release_in_order(&mut self.completed);
             }
-            if self.done.is_empty() {
+            if self.completed.is_empty() {
                 return;
             }
-            self.settle_done();
+            self.mark_not_in_flight();
             self.publish();
-            return self.spare.append(&mut self.done);
+            return self.spare_requests.append(&mut self.completed);
         }
         for request in unused.iter().rev() {
             if let Some(inflight) = &mut self.inflight {
                 inflight.put_back(request.inflight_slot);
             }
-            if let Some(order) = &mut self.order {
+            if let Some(order) = &mut self.in_order {
                 order.taken.pop_back();
             }
-            if let Some(busy) = self.busy.get_mut(usize::from(request.head())) {
+            if let Some(busy) = self.heads_in_flight.get_mut(usize::from(request.head())) {
                 *busy = false;
             }
-            if let Some(in_use) = &mut self.in_use {
-                in_use.end(request.head());
+            if let Some(in_use) = &mut self.iommu {
+                in_use.request_completed(request.head());
             }
         }
         self.in_flight -= unused.len();
-        self.spare.append(&mut unused);
+        self.spare_requests.append(&mut unused);
     }
 
     /// Waits for everything under way. If it is not to be published, or the front-end has gone meanwhile, what the queue
@@ -87,7 +87,7 @@ impl Worker {
         } else {
             self.queue.put_back(&mut unserved);
         }
-        if let Some((found, next)) = &self.left {
+        if let Some((found, next)) = &self.recovery {
             let count = found.len() - next;
             limited!(
                 warn,
@@ -95,13 +95,13 @@ impl Worker {
                 self.index
             );
         }
-        while self.in_flight > unserved.len() + self.early(publish) {
+        while self.in_flight > unserved.len() + self.completed_early(publish) {
             let before = unserved.len();
             publish = publish && !self.is_abandoned();
             if !publish {
                 self.queue.suspend(&mut unserved);
             }
-            if unserved.len() == before && !self.complete(publish) {
+            if unserved.len() == before && !self.collect_completions(publish) {
                 self.wait_for_queue();
             }
         }
@@ -111,12 +111,12 @@ impl Worker {
 
     /// Whether what is complete is not to be published any more: the front-end has gone.
     fn is_abandoned(&self) -> bool {
-        self.inbox.try_iter().any(|order| matches!(order, Order::Abandon))
+        self.commands.try_iter().any(|order| matches!(order, WorkerCommand::Abandon))
     }
 
     /// How many requests wait for their turn, which does not come if those before them are left to a successor.
-    fn early(&self, publish: bool) -> usize {
-        self.order.as_ref().filter(|_| !publish).map_or(0, |order| order.early.len())
+    fn completed_early(&self, publish: bool) -> usize {
+        self.in_order.as_ref().filter(|_| !publish).map_or(0, |order| order.completed_early.len())
     }
 
     /// Waits for what can't be left to a successor. The rest stays marked in the inflight region, and unpublished, but
@@ -125,16 +125,16 @@ impl Worker {
         self.put_back();
         let (mut unserved, mut publish) = (Vec::new(), true);
         // With IN_ORDER, what is complete behind a request that is not is left to the successor too.
-        while self.in_flight > unserved.len() + self.early(false) {
+        while self.in_flight > unserved.len() + self.completed_early(false) {
             let before = unserved.len();
             publish = publish && !self.is_abandoned();
             self.queue.suspend(&mut unserved);
-            if unserved.len() == before && !self.complete(publish) {
+            if unserved.len() == before && !self.collect_completions(publish) {
                 self.wait_for_queue();
             }
         }
         unserved.iter_mut().for_each(|request| request.submitted = false);
-        let early = self.order.iter().flat_map(|order| order.early.values());
+        let early = self.in_order.iter().flat_map(|order| order.completed_early.values());
         if let Some(log) = &self.setup.logging.data {
             let burst = log.burst();
             unserved.iter().chain(early).for_each(|request| request.for_each_written(|gpa, len| burst.mark(gpa, len)));
@@ -146,7 +146,7 @@ impl Worker {
     /// Waits for completions or dropped requests. Looks again after a while even if nothing comes: what the system had no
     /// memory for is passed on once more.
     fn wait_for_queue(&self) {
-        wait_for([self.queue.completion_fd(), Some(self.wake.as_fd())], PollTimeout::from(RETRY_MS));
+        poll_readable([self.queue.completion_fd(), Some(self.wake.as_fd())], PollTimeout::from(RETRY_MS));
         let _ = self.wake.read();
     }
 }
