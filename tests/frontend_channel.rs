@@ -274,8 +274,8 @@ fn the_guest_reports_the_new_capacity_and_broken_rings() {
 }
 
 /// A back-end that negotiates, hands the channel to `talk`, and replies to further requests.
-fn serve_with_channel(listener: UnixListener, mut talk: impl FnMut(raw::Client)) {
-    let client = raw::Client { socket: listener.accept().unwrap().0 };
+fn serve_with_channel(listener: UnixListener, mut talk: impl FnMut(raw::RawFrontend)) {
+    let client = raw::RawFrontend { socket: listener.accept().unwrap().0 };
     loop {
         let mut byte = [0];
         let peeked = nix::sys::socket::recv(
@@ -301,7 +301,7 @@ fn serve_with_channel(listener: UnixListener, mut talk: impl FnMut(raw::Client))
         if code == Code::SET_BACKEND_REQ_FD {
             let socket = UnixStream::from(fd.unwrap());
             socket.set_read_timeout(Some(DEADLINE)).unwrap();
-            talk(raw::Client { socket });
+            talk(raw::RawFrontend { socket });
         }
     }
 }
@@ -314,7 +314,7 @@ fn a_protocol_violation_on_the_back_end_channel_closes_only_the_channel() {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
         let shown = format!("{bytes:x?}");
-        let violate = move |channel: raw::Client| {
+        let violate = move |channel: raw::RawFrontend| {
             channel.send_bytes(&bytes, &[]);
             // The front-end closes the channel without a reply.
             assert!(channel.is_closed());
@@ -334,7 +334,7 @@ fn a_protocol_violation_on_the_back_end_channel_closes_only_the_channel() {
 fn a_host_notifier_is_refused_and_its_fd_is_closed() {
     let folder = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(folder.path().join("s")).unwrap();
-    let talk = |channel: raw::Client| {
+    let talk = |channel: raw::RawFrontend| {
         let code = Code(BackendRequest::VRING_HOST_NOTIFIER_MSG.0);
         let area = VringArea { u64: 0, size: 4096, offset: 0 };
         for flags in [raw::VERSION, raw::NEED_REPLY] {
@@ -357,8 +357,8 @@ fn a_host_notifier_is_refused_and_its_fd_is_closed() {
 
 /// A back-end with in-band notifications that the test drives, after negotiation.
 struct ManualBackend {
-    connection: raw::Client,
-    channel: raw::Client,
+    connection: raw::RawFrontend,
+    channel: raw::RawFrontend,
 }
 
 impl ManualBackend {
@@ -376,7 +376,7 @@ impl ManualBackend {
     fn negotiate(listener: &UnixListener) -> ManualBackend {
         let own = |socket: UnixStream| {
             socket.set_read_timeout(Some(DEADLINE)).unwrap();
-            raw::Client { socket }
+            raw::RawFrontend { socket }
         };
         let connection = own(listener.accept().unwrap().0);
         loop {

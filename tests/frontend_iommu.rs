@@ -43,8 +43,8 @@ mod raw;
 mod server;
 
 use guest::{Guest, HIGH, REGION, Ring, harvest};
-use iommu_load::{Load, Slot, bytes, contents};
-use iommu_space::{BASE, DATA, Dice};
+use iommu_load::{DiskLoad, Slot, bytes, contents};
+use iommu_space::{BASE, DATA, Random};
 use server::{Process, Server};
 
 const DISK: u64 = 4 << 20;
@@ -76,7 +76,7 @@ impl IommuTable {
     /// free pages.
     fn scattered() -> (IommuTable, Vec<u64>) {
         let mut pages: Vec<u64> = (0..REGION / LOG_PAGE).flat_map(|page| [page, HIGH / LOG_PAGE + page]).collect();
-        let mut dice = Dice(11);
+        let mut dice = Random(11);
         let numbers = (BASE / LOG_PAGE..).take((24 << 20) / LOG_PAGE as usize);
         let map = numbers.map(|number| {
             let gpa = pages.swap_remove(dice.below(pages.len() as u64) as usize) * LOG_PAGE;
@@ -137,7 +137,7 @@ impl IommuSetup {
     fn ring(&mut self, index: u16) -> (Ring, Arc<OwnedFd>) {
         let at = BASE + (u64::from(index) << 20);
         let ring = Ring::at(&self.view(BASE, 24 << 20), at, index.into(), SIZE, self.features);
-        let base = RingBase::from_bits(ring.start());
+        let base = RingBase::from_bits(ring.initial_base());
         let error = self.start(&ring, base);
         (ring, error)
     }
@@ -206,7 +206,7 @@ fn requests_through_scattered_pages_are_correct_and_logged_by_guest_physical_add
     let (mut ring, _) = setup.ring(0);
     let (log, fd) = Log::create(setup.guest.memory.end()).unwrap();
     let log = Arc::new(log);
-    let mut load = Load::new(DISK);
+    let mut load = DiskLoad::new(DISK);
     let view = setup.view(BASE, 24 << 20);
     let table = setup.table.clone();
     let pages = |at, len| table.pages(at, len);
@@ -223,7 +223,7 @@ fn requests_through_scattered_pages_are_correct_and_logged_by_guest_physical_add
     }
     // The ring continues after a restart.
     let base = setup.device.stop_ring(0).unwrap();
-    assert_eq!(base.bits(), ring.drained());
+    assert_eq!(base.bits(), ring.drained_base());
     setup.start(&ring, base);
     load.round(&mut ring, &view, pages, indirect != 0);
     setup.device.stop_ring(0).unwrap();
@@ -244,7 +244,7 @@ fn no_page_is_accessed_after_invalidate_has_returned(#[values(0, PACKED)] kind: 
     let (_server, socket) = server();
     let mut setup = IommuSetup::new(&socket, kind);
     let (mut ring, _) = setup.ring(0);
-    let (mut dice, mut taken) = (Dice(3), BTreeSet::new());
+    let (mut dice, mut taken) = (Random(3), BTreeSet::new());
     for _ in 0..40 {
         let memory = setup.view(DATA, 4 << 20);
         let mut wanted = Vec::new();
@@ -331,7 +331,7 @@ fn a_restarted_back_end_requests_translations_again_and_completes_open_requests(
         setup.device.start_logging(&log, fd.as_fd()).unwrap();
     }
     let (memory, of_ring) = (setup.view(DATA, 8 << 20), setup.written_of(&ring));
-    let mut dice = Dice(5);
+    let mut dice = Random(5);
     for round in 0..12u64 {
         let mut wanted = Vec::new();
         for number in 0..32 {
@@ -359,7 +359,7 @@ fn a_restarted_back_end_requests_translations_again_and_completes_open_requests(
         }
     }
     assert_eq!(log.out_of_range(), 0, "an I/O virtual address was marked");
-    assert_eq!(setup.device.stop_ring(0).unwrap().bits(), ring.drained());
+    assert_eq!(setup.device.stop_ring(0).unwrap().bits(), ring.drained_base());
 }
 
 #[test]
@@ -388,8 +388,8 @@ const PROTOCOL: [u32; 3] =
 
 /// A back-end that the test drives: a connection after negotiation and SET_MEM_TABLE, and its back-end channel.
 struct ManualBackend {
-    connection: raw::Client,
-    channel: raw::Client,
+    connection: raw::RawFrontend,
+    channel: raw::RawFrontend,
 }
 
 impl ManualBackend {
@@ -410,7 +410,7 @@ impl ManualBackend {
     fn negotiate(listener: &UnixListener) -> ManualBackend {
         let own = |socket: UnixStream| {
             socket.set_read_timeout(Some(DEADLINE)).unwrap();
-            raw::Client { socket }
+            raw::RawFrontend { socket }
         };
         let connection = own(listener.accept().unwrap().0);
         let mut channel = None;
@@ -546,10 +546,10 @@ fn a_translation_found_before_an_invalidation_is_not_sent_after_it() {
 fn misses_may_arrive_faster_than_their_acknowledgements_are_read() {
     const MISSES: u64 = 30_000;
     let (backend, mut device, _guest) = ManualBackend::connect(Arc::new(Identity));
-    let asks = raw::Client { socket: backend.channel.socket.try_clone().unwrap() };
+    let asks = raw::RawFrontend { socket: backend.channel.socket.try_clone().unwrap() };
     let asking = std::thread::spawn(move || {
         let asker =
-            ManualBackend { connection: raw::Client { socket: asks.socket.try_clone().unwrap() }, channel: asks };
+            ManualBackend { connection: raw::RawFrontend { socket: asks.socket.try_clone().unwrap() }, channel: asks };
         (0..MISSES).for_each(|number| asker.send_miss(number % 4096 * LOG_PAGE, 3, raw::NEED_REPLY));
     });
     // Translations sent before the channel is full. No acknowledgement is read.
@@ -576,10 +576,10 @@ fn translations_are_sent_later_when_the_socket_is_full() {
     let table = Arc::new(IommuTable::default());
     (0..PAGES).for_each(|page| table.set(page * LOG_PAGE, Some((page * LOG_PAGE, Access::ReadWrite))));
     let (backend, mut device, _guest) = ManualBackend::connect(table.clone());
-    let asks = raw::Client { socket: backend.channel.socket.try_clone().unwrap() };
+    let asks = raw::RawFrontend { socket: backend.channel.socket.try_clone().unwrap() };
     let asking = std::thread::spawn(move || {
         let asker =
-            ManualBackend { connection: raw::Client { socket: asks.socket.try_clone().unwrap() }, channel: asks };
+            ManualBackend { connection: raw::RawFrontend { socket: asks.socket.try_clone().unwrap() }, channel: asks };
         (0..PAGES).for_each(|page| asker.send_miss(page * LOG_PAGE, 3, raw::VERSION));
     });
     // The socket is full after some translations; further misses are read for a while.

@@ -152,7 +152,7 @@ fn a_switchover_stops_and_starts_all_devices_concurrently() {
     guest.resume().unwrap();
     guest.pause().unwrap();
     // From here on each call waits until all disks have been called.
-    disks.faults.meeting.disks.store(5, Ordering::Relaxed);
+    disks.faults.barrier.disks.store(5, Ordering::Relaxed);
     guest.stop_devices().unwrap();
     let mut arrived = Guest::restore(copy(guest.memory()), guest.save_state().unwrap()).unwrap();
     arrived.attach(disks.devices()).unwrap();
@@ -161,7 +161,7 @@ fn a_switchover_stops_and_starts_all_devices_concurrently() {
     arrived.resume().unwrap();
     arrived.verify().unwrap();
     // They are stopped one by one when they are dropped.
-    disks.faults.meeting.disks.store(0, Ordering::Relaxed);
+    disks.faults.barrier.disks.store(0, Ordering::Relaxed);
 }
 
 #[rstest]

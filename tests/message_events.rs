@@ -34,9 +34,9 @@ const CHANNEL: &str = "vhost_migrate::frontend::user::ear";
 
 /// A layer that keeps the words of all debug events, with the module that said them.
 #[derive(Clone, Default)]
-struct Heard(Arc<Mutex<Vec<(String, String)>>>);
+struct RecordedEvents(Arc<Mutex<Vec<(String, String)>>>);
 
-impl Heard {
+impl RecordedEvents {
     /// What stands before the colon in each event of a module, in their order.
     fn names(&self, module: &str) -> Vec<String> {
         let all = self.0.lock().unwrap();
@@ -45,7 +45,7 @@ impl Heard {
     }
 }
 
-impl<S: Subscriber> Layer<S> for Heard {
+impl<S: Subscriber> Layer<S> for RecordedEvents {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
         struct Words(String);
         impl Visit for Words {
@@ -65,9 +65,9 @@ impl<S: Subscriber> Layer<S> for Heard {
 
 /// A device of one ring that completes every request as it is, and says what a test wants.
 #[derive(Default)]
-struct Plain(Mutex<Arc<FrontendHandle>>);
+struct EchoDevice(Mutex<Arc<FrontendHandle>>);
 
-impl VirtioDevice for Plain {
+impl VirtioDevice for EchoDevice {
     fn features(&self) -> u64 {
         RING_FEATURES
     }
@@ -86,9 +86,9 @@ impl VirtioDevice for Plain {
 }
 
 /// Rings without workers.
-struct Nobody;
+struct NoRings;
 
-impl VringController for Nobody {
+impl VringController for NoRings {
     fn start(&mut self, _index: u16, _setup: VringConfig) -> Result<(), BackendError> {
         Ok(())
     }
@@ -108,14 +108,14 @@ impl VringController for Nobody {
 
 #[test]
 fn every_session_message_is_one_event_with_its_name_even_if_refused_or_unknown() {
-    let heard = Heard::default();
+    let heard = RecordedEvents::default();
     let codes: Vec<_> = (0..=64).chain([4711, u32::MAX]).map(Code).collect();
     tracing::subscriber::with_default(registry().with(heard.clone()), || {
-        let mut session = Session::new(Arc::new(Plain::default()));
+        let mut session = Session::new(Arc::new(EchoDevice::default()));
         for &code in &codes {
             // Without a payload most are refused.
             let message = VhostUserMessage { code, flags: Header::FLAG_VERSION, payload: vec![], fds: vec![] };
-            let _ = session.handle_message(message, &mut Nobody);
+            let _ = session.handle_message(message, &mut NoRings);
         }
     });
     let expected: Vec<_> = codes.iter().map(Code::to_string).collect();
@@ -125,13 +125,13 @@ fn every_session_message_is_one_event_with_its_name_even_if_refused_or_unknown()
 
 #[test]
 fn each_message_is_one_event_on_each_side_of_either_channel() {
-    let heard = Heard::default();
+    let heard = RecordedEvents::default();
     // The back-end and the channel have threads of their own.
     tracing::subscriber::set_global_default(registry().with(heard.clone())).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
     let listener = BackendListener::bind(&path).unwrap();
-    let (plain, stop) = (Arc::new(Plain::default()), Arc::new(EventFd::new().unwrap()));
+    let (plain, stop) = (Arc::new(EchoDevice::default()), Arc::new(EventFd::new().unwrap()));
     let (device, until): (Arc<dyn VirtioDevice>, _) = (plain.clone(), stop.clone());
     let server = thread::spawn(move || serve(&listener, &device, until.as_fd()).unwrap());
 

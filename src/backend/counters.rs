@@ -1,5 +1,5 @@
-//! What a back-end counts, through the `metrics` facade: a few sums for each batch of requests, which go nowhere until
-//! the process installs a recorder.
+//! Metrics of a back-end, through the `metrics` facade: a few counter updates per batch of requests, which cost nothing
+//! noticeable until the process installs a recorder.
 
 #![forbid(unsafe_code)]
 
@@ -8,7 +8,7 @@ use crate::abi::vhost_user::Request as Code;
 use crate::memory::LOG_PAGE;
 use crate::sys::counters::{Counter, counter};
 
-/// What one running ring counts.
+/// The counters of one running ring.
 pub(super) struct RingCounters {
     requests: Counter,
     read_bytes: Counter,
@@ -21,7 +21,7 @@ pub(super) struct RingCounters {
 }
 
 impl RingCounters {
-    /// The counters of ring `index`; they go on from one connection to the next.
+    /// Creates the counters of ring `index`. They continue across connections.
     pub(super) fn new(index: u16) -> RingCounters {
         let of = |name: &'static str| counter!(name, "ring" => index.to_string());
         RingCounters {
@@ -36,7 +36,7 @@ impl RingCounters {
         }
     }
 
-    /// A batch that is about to be published; `logged` says whether what it wrote was marked.
+    /// Counts a batch that is about to be published. `logged` is true if its writes were marked in the log.
     pub(super) fn completed(&self, requests: &[Request], logged: bool) {
         let (mut read, mut written, mut pages) = (0, 0, 0);
         for request in requests {
@@ -54,12 +54,12 @@ impl RingCounters {
         }
     }
 
-    /// Pages that lie outside the log (rule L6.2).
+    /// Counts pages outside the log (rule L6.2).
     pub(super) fn unlogged(&self, pages: u64) {
         self.unlogged_pages.increment(pages);
     }
 
-    /// Requests of a predecessor that are served again.
+    /// Counts resubmitted requests of a previous back-end.
     pub(super) fn resubmitted(&self, requests: usize) {
         self.resubmitted.increment(requests as u64);
     }
@@ -73,24 +73,24 @@ impl RingCounters {
     }
 }
 
-/// A request was answered by an error.
+/// Counts a request that completed with an error status.
 pub(super) fn request_failed(ring: u16) {
     counter!("vhost_failed_requests_total", "ring" => ring.to_string()).increment(1);
 }
 
-/// Another front-end has connected.
+/// Counts a connection.
 pub(super) fn frontend_connected() {
     counter!("vhost_connections_total").increment(1);
 }
 
-/// A message was answered or refused.
+/// Counts a message, by request and result.
 pub(super) fn message_handled(code: Code, refused: bool) {
-    // A name, so that nobody makes up new series by sending numbers.
+    // Only known names: a peer must not be able to create new time series by sending numbers.
     let (request, result) = (code.name().unwrap_or("unknown"), if refused { "refused" } else { "done" });
     counter!("vhost_messages_total", "request" => request, "result" => result).increment(1);
 }
 
-/// Tells the recorder, once it is installed, what the counters mean.
+/// Registers the descriptions of all counters with the installed recorder.
 #[cfg(feature = "metrics")]
 pub fn describe_counters() {
     use metrics::describe_counter;
@@ -100,13 +100,13 @@ pub fn describe_counters() {
     describe_counter!("vhost_written_bytes_total", "Bytes of guest memory that the device wrote for requests");
     describe_counter!("vhost_marked_pages_total", "Pages marked in the dirty log for requests");
     describe_counter!("vhost_unlogged_pages_total", "Pages written outside the dirty log, which a migration loses");
-    describe_counter!("vhost_resubmitted_total", "Requests of a back-end that died, served again");
+    describe_counter!("vhost_resubmitted_total", "Requests of a previous back-end that were resubmitted");
     describe_counter!("vhost_notifications_total", "Notifications of the driver");
     describe_counter!(
         "vhost_failed_requests_total",
-        "Requests of a disk answered by an error, the driver's or the disk's"
+        "Disk requests that completed with an error, of the driver or of the disk"
     );
-    describe_counter!("vhost_log_lines_left_out_total", "Lines of the log left out because too many were alike");
+    describe_counter!("vhost_log_lines_left_out_total", "Log lines suppressed because of their rate");
     describe_counter!("vhost_broken_rings_total", "Rings that stopped because the driver or front-end broke them");
     describe_counter!("vhost_connections_total", "Connections of front-ends");
     describe_counter!("vhost_messages_total", "Messages of front-ends, by request and result");

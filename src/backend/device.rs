@@ -1,8 +1,8 @@
-//! What a device author writes: a [`VirtioDevice`] with a [`Queue`] per ring, each given [`Request`]s.
+//! The traits of a device: [`VirtioDevice`], its [`Queue`]s, and the [`Request`]s that they serve.
 //!
-//! A request is the only way to guest memory, and it remembers every byte that was lent for writing. Nobody has to
-//! think of the dirty log: the worker marks those bytes when the request comes back, before it publishes it. Nor can a
-//! request be forgotten: one that is dropped comes back as it is.
+//! A [`Request`] is the only access to guest memory, and it records every byte that was lent for writing. The worker
+//! marks these bytes in the dirty log before it publishes the request, so a device does no logging of its own. A
+//! request that is dropped is returned to the driver, so none can be lost.
 
 use std::io;
 use std::ops::Range;
@@ -22,161 +22,167 @@ use crate::abi::virtio::{
 use crate::memory::{Memory, MemoryError};
 use crate::ring::{Buffer, Chain};
 
-/// What the rings of every device can do: VERSION_1, indirect descriptors, event indexes, packed rings.
+/// The ring features of every device: VERSION_1, indirect descriptors, event indexes, packed rings.
 pub const RING_FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
     | bit(VIRTIO_RING_F_INDIRECT_DESC)
     | bit(VIRTIO_RING_F_EVENT_IDX)
     | bit(VIRTIO_F_RING_PACKED);
 
-/// A vhost-user device: what it offers, its configuration space, and its queues.
+/// A vhost-user device: its features, its configuration space, and its queues.
 pub trait VirtioDevice: Send + Sync {
-    /// The virtio features of the device type and of its rings ([`RING_FEATURES`]). Logging and protocol features are
-    /// added by the back-end.
+    /// Returns the virtio features of the device type and of its rings ([`RING_FEATURES`]). The back-end adds logging
+    /// and protocol features.
     fn features(&self) -> u64;
 
-    /// How many queues there are.
+    /// Returns the number of queues.
     fn queues(&self) -> u16 {
         1
     }
 
-    /// The most entries a ring may have; a power of two.
+    /// Returns the maximum number of entries of a ring, a power of two.
     fn max_queue_size(&self) -> u16 {
         1024
     }
 
-    /// The configuration space. A front-end that asks for more reads zeroes behind it (rule C1.1).
+    /// Returns the configuration space. Reads beyond it return zeroes (rule C1).
     fn config(&self) -> Vec<u8>;
 
-    /// Writes configuration space: `flags` is 0 for the driver, 1 for a migration (rule C1.2).
+    /// Writes to the configuration space. `flags` is 0 for a write of the driver and 1 for one of a migration (rule C1).
     ///
     /// # Errors
-    /// [`BackendError::Config`], also from the default implementation: nothing is writable.
+    /// [`BackendError::Config`] if these bytes are not writable. The default implementation always returns it.
     fn set_config(&self, offset: u32, bytes: &[u8], flags: u32) -> Result<(), BackendError> {
         let (len, why) = (bytes.len() as u32, "this device has no writable fields");
         let _ = flags;
         Err(BackendError::Config { code: Code::SET_CONFIG, offset, len, why })
     }
 
-    /// What GET_QUEUE_NUM answers: the queues, except for a net device, which counts pairs as front-ends expect it.
+    /// Returns the reply to GET_QUEUE_NUM: the number of queues. Network devices return the number of queue pairs, as
+    /// front-ends expect.
     fn queue_num(&self) -> u64 {
         self.queues().into()
     }
 
-    /// Protocol features of the device type, beside those that every device has.
+    /// Returns the protocol features of the device type, in addition to those of every device.
     fn protocol_features(&self) -> u64 {
         0
     }
 
-    /// A message that is for the device type alone, with its number: SEND_RARP, NET_SET_MTU.
+    /// Handles a message that only this device type knows: SEND_RARP or NET_SET_MTU, with its u64 payload.
     ///
     /// # Errors
-    /// [`BackendError::Unsupported`], also from the default implementation, and whatever the device refuses.
+    /// [`BackendError::Unsupported`], also from the default implementation, or the reason for which the device refuses
+    /// it.
     fn handle_message(&self, code: Code, number: u64) -> Result<(), BackendError> {
         let _ = number;
         Err(BackendError::Unsupported { code })
     }
 
-    /// How many front-ends may be connected at the same time, of which only one has rings that run. More than one makes a
-    /// migration possible whose source and destination are on one host and share the back-end. It takes a device that keeps
-    /// nothing of its driver's outside its queues.
+    /// Returns the maximum number of front-ends that may be connected at the same time. Only one of them can run rings.
+    /// More than one allows a migration whose source and destination are on one host and share the back-end. It
+    /// requires a device that keeps no driver state outside its queues.
     fn max_front_ends(&self) -> usize {
         1
     }
 
-    /// A front-end has connected; `host` is told when configuration space changes, for as long as there are other references
-    /// to it.
+    /// Called when a front-end has connected. The device uses `frontend` to report changes of its configuration space.
+    /// The handle does nothing once the connection has ended.
     fn connected(&self, host: Arc<FrontendHandle>) {
         let _ = host;
     }
 
-    /// A ring is about to run for the first time since the front-end has connected, with these features. It goes on if its
-    /// base or the inflight region say that a back-end has served it before; else the driver is a new one.
+    /// Called before a ring runs for the first time on a connection. `resumed` is true if the base or the inflight
+    /// region show that a back-end has served the ring before; otherwise its driver is new. `features` are the
+    /// acknowledged features.
     fn ring_activated(&self, goes_on: bool, features: u64) {
         let _ = (goes_on, features);
     }
 
-    /// The front-end has begun to log what is written, as before a migration: what would take long in
-    /// [`rings_stopped`](VirtioDevice::rings_stopped) can begin, on another thread. It ends when what this returns is dropped, which must not wait.
+    /// Called when the front-end enables logging, as it does before a migration. The device can start work on another
+    /// thread that makes [`rings_stopped`](VirtioDevice::rings_stopped) faster. The work ends when the returned value
+    /// is dropped; the drop must not block.
     fn prepare_to_stop(&self) -> Option<Box<dyn Send>> {
         None
     }
 
-    /// No ring runs any more: the front-end has stopped the last one, and may let the guest go on elsewhere as soon as it
-    /// is answered, which is after this returns (rule I11.1). Also called when the back-end itself ends.
+    /// Called when no ring runs any more. The front-end gets its reply after this returns, and may then resume the
+    /// guest elsewhere (rule I11). Also called when the back-end itself ends.
     ///
     /// # Errors
-    /// What keeps another back-end from finding everything that requests have done. The connection then ends, for
-    /// GET_VRING_BASE has no answer that means "no".
+    /// An error if data of completed requests could not be made available to another back-end. The connection is then
+    /// closed, because GET_VRING_BASE has no reply that means failure.
     fn rings_stopped(&self) -> io::Result<()> {
         Ok(())
     }
 
-    /// Forgets what the driver has set, as a reset of the device wants it. No queue runs.
+    /// Discards all driver settings, as a device reset requires. No queue runs.
     fn reset(&self) {}
 
-    /// What kind of state travels with the device, by a name that other kinds of devices don't have; `None` if all there is
-    /// to it are its rings and its configuration. With a state DEVICE_STATE is offered (rules D1.1, D1.10), and STATUS is not.
+    /// Returns the name of the device state, unique to this kind of device. `None` means that the device has no state
+    /// besides its rings and its configuration. A device with a state offers DEVICE_STATE (rule D1) and does not offer
+    /// STATUS.
     fn state_kind(&self) -> Option<&'static str> {
         None
     }
 
-    /// The state to travel, in a form that [`VirtioDevice::load_state`] can tell the version of; at most about 16 MiB. No queue
-    /// runs. It is protected on its way: what arrives is what was saved, of this kind of device.
+    /// Returns the device state for DEVICE_STATE, at most about 16 MiB, in a format that carries its version for
+    /// [`VirtioDevice::load_state`]. No queue runs. The transfer protects the bytes: they arrive unchanged, at a device
+    /// of the same kind.
     ///
     /// # Errors
-    /// [`BackendError::DeviceState`], in words for whoever migrates; also from the default implementation.
+    /// [`BackendError::DeviceState`] with a reason for the user, also from the default implementation.
     fn save_state(&self) -> Result<Vec<u8>, BackendError> {
         Err(BackendError::DeviceState { why: "this device has none".into() })
     }
 
-    /// Takes over what [`VirtioDevice::save_state`] saved elsewhere. No queue runs; the state is to be kept until they do.
+    /// Restores a state of [`VirtioDevice::save_state`]. No queue runs; the device keeps the state until one does.
     ///
     /// # Errors
-    /// As [`VirtioDevice::save_state`]; nothing has changed then.
+    /// As [`VirtioDevice::save_state`]. The device is then unchanged.
     fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
         let _ = state;
         Err(BackendError::DeviceState { why: "this device has none".into() })
     }
 
-    /// Which disk it is and the state of its contents, as they stay until a ring runs (GET_DISK_GENERATION). No queue of this front-end
-    /// runs. A device that has one offers [`own::F_DISK_GENERATION`](crate::abi::vhost_user::own) among its
+    /// Returns the identity of the disk and the generation of its contents, which is stable until a ring runs
+    /// (GET_DISK_GENERATION). No queue of this front-end runs. Devices that implement it offer
+    /// [`own::F_DISK_GENERATION`](crate::abi::vhost_user::own) in
     /// [`protocol_features`](VirtioDevice::protocol_features).
     ///
     /// # Errors
-    /// [`BackendError::DiskGeneration`] if it can't be told; also from the default implementation.
+    /// [`BackendError::DiskGeneration`] if it is not available, also from the default implementation.
     fn disk_generation(&self) -> Result<DiskGeneration, BackendError> {
         Err(BackendError::DiskGeneration { why: "this device has none".into() })
     }
 
-    /// Which disk it is, as it stays for good; also while rings run (GET_DISK_IDENTITY). It is the identity of
+    /// Returns the permanent identity of the disk, also while rings run (GET_DISK_IDENTITY). It equals the identity in
     /// [`disk_generation`](VirtioDevice::disk_generation).
     ///
     /// # Errors
-    /// [`BackendError::DiskIdentity`] if it can't be told; also from the default implementation.
+    /// [`BackendError::DiskIdentity`] if it is not available, also from the default implementation.
     fn disk_identity(&self) -> Result<u128, BackendError> {
         Err(BackendError::DiskIdentity { why: "this device has none".into() })
     }
 
-    /// Finds out whether a ring could be served now, without serving one: a front-end asks before it depends on it
-    /// (rule D2.3).
+    /// Checks whether a queue could be started now, without starting one (rule D2).
     ///
     /// # Errors
-    /// What would keep [`VirtioDevice::start_queue`] from it.
+    /// The error that [`VirtioDevice::start_queue`] would return.
     fn validate_queue(&self) -> io::Result<()> {
         Ok(())
     }
 
-    /// Begins to serve a ring, in the thread that will do it, with the features that the driver accepted.
+    /// Starts serving a ring with the acknowledged features. Called on the ring's worker thread.
     ///
     /// # Errors
-    /// What the system says; the ring then stays silent until it is started again.
+    /// The error of the system. The ring is then not served until it is started again.
     fn start_queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>>;
 }
 
-/// One running queue of a device; used by one thread. One that serves requests as they come is an
+/// A running queue of a device, used by one thread. Devices whose requests never block can use a
 /// [`SyncQueue`](super::SyncQueue).
 ///
-/// Requests may be completed in any order. Dropping a queue waits for whatever still reaches into guest memory.
+/// Requests may complete in any order. Dropping a queue waits until nothing accesses guest memory any more.
 ///
 /// A request is handed back once:
 ///
@@ -188,7 +194,7 @@ pub trait VirtioDevice: Send + Sync {
 /// }
 /// ```
 ///
-/// and not again, which does not compile:
+/// Handing it back again does not compile:
 ///
 /// ```compile_fail,E0382
 /// use vhost_migrate::backend::Request;
@@ -199,44 +205,44 @@ pub trait VirtioDevice: Send + Sync {
 /// }
 /// ```
 pub trait Queue {
-    /// Whether it can use a request now; asked before each one is taken from the ring. A queue of buffers for what is yet
-    /// to come wants none before it has come; then [`Queue::completion_fd`] says when to ask again.
+    /// Returns true if the queue can use a request now. Asked before each request is taken from the ring. A receive
+    /// queue without packets returns false; [`Queue::completion_fd`] then becomes readable when it is to be asked
+    /// again.
     fn wants_request(&mut self) -> bool {
         true
     }
 
-    /// Takes a request. It comes back from [`Queue::completions`], now or later.
+    /// Takes a request. It is handed back by [`Queue::completions`], immediately or later.
     fn submit(&mut self, request: Request);
 
-    /// Hands back what is complete, in `done`, after passing on whatever [`Queue::submit`] held back to pass on in one
-    /// go.
+    /// Appends completed requests to `done`, after starting work that [`Queue::submit`] has batched.
     fn completions(&mut self, done: &mut Vec<Request>);
 
-    /// Hands back the requests that it has and did not touch, in the order in which it got them: the ring stops, and they
-    /// go back into it. What is served without fail can stay.
+    /// Hands back requests that were not touched, in submission order, because the ring stops. They return to the
+    /// available ring. Requests that complete without external input may stay.
     fn put_back(&mut self, unused: &mut Vec<Request>) {
         let _ = unused;
     }
 
-    /// Hands back requests that it need not complete, for whoever takes over the inflight region serves them anew (rule
-    /// I8.2); nothing may reach into their memory any more. Asked again and again, until every request has come back, here
-    /// or complete.
+    /// Hands back requests that need not be completed, because the next owner of the inflight region resubmits them
+    /// (rule I8). Nothing may access their memory any more. Called repeatedly until every request has been handed back, here
+    /// or as completed.
     fn suspend(&mut self, unserved: &mut Vec<Request>) {
         let _ = unserved;
     }
 
-    /// An fd that is readable while completions wait, or while [`Queue::wants_request`] would say yes where it said no; a queue
-    /// that completes requests at once has none.
+    /// Returns a descriptor that is readable while completions are pending, or when [`Queue::wants_request`] has
+    /// changed to true. Queues that complete requests in [`Queue::submit`] have none.
     fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 }
 
-/// A request of the driver: buffers to read, buffers to write, and what was written.
+/// A request of the driver: readable buffers, writable buffers, and a record of what was written.
 ///
-/// It goes back to the driver whatever happens: one that is dropped counts as complete, with what was written until then.
+/// Every request is returned to the driver. One that is dropped counts as completed, with the bytes written so far.
 ///
-/// Guest memory is reached through it, which notes what is written:
+/// Guest memory is accessed through the request, which records writes:
 ///
 /// ```
 /// use vhost_migrate::backend::Request;
@@ -246,7 +252,7 @@ pub trait Queue {
 /// }
 /// ```
 ///
-/// and not past it:
+/// There is no access around it:
 ///
 /// ```compile_fail,E0616
 /// use vhost_migrate::backend::Request;
@@ -256,7 +262,7 @@ pub trait Queue {
 /// }
 /// ```
 ///
-/// There is one of each:
+/// A request cannot be duplicated:
 ///
 /// ```compile_fail,E0599
 /// use vhost_migrate::backend::Request;
@@ -270,23 +276,23 @@ pub trait Queue {
 pub struct Request {
     chain: Chain,
     memory: Memory,
-    /// Parts of the writable bytes that were lent, in the order they were lent.
+    /// Ranges of the writable bytes that were written or lent, in that order of time.
     written: Vec<Range<u64>>,
-    /// Most bytes that the driver is told of.
+    /// Upper limit of the used length reported to the driver.
     max_used_len: u64,
-    /// What names it in the inflight region.
+    /// Head or entry of the request in the inflight region.
     pub(super) inflight_slot: u16,
-    /// Whether the device has it.
+    /// True while the device has the request.
     pub(super) submitted: bool,
     dropped: Option<Arc<DroppedRequests>>,
 }
 
-/// Requests that were dropped before they were complete.
+/// Requests that the device dropped before completing them.
 #[derive(Debug)]
 pub(super) struct DroppedRequests {
     any: AtomicBool,
     requests: Mutex<Vec<Request>>,
-    /// Wakes whoever takes them.
+    /// Wakes the worker.
     wake: Arc<EventFd>,
 }
 
@@ -295,12 +301,12 @@ impl DroppedRequests {
         DroppedRequests { any: AtomicBool::new(false), requests: Mutex::default(), wake }
     }
 
-    /// Moves them to `to`; costs nothing if there are none.
+    /// Moves the dropped requests to `to`. Takes no lock if there are none.
     pub(super) fn take(self: &Arc<DroppedRequests>, to: &mut Vec<Request>) {
         if self.any.load(Ordering::Acquire) {
             let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
             self.any.store(false, Ordering::Relaxed);
-            // They are used again, and may be dropped again.
+            // Request objects are reused, and may be dropped again.
             to.extend(requests.drain(..).map(|request| request.with_dropped_list(self)));
         }
     }
@@ -337,34 +343,34 @@ impl Request {
         self
     }
 
-    /// Forgets the last request; the buffers of the next are put in the chain.
+    /// Clears the request for reuse and returns its chain to be filled.
     pub(super) fn reset(&mut self) -> &mut Chain {
         self.written.clear();
         self.max_used_len = u64::MAX;
         &mut self.chain
     }
 
-    /// As the ring had it.
+    /// The descriptor chain as it was taken from the ring.
     pub(super) fn chain(&self) -> &Chain {
         &self.chain
     }
 
-    /// The descriptor or buffer id that names this request; no other one in flight has it.
+    /// Returns the descriptor index or buffer id of the request, unique among requests in flight.
     pub fn head(&self) -> u16 {
         self.chain.head
     }
 
-    /// Bytes to read.
+    /// Returns the number of readable bytes.
     pub fn readable_len(&self) -> u64 {
         self.chain.readable_bytes()
     }
 
-    /// Bytes to write.
+    /// Returns the number of writable bytes.
     pub fn writable_len(&self) -> u64 {
         self.chain.writable_bytes()
     }
 
-    /// Copies readable bytes from `offset` on into `buf`, however they are cut into buffers.
+    /// Copies readable bytes starting at `offset` into `buf`, across buffer boundaries.
     ///
     /// # Errors
     /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory.
@@ -378,7 +384,7 @@ impl Request {
         })
     }
 
-    /// A wire structure at `offset` of the readable bytes.
+    /// Reads a wire structure at `offset` of the readable bytes.
     ///
     /// # Errors
     /// As [`Request::read`].
@@ -387,10 +393,11 @@ impl Request {
         self.read(offset, object.as_mut_bytes()).map(|()| object)
     }
 
-    /// Copies `data` to the writable bytes from `offset` on.
+    /// Copies `data` to the writable bytes starting at `offset`, across buffer boundaries.
     ///
     /// # Errors
-    /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory; nothing is written then.
+    /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory. Nothing is written
+    /// then.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), MemoryError> {
         let mut rest = data;
         let range = offset..offset.saturating_add(rest.len() as u64);
@@ -405,14 +412,13 @@ impl Request {
         Ok(())
     }
 
-    /// Whether all writable bytes are in guest memory, so that no [`Request::write`] to them fails.
+    /// Returns true if all writable bytes are in guest memory, so that no [`Request::write`] to them fails.
     pub fn is_writable(&self) -> bool {
         self.chain.writable.iter().all(|buffer| self.memory.slices(buffer.gpa, buffer.len.into(), |_| {}).is_ok())
     }
 
-    /// Appends the host ranges of a part of the readable bytes to `out`, for calls that go past Rust: `writev`, io_uring,
-    /// a pointer of a library in another language. They are valid until the request is handed back or dropped: what uses
-    /// them must have ended by then.
+    /// Appends the host ranges of a part of the readable bytes to `out`, for `writev`, io_uring or foreign code. They
+    /// are valid until the request is handed back or dropped; all accesses must have ended by then.
     ///
     /// # Errors
     /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory.
@@ -420,12 +426,12 @@ impl Request {
         for_each_piece(&self.chain.readable, range, |gpa, len| self.memory.iovecs(gpa, len, out))
     }
 
-    /// Appends the host ranges of a part of the writable bytes to `out`, for calls that go past Rust: `readv`, io_uring, a
-    /// pointer of a library in another language. They are valid until the request is handed back or dropped: what uses
-    /// them must have ended by then. All of it counts as written from here on, and is logged with the request.
+    /// Appends the host ranges of a part of the writable bytes to `out`, for `readv`, io_uring or foreign code. They
+    /// are valid until the request is handed back or dropped; all accesses must have ended by then. The whole part
+    /// counts as written and is logged with the request.
     ///
     /// # Errors
-    /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory; nothing is lent then.
+    /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory. Nothing is lent then.
     pub fn lend_writable(&mut self, range: Range<u64>, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
         for_each_piece(&self.chain.writable, range.clone(), |gpa, len| self.memory.iovecs(gpa, len, out))?;
         if !self.written.iter().any(|lent| lent.start <= range.start && range.end <= lent.end) {
@@ -434,17 +440,17 @@ impl Request {
         Ok(())
     }
 
-    /// Tells the driver of at most the first `len` writable bytes that they were written: for what was lent and then not
-    /// written. All that was lent is logged all the same.
+    /// Limits the used length reported to the driver to `len`, for bytes that were lent and not written. All lent bytes
+    /// are logged nevertheless.
     pub fn limit_used_len(&mut self, len: u64) {
         self.max_used_len = len;
     }
 
-    /// Bytes written from the first one on, for the used ring: the driver may rely on as many, and knows nothing of
-    /// others (virtio 1.2, "The Virtqueue Used Ring").
+    /// Returns the used length: the number of bytes written without a gap from the first one (virtio 1.2, "The
+    /// Virtqueue Used Ring").
     pub(super) fn used_len(&self) -> u32 {
         let mut end = 0;
-        // Nearly always in order: then one pass finds all.
+        // Writes are usually in order; then one pass finds the end.
         while let Some(more) = self.written.iter().fold(None, |found, range| {
             let from = found.unwrap_or(end);
             if range.start <= from && from < range.end { Some(range.end) } else { found }

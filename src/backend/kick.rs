@@ -1,4 +1,4 @@
-//! The eventfd of SET_VRING_KICK, which several rings may share.
+//! Kick eventfds of SET_VRING_KICK, which rings may share (rule F9.4).
 
 #![forbid(unsafe_code)]
 
@@ -11,21 +11,21 @@ use nix::sys::eventfd::EventFd;
 use super::BackendError;
 use crate::sys::nonblocking;
 
-/// The kick of one or more rings.
+/// The kick eventfd of one or more rings.
 ///
-/// A kick that one ring takes is gone for the others, of which one may have been meant: all are woken.
+/// A kick that one ring consumes is lost for the others, so all rings that share it are woken.
 #[derive(Debug)]
 pub struct Kick {
     eventfd: OwnedFd,
-    /// Wakes the rings that wait for it.
+    /// Wake eventfds of the rings that wait for it.
     rings: Mutex<Vec<Weak<EventFd>>>,
 }
 
 impl Kick {
-    /// Takes the fd of SET_VRING_KICK for ring `index`.
+    /// Takes the descriptor of SET_VRING_KICK for ring `index`.
     ///
     /// # Errors
-    /// [`BackendError::KickFd`] if it is no eventfd: of anything else a poll and a read may disagree for ever (rules F9.2, F9.3).
+    /// [`BackendError::KickFd`] if it is no eventfd (rule F9.3). For other descriptors poll and read can disagree (rule F9.2).
     pub fn new(index: u16, fd: OwnedFd) -> Result<Kick, BackendError> {
         match nonblocking::is_eventfd(fd.as_fd()) {
             true => Ok(Kick { eventfd: fd, rings: Mutex::default() }),
@@ -33,22 +33,23 @@ impl Kick {
         }
     }
 
-    /// Returns true if this is another number of the same eventfd.
+    /// Returns true if `fd` refers to the same eventfd.
     pub(super) fn is_same_eventfd(&self, fd: &OwnedFd) -> bool {
         nonblocking::is_same_file(self.eventfd.as_fd(), fd.as_fd())
     }
 
-    /// Adds a ring that is woken by `wake` when another one takes a kick.
+    /// Adds a ring, whose `wake` is signalled when another ring consumes a kick.
     pub(super) fn add_waker(&self, wake: &Arc<EventFd>) {
         let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
         rings.retain(|ring| ring.strong_count() > 0);
         rings.push(Arc::downgrade(wake));
     }
 
-    /// Takes a kick, if there is one, for all rings; `own` wakes the one that takes it.
+    /// Consumes a pending kick and wakes the other rings; `own` belongs to the calling ring. Returns false if no kick
+    /// is pending.
     ///
     /// # Errors
-    /// [`BackendError::KickFd`] if none will ever come.
+    /// [`BackendError::KickFd`] if the eventfd cannot be read.
     pub(super) fn take(&self, index: u16, own: &Arc<EventFd>) -> Result<bool, BackendError> {
         match nonblocking::take(self.eventfd.as_fd()) {
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(false),

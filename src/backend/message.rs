@@ -1,6 +1,6 @@
-//! One message of the vhost-user protocol, taken apart, and its reply, put together.
+//! Decoding of vhost-user messages and encoding of replies.
 //!
-//! What messages mean is the business of `session`; sockets are the business of `server`.
+//! The meaning of messages is in `session`, sockets are in `server`.
 
 #![forbid(unsafe_code)]
 
@@ -12,30 +12,32 @@ use super::BackendError;
 use crate::abi::vhost_user::{Header, MemoryHeader, MemoryRegion, Request as Code};
 use crate::sys::socket;
 
-/// The most file descriptors that one message can bring.
+/// Maximum number of file descriptors in one message.
 pub const MAX_FDS: usize = socket::MAX_FDS;
 
-/// The largest payload accepted, in bytes: a memory table with as many regions as fds can come with it.
+/// Maximum accepted payload in bytes: a memory table with as many regions as one message carries file descriptors
+/// (rule F1.4).
 pub const MAX_PAYLOAD: u32 = (size_of::<MemoryHeader>() + MAX_FDS * size_of::<MemoryRegion>()) as u32;
 
-/// A request of the front-end. Whatever fds it brought are closed with it, unless they are taken out.
+/// A request of the front-end. File descriptors that are not taken out are closed with it (rule F5.3).
 #[derive(Debug)]
 pub struct VhostUserMessage {
-    /// What it asks.
+    /// The request.
     pub code: Code,
-    /// The flags of its header (rule F2.1).
+    /// The flags of the header (rule F2.1).
     pub flags: u32,
-    /// What follows the header.
+    /// The bytes after the header.
     pub payload: Vec<u8>,
-    /// The file descriptors that came along.
+    /// The file descriptors of the message.
     pub fds: Vec<OwnedFd>,
 }
 
 impl VhostUserMessage {
-    /// Checks a header, and tells how many bytes of payload follow it.
+    /// Checks a header and returns the size of its payload in bytes.
     ///
     /// # Errors
-    /// [`BackendError::Version`] and [`BackendError::PayloadTooLarge`]: after either, nothing that follows can be understood.
+    /// [`BackendError::Version`] and [`BackendError::PayloadTooLarge`]. Both make the rest of the connection
+    /// undecodable.
     pub fn payload_size(header: &Header) -> Result<usize, BackendError> {
         let code = Code(header.request);
         if header.flags & Header::FLAG_VERSION_MASK != Header::FLAG_VERSION {
@@ -47,7 +49,7 @@ impl VhostUserMessage {
         Ok(header.size as usize)
     }
 
-    /// The payload as a wire structure; more bytes than it has are ignored (rule F6.1).
+    /// Decodes the payload as a wire structure. Further bytes are ignored (rule F6.1).
     ///
     /// # Errors
     /// [`BackendError::ShortPayload`].
@@ -61,10 +63,10 @@ impl VhostUserMessage {
         }
     }
 
-    /// The one fd that this request must bring.
+    /// Takes the file descriptor of a request that requires exactly one (rule F1.5).
     ///
     /// # Errors
-    /// [`BackendError::FdCount`] if it brought none, or several.
+    /// [`BackendError::FdCount`] if there is none, or more than one.
     pub fn only_fd(&mut self) -> Result<OwnedFd, BackendError> {
         match (self.fds.pop(), self.fds.len()) {
             (Some(fd), 0) => Ok(fd),
@@ -76,14 +78,14 @@ impl VhostUserMessage {
     }
 }
 
-/// What goes back to the front-end.
+/// A reply to the front-end.
 #[derive(Debug)]
 pub struct VhostUserReply {
     /// The request that is answered.
     pub code: Code,
     /// What follows the header.
     pub payload: Vec<u8>,
-    /// A file descriptor to send along.
+    /// A file descriptor to pass along.
     pub fd: Option<OwnedFd>,
 }
 
@@ -92,7 +94,7 @@ impl VhostUserReply {
         VhostUserReply { code, payload: body.as_bytes().to_vec(), fd: None }
     }
 
-    /// Header and payload as they go over the socket; the flags are exactly 5 (rule F2.2).
+    /// Encodes header and payload. The flags are exactly 5 (rule F2.2).
     pub fn to_bytes(&self) -> Vec<u8> {
         let size = self.payload.len() as u32;
         let header = Header { request: self.code.0, flags: Header::REPLY_FLAGS, size };

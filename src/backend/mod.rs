@@ -1,29 +1,32 @@
-//! To be a vhost-user device: the protocol, the socket around it, one worker per ring, and the devices.
+//! vhost-user back-end: protocol, socket, a worker thread per ring, and the devices.
 //!
 //! | file | purpose |
 //! |---|---|
-//! | `message` | one message of the protocol, framed and unframed |
-//! | `session` | what messages mean: a state machine without I/O |
-//! | `server` | listens, reads and answers messages, survives its front-ends |
-//! | `iommu` | what a ring behind an IOMMU asks for, and what it has in use |
-//! | `tracker` | what the inflight region is told of a ring's requests |
-//! | `ring_task` | where a ring is taken up, and waits for its areas behind an IOMMU |
-//! | `workers` | the rings of a connection, and how they are commanded |
-//! | `worker` | the thread of a running ring: takes requests, logs, publishes, notifies |
-//! | `backend_channel` | what the front-end is told without having asked |
-//! | `device` | what a device author writes, and the [`Request`] it gets |
-//! | `sync_queue` | a queue that serves its requests as they come |
-//! | `transfer` | a device's state through a pipe |
-//! | `postcopy` | guest memory that comes while rings run |
-//! | `sandbox` | what a process that serves may ask of the kernel |
-//! | `counters` | what is counted, for monitoring |
-//! | `blk` | a disk |
-//! | `net` | a network interface |
+//! | `message` | decoding and encoding of one protocol message |
+//! | `session` | protocol state machine, without I/O |
+//! | `server` | accepts connections, reads messages, sends replies |
+//! | `replies` | replies that are sent together |
+//! | `ring_lock` | lets one of several connections run rings |
+//! | `workers` | the rings of a connection and their threads |
+//! | `ring_task` | starts a ring, waits for the translation of its areas |
+//! | `worker` | main loop of a running ring: requests, log, publication, notification |
+//! | `tracker` | the inflight region as a worker uses it |
+//! | `iommu` | IOTLB misses of a ring, and what it has in use of the translations |
+//! | `backend_channel` | requests to the front-end over the socket of SET_BACKEND_REQ_FD |
+//! | `kick`, `notify` | kick, call and error descriptors |
+//! | `device` | the traits of a device, and [`Request`] |
+//! | `sync_queue` | a queue that serves each request synchronously |
+//! | `transfer` | transfer of the device state through a pipe |
+//! | `postcopy` | guest memory whose pages arrive while rings run |
+//! | `sandbox` | seccomp filter of a serving process |
+//! | `counters` | metrics |
+//! | `blk` | block device |
+//! | `net` | network device |
 //! | `disk_io` | disk I/O from and to the memory of a request |
 //!
-//! A device never logs: it can only reach guest memory through its [`Request`], which remembers what was lent for
-//! writing, and the worker marks that before it publishes the request. Not here: how rings and inflight regions look
-//! ([`crate::ring`], [`crate::inflight`]), and driving a device (`frontend`).
+//! Devices do no logging. They access guest memory only through a [`Request`], which records what was lent for writing;
+//! the worker marks it before it publishes the request. The layout of rings and inflight regions is in [`crate::ring`]
+//! and [`crate::inflight`]; the driving side is in `frontend`.
 
 mod backend_channel;
 pub mod blk;

@@ -1,4 +1,4 @@
-//! Signals out of a ring: the call and error fds, or messages in their place.
+//! Notifications of a ring: call and error descriptors, or in-band messages.
 
 #![forbid(unsafe_code)]
 
@@ -8,10 +8,10 @@ use std::sync::Arc;
 use super::FrontendHandle;
 use crate::sys::nonblocking;
 
-/// What a ring signals: an fd that takes 8 bytes each time, an eventfd or, from user-mode Linux, a pipe or socket (rules F8.1, F9.1);
-/// or the front-end over the back-end channel (rule B3.2).
+/// A notification target: a descriptor that takes 8 bytes per signal (rule F8.1), which is an eventfd, or a pipe or socket
+/// from User-mode Linux; or a message on the back-end channel (rule B3.2).
 ///
-/// A signal never blocks the ring: a receiver that lets signals pile up until nothing fits has one pending anyway.
+/// A signal never blocks the ring (rule F9.1). A receiver without room for more signals has one pending anyway.
 #[derive(Debug)]
 pub struct Notifier(NotifierTarget);
 
@@ -23,22 +23,22 @@ enum NotifierTarget {
 }
 
 impl Notifier {
-    /// Takes the fd of SET_VRING_CALL or SET_VRING_ERR.
+    /// Takes the descriptor of SET_VRING_CALL or SET_VRING_ERR.
     pub fn new(fd: OwnedFd) -> Notifier {
         Notifier(NotifierTarget::Fd(fd))
     }
 
-    /// Calls in-band for ring `index`.
+    /// Creates an in-band call notifier for ring `index`.
     pub(super) fn call(host: Arc<FrontendHandle>, index: u16) -> Notifier {
         Notifier(NotifierTarget::Call(host, index))
     }
 
-    /// Tells in-band that ring `index` is broken.
+    /// Creates an in-band error notifier for ring `index`.
     pub(super) fn error(host: Arc<FrontendHandle>, index: u16) -> Notifier {
         Notifier(NotifierTarget::Error(host, index))
     }
 
-    /// Signals once. What the receiver can't take is dropped: it has hung up, or has signals it didn't look at yet.
+    /// Signals once. The signal is dropped if the receiver has hung up or has no room (rule F8.2).
     pub fn signal(&self) {
         match &self.0 {
             NotifierTarget::Fd(fd) => {

@@ -1,7 +1,8 @@
-//! Answers that go out together.
+//! Replies that are sent together.
 //!
-//! Acknowledgements of messages that have come already are sent together: a system call for each is much of the time that it takes
-//! to stop and start the rings of many devices. Before anything that may take time they are sent.
+//! Acknowledgements of messages that have already arrived are sent with one system call; otherwise the calls would
+//! dominate the time to stop and start the rings of many devices. Pending replies are sent before anything that may
+//! block.
 
 #![forbid(unsafe_code)]
 
@@ -13,7 +14,7 @@ use nix::sys::socket::{MsgFlags, send};
 
 use crate::sys::socket;
 
-/// Answers to a front-end that are to be sent.
+/// Encoded replies that have not been sent yet.
 #[derive(Debug)]
 pub(super) struct PendingReplies {
     connection: OwnedFd,
@@ -21,7 +22,7 @@ pub(super) struct PendingReplies {
 }
 
 impl PendingReplies {
-    /// Answers that go over `connection`.
+    /// Creates an empty buffer for replies over `connection`.
     ///
     /// # Errors
     /// The error of the system.
@@ -29,7 +30,7 @@ impl PendingReplies {
         Ok(PendingReplies { connection: connection.try_clone_to_owned()?, bytes: Mutex::default() })
     }
 
-    /// Adds an answer. Returns how many bytes wait.
+    /// Appends a reply. Returns the number of pending bytes.
     pub(super) fn add(&self, answer: &[u8]) -> usize {
         let mut waiting = self.lock();
         waiting.extend(answer);
@@ -40,7 +41,7 @@ impl PendingReplies {
         self.lock().is_empty()
     }
 
-    /// Sends all of them, with `fd` along the first byte. Waits for room.
+    /// Sends all pending replies, with `fd` on the first byte. Waits for room in the socket.
     ///
     /// # Errors
     /// The error of the system.
@@ -49,14 +50,14 @@ impl PendingReplies {
         socket::send(self.connection.as_fd(), &waiting, fd.as_slice())
     }
 
-    /// Sends what there is room for. For use before something that takes time.
+    /// Sends as much as the socket has room for, without blocking.
     pub(super) fn try_send(&self) {
         let mut waiting = self.lock();
         if waiting.is_empty() {
             return;
         }
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        // What is wrong with the connection is found out when it is used the next time.
+        // An error of the connection is reported by its next use.
         let sent = send(self.connection.as_raw_fd(), &waiting, flags).unwrap_or_default();
         waiting.drain(..sent);
     }

@@ -1,16 +1,18 @@
-//! Whose rings of a device run, where several front-ends are connected at the same time: as the source and the destination of
-//! a migration on one host, of which the destination connects and restores while the source still has its rings.
+//! Lock that lets one of several connections run rings.
+//!
+//! With several front-ends, as the source and the destination of a migration on one host, the destination connects and
+//! restores while the source still runs its rings (rule R9.2).
 #![forbid(unsafe_code)]
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The longest wait of a front-end for another one's rings to be stopped.
+/// Maximum wait for another connection to stop its rings.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
-/// The interval at which it looks whether it is still wanted.
+/// Interval at which a waiting connection checks for cancellation.
 const CANCEL_POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Lets one connection at a time run rings.
+/// The lock, held by at most one connection.
 #[derive(Default)]
 pub(super) struct RingLock {
     holder: Mutex<Option<Holder>>,
@@ -19,18 +21,18 @@ pub(super) struct RingLock {
 
 struct Holder {
     connection: u64,
-    /// Its front-end has gone, and its rings end.
+    /// The front-end has hung up, and the rings are being stopped.
     releasing: bool,
 }
 
-/// A connection that may have its turn.
+/// A connection that can acquire the lock.
 pub(super) struct RingLockClient {
     lock: Arc<RingLock>,
     number: u64,
 }
 
 impl RingLockClient {
-    /// `number` is different for every connection.
+    /// Creates a client. `number` is unique to the connection.
     pub(super) fn new(turns: &Arc<RingLock>, number: u64) -> RingLockClient {
         RingLockClient { lock: turns.clone(), number }
     }
@@ -39,15 +41,15 @@ impl RingLockClient {
         self.lock.holder.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until no other connection runs rings, and takes the turn: for some time if the other one is in use, and as long
-    /// as it takes if it is about to end. False if that was in vain, or `over` says so.
-    pub(super) fn acquire(&self, over: impl Fn() -> bool) -> bool {
+    /// Acquires the lock. Waits up to `ACQUIRE_TIMEOUT` while another connection holds it, and without limit once that
+    /// connection is stopping its rings. Returns false on timeout or once `cancelled` returns true.
+    pub(super) fn acquire(&self, cancelled: impl Fn() -> bool) -> bool {
         let deadline = Instant::now() + ACQUIRE_TIMEOUT;
         let mut holder = self.holder();
         loop {
             match &*holder {
                 Some(other) if other.connection != self.number => {
-                    if over() || !other.releasing && Instant::now() >= deadline {
+                    if cancelled() || !other.releasing && Instant::now() >= deadline {
                         return false;
                     }
                 }
@@ -61,7 +63,7 @@ impl RingLockClient {
         }
     }
 
-    /// Lets others run rings.
+    /// Releases the lock if this connection holds it.
     pub(super) fn release(&self) {
         let mut holder = self.holder();
         if holder.as_ref().is_some_and(|holder| holder.connection == self.number) {
@@ -70,7 +72,7 @@ impl RingLockClient {
         }
     }
 
-    /// Says that its rings are about to end.
+    /// Marks the lock as about to be released.
     pub(super) fn mark_releasing(&self) {
         if let Some(holder) = self.holder().as_mut().filter(|holder| holder.connection == self.number) {
             holder.releasing = true;

@@ -1,5 +1,4 @@
-//! Where a ring is served: it is taken up here, and behind an IOMMU whenever its areas are known. How it is served is the
-//! business of `worker`.
+//! The task of a ring thread: starts the worker, and behind an IOMMU waits until the ring's areas are translated.
 
 #![forbid(unsafe_code)]
 
@@ -22,10 +21,10 @@ use crate::memory::Iotlb;
 use crate::ring::{DeviceRing, PackedDevice, RingBase};
 use crate::sys::log_limit::limited;
 
-/// How long a ring waits that may not use its areas, before it asks again.
+/// Time after which a refused translation of a ring's areas is requested again.
 const REFUSAL_RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Where a ring is served, whether it can run or not.
+/// A ring to be served, whether it can run or not.
 pub(super) struct RingTask {
     pub(super) index: u16,
     pub(super) device: Arc<dyn VirtioDevice>,
@@ -34,7 +33,7 @@ pub(super) struct RingTask {
 }
 
 impl RingTask {
-    /// Takes the ring up; also says how the take-over from a predecessor went.
+    /// Starts serving the ring. The inner result is that of the recovery from a previous back-end.
     pub(super) fn start_worker(
         &self,
         setup: VringConfig,
@@ -42,8 +41,8 @@ impl RingTask {
     ) -> Result<(Worker, Result<(), BackendError>), BackendError> {
         let index = self.index;
         let broken = |source| BackendError::BrokenRing { index, source };
-        // Before the first look at the ring and the inflight region: a predecessor that still has what the queue works on
-        // may go on with both until then (rule I10.1).
+        // Before the ring and the inflight region are read: a previous back-end that still uses the image may change both
+        // until the queue has locked it (rule I10.1).
         let queue = self.device.start_queue(index, setup.layout.size(), setup.features);
         let queue = queue.map_err(BackendError::system("serve a queue"))?;
         let areas = in_use.as_ref().map_or(&setup.memory, |in_use| in_use.window.memory());
@@ -73,12 +72,12 @@ impl RingTask {
         }
         let (inbox, wake) = (self.commands.clone(), self.wake.clone());
         let mut worker = Worker::new(index, inbox, wake, ring, queue, setup, in_use);
-        // A ring that stands nobody knows where is as one that its driver broke.
+        // A ring with an unknown position is treated as broken (rule I12).
         let recovered = found.and_then(|()| worker.recover(inflight));
         Ok((worker, recovered))
     }
 
-    /// Serves a ring behind an IOMMU whenever its areas are known, until told to end (rules T1.5, T3.4).
+    /// Serves a ring behind an IOMMU whenever its areas are translated, until it is stopped (rules T1, T3).
     pub(super) fn run_translated(&self, mut setup: VringConfig, iotlb: &Arc<Iotlb>) -> RingBase {
         let (index, mut broken, mut held, mut refused) = (self.index, false, false, false);
         let mut asking = IotlbMisses::new(index, iotlb.clone(), setup.frontend.clone());
@@ -123,7 +122,7 @@ impl RingTask {
                 }
                 Ok(None) => self.wait_for_translation(&mut setup, asking.poll_interval().filter(|_| !broken)),
                 Err(error) => {
-                    // The areas may come yet: the driver has lost nothing. It is told once.
+                    // The areas may be mapped later; the driver has lost nothing. The error is reported once.
                     broken = !matches!(error, BackendError::AccessRefused { .. });
                     if broken || !std::mem::replace(&mut refused, true) {
                         limited!(warn, "{error}");
@@ -141,7 +140,7 @@ impl RingTask {
         }
     }
 
-    /// Waits for an order, a kick or an update, all of which are reasons to look again.
+    /// Waits for a command, a kick or an IOTLB update.
     fn wait_for_translation(&self, setup: &mut VringConfig, patience: Option<Duration>) {
         let kick = setup.kick.clone();
         let fds = [Some(self.wake.as_fd()), kick.as_ref().map(|kick| kick.as_fd())];
@@ -150,27 +149,33 @@ impl RingTask {
         if let Some(kick) = kick.filter(|_| kicked)
             && kick.take(self.index, &self.wake).is_err()
         {
-            // Nothing will ever come from there.
+            // The descriptor is unusable.
             setup.kick = None;
         }
     }
 }
 
-/// A log without the marks of a ring that others served before is a new one, whatever other devices have marked in it:
-/// what the last back-end marked in the old one, the front-end may have thrown away with it. All guest memory may have
-/// been written (rule L15.2).
+/// Marks all guest memory if the log has no marks of a ring with a past: the log of the previous back-end, with its
+/// marks, is then lost (rules L15.1, L15.2). Marks of other devices in the same log say nothing.
 fn mark_memory_if_log_is_new(index: u16, setup: &VringConfig, ring: &DeviceRing) {
     let Some(log) = setup.logging.data.as_ref().filter(|_| !ring.is_used_marked()) else { return };
-    limited!(warn, "ring {index}: its last back-end's log is gone: all guest memory is logged as written (rule L15.2)");
+    limited!(
+        warn,
+        "ring {index}: the log of the previous back-end is lost: all guest memory is marked as written (rule L15.2)"
+    );
     log.mark_memory(&setup.memory);
 }
 
-/// A base that was right long ago is not where a packed ring without a region goes on (rule I12.2).
+/// Determines the position of a packed ring without an inflight region from its descriptors (rule I12), because the given
+/// base may be stale.
 fn find_packed_position(index: u16, setup: &VringConfig, ring: &mut PackedDevice) -> Result<(), BackendError> {
     let in_order = setup.features & bit(VIRTIO_F_IN_ORDER) != 0;
     if !in_order && ring.find_position().map_err(|source| BackendError::BrokenRing { index, source })? {
         let base = ring.base();
-        limited!(warn, "ring {index} goes on at {base:?}, as its descriptors tell, and not at its base (rule I12.2)");
+        limited!(
+            warn,
+            "ring {index} resumes at {base:?}, determined from its descriptors, instead of its base (rule I12.2)"
+        );
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The socket around a session: listens, hears one front-end after the other, and answers (rules R9.1, R9.2).
+//! The server around a session: accepts connections, reads messages, sends replies (rule R9).
 
 #![forbid(unsafe_code)]
 
@@ -25,68 +25,69 @@ use crate::sys::listen::{SocketPathGuard, listen};
 use crate::sys::log_limit::limited;
 use crate::sys::socket;
 
-/// How long to wait, in milliseconds, when the system has no fd left for a new connection.
+/// Wait in milliseconds when the system has no file descriptor for a new connection.
 const RETRY_MS: u16 = 1000;
-/// How long to wait, in milliseconds, before the front-end is connected to again.
+/// Wait in milliseconds before connecting to the front-end again.
 const RECONNECT_MS: u16 = 100;
-/// How long a front-end may take from the first byte of a message to the last, and to make room for an answer. Between
-/// messages it may be silent as long as it likes.
+/// Maximum time from the first byte of a message to the last, and for the socket to accept a reply (rule R9.3). Between
+/// messages a front-end may be silent for any time.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Most messages that are taken without waiting between two looks at whether to stop.
+/// Maximum number of messages read without blocking between two checks of the stop descriptor.
 const MAX_MESSAGES_WITHOUT_POLL: usize = 64;
-/// Bytes of answers that are sent together.
+/// Number of pending reply bytes that are sent together.
 const MAX_REPLY_BYTES: usize = 4096;
 
-/// Where front-ends connect. A socket that was made here is removed with it, unless another process has replaced it.
+/// A listening socket for front-ends. A socket file created by [`BackendListener::bind`] is removed on drop, unless
+/// another process has replaced it.
 #[derive(Debug)]
 pub struct BackendListener {
-    // Removed while it is still listened at.
+    // Dropped, and so removed, before the socket is closed.
     _place: Option<SocketPathGuard>,
     socket: UnixListener,
 }
 
-/// A connected socket, the fd that says when to stop, and where the next front-end may come.
+/// The main socket of a connection, the stop descriptor, and the listening socket of the next front-end.
 struct Connection<'a> {
     socket: BorrowedFd<'a>,
     stop: BorrowedFd<'a>,
-    /// Until one has come.
+    /// The listening socket, until another front-end has connected.
     next: Option<BorrowedFd<'a>>,
-    /// Messages that were there without waiting since `stop` and `next` were last looked at.
+    /// Number of messages read without blocking since `stop` and `next` were last checked.
     messages_since_poll: usize,
     replies: Arc<PendingReplies>,
 }
 
-/// What a wait came to.
+/// The result of a wait.
 enum WaitResult<T> {
     Ready(T),
     /// The front-end has hung up.
     HungUp,
-    /// It is time to stop.
+    /// The stop descriptor is readable.
     Stop,
 }
 
 impl BackendListener {
-    /// Makes a socket at `path`. One that a dead process left there is replaced.
+    /// Listens on a new socket at `path`. A stale socket file is replaced.
     ///
     /// # Errors
-    /// [`BackendError::Listen`], which says what to do.
+    /// [`BackendError::Listen`], with advice.
     pub fn bind(path: &Path) -> Result<BackendListener, BackendError> {
         let (socket, place) = listen(path)
             .map_err(|refused| BackendError::Listen { path: path.display().to_string(), advice: refused.advice })?;
         Ok(BackendListener { socket, _place: Some(place) })
     }
 
-    /// Takes over a listening socket, for example one that a service manager made.
+    /// Takes over a listening socket, for example from a service manager.
     pub fn from_socket(socket: UnixListener) -> BackendListener {
         BackendListener { socket, _place: None }
     }
 }
 
-/// A socket that this process inherited as fd `number`: either one to listen on, or a connection.
+/// Takes over the socket that this process inherited as descriptor `number`: a listening socket or a connection.
 ///
 /// # Errors
-/// What the system says: no such fd, or no socket.
+/// The error of the system if there is no such descriptor, or it is no socket.
 pub fn inherit_socket(number: i32) -> io::Result<InheritedSocket> {
     let fd = socket::inherit(number)?;
     Ok(match getsockopt(&fd, AcceptConn)? {
@@ -95,21 +96,21 @@ pub fn inherit_socket(number: i32) -> io::Result<InheritedSocket> {
     })
 }
 
-/// What an inherited fd is.
+/// An inherited socket.
 #[derive(Debug)]
 pub enum InheritedSocket {
-    /// For [`serve`].
+    /// A listening socket, for [`serve`].
     Listener(BackendListener),
-    /// For [`serve_connection`].
+    /// A connection, for [`serve_connection`].
     Connection(UnixStream),
 }
 
-/// Serves `device` to one front-end after the other, until `stop` is readable. The next one waits meanwhile, until the
-/// one before it hangs up or stops within a message for 10 seconds. Of a device that can have several front-ends
-/// ([`VirtioDevice::max_front_ends`]) so many are served at the same time; only one of them has rings that run.
+/// Serves `device` to one front-end after the other until `stop` is readable. The next front-end waits until the
+/// current one hangs up or stalls within a message for 10 seconds (rules R9.2, R9.3). A device with several front-ends
+/// ([`VirtioDevice::max_front_ends`]) serves that many at the same time; only one of them can run rings.
 ///
 /// # Errors
-/// What the system says of the listening socket. What goes wrong with a connection ends that one, and is logged.
+/// The error of the listening socket. An error of a connection ends that connection and is logged.
 pub fn serve(
     listener: &BackendListener,
     device: &Arc<dyn VirtioDevice>,
@@ -133,7 +134,8 @@ pub fn serve(
     }
 }
 
-/// Waits for a front-end; `None` is one that did not come after all. That the system has no room for it is said once.
+/// Waits for a connection. Returns `None` if it was closed before it could be accepted. An exhausted system is logged
+/// once.
 fn accept(
     listener: &BackendListener,
     stop: BorrowedFd<'_>,
@@ -150,7 +152,7 @@ fn accept(
         Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
         Err(e) => {
             if !std::mem::replace(failing, true) {
-                limited!(error, "can't accept a connection, and goes on trying: {e}");
+                limited!(error, "can't accept a connection (retrying): {e}");
             }
             if let WaitResult::Stop = wait(stop, PollFlags::POLLIN, stop, RETRY_MS.into())? {
                 return Ok(Some(WaitResult::Stop));
@@ -160,7 +162,7 @@ fn accept(
     Ok(None)
 }
 
-/// Serves as many front-ends at the same time as the device can have, each on a thread of its own.
+/// Serves as many front-ends at the same time as the device allows, each on its own thread.
 fn serve_several(
     listener: &BackendListener,
     device: &Arc<dyn VirtioDevice>,
@@ -168,7 +170,7 @@ fn serve_several(
 ) -> Result<(), BackendError> {
     let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
     let seats = u32::try_from(device.max_front_ends()).unwrap_or(u32::MAX);
-    // Readable while there is room for one more.
+    // Readable while another front-end can be served.
     let free = EventFd::from_value_and_flags(seats, flags).map_err(BackendError::system("make an eventfd"))?;
     let (free, turns, mut failing) = (&free, &Arc::new(RingLock::default()), false);
     thread::scope(|scope| {
@@ -187,7 +189,7 @@ fn serve_several(
                 let _ = free.write(1);
             };
             if let Err(e) = thread::Builder::new().name("front-end".into()).spawn_scoped(scope, serve) {
-                limited!(error, "can't start a thread for a connection: {e}");
+                limited!(error, "can't start a connection thread: {e}");
                 let _ = free.write(1);
             }
         }
@@ -195,11 +197,11 @@ fn serve_several(
     })
 }
 
-/// Serves `device` to the front-end that listens at `path`, as OVS and QEMU do with `server=on`: connects to it, and again
-/// whenever the connection has ended, until `stop` is readable.
+/// Serves `device` to the front-end that listens at `path`, as OVS and QEMU with `server=on` do. Connects, and
+/// reconnects after the connection has ended, until `stop` is readable.
 ///
 /// # Errors
-/// [`BackendError::Connect`] for a path that no socket can have. A front-end that is not there is waited for.
+/// [`BackendError::Connect`] for an invalid socket path. A front-end that does not listen yet is waited for.
 pub fn connect_and_serve(
     path: &Path,
     device: &Arc<dyn VirtioDevice>,
@@ -219,7 +221,7 @@ pub fn connect_and_serve(
             }
             Err(error) => {
                 if said.replace(error.kind()) != Some(error.kind()) {
-                    limited!(info, "{}: waits for a front-end that listens there ({error})", path.display());
+                    limited!(info, "{}: waiting for a front-end to listen ({error})", path.display());
                 }
             }
         }
@@ -229,8 +231,8 @@ pub fn connect_and_serve(
     }
 }
 
-/// Serves `device` to one front-end until it hangs up, or until `stop` is readable: then everything under way is
-/// completed first. True if it was told to stop.
+/// Serves `device` to one front-end until it hangs up or `stop` is readable. Requests in flight are completed before a
+/// stop. Returns true if it was stopped.
 pub fn serve_connection(connection: &UnixStream, device: &Arc<dyn VirtioDevice>, stop: BorrowedFd<'_>) -> bool {
     run_connection(connection, device, stop, None, None)
 }
@@ -242,12 +244,12 @@ fn run_connection(
     next: Option<BorrowedFd<'_>>,
     turn: Option<RingLockClient>,
 ) -> bool {
-    limited!(info, "a front-end has connected");
+    limited!(info, "front-end connected");
     counters::frontend_connected();
     let answers = match PendingReplies::new(connection.as_fd()) {
         Ok(answers) => Arc::new(answers),
         Err(error) => {
-            limited!(error, "the connection is closed: no fd is left for it: {error}");
+            limited!(error, "the connection is closed: no file descriptor available: {error}");
             return false;
         }
     };
@@ -257,9 +259,9 @@ fn run_connection(
     rings.set_replies(answers);
     turn.into_iter().for_each(|turn| rings.use_ring_lock(turn));
     if let Err(error) = rings.watch_connection(connection.as_fd()) {
-        limited!(warn, "can't watch the connection: {error}");
+        limited!(warn, "can't detect a hang-up while a ring is being stopped: {error}");
     }
-    // Ends before the rings, which may wait for pages that nobody brings any more (rule P1.8).
+    // Dropped before the rings, whose workers may wait for pages that will not arrive any more (rule P1.8).
     let mut session = Session::new(device.clone());
     let ended = serve_messages(&mut channel, &mut session, &mut rings);
     channel.replies.try_send();
@@ -267,16 +269,16 @@ fn run_connection(
         Ok(WaitResult::Stop) => {
             rings.stop_all();
             if let Err(error) = device.rings_stopped() {
-                limited!(error, "what the guest has written may not be on stable storage: {error}");
+                limited!(error, "written data may not be on stable storage: {error}");
             }
         }
-        Ok(_) => limited!(info, "the front-end has hung up"),
+        Ok(_) => limited!(info, "front-end disconnected"),
         Err(error) => limited!(error, "the connection is closed: {error}"),
     }
     matches!(ended, Ok(WaitResult::Stop))
 }
 
-/// Answers messages strictly in order (rule F4.4), until there are no more.
+/// Processes messages strictly in order until the connection ends (rule F4.4).
 fn serve_messages(
     channel: &mut Connection<'_>,
     session: &mut Session,
@@ -307,8 +309,8 @@ fn serve_messages(
     }
 }
 
-/// Messages whose answers may wait for those of the messages behind them. If one has to wait for something, what is there is sent
-/// before ([`VringController::before_blocking`](super::session::VringController::before_blocking)).
+/// Returns true for messages whose replies may be sent together with those of later messages. Pending replies are sent
+/// before a message blocks ([`VringController::before_blocking`](super::session::VringController::before_blocking)).
 fn may_delay_reply(code: Code) -> bool {
     use Code as C;
     matches!(
@@ -325,7 +327,7 @@ fn may_delay_reply(code: Code) -> bool {
     )
 }
 
-/// Reads one message, however it is cut into segments (rule F1.3).
+/// Reads one message in any number of segments (rule F1.3).
 fn read_message(channel: &mut Connection<'_>) -> Result<WaitResult<VhostUserMessage>, BackendError> {
     let mut header = Header::new_zeroed();
     let mut fds = Vec::new();
@@ -355,9 +357,9 @@ fn read_message(channel: &mut Connection<'_>) -> Result<WaitResult<VhostUserMess
 }
 
 impl Connection<'_> {
-    /// Sends an answer, those of messages that have come already together.
+    /// Queues a reply, so that replies to messages that have already arrived are sent together.
     fn send_reply(&mut self, reply: &VhostUserReply) -> Result<WaitResult<()>, BackendError> {
-        // An fd travels with the first byte of what is sent.
+        // A descriptor is passed with the first byte of a send.
         if reply.fd.is_some()
             && let ended @ (WaitResult::Stop | WaitResult::HungUp) = self.flush_replies()?
         {
@@ -370,13 +372,13 @@ impl Connection<'_> {
         }
     }
 
-    /// Sends the answers that wait.
+    /// Sends the pending replies.
     fn flush_replies(&mut self) -> Result<WaitResult<()>, BackendError> {
         if self.replies.is_empty() { Ok(WaitResult::Ready(())) } else { self.send(None) }
     }
 
     fn send(&mut self, fd: Option<&OwnedFd>) -> Result<WaitResult<()>, BackendError> {
-        // A front-end that does not read its answers is given up: the next one waits for this connection.
+        // A front-end that does not read its replies is disconnected, because the next one waits (rule R9.3).
         if let WaitResult::Stop = self.wait(PollFlags::POLLOUT, Some(Instant::now() + MESSAGE_TIMEOUT))? {
             return Ok(WaitResult::Stop);
         }
@@ -389,7 +391,7 @@ impl Connection<'_> {
         }
     }
 
-    /// Waits for more of the front-end, which has all answers first.
+    /// Sends the pending replies and waits for more data.
     fn wait_for_more(&mut self, deadline: Option<Instant>) -> Result<WaitResult<()>, BackendError> {
         match self.flush_replies()? {
             WaitResult::Ready(()) => self.wait(PollFlags::POLLIN, deadline),
@@ -397,12 +399,12 @@ impl Connection<'_> {
         }
     }
 
-    /// Waits for the front-end until `deadline`. That another one has come is said once.
+    /// Waits for the front-end until `deadline`. A connection of another front-end is logged once.
     fn wait(&mut self, flags: PollFlags, deadline: Option<Instant>) -> Result<WaitResult<()>, BackendError> {
         self.messages_since_poll = 0;
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            // Rounded up: a wait that is over is over.
+            // Rounded up, so that the deadline has passed when the wait ends.
             let left = left.map(|left| PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX));
             let next = self.next.unwrap_or(self.stop);
             let mut fds = [(self.stop, PollFlags::POLLIN), (self.socket, flags), (next, PollFlags::POLLIN)]
@@ -419,7 +421,7 @@ impl Connection<'_> {
                 return Ok(WaitResult::Stop);
             }
             if next && self.next.take().is_some() {
-                limited!(warn, "another front-end has connected: it is served when this one hangs up (rule R9.2)");
+                limited!(warn, "another front-end has connected and waits until this one disconnects (rule R9.2)");
             }
             if socket {
                 return Ok(WaitResult::Ready(()));
@@ -427,8 +429,8 @@ impl Connection<'_> {
         }
     }
 
-    /// Reads until `buf` is full or the front-end has hung up; tells how much came. From the first byte on there is a
-    /// deadline.
+    /// Reads until `buf` is full or the front-end has hung up, and returns the number of bytes. The deadline starts
+    /// with the first byte.
     fn read_into(
         &mut self,
         buf: &mut [u8],
@@ -449,7 +451,7 @@ impl Connection<'_> {
                     deadline.get_or_insert_with(|| Instant::now() + MESSAGE_TIMEOUT);
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                // A front-end that dies with our answers unread resets the connection: that too is hanging up.
+                // A front-end that exits with unread replies resets the connection.
                 Err(e) if e.kind() == io::ErrorKind::ConnectionReset => break,
                 Err(e) => return Err(BackendError::system("read from the front-end")(e)),
             }
@@ -458,7 +460,7 @@ impl Connection<'_> {
     }
 }
 
-/// Waits for `fd`, for `stop` or for the time to pass.
+/// Waits for `fd`, for `stop`, or for the timeout.
 fn wait(
     fd: BorrowedFd<'_>,
     flags: PollFlags,

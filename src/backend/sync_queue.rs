@@ -1,18 +1,18 @@
-//! A queue that serves its requests as they come, one after the other.
+//! A queue that serves each request synchronously.
 
 #![forbid(unsafe_code)]
 
 use super::{Queue, Request};
 
-/// A [`Queue`] out of a function that serves a request. For work that takes long, or that the system does on its own,
-/// write a [`Queue`]: this one takes the next request when the function returns.
+/// A [`Queue`] that serves each request synchronously by calling a function. Use it for devices whose requests never
+/// block; others implement [`Queue`].
 pub struct SyncQueue<F> {
     serve: F,
     done: Vec<Request>,
 }
 
 impl<F: FnMut(&mut Request)> SyncQueue<F> {
-    /// Serves each request with `serve`.
+    /// Creates a queue that calls `serve` for each request.
     pub fn new(serve: F) -> SyncQueue<F> {
         SyncQueue { serve, done: Vec::new() }
     }

@@ -1,4 +1,4 @@
-//! Which requests of a running ring are in flight, noted in the inflight region in the way of its kind of ring.
+//! The inflight region of one ring as its worker uses it: split or packed layout.
 
 #![forbid(unsafe_code)]
 
@@ -12,19 +12,19 @@ pub(super) enum InflightTracker {
     Packed(PackedInflight),
 }
 
-/// What a predecessor left to be done.
+/// Requests that a previous back-end left in flight, in submission order.
 pub(super) enum Recovered {
     Split(SplitRecovery),
     Packed(PackedRecovery),
 }
 
 impl InflightTracker {
-    /// Starts tracking ring `index`, which goes on where the region says if that has been in use (rules I3.4, I4.5). If its
-    /// driver has started afresh and nothing is in flight, the base counts; of a ring that has run on this connection, not
-    /// for the `first` time, any base does (rule I12.1).
+    /// Starts tracking ring `index`. A region that was in use determines where the ring resumes (rules I3, I4). The base
+    /// takes precedence if nothing is in flight and the driver has started again; for a ring that has already run on
+    /// this connection, not for the `first` time, that is any other base (rule I12).
     ///
     /// # Errors
-    /// A region that is not for this ring, or has contents that can't be true.
+    /// A region that does not fit the ring, or has invalid contents (rule I1.2).
     pub(super) fn start(
         region: &InflightRegion,
         index: u16,
@@ -58,7 +58,8 @@ impl InflightTracker {
         }
     }
 
-    /// Notes the request that was popped last; what names it here. `None` for more requests than the ring can have.
+    /// Marks the request that was popped last as in flight. Returns its slot; `None` for more requests than the ring
+    /// can hold.
     pub(super) fn take(&mut self, ring: &DeviceRing, head: u16) -> Option<u16> {
         match (self, ring) {
             (InflightTracker::Split(tracker), _) => {
@@ -70,7 +71,7 @@ impl InflightTracker {
         }
     }
 
-    /// Puts the request that is named `name` here into the batch that is published next.
+    /// Adds a request to the batch that is published next.
     pub(super) fn stage(&mut self, name: u16) {
         match self {
             InflightTracker::Split(tracker) => tracker.stage(name),
@@ -78,7 +79,7 @@ impl InflightTracker {
         }
     }
 
-    /// Notes that a request, the last one taken, is as if never taken.
+    /// Unmarks the request that was marked last.
     pub(super) fn put_back(&mut self, name: u16) {
         match self {
             InflightTracker::Split(tracker) => tracker.put_back(name),
@@ -86,7 +87,7 @@ impl InflightTracker {
         }
     }
 
-    /// Notes that the batch is published.
+    /// Unmarks the published batch.
     pub(super) fn commit(&mut self, ring: &DeviceRing) {
         match (self, ring) {
             (InflightTracker::Split(tracker), DeviceRing::Split(ring)) => tracker.commit(ring.used_index()),
@@ -97,7 +98,7 @@ impl InflightTracker {
 }
 
 impl Recovered {
-    /// Whether somebody served this ring before and noted it here.
+    /// Returns true if a back-end has served this ring with this region before.
     pub(super) fn was_used(&self) -> bool {
         match self {
             Recovered::Split(recovery) => recovery.next_avail.is_some(),
@@ -105,7 +106,7 @@ impl Recovered {
         }
     }
 
-    /// How many requests are to be served again.
+    /// Returns the number of requests to resubmit.
     pub(super) fn len(&self) -> usize {
         match self {
             Recovered::Split(recovery) => recovery.resubmit.len(),
@@ -113,17 +114,17 @@ impl Recovered {
         }
     }
 
-    /// Undoes what a predecessor wrote to the ring and did not publish.
+    /// Reverts unpublished writes of the previous back-end to a packed ring (rule I4.6).
     pub(super) fn repair(&self, ring: &mut DeviceRing) {
         if let (Recovered::Packed(recovery), DeviceRing::Packed(ring)) = (self, ring) {
             ring.restore_flags(&recovery.stale);
         }
     }
 
-    /// Makes the `number`th request to be served again in `chain`; what names it in the tracker.
+    /// Loads the request with this number into `chain`. Returns its slot.
     ///
     /// # Errors
-    /// The driver changed it to what no request can be.
+    /// The driver has changed the request to something invalid.
     pub(super) fn resubmit(&self, number: usize, ring: &mut DeviceRing, chain: &mut Chain) -> Result<u16, RingError> {
         match (self, ring) {
             (Recovered::Split(recovery), DeviceRing::Split(ring)) => {

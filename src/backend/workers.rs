@@ -1,8 +1,8 @@
-//! The running rings of a connection, a thread each, and how a session commands them.
+//! The rings of a connection, one thread each, controlled by the session.
 //!
-//! Orders come over a channel, and each is carried out between two batches of requests and then acknowledged. So
-//! whatever a ring did by its old orders is done when the order returns: that is the grace period which a new log needs
-//! (rule L9.1).
+//! Commands are sent over a channel. A worker executes each command between two batches of requests and then
+//! acknowledges it, so no effect of the former configuration remains when a command returns. This is the grace period
+//! that a new log requires (rule L9.1).
 
 #![forbid(unsafe_code)]
 
@@ -27,37 +27,37 @@ use crate::ring::RingBase;
 use crate::sys::join::join;
 use crate::sys::log_limit::limited;
 
-/// Time that answers wait for a ring.
+/// Time to wait for a ring before pending replies are sent.
 const REPLY_DELAY: Duration = Duration::from_millis(1);
 
-/// The interval at which the front-end is polled while a ring is being stopped.
+/// Interval at which the connection is polled while a ring is being stopped.
 const HANG_UP_POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The rings of one connection. Dropping it abandons those that run: what is under way ends, but is not published, so
-/// that a front-end which has gone on without us finds its rings as it left them.
+/// The rings of one connection. Dropping it abandons running rings: requests in flight are completed but not published,
+/// so a front-end that has continued with another back-end finds its rings unchanged.
 pub struct Workers {
     device: Arc<dyn VirtioDevice>,
     /// The thread of each ring, once it has run.
     threads: Vec<Option<RingThread>>,
     running: Vec<Option<WorkerHandle>>,
-    /// The connection to the front-end, to see it hang up while a ring is being stopped.
+    /// The main socket, to detect a hang-up while a ring is being stopped.
     connection: Option<OwnedFd>,
-    /// Answers that the front-end has not been sent yet.
+    /// Replies that have not been sent yet.
     replies: Option<Arc<PendingReplies>>,
-    /// Where several front-ends may be connected: only one has rings that run.
+    /// With several front-ends: permits only one of them to run rings.
     ring_lock: Option<RingLockClient>,
 }
 
 struct WorkerHandle {
     commands: Sender<WorkerCommand>,
     wake: Arc<EventFd>,
-    /// Brings the base of the ring when it has ended.
+    /// Receives the base of the ring when it has stopped.
     final_base: Receiver<RingBase>,
     postcopy: bool,
 }
 
-/// A thread that serves a ring whenever that runs: to wake one takes a fraction of the time that it takes to make one, which
-/// is time for which a guest that is migrated stands still. It ends when this is dropped.
+/// A thread that serves a ring whenever it runs. It is kept while the ring is stopped, because starting a thread is
+/// slower than waking one and adds to the downtime of a migration. It ends on drop.
 struct RingThread {
     jobs: Option<Sender<Box<dyn FnOnce() + Send>>>,
     thread: Option<JoinHandle<()>>,
@@ -71,7 +71,7 @@ impl RingThread {
         Ok(RingThread { jobs: Some(work), thread: Some(thread) })
     }
 
-    /// Returns false if it has panicked: it does nothing any more.
+    /// Returns false if the thread has panicked.
     fn is_alive(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
@@ -85,15 +85,15 @@ impl Drop for RingThread {
 }
 
 impl Workers {
-    /// No ring runs yet.
+    /// Creates the controller of a connection. No ring runs.
     pub fn new(device: Arc<dyn VirtioDevice>) -> Workers {
         let queues = 0..device.queues();
         let (threads, running) = (queues.clone().map(|_| None).collect(), queues.map(|_| None).collect());
         Workers { device, threads, running, connection: None, replies: None, ring_lock: None }
     }
 
-    /// Watches the connection to the front-end from now on. If the front-end hangs up while a ring is being stopped, what
-    /// the ring has is abandoned: the front-end's next back-end may have taken the ring up (rule I10.2).
+    /// Watches the main socket. If the front-end hangs up while a ring is being stopped, the ring's requests are
+    /// abandoned, because another back-end may have taken over the ring (rule I10).
     ///
     /// # Errors
     /// The error of the system.
@@ -102,12 +102,12 @@ impl Workers {
         Ok(())
     }
 
-    /// Sends `answers` from now on before a ring is waited for.
+    /// Sets the pending replies, which are sent before waiting for a ring.
     pub(super) fn set_replies(&mut self, answers: Arc<PendingReplies>) {
         self.replies = Some(answers);
     }
 
-    /// Waits for a ring, which mostly takes no time.
+    /// Waits for a ring, and sends pending replies if that takes long.
     fn wait_for_ack<T>(&self, ring: &Receiver<T>) -> Option<T> {
         match ring.recv_timeout(REPLY_DELAY) {
             Err(RecvTimeoutError::Timeout) => {
@@ -118,12 +118,12 @@ impl Workers {
         }
     }
 
-    /// Runs rings only while no other connection does.
+    /// Runs rings only while this connection holds `ring_lock`.
     pub(super) fn use_ring_lock(&mut self, turn: RingLockClient) {
         self.ring_lock = Some(turn);
     }
 
-    /// Between two messages: lets other connections run rings, if none runs here.
+    /// Releases the ring lock if no ring runs. Called between messages.
     pub(super) fn release_idle_ring_lock(&self) {
         if self.running.iter().all(Option::is_none) {
             self.ring_lock.iter().for_each(RingLockClient::release);
@@ -132,7 +132,7 @@ impl Workers {
 
     fn has_hung_up(&self) -> bool {
         let Some(connection) = &self.connection else { return false };
-        // Also without events asked for, the system reports the end.
+        // A hang-up is reported without requested events.
         let mut fds = [PollFd::new(connection.as_fd(), PollFlags::empty())];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
@@ -171,7 +171,7 @@ impl Workers {
         }
     }
 
-    /// The thread of ring `index`, which is made if there is none.
+    /// Returns the thread of ring `index`, creating it if there is none.
     fn thread(&mut self, index: u16) -> Result<&RingThread, BackendError> {
         let slot = self.threads.get_mut(usize::from(index)).ok_or(BackendError::WorkerLost { index })?;
         let thread = match slot.take().filter(RingThread::is_alive) {
@@ -181,7 +181,7 @@ impl Workers {
         Ok(slot.insert(thread))
     }
 
-    /// Has the thread of ring `index` work.
+    /// Runs `work` on the thread of ring `index`.
     fn run_on_thread(&mut self, index: u16, work: impl FnOnce() + Send + 'static) -> Result<(), BackendError> {
         let to = self.thread(index)?.jobs.as_ref();
         let sent = to.is_some_and(|to| to.send(Box::new(work)).is_ok());
@@ -195,7 +195,7 @@ impl Workers {
 
 impl WorkerHandle {
     fn send(&self, order: WorkerCommand) {
-        // A worker takes orders until it is told to end.
+        // A worker receives commands until it is stopped.
         let _ = self.commands.send(order);
         let _ = self.wake.write(1);
     }
@@ -205,7 +205,7 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.ring_lock.iter().for_each(RingLockClient::mark_releasing);
         self.stop_workers(|| WorkerCommand::Abandon);
-        // All of them end now, before the first is waited for.
+        // All threads are told to end before the first is joined.
         self.threads.iter_mut().flatten().for_each(|thread| thread.jobs = None);
         self.ring_lock.iter().for_each(RingLockClient::release);
     }
@@ -240,7 +240,7 @@ impl VringController for Workers {
         let serve = move || {
             let post = RingTask { index, device, commands: inbox, wake: woken };
             if let Some(iotlb) = setup.iotlb.clone() {
-                // What is wrong with it is found out when its areas are there.
+                // Errors of the ring are found once its areas are translated.
                 let _ = ready.send(Ok(()));
                 return post.run_translated(setup, &iotlb);
             }
@@ -261,7 +261,7 @@ impl VringController for Workers {
             }
         };
         self.run_on_thread(index, move || {
-            // Nothing of the ring is left when it is said to have ended.
+            // The worker is dropped before the ring is reported as stopped.
             let base = serve();
             let _ = ending.send(base);
         })?;
@@ -321,7 +321,7 @@ impl VringController for Workers {
         if let Some(handle) = self.handle(index) {
             let (done, is_done) = bounded(1);
             handle.send(WorkerCommand::Notifiers { call, error, done });
-            // It may wait for a page that comes only if the front-end has its answer.
+            // The worker may wait for a page that the front-end serves only after the reply (rule P1.5).
             if !handle.postcopy {
                 let _ = self.wait_for_ack(&is_done);
             }

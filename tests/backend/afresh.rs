@@ -7,9 +7,9 @@ use rstest::rstest;
 use vhost_migrate::abi::vhost_user::Request as Code;
 use vhost_migrate::ring::{Chain, DeviceRing, RingBase, RingLayout, SplitLayout};
 
-use crate::drain::{Held, page};
-use crate::guest::{Guest, PACKED, Ring, SPLIT, begin, inflight_region, status, wait_for_error};
-use crate::raw::Client;
+use crate::drain::{GatedDevice, page};
+use crate::guest::{Guest, PACKED, Ring, SPLIT, inflight_region, negotiate, status, wait_for_error};
+use crate::raw::RawFrontend;
 use crate::server::Server;
 
 /// The guest was reset, and its driver begins with empty rings; the front-end keeps the region.
@@ -23,12 +23,12 @@ fn a_driver_that_starts_with_empty_rings_is_served_with_a_used_inflight_region(
     let (_region, fd, description) = inflight_region(features, 1, 16);
     let connect = || {
         let client = server.connect();
-        begin(&client, &guest, features);
-        client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+        negotiate(&client, &guest, features);
+        client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
         client
     };
-    let serve = |client: &Client, ring: &mut Ring, slots: std::ops::Range<u64>| {
-        ring.set_up(client, &guest, ring.start());
+    let serve = |client: &RawFrontend, ring: &mut Ring, slots: std::ops::Range<u64>| {
+        ring.set_up(client, &guest, ring.initial_base());
         ring.enable(client, true);
         for slot in slots {
             ring.read(&guest, slot, slot, 512);
@@ -36,7 +36,7 @@ fn a_driver_that_starts_with_empty_rings_is_served_with_a_used_inflight_region(
             ring.completion();
             assert_eq!(status(&guest, slot), 0);
         }
-        assert_eq!(client.ring_base(0), ring.drained());
+        assert_eq!(client.ring_base(0), ring.drained_base());
     };
     let mut client = connect();
     serve(&client, &mut Ring::new(&guest, 0, 16, features), 0..before);
@@ -75,7 +75,7 @@ fn serve_and_die(guest: &Guest, ring: &mut Ring, ahead: u64, count: u64) {
 /// QEMU's network devices have no region, and a base that was right long ago.
 #[test]
 fn a_packed_ring_without_a_region_resumes_at_the_position_found_in_its_descriptors() {
-    let (device, gate) = Held::new();
+    let (device, gate) = GatedDevice::new();
     gate.write(1).unwrap();
     let server = Server::new(device);
     for ahead in [2, 5, 8] {
@@ -84,28 +84,28 @@ fn a_packed_ring_without_a_region_resumes_at_the_position_found_in_its_descripto
             let mut ring = Ring::new(&guest, 0, 8, PACKED);
             serve_and_die(&guest, &mut ring, ahead, count);
             let client = server.connect();
-            begin(&client, &guest, PACKED);
-            ring.set_up(&client, &guest, ring.start());
+            negotiate(&client, &guest, PACKED);
+            ring.set_up(&client, &guest, ring.initial_base());
             ring.enable(&client, true);
             assert_eq!(ring.completions(ahead as usize).len(), ahead as usize, "{ahead} {count}");
-            assert_eq!(client.ring_base(0), ring.drained());
+            assert_eq!(client.ring_base(0), ring.drained_base());
         }
     }
 }
 
 #[test]
 fn a_packed_ring_whose_position_contradicts_the_base_and_cannot_be_found_is_broken() {
-    let (device, gate) = Held::new();
+    let (device, gate) = GatedDevice::new();
     gate.write(1).unwrap();
     let (server, guest) = (Server::new(device), Guest::new());
     let mut ring = Ring::new(&guest, 0, 8, PACKED);
     // With an id that comes again at once, what is available may be the rest of a chain.
     serve_and_die(&guest, &mut ring, 1, 5);
     let client = server.connect();
-    begin(&client, &guest, PACKED);
+    negotiate(&client, &guest, PACKED);
     let error = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
-    client.done(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
-    ring.set_up(&client, &guest, ring.start());
+    client.send_acknowledged(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
+    ring.set_up(&client, &guest, ring.initial_base());
     ring.enable(&client, true);
     wait_for_error(&error, "a ring that stands elsewhere than at its base");
 }

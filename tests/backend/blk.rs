@@ -21,9 +21,11 @@ use vhost_migrate::memory::{Region, sealed_memfd};
 use vhost_migrate::ring::Buffer;
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::guest::{BASIC, Guest, HIGH, PACKED, REGION, Ring, SPLIT, add_region, begin, header, places, status};
+use crate::guest::{
+    BASIC, Guest, HIGH, PACKED, REGION, Ring, SPLIT, add_region, header, negotiate, request_addresses, status,
+};
 use crate::page_cache::unwritten;
-use crate::raw::Client;
+use crate::raw::RawFrontend;
 use crate::server::{Process, Server, disk_options};
 
 pub(crate) const DISK: u64 = 4 << 20;
@@ -32,31 +34,31 @@ pub(crate) const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
 
 /// A disk, its front-end, and the guest behind that with one ring.
-pub(crate) struct Rig {
+pub(crate) struct DiskGuest {
     pub(crate) server: Server,
-    pub(crate) client: Client,
+    pub(crate) client: RawFrontend,
     pub(crate) guest: Guest,
     ring: Ring,
 }
 
-impl Rig {
-    pub(crate) fn new(change: impl FnOnce(&mut BlkOptions)) -> Rig {
-        Rig::with(SPLIT, change)
+impl DiskGuest {
+    pub(crate) fn new(change: impl FnOnce(&mut BlkOptions)) -> DiskGuest {
+        DiskGuest::with(SPLIT, change)
     }
 
-    fn with(features: u64, change: impl FnOnce(&mut BlkOptions)) -> Rig {
-        Rig::negotiated(features | bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_RING_F_INDIRECT_DESC), change)
+    fn with(features: u64, change: impl FnOnce(&mut BlkOptions)) -> DiskGuest {
+        DiskGuest::negotiated(features | bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_RING_F_INDIRECT_DESC), change)
     }
 
     /// With these features and no others.
-    pub(crate) fn negotiated(features: u64, change: impl FnOnce(&mut BlkOptions)) -> Rig {
+    pub(crate) fn negotiated(features: u64, change: impl FnOnce(&mut BlkOptions)) -> DiskGuest {
         let (server, guest) = (Server::disk(DISK, change), Guest::new());
         let client = server.connect();
-        begin(&client, &guest, features);
+        negotiate(&client, &guest, features);
         let ring = Ring::new(&guest, 0, 256, features);
-        ring.set_up(&client, &guest, ring.start());
+        ring.set_up(&client, &guest, ring.initial_base());
         ring.enable(&client, true);
-        Rig { server, client, guest, ring }
+        DiskGuest { server, client, guest, ring }
     }
 
     /// Any request; its status, from the last writable byte, and the length in the used ring.
@@ -72,7 +74,7 @@ impl Rig {
     }
 
     pub(crate) fn simple(&mut self, kind: u32, sector: u64, data: &[u8], room: u32) -> (u8, u32) {
-        let (head, status, at) = places(0);
+        let (head, status, at) = request_addresses(0);
         self.guest.memory.write(at, data).unwrap();
         let mut readable = vec![header(&self.guest, head, kind, sector)];
         let mut writable = vec![];
@@ -87,7 +89,7 @@ impl Rig {
     }
 
     pub(crate) fn data(&self, len: usize) -> Vec<u8> {
-        self.guest.bytes(places(0).2 + 0x8000, len)
+        self.guest.bytes(request_addresses(0).2 + 0x8000, len)
     }
 
     fn on_disk(&self, at: u64, len: usize) -> Vec<u8> {
@@ -97,10 +99,10 @@ impl Rig {
     }
 }
 
-fn every_engine(promise: impl Fn(&mut Rig)) {
+fn every_engine(promise: impl Fn(&mut DiskGuest)) {
     for (aio, direct) in [(Aio::IoUring, false), (Aio::Threads, false), (Aio::IoUring, true), (Aio::Threads, true)] {
         for features in [SPLIT, PACKED] {
-            promise(&mut Rig::with(features, |options| (options.aio, options.direct) = (aio, direct)));
+            promise(&mut DiskGuest::with(features, |options| (options.aio, options.direct) = (aio, direct)));
         }
     }
 }
@@ -128,7 +130,7 @@ fn concurrent_requests_complete_each_with_its_own_data() {
         for slot in 0..80 {
             assert_eq!(status(&rig.guest, slot), OK);
             for sector in 0..8 {
-                let found = rig.guest.bytes(places(slot).2 + sector * 512, 8);
+                let found = rig.guest.bytes(request_addresses(slot).2 + sector * 512, 8);
                 assert_eq!(found, (slot * 8 + sector).to_le_bytes());
             }
         }
@@ -162,7 +164,7 @@ fn the_split_of_a_request_into_descriptors_has_no_meaning() {
 #[test]
 fn a_request_with_more_segments_than_iov_max_is_transferred() {
     for (aio, features) in [(Aio::IoUring, SPLIT), (Aio::Threads, SPLIT), (Aio::IoUring, PACKED)] {
-        let mut rig = Rig::with(features, |options| options.aio = aio);
+        let mut rig = DiskGuest::with(features, |options| options.aio = aio);
         // Every buffer lies across the border of two regions.
         let border = HIGH + REGION;
         let region = Region::share(sealed_memfd("more", REGION).unwrap(), border, REGION, 0).unwrap();
@@ -229,7 +231,7 @@ fn a_request_without_header_or_status_does_not_stop_the_queue() {
 
 #[test]
 fn an_unknown_request_is_unsupported() {
-    let mut rig = Rig::new(|_| {});
+    let mut rig = DiskGuest::new(|_| {});
     for kind in [2, 14, 0x8000_0000, u32::MAX] {
         assert_eq!(rig.simple(kind, 0, &[], 0), (UNSUPP, 1));
     }
@@ -237,10 +239,10 @@ fn an_unknown_request_is_unsupported() {
 
 #[test]
 fn get_id_returns_the_configured_serial() {
-    let mut rig = Rig::new(|options| options.serial = "twenty bytes exactly".into());
+    let mut rig = DiskGuest::new(|options| options.serial = "twenty bytes exactly".into());
     assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
     assert_eq!(rig.data(20), b"twenty bytes exactly");
-    let mut rig = Rig::new(|options| options.serial = "short".into());
+    let mut rig = DiskGuest::new(|options| options.serial = "short".into());
     assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
     assert_eq!(rig.data(20), b"short\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
 }
@@ -253,7 +255,7 @@ fn discarded_and_zeroed_ranges_read_as_zeroes_and_other_sectors_are_unchanged() 
             num_sectors: num_sectors.into(),
             flags: flags.into(),
         };
-        let blocks = |rig: &Rig| std::fs::metadata(rig.server.image()).unwrap().blocks();
+        let blocks = |rig: &DiskGuest| std::fs::metadata(rig.server.image()).unwrap().blocks();
         let before = blocks(rig);
         let discard = range(1024, 2048, 0);
         assert_eq!(rig.simple(VIRTIO_BLK_T_DISCARD, 0, discard.as_bytes(), 0), (OK, 1));
@@ -280,7 +282,7 @@ fn discarded_and_zeroed_ranges_read_as_zeroes_and_other_sectors_are_unchanged() 
 
 #[test]
 fn a_discard_or_write_zeroes_above_the_offered_maximum_fails() {
-    let mut rig = Rig::new(|options| {
+    let mut rig = DiskGuest::new(|options| {
         std::fs::OpenOptions::new().write(true).open(&options.image).unwrap().set_len(3 << 30).unwrap();
     });
     for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
@@ -297,7 +299,7 @@ fn a_discard_or_write_zeroes_above_the_offered_maximum_fails() {
 
 #[test]
 fn a_read_only_disk_is_never_written() {
-    let mut rig = Rig::new(|options| options.read_only = true);
+    let mut rig = DiskGuest::new(|options| options.read_only = true);
     let before = rig.on_disk(0, DISK as usize);
     assert_eq!(rig.simple(VIRTIO_BLK_T_OUT, 0, &[1; 512], 0), (IOERR, 1));
     for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
@@ -323,10 +325,10 @@ fn a_disk_error_completes_the_request_with_ioerr_and_the_queue_continues() {
 fn queues_serve_requests_independently(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |options| options.queues = 4), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let mut rings: Vec<_> = (0..4).map(|index| Ring::new(&guest, index, 64, features)).collect();
     for ring in &rings {
-        ring.set_up(&client, &guest, ring.start());
+        ring.set_up(&client, &guest, ring.initial_base());
         ring.enable(&client, true);
     }
     for (slot, ring) in (0..).zip(&mut rings) {
@@ -335,10 +337,10 @@ fn queues_serve_requests_independently(#[values(SPLIT, PACKED)] features: u64) {
     }
     for (slot, ring) in (0..).zip(&mut rings) {
         ring.completion();
-        assert_eq!(guest.bytes(places(slot).2, 8), (slot + 100).to_le_bytes());
+        assert_eq!(guest.bytes(request_addresses(slot).2, 8), (slot + 100).to_le_bytes());
     }
     for ring in &rings {
-        assert_eq!(client.ring_base(ring.index), ring.drained());
+        assert_eq!(client.ring_base(ring.index), ring.drained_base());
     }
 }
 
@@ -348,7 +350,7 @@ fn a_request_with_the_offered_maximum_of_segments_fits_the_ring() {
     for (size, segments) in [(4, 2), (64, 62), (128, 126), (256, 126), (2, 0)] {
         let server = Server::disk(DISK, |options| options.max_queue_size = size);
         let question = ConfigHeader { offset: 0, size: 72, flags: 0 };
-        let answer = server.connect().ask(Code::GET_CONFIG, &[question.as_bytes(), &[0; 72]].concat());
+        let answer = server.connect().request(Code::GET_CONFIG, &[question.as_bytes(), &[0; 72]].concat());
         assert_eq!(BlkConfig::read_from_bytes(&answer[12..]).unwrap().seg_max.get(), segments, "{size} entries");
     }
 }
@@ -358,12 +360,12 @@ fn configuration_space_and_features_describe_the_disk() {
     let server = Server::disk(DISK + 100, |options| options.queues = 3);
     let client = server.connect();
     let question = ConfigHeader { offset: 0, size: 72, flags: 0 };
-    let answer = client.ask(Code::GET_CONFIG, &[question.as_bytes(), &[0; 72]].concat());
+    let answer = client.request(Code::GET_CONFIG, &[question.as_bytes(), &[0; 72]].concat());
     let config = BlkConfig::read_from_bytes(&answer[12..]).unwrap();
     assert_eq!(config.capacity.get(), DISK / 512, "a last sector that is not whole is left out");
     assert_eq!((config.blk_size.get(), config.num_queues.get(), config.seg_max.get()), (512, 3, 126));
     assert_eq!(config.max_discard_seg.get(), 1);
-    let features = client.ask_number(Code::GET_FEATURES);
+    let features = client.request_u64(Code::GET_FEATURES);
     let clears = bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES);
     assert_eq!(features & (bit(VIRTIO_BLK_F_RO) | bit(VIRTIO_BLK_F_MQ) | clears), bit(VIRTIO_BLK_F_MQ) | clears);
     let folder = tempfile::tempdir().unwrap();
@@ -385,19 +387,19 @@ fn the_disk_generation_is_reported_while_no_ring_runs_and_changes_with_the_conte
     const GET_DISK_IDENTITY: Code = Code(0x7664_0002);
     let image = image_on_disk(DISK);
     let options = |options: &mut BlkOptions| options.image = image.path().to_owned();
-    let mut rig = Rig::new(options);
-    let offered = rig.client.ask_number(Code::GET_PROTOCOL_FEATURES);
+    let mut rig = DiskGuest::new(options);
+    let offered = rig.client.request_u64(Code::GET_PROTOCOL_FEATURES);
     assert_eq!(offered >> 62, 1);
-    rig.client.tell(Code::SET_PROTOCOL_FEATURES, &offered);
-    let ask = |rig: &Rig| rig.client.ask(GET_DISK_GENERATION, &[]);
+    rig.client.send_body(Code::SET_PROTOCOL_FEATURES, &offered);
+    let ask = |rig: &DiskGuest| rig.client.request(GET_DISK_GENERATION, &[]);
     assert!(ask(&rig).is_empty(), "a ring runs");
-    let identity = rig.client.ask(GET_DISK_IDENTITY, &[]);
+    let identity = rig.client.request(GET_DISK_IDENTITY, &[]);
     let base = rig.client.ring_base(0);
     let mut before = ask(&rig);
     assert_eq!((before.len(), &before), (32, &ask(&rig)));
     assert_eq!(before[..16], identity[..]);
-    let other = Rig::new(|options| options.share_rw = true);
-    other.client.tell(Code::SET_PROTOCOL_FEATURES, &offered);
+    let other = DiskGuest::new(|options| options.share_rw = true);
+    other.client.send_body(Code::SET_PROTOCOL_FEATURES, &offered);
     other.client.ring_base(0);
     assert!(ask(&other).is_empty(), "others may write it at any time");
 
@@ -429,7 +431,7 @@ const WRITE_BACK: Duration = Duration::from_secs(15);
 fn written_data_is_written_back_while_logging_is_enabled() {
     let image = image_on_disk(DISK);
     let features = SPLIT | bit(VIRTIO_BLK_F_FLUSH);
-    let mut rig = Rig::negotiated(features, |options| options.image = image.path().to_owned());
+    let mut rig = DiskGuest::negotiated(features, |options| options.image = image.path().to_owned());
     let dirty = || unwritten(image.as_fd());
     // Twice: it goes on for as long as they are.
     for logged in [false, true] {
@@ -438,7 +440,7 @@ fn written_data_is_written_back_while_logging_is_enabled() {
         }
         if !logged {
             assert!(dirty() > 0, "the system has written it back already: the test shows nothing");
-            rig.client.done(Code::SET_FEATURES, &(features | bit(VHOST_F_LOG_ALL)), &[]);
+            rig.client.send_acknowledged(Code::SET_FEATURES, &(features | bit(VHOST_F_LOG_ALL)), &[]);
         }
         let deadline = Instant::now() + WRITE_BACK;
         while dirty() > 0 {
@@ -488,14 +490,14 @@ fn an_image_in_a_known_other_format_is_refused_unless_raw_is_requested() {
 /// As at a migration on one host, or when the I/O of a killed process has not ended; also if it only reads (rules I9.1, I9.2).
 #[rstest]
 fn a_ring_starts_only_after_another_process_unlocks_the_image(#[values(false, true)] read_only: bool) {
-    let first = Rig::new(|options| options.read_only = read_only);
+    let first = DiskGuest::new(|options| options.read_only = read_only);
     let image = first.server.image();
     let share = |options: &mut BlkOptions| (options.image, options.read_only) = (image.clone(), read_only);
     let (server, guest) = (Server::disk(DISK, share), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
+    negotiate(&client, &guest, BASIC);
     let mut ring = Ring::new(&guest, 0, 256, BASIC);
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     ring.read(&guest, 0, 5, 512);
     ring.kick();
     std::thread::scope(|scope| {
@@ -509,16 +511,16 @@ fn a_ring_starts_only_after_another_process_unlocks_the_image(#[values(false, tr
         assert_eq!(served.join().unwrap().1, 513);
     });
     // Writers that all ask for it need not wait.
-    let other = Rig::new(|options| (options.image, options.share_rw) = (image, true));
+    let other = DiskGuest::new(|options| (options.image, options.share_rw) = (image, true));
     drop(other);
 }
 
 #[test]
 fn two_read_only_disks_with_share_readers_serve_one_image() {
     let readers = |options: &mut BlkOptions| (options.read_only, options.share_readers) = (true, true);
-    let mut first = Rig::new(readers);
+    let mut first = DiskGuest::new(readers);
     let image = first.server.image();
-    let mut second = Rig::new(|options| {
+    let mut second = DiskGuest::new(|options| {
         readers(options);
         options.image = image;
     });
@@ -534,9 +536,9 @@ fn completions_follow_the_request_order_with_in_order() {
         let (server, guest) = (Server::disk(DISK, |options| options.in_order = true), Guest::new());
         let client = server.connect();
         let features = ring | bit(VIRTIO_F_IN_ORDER);
-        begin(&client, &guest, features);
+        negotiate(&client, &guest, features);
         let mut ring = Ring::new(&guest, 0, 256, features);
-        ring.set_up(&client, &guest, ring.drained());
+        ring.set_up(&client, &guest, ring.drained_base());
         ring.enable(&client, true);
         for round in 0..20 {
             // Large reads, and small ones and refusals that overtake them where nobody minds.
@@ -559,7 +561,7 @@ fn completions_follow_the_request_order_with_in_order() {
 /// The used length: what the driver may rely on, from the first byte on (virtio 1.2, "The Virtqueue Used Ring").
 #[rstest]
 fn the_used_length_counts_bytes_written_contiguously_from_the_first(#[values(SPLIT, PACKED)] features: u64) {
-    let mut rig = Rig::with(features, |_| {});
+    let mut rig = DiskGuest::with(features, |_| {});
     assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 100), (OK, 20), "the serial number, and then nothing");
     assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
     assert_eq!(rig.simple(VIRTIO_BLK_T_FLUSH, 0, &[], 0), (OK, 1));
@@ -581,13 +583,13 @@ fn requests_with_unmapped_buffers_fail_and_are_counted_without_error_lines() {
     let metrics = folder.path().join("metrics");
     let more = ["--metrics", &format!("unix:{}", metrics.display())];
     let mut process = Process::start(&socket, &image, &more);
-    let (guest, client) = (Guest::new(), Client::connect(&socket));
-    begin(&client, &guest, SPLIT);
+    let (guest, client) = (Guest::new(), RawFrontend::connect(&socket));
+    negotiate(&client, &guest, SPLIT);
     let mut ring = Ring::new(&guest, 0, 256, SPLIT);
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     ring.enable(&client, true);
     for slot in 0..200 {
-        let (head, status, _) = places(slot);
+        let (head, status, _) = request_addresses(slot);
         let head = header(&guest, head, VIRTIO_BLK_T_IN, 0);
         let outside = [Buffer { gpa: 1 << 50, len: 512 }, Buffer { gpa: status, len: 1 }];
         ring.driver.add(&[head], &outside, None).unwrap().unwrap();
@@ -601,7 +603,7 @@ fn requests_with_unmapped_buffers_fail_and_are_counted_without_error_lines() {
     socket.read_to_string(&mut counted).unwrap();
     assert!(counted.contains("vhost_failed_requests_total{ring=\"0\"} 200"), "{counted}");
     process.child.kill().unwrap();
-    let said = process.errors();
+    let said = process.stderr();
     assert!(!said.contains("ERROR") && said.lines().count() < 60, "{said}");
 }
 
@@ -611,12 +613,12 @@ fn repeated_refused_messages_are_limited_in_the_log() {
     let folder = tempfile::tempdir().unwrap();
     let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
     let mut process = Process::start(&socket, &image, &[]);
-    let client = Client::connect(&socket);
+    let client = RawFrontend::connect(&socket);
     for _ in 0..5000 {
-        client.tell(Code(4711), &0u64);
+        client.send_body(Code(4711), &0u64);
     }
-    client.barrier();
+    client.wait_until_processed();
     process.child.kill().unwrap();
-    let said = process.errors();
+    let said = process.stderr();
     assert!(said.contains("4711") && said.lines().count() < 1000, "{} lines", said.lines().count());
 }

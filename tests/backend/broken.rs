@@ -10,14 +10,14 @@ use vhost_migrate::abi::virtio::{Desc, PackedDesc};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
-use crate::guest::{Guest, HIGH, PACKED, Ring, SPLIT, begin, wait_for_error};
-use crate::hostile::works;
-use crate::interface::{CONTROL, Interface, interface_features};
-use crate::raw::Client;
+use crate::guest::{Guest, HIGH, PACKED, Ring, SPLIT, negotiate, wait_for_error};
+use crate::hostile::assert_ring_works;
+use crate::interface::{CONTROL, LoopbackNetGuest, interface_features};
+use crate::raw::RawFrontend;
 use crate::server::{Process, Server, disk_options};
 
 /// What a driver may write to break its ring: into the descriptors, and into the avail ring or its event area.
-struct Breakage {
+struct InvalidRing {
     what: &'static str,
     /// What the log says of it.
     why: &'static str,
@@ -25,14 +25,14 @@ struct Breakage {
     avail: Vec<u8>,
 }
 
-fn split_breakages() -> Vec<Breakage> {
+fn split_breakages() -> Vec<InvalidRing> {
     let desc = |addr: u64, len: u32, flags: u16, next: u16| Desc {
         addr: addr.into(),
         len: len.into(),
         flags: flags.into(),
         next: next.into(),
     };
-    let breakage = |what, why, descs: [Desc; 2], head: u16, index: u16| Breakage {
+    let breakage = |what, why, descs: [Desc; 2], head: u16, index: u16| InvalidRing {
         what,
         why,
         descs: descs.as_bytes().to_vec(),
@@ -70,7 +70,7 @@ fn split_breakages() -> Vec<Breakage> {
 
 const UNWANTED_TABLE: &str = "chain 0: indirect descriptor without INDIRECT_DESC being negotiated";
 
-fn packed_breakages() -> Vec<Breakage> {
+fn packed_breakages() -> Vec<InvalidRing> {
     let desc = |flags: u16| PackedDesc {
         addr: 0x60_0000.into(),
         len: 16.into(),
@@ -78,7 +78,7 @@ fn packed_breakages() -> Vec<Breakage> {
         // Available in the first round.
         flags: (flags | 0x80).into(),
     };
-    let breakage = |what, why, descs: Vec<PackedDesc>| Breakage {
+    let breakage = |what, why, descs: Vec<PackedDesc>| InvalidRing {
         what,
         why,
         descs: descs.as_bytes().to_vec(),
@@ -99,26 +99,32 @@ fn packed_breakages() -> Vec<Breakage> {
     ]
 }
 
-fn breakages(features: u64) -> Vec<Breakage> {
+fn breakages(features: u64) -> Vec<InvalidRing> {
     if features & (SPLIT ^ PACKED) == 0 { split_breakages() } else { packed_breakages() }
 }
 
 /// Sets up ring `index`, stopped before, as a driver that breaks it; the fd over which it says so.
-fn set_up_broken(client: &Client, guest: &Guest, index: u32, features: u64, breakage: &Breakage) -> (Ring, EventFd) {
+fn set_up_broken(
+    client: &RawFrontend,
+    guest: &Guest,
+    index: u32,
+    features: u64,
+    breakage: &InvalidRing,
+) -> (Ring, EventFd) {
     let ring = Ring::new(guest, index, 256, features);
     guest.memory.write(ring.layout.desc, &breakage.descs).unwrap();
     guest.memory.write(ring.layout.avail, &breakage.avail).unwrap();
     let error = EventFd::new().unwrap();
-    client.done(Code::SET_VRING_ERR, &u64::from(index), &[error.as_fd()]);
-    ring.set_up(client, guest, ring.start());
+    client.send_acknowledged(Code::SET_VRING_ERR, &u64::from(index), &[error.as_fd()]);
+    ring.set_up(client, guest, ring.initial_base());
     ring.enable(client, true);
     (ring, error)
 }
 
 /// What the process said of broken rings is this, once each and in this order.
-fn said(mut process: Process, expected: &[(u32, &str)]) {
+fn assert_log(mut process: Process, expected: &[(u32, &str)]) {
     process.child.kill().unwrap();
-    let errors = process.errors();
+    let errors = process.stderr();
     let lines: Vec<&str> = errors.lines().filter(|line| line.contains("is broken")).collect();
     assert_eq!(lines.len(), expected.len(), "{errors}");
     for (line, (index, why)) in lines.into_iter().zip(expected) {
@@ -134,24 +140,24 @@ fn a_broken_ring_stops_alone_signals_its_error_fd_and_can_be_set_up_again(#[valu
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
     let process = Process::start(&socket, &options.image, &["--queues", "2"]);
-    let client = Client::connect(&socket);
-    begin(&client, &guest, features);
+    let client = RawFrontend::connect(&socket);
+    negotiate(&client, &guest, features);
     let mut good = Ring::new(&guest, 1, 256, features);
-    good.set_up(&client, &guest, good.start());
+    good.set_up(&client, &guest, good.initial_base());
     good.enable(&client, true);
     let mut expected = Vec::new();
     for breakage in breakages(features) {
         let (_ring, error) = set_up_broken(&client, &guest, 0, features, &breakage);
         wait_for_error(&error, breakage.what);
         expected.push((0, breakage.why));
-        works(&guest, &mut good);
+        assert_ring_works(&guest, &mut good);
         client.ring_base(0);
         let mut again = Ring::new(&guest, 0, 256, features);
-        again.set_up(&client, &guest, again.start());
-        works(&guest, &mut again);
+        again.set_up(&client, &guest, again.initial_base());
+        assert_ring_works(&guest, &mut again);
         client.ring_base(0);
     }
-    said(process, &expected);
+    assert_log(process, &expected);
 }
 
 /// Receive, transmit and control queue: each stops alone, and all others go on.
@@ -164,7 +170,7 @@ fn a_broken_ring_of_a_network_device_stops_alone_and_signals_its_error_fd(
     let socket = folder.path().join("socket");
     let process = Process::net(&socket, &["--loopback", "--queue-pairs", "2"]);
     let features = interface_features(rings);
-    let mut net = Interface::new(Client::connect(&socket), features);
+    let mut net = LoopbackNetGuest::new(RawFrontend::connect(&socket), features);
     let mut expected = Vec::new();
     for breakage in breakages(rings) {
         net.client.ring_base(broken);
@@ -185,7 +191,7 @@ fn a_broken_ring_of_a_network_device_stops_alone_and_signals_its_error_fd(
                 let next = net.send(0);
                 net.rings[2].enable(&net.client, false);
                 net.client.ring_base(0);
-                net.renew(0);
+                net.restart_ring(0);
                 assert_eq!([net.receive(0), net.receive(0)], [waiting.unwrap(), next], "{}", breakage.what);
                 net.rings[2].enable(&net.client, true);
                 continue;
@@ -203,20 +209,20 @@ fn a_broken_ring_of_a_network_device_stops_alone_and_signals_its_error_fd(
             }
         }
         net.client.ring_base(broken);
-        net.renew(broken);
+        net.restart_ring(broken);
         let packet = net.send(0);
         assert_eq!(net.receive(0), packet, "{}", breakage.what);
         net.command();
     }
-    said(process, &expected);
+    assert_log(process, &expected);
 }
 
 #[rstest]
 fn a_head_made_available_twice_breaks_only_its_ring(#[values(SPLIT, PACKED)] features: u64) {
-    let (device, gate) = crate::drain::Held::new();
+    let (device, gate) = crate::drain::GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.driver.add(&[], &[Buffer { gpa: HIGH, len: 8 }], None).unwrap().unwrap();
     let _ = ring.driver.publish();
@@ -227,8 +233,8 @@ fn a_head_made_available_twice_breaks_only_its_ring(#[values(SPLIT, PACKED)] fea
         guest.memory.write(ring.layout.desc + 16, &guest.bytes(ring.layout.desc, 16)).unwrap();
     }
     let error = EventFd::new().unwrap();
-    client.done(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
-    ring.set_up(&client, &guest, ring.start());
+    client.send_acknowledged(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
+    ring.set_up(&client, &guest, ring.initial_base());
     ring.enable(&client, true);
     wait_for_error(&error, "twice");
     gate.write(1).unwrap();

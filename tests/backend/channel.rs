@@ -19,29 +19,29 @@ use vhost_migrate::ring::{Buffer, DriverRing, RingBase};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::guest::{BASIC, Guest, HIGH, PACKED, PROTOCOL, Ring, SPLIT, status};
-use crate::raw::{Client, DEADLINE, VERSION};
+use crate::raw::{DEADLINE, RawFrontend, VERSION};
 use crate::server::Server;
 
 const IN_BAND: u64 = PROTOCOL | bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::INBAND_NOTIFICATIONS);
 const NO_FD: u64 = 0x100;
 
 /// The front-end's end of the channel.
-pub(crate) struct Ear(UnixStream);
+pub(crate) struct BackendChannel(UnixStream);
 
-impl Ear {
-    pub(crate) fn give(client: &Client) -> Ear {
+impl BackendChannel {
+    pub(crate) fn open(client: &RawFrontend) -> BackendChannel {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        Ear::give_ends(client, ours, theirs.as_fd())
+        BackendChannel::open_with(client, ours, theirs.as_fd())
     }
 
-    fn give_ends(client: &Client, ours: UnixStream, theirs: BorrowedFd<'_>) -> Ear {
+    fn open_with(client: &RawFrontend, ours: UnixStream, theirs: BorrowedFd<'_>) -> BackendChannel {
         ours.set_read_timeout(Some(DEADLINE)).unwrap();
         assert_eq!(client.acknowledged(Code::SET_BACKEND_REQ_FD, &[], &[theirs]), 0);
-        Ear(ours)
+        BackendChannel(ours)
     }
 
     /// The next message, and the ring that it names.
-    pub(crate) fn hear(&mut self) -> (BackendRequest, Option<u32>) {
+    pub(crate) fn receive(&mut self) -> (BackendRequest, Option<u32>) {
         let mut head = [0; size_of::<Header>()];
         self.0.read_exact(&mut head).unwrap();
         let header: Header = zerocopy::transmute!(head);
@@ -57,29 +57,29 @@ impl Ear {
     }
 }
 
-fn agree(client: &Client, guest: &Guest, features: u64, protocol: u64) {
-    client.tell(Code::SET_OWNER, &[0u8; 0]);
-    client.tell(Code::SET_PROTOCOL_FEATURES, &protocol);
-    client.done(Code::SET_FEATURES, &features, &[]);
+fn negotiate(client: &RawFrontend, guest: &Guest, features: u64, protocol: u64) {
+    client.send_body(Code::SET_OWNER, &[0u8; 0]);
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &protocol);
+    client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
     guest.send_table(client);
 }
 
 /// A running ring whose kicks, calls and errors are messages.
-fn in_band(client: &Client, guest: &Guest, index: u32, features: u64) -> Ring {
+fn start_in_band_ring(client: &RawFrontend, guest: &Guest, index: u32, features: u64) -> Ring {
     let ring = Ring::new(guest, index, 256, features);
     for code in [Code::SET_VRING_CALL, Code::SET_VRING_ERR] {
-        client.done(code, &(u64::from(index) | NO_FD), &[]);
+        client.send_acknowledged(code, &(u64::from(index) | NO_FD), &[]);
     }
-    client.tell(Code::SET_VRING_NUM, &VringState { index, num: ring.layout.size.into() });
-    client.tell(Code::SET_VRING_BASE, &VringState { index, num: ring.start() });
-    client.tell(Code::SET_VRING_ADDR, &ring.addr(guest));
-    client.tell(Code::SET_VRING_KICK, &(u64::from(index) | NO_FD));
+    client.send_body(Code::SET_VRING_NUM, &VringState { index, num: ring.layout.size.into() });
+    client.send_body(Code::SET_VRING_BASE, &VringState { index, num: ring.initial_base() });
+    client.send_body(Code::SET_VRING_ADDR, &ring.addr(guest));
+    client.send_body(Code::SET_VRING_KICK, &(u64::from(index) | NO_FD));
     ring.enable(client, true);
     ring
 }
 
 /// Breaks a ring that was never used, as its driver might, and kicks in-band.
-fn break_ring(client: &Client, guest: &Guest, ring: &Ring) {
+fn break_ring(client: &RawFrontend, guest: &Guest, ring: &Ring) {
     match ring.driver {
         // An index that ran away.
         DriverRing::Split(_) => guest.memory.write(ring.layout.avail + 2, &9999u16.to_le_bytes()).unwrap(),
@@ -90,14 +90,14 @@ fn break_ring(client: &Client, guest: &Guest, ring: &Ring) {
             guest.memory.write(ring.layout.desc, desc.as_bytes()).unwrap();
         }
     }
-    client.done(Code::VRING_KICK, &VringState { index: ring.index, num: 0 }, &[]);
+    client.send_acknowledged(Code::VRING_KICK, &VringState { index: ring.index, num: 0 }, &[]);
 }
 
 /// Makes one read visible and kicks in-band.
-fn read(client: &Client, guest: &Guest, ring: &mut Ring) {
+fn read_in_band(client: &RawFrontend, guest: &Guest, ring: &mut Ring) {
     ring.read(guest, u64::from(ring.index), 1, 512);
     let _ = ring.driver.publish();
-    client.done(Code::VRING_KICK, &VringState { index: ring.index, num: 0 }, &[]);
+    client.send_acknowledged(Code::VRING_KICK, &VringState { index: ring.index, num: 0 }, &[]);
 }
 
 /// Rule B3.2.
@@ -105,13 +105,13 @@ fn read(client: &Client, guest: &Guest, ring: &mut Ring) {
 fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
-    agree(&client, &guest, features, IN_BAND);
-    let mut ear = Ear::give(&client);
-    let mut rings = [0, 1].map(|index| in_band(&client, &guest, index, features));
+    negotiate(&client, &guest, features, IN_BAND);
+    let mut ear = BackendChannel::open(&client);
+    let mut rings = [0, 1].map(|index| start_in_band_ring(&client, &guest, index, features));
     for round in 0..50 {
         let ring = &mut rings[round % 2];
-        read(&client, &guest, ring);
-        assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(ring.index)));
+        read_in_band(&client, &guest, ring);
+        assert_eq!(ear.receive(), (BackendRequest::VRING_CALL, Some(ring.index)));
         assert!(ring.driver.pop_used().unwrap().is_some());
         assert_eq!(status(&guest, ring.index.into()), 0);
     }
@@ -125,9 +125,9 @@ fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: u
 fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
-    agree(&client, &guest, features, IN_BAND);
-    let mut ear = Ear::give(&client);
-    let mut ring = in_band(&client, &guest, 0, features);
+    negotiate(&client, &guest, features, IN_BAND);
+    let mut ear = BackendChannel::open(&client);
+    let mut ring = start_in_band_ring(&client, &guest, 0, features);
     let file = tempfile::tempfile().unwrap();
     let (file, socket) = (file.as_fd(), client.as_fd());
     let wrong: [(Code, &[u8], &[BorrowedFd<'_>]); 7] = [
@@ -142,8 +142,8 @@ fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPL
     for (code, payload, fds) in wrong {
         assert_eq!(client.acknowledged(code, payload, fds), 1, "{code} of {} bytes was taken", payload.len());
         client.send(code, VERSION, payload, fds);
-        read(&client, &guest, &mut ring);
-        assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(0)));
+        read_in_band(&client, &guest, &mut ring);
+        assert_eq!(ear.receive(), (BackendRequest::VRING_CALL, Some(0)));
         assert!(ring.driver.pop_used().unwrap().is_some());
     }
     assert!(ear.is_silent());
@@ -154,29 +154,29 @@ fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPL
 fn the_first_in_band_kick_starts_a_ring_without_kick_and_call_fds(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
-    agree(&client, &guest, features, IN_BAND);
-    let mut ear = Ear::give(&client);
+    negotiate(&client, &guest, features, IN_BAND);
+    let mut ear = BackendChannel::open(&client);
     let mut ring = Ring::new(&guest, 0, 256, features);
-    client.tell(Code::SET_VRING_NUM, &VringState { index: 0, num: ring.layout.size.into() });
-    client.tell(Code::SET_VRING_BASE, &VringState { index: 0, num: 0 });
-    client.tell(Code::SET_VRING_ADDR, &ring.addr(&guest));
+    client.send_body(Code::SET_VRING_NUM, &VringState { index: 0, num: ring.layout.size.into() });
+    client.send_body(Code::SET_VRING_BASE, &VringState { index: 0, num: 0 });
+    client.send_body(Code::SET_VRING_ADDR, &ring.addr(&guest));
     ring.enable(&client, true);
     for _ in 0..2 {
-        read(&client, &guest, &mut ring);
-        assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(0)));
+        read_in_band(&client, &guest, &mut ring);
+        assert_eq!(ear.receive(), (BackendRequest::VRING_CALL, Some(0)));
         assert!(ring.driver.pop_used().unwrap().is_some());
     }
     client.ring_base(0);
-    let ring = in_band(&client, &guest, 0, features);
+    let ring = start_in_band_ring(&client, &guest, 0, features);
     break_ring(&client, &guest, &ring);
-    assert_eq!(ear.hear(), (BackendRequest::VRING_ERR, Some(0)));
+    assert_eq!(ear.receive(), (BackendRequest::VRING_ERR, Some(0)));
 }
 
 /// Whether each ring that was started is one to be looked at every now and then.
 #[derive(Default)]
-struct Started(Vec<bool>);
+struct StartedRings(Vec<bool>);
 
-impl VringController for Started {
+impl VringController for StartedRings {
     fn start(&mut self, _index: u16, setup: VringConfig) -> Result<(), BackendError> {
         self.0.push(setup.is_polled);
         Ok(())
@@ -200,7 +200,8 @@ impl VringController for Started {
 fn a_ring_without_a_kick_fd_is_polled_unless_kicks_are_in_band() {
     for (protocol, polled) in [(PROTOCOL, true), (IN_BAND, false)] {
         let guest = Guest::new();
-        let (mut session, mut rings) = (Session::new(Arc::new(Restless::default())), Started::default());
+        let (mut session, mut rings) =
+            (Session::new(Arc::new(ConfigChangingDevice::default())), StartedRings::default());
         let mut tell = |code, payload: &[u8], fds: &[BorrowedFd<'_>]| {
             let fds = fds.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
             let step = session
@@ -224,28 +225,28 @@ fn a_ring_without_a_kick_fd_is_polled_unless_kicks_are_in_band() {
 fn a_broken_ring_sends_vring_err_and_other_rings_continue(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
-    agree(&client, &guest, features, IN_BAND);
-    let mut ear = Ear::give(&client);
-    let [broken, mut good] = [0, 1].map(|index| in_band(&client, &guest, index, features));
+    negotiate(&client, &guest, features, IN_BAND);
+    let mut ear = BackendChannel::open(&client);
+    let [broken, mut good] = [0, 1].map(|index| start_in_band_ring(&client, &guest, index, features));
     break_ring(&client, &guest, &broken);
-    assert_eq!(ear.hear(), (BackendRequest::VRING_ERR, Some(0)));
-    read(&client, &guest, &mut good);
-    assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(1)));
+    assert_eq!(ear.receive(), (BackendRequest::VRING_ERR, Some(0)));
+    read_in_band(&client, &guest, &mut good);
+    assert_eq!(ear.receive(), (BackendRequest::VRING_CALL, Some(1)));
     client.ring_base(0);
-    let mut again = in_band(&client, &guest, 0, features);
-    read(&client, &guest, &mut again);
-    assert_eq!(ear.hear(), (BackendRequest::VRING_CALL, Some(0)));
+    let mut again = start_in_band_ring(&client, &guest, 0, features);
+    read_in_band(&client, &guest, &mut again);
+    assert_eq!(ear.receive(), (BackendRequest::VRING_CALL, Some(0)));
 }
 
 /// A device that tells of a change of its configuration with every request.
 #[derive(Default)]
-struct Restless {
+struct ConfigChangingDevice {
     host: Mutex<Arc<FrontendHandle>>,
 }
 
-struct RestlessQueue(Arc<FrontendHandle>, Vec<Request>);
+struct ConfigChangingQueue(Arc<FrontendHandle>, Vec<Request>);
 
-impl VirtioDevice for Restless {
+impl VirtioDevice for ConfigChangingDevice {
     fn features(&self) -> u64 {
         bit(VIRTIO_F_VERSION_1)
     }
@@ -267,11 +268,11 @@ impl VirtioDevice for Restless {
     }
 
     fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> std::io::Result<Box<dyn Queue>> {
-        Ok(Box::new(RestlessQueue(self.host.lock().unwrap().clone(), Vec::new())))
+        Ok(Box::new(ConfigChangingQueue(self.host.lock().unwrap().clone(), Vec::new())))
     }
 }
 
-impl Queue for RestlessQueue {
+impl Queue for ConfigChangingQueue {
     fn submit(&mut self, request: Request) {
         self.0.config_changed();
         self.1.push(request);
@@ -286,7 +287,7 @@ impl Queue for RestlessQueue {
     }
 }
 
-fn requests(ring: &mut Ring, count: usize) {
+fn serve_requests(ring: &mut Ring, count: usize) {
     for _ in 0..count {
         ring.driver.add(&[], &[Buffer { gpa: HIGH, len: 8 }], None).unwrap().unwrap();
         ring.kick();
@@ -297,53 +298,53 @@ fn requests(ring: &mut Ring, count: usize) {
 /// Rules B1.2, B1.4, B2.1.
 #[test]
 fn a_front_end_that_does_not_read_its_channel_stalls_no_ring_and_gets_the_last_change() {
-    let device = Arc::new(Restless::default());
+    let device = Arc::new(ConfigChangingDevice::default());
     let (server, guest) = (Server::new(device.clone()), Guest::new());
     let client = server.connect();
-    agree(&client, &guest, BASIC, PROTOCOL | bit(protocol_feature::BACKEND_REQ));
+    negotiate(&client, &guest, BASIC, PROTOCOL | bit(protocol_feature::BACKEND_REQ));
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).unwrap();
     // As little room as the system gives.
     setsockopt(&theirs, SndBuf, &1).unwrap();
-    let mut ear = Ear::give_ends(&client, ours.into(), theirs.as_fd());
+    let mut ear = BackendChannel::open_with(&client, ours.into(), theirs.as_fd());
     let mut ring = Ring::new(&guest, 0, 256, BASIC);
     ring.set_up(&client, &guest, 0);
     ring.enable(&client, true);
-    requests(&mut ring, 5000);
+    serve_requests(&mut ring, 5000);
     let mut heard = 0;
     // What is left over is told as soon as there is room, without anything else happening.
     while heard == 0 || !ear.is_silent() {
-        assert_eq!(ear.hear(), (BackendRequest::CONFIG_CHANGE_MSG, None));
+        assert_eq!(ear.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));
         heard += 1;
     }
     assert!(heard < 1000, "{heard} of 5000 changes were told to somebody who did not listen");
-    requests(&mut ring, 1);
-    assert_eq!(ear.hear(), (BackendRequest::CONFIG_CHANGE_MSG, None));
+    serve_requests(&mut ring, 1);
+    assert_eq!(ear.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));
 }
 
 /// Rule B1.5.
 #[test]
 fn invalid_data_on_the_back_end_channel_or_its_end_closes_only_the_channel() {
-    let device = Arc::new(Restless::default());
+    let device = Arc::new(ConfigChangingDevice::default());
     let (server, guest) = (Server::new(device.clone()), Guest::new());
     let client = server.connect();
-    agree(&client, &guest, BASIC, PROTOCOL | bit(protocol_feature::BACKEND_REQ));
+    negotiate(&client, &guest, BASIC, PROTOCOL | bit(protocol_feature::BACKEND_REQ));
     let mut ring = Ring::new(&guest, 0, 256, BASIC);
     ring.set_up(&client, &guest, 0);
     ring.enable(&client, true);
     for round in 0..20 {
-        let mut ear = Ear::give(&client);
-        requests(&mut ring, 1);
-        assert_eq!(ear.hear(), (BackendRequest::CONFIG_CHANGE_MSG, None));
+        let mut ear = BackendChannel::open(&client);
+        serve_requests(&mut ring, 1);
+        assert_eq!(ear.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));
         if round % 2 == 0 {
             ear.0.write_all(&[0xee; 100]).unwrap();
             // The back-end hangs up, once it has seen it.
             let _ = ear.0.read_to_end(&mut Vec::new());
         }
         drop(ear);
-        requests(&mut ring, 1);
+        serve_requests(&mut ring, 1);
         // Whatever was told to nobody comes over the next one.
-        let mut next = Ear::give(&client);
-        requests(&mut ring, 1);
-        assert_eq!(next.hear(), (BackendRequest::CONFIG_CHANGE_MSG, None));
+        let mut next = BackendChannel::open(&client);
+        serve_requests(&mut ring, 1);
+        assert_eq!(next.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));
     }
 }

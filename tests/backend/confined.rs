@@ -17,8 +17,8 @@ use vhost_migrate::abi::virtio::{
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
-use crate::guest::{BASIC, Guest, Ring, begin, header, install_log, places, start_logging, status};
-use crate::raw::Client;
+use crate::guest::{BASIC, Guest, Ring, header, install_log, negotiate, request_addresses, start_logging, status};
+use crate::raw::RawFrontend;
 use crate::server::disk_options;
 
 const NOBODY: u32 = 65534;
@@ -105,15 +105,15 @@ impl Drop for Confined<'_> {
 }
 
 /// Every kind of request, checked, while logging; and a ring that is stopped and started.
-fn use_disk(socket: &str, features: u64) {
+fn assert_disk_works(socket: &str, features: u64) {
     let guest = Guest::new();
-    let client = Client::connect(Path::new(socket));
+    let client = RawFrontend::connect(Path::new(socket));
     let features = features
         | BASIC
         | [VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES].map(bit).iter().sum::<u64>();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let mut ring = Ring::new(&guest, 0, 256, features);
-    let mut base = ring.drained();
+    let mut base = ring.drained_base();
     let _log = install_log(&client, &guest);
     for round in 0..3u8 {
         ring.set_up(&client, &guest, base);
@@ -122,7 +122,7 @@ fn use_disk(socket: &str, features: u64) {
         let data = [0xc0 | round; 8192];
         ring.write(&guest, 0, 64, &data);
         let clear = |kind, slot, sector: u64| {
-            let (head, at, range) = places(slot);
+            let (head, at, range) = request_addresses(slot);
             guest.memory.write(at, &[0xff]).unwrap();
             let wanted = BlkDiscardWriteZeroes { sector: sector.into(), num_sectors: 8.into(), flags: 0.into() };
             guest.memory.write(range, wanted.as_bytes()).unwrap();
@@ -132,9 +132,9 @@ fn use_disk(socket: &str, features: u64) {
             let (readable, writable) = clear(kind, slot, sector);
             ring.driver.add(&readable, &writable, None).unwrap().unwrap();
         }
-        guest.memory.write(places(3).1, &[0xff]).unwrap();
-        let flush = header(&guest, places(3).0, VIRTIO_BLK_T_FLUSH, 0);
-        ring.driver.add(&[flush], &[Buffer { gpa: places(3).1, len: 1 }], None).unwrap().unwrap();
+        guest.memory.write(request_addresses(3).1, &[0xff]).unwrap();
+        let flush = header(&guest, request_addresses(3).0, VIRTIO_BLK_T_FLUSH, 0);
+        ring.driver.add(&[flush], &[Buffer { gpa: request_addresses(3).1, len: 1 }], None).unwrap().unwrap();
         ring.kick();
         ring.completions(4);
         ring.read(&guest, 4, 64, 8192);
@@ -142,7 +142,9 @@ fn use_disk(socket: &str, features: u64) {
         ring.kick();
         ring.completions(2);
         assert_eq!([0, 1, 2, 3, 4, 5].map(|slot| status(&guest, slot)), [0; 6]);
-        assert!(guest.bytes(places(4).2, 8192) == data && guest.bytes(places(5).2, 4096) == [0; 4096]);
+        assert!(
+            guest.bytes(request_addresses(4).2, 8192) == data && guest.bytes(request_addresses(5).2, 4096) == [0; 4096]
+        );
         base = client.ring_base(0);
     }
 }
@@ -159,7 +161,7 @@ fn an_unprivileged_sandboxed_process_serves_a_disk() {
             assert_eq!(confined.status("Uid:"), "65534\t65534\t65534\t65534");
         }
         for features in [0, bit(VIRTIO_F_RING_PACKED)] {
-            use_disk(&nobodys.path("socket"), features);
+            assert_disk_works(&nobodys.path("socket"), features);
         }
         let mut written = [0; 512];
         std::fs::File::open(&image).unwrap().read_exact_at(&mut written, 64 * 512).unwrap();
@@ -175,7 +177,7 @@ fn a_sandboxed_process_serves_a_network_device() {
     for arguments in [&["net", "--loopback"][..], &["net", "--pair", &wire]] {
         let confined = nobodys.start(arguments);
         assert_eq!(confined.status("Seccomp:"), "2");
-        Client::connect(Path::new(&nobodys.path("socket"))).barrier();
+        RawFrontend::connect(Path::new(&nobodys.path("socket"))).wait_until_processed();
         confined.end();
     }
 }
@@ -185,7 +187,7 @@ fn a_sandboxed_process_serves_its_counters() {
     let nobodys = Nobodys::new();
     let (image, place) = (nobodys.path("image"), nobodys.path("metrics"));
     let confined = nobodys.start(&["blk", "--image", &image, "--metrics", &format!("unix:{place}")]);
-    use_disk(&nobodys.path("socket"), 0);
+    assert_disk_works(&nobodys.path("socket"), 0);
     for _ in 0..3 {
         let mut socket = UnixStream::connect(&place).unwrap();
         socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();

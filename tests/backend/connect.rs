@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::Request as Code;
 
-use crate::raw::{Client, DEADLINE, VERSION};
+use crate::raw::{DEADLINE, RawFrontend, VERSION};
 use crate::server::{Process, disk_options};
 
 fn start(socket: &Path, device: &[&str]) -> Process {
@@ -29,15 +29,15 @@ fn start(socket: &Path, device: &[&str]) -> Process {
 }
 
 /// The back-end's next connection.
-fn accepted(listener: &UnixListener) -> Client {
+fn accepted(listener: &UnixListener) -> RawFrontend {
     let mut ready = [PollFd::new(std::os::fd::AsFd::as_fd(listener), PollFlags::POLLIN)];
     assert_eq!(poll(&mut ready, PollTimeout::try_from(DEADLINE).unwrap()), Ok(1), "nobody connects");
     let socket = listener.accept().unwrap().0;
     socket.set_read_timeout(Some(DEADLINE)).unwrap();
-    Client { socket }
+    RawFrontend { socket }
 }
 
-fn answers(client: &Client) {
+fn answers(client: &RawFrontend) {
     client.send(Code::GET_FEATURES, VERSION, &[], &[]);
     assert_eq!(client.reply(Code::GET_FEATURES).len(), 8);
 }

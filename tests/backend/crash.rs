@@ -21,10 +21,10 @@ use vhost_migrate::inflight;
 use zerocopy::IntoBytes;
 
 use crate::guest::{
-    BASIC, Guest, LOG_ALL, PACKED, Predecessor, Ring, SPLIT, begin, harvest, inflight_kind, inflight_region, pages,
-    places, status,
+    BASIC, Guest, LOG_ALL, PACKED, PreviousBackend, Ring, SPLIT, harvest, inflight_kind, inflight_region, negotiate,
+    pages, request_addresses, status,
 };
-use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION, ring_message};
+use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION, ring_message};
 use crate::server::{Process, disk_options};
 
 const SLOTS: u64 = 20;
@@ -32,7 +32,7 @@ const BLOCK: usize = 32 << 10;
 const LOG_AT: u64 = 0x30_0000;
 
 /// A guest that writes blocks which say what they are, and reads each back before it writes the next version.
-struct Guests {
+struct VerifyingGuest {
     guest: Guest,
     ring: Ring,
     features: u64,
@@ -50,8 +50,8 @@ struct Slot {
     reads: bool,
 }
 
-impl Guests {
-    fn new(features: u64) -> Guests {
+impl VerifyingGuest {
+    fn new(features: u64) -> VerifyingGuest {
         let guest = Guest::new();
         let mut ring = Ring::new(&guest, 0, 64, features);
         ring.log_at = Some(LOG_AT);
@@ -59,20 +59,21 @@ impl Guests {
         let inflight = (fd, description);
         let log = Log::create(guest.memory.end()).unwrap();
         let slots = vec![Slot { head: u16::MAX, version: 0, reads: true }; SLOTS as usize];
-        let mut guests = Guests { guest, ring, features, inflight, log, marks: BTreeSet::new(), slots, completed: 0 };
+        let mut guests =
+            VerifyingGuest { guest, ring, features, inflight, log, marks: BTreeSet::new(), slots, completed: 0 };
         (0..SLOTS).for_each(|slot| guests.next(slot));
         guests
     }
 
     /// Connects as QEMU does on reconnect: the base is the used index, of packed rings one that was right long ago; the
     /// inflight region knows better (rules I3.4, I4.5).
-    fn attach(&mut self, socket: &Path) -> Client {
-        let client = Client::connect(socket);
-        begin(&client, &self.guest, self.features | LOG_ALL);
-        client.done(Code::SET_INFLIGHT_FD, &self.inflight.1, &[self.inflight.0.as_fd()]);
+    fn attach(&mut self, socket: &Path) -> RawFrontend {
+        let client = RawFrontend::connect(socket);
+        negotiate(&client, &self.guest, self.features | LOG_ALL);
+        client.send_acknowledged(Code::SET_INFLIGHT_FD, &self.inflight.1, &[self.inflight.0.as_fd()]);
         let base = match inflight_kind(self.features) {
             inflight::RingKind::Split => self.ring.used_index(&self.guest).into(),
-            inflight::RingKind::Packed => self.ring.start(),
+            inflight::RingKind::Packed => self.ring.initial_base(),
         };
         self.ring.set_up(&client, &self.guest, base);
         let log = LogDescription { mmap_size: self.log.0.size(), mmap_offset: 0 };
@@ -92,16 +93,16 @@ impl Guests {
         let mut state = self.slots[slot as usize];
         let sector = slot * (BLOCK / 512) as u64;
         self.collect_marks();
-        for page in pages(places(slot).1, 1).chain(pages(places(slot).2, BLOCK as u64)) {
+        for page in pages(request_addresses(slot).1, 1).chain(pages(request_addresses(slot).2, BLOCK as u64)) {
             self.marks.remove(&page);
         }
         state.reads = !state.reads;
         state.head = if state.reads {
-            self.guest.memory.write(places(slot).2, &[0; BLOCK]).unwrap();
+            self.guest.memory.write(request_addresses(slot).2, &[0; BLOCK]).unwrap();
             self.ring.read(&self.guest, slot, sector, BLOCK as u32)
         } else {
             state.version += 1;
-            self.ring.write(&self.guest, slot, sector, &Guests::block(slot, state.version))
+            self.ring.write(&self.guest, slot, sector, &VerifyingGuest::block(slot, state.version))
         };
         self.slots[slot as usize] = state;
         self.ring.kick();
@@ -120,19 +121,23 @@ impl Guests {
         assert_eq!(status(&self.guest, slot), 0);
         self.collect_marks();
         let marked = |mut pages: std::ops::RangeInclusive<u64>| pages.all(|page| self.marks.contains(&page));
-        assert!(marked(places(slot).1 >> 12..=places(slot).1 >> 12), "a status was not logged");
+        assert!(marked(request_addresses(slot).1 >> 12..=request_addresses(slot).1 >> 12), "a status was not logged");
         if state.reads {
-            let found = self.guest.bytes(places(slot).2, BLOCK);
-            assert!(found == Guests::block(slot, state.version), "slot {slot} doesn't hold version {}", state.version);
-            let last = (places(slot).2 + BLOCK as u64 - 1) >> 12;
-            assert!(marked(places(slot).2 >> 12..=last), "data was not logged");
+            let found = self.guest.bytes(request_addresses(slot).2, BLOCK);
+            assert!(
+                found == VerifyingGuest::block(slot, state.version),
+                "slot {slot} doesn't hold version {}",
+                state.version
+            );
+            let last = (request_addresses(slot).2 + BLOCK as u64 - 1) >> 12;
+            assert!(marked(request_addresses(slot).2 >> 12..=last), "data was not logged");
         }
         self.completed += 1;
         Some(slot)
     }
 
     /// Works until the back-end is dead.
-    fn work(&mut self, dead: &AtomicBool) {
+    fn run_until(&mut self, dead: &AtomicBool) {
         while !dead.load(Ordering::Relaxed) {
             while let Some(slot) = self.completion() {
                 self.next(slot);
@@ -146,7 +151,7 @@ impl Guests {
     }
 
     /// Waits for whatever is outstanding.
-    fn finish(&mut self) {
+    fn drain(&mut self) {
         while self.ring.driver.outstanding() > 0 {
             match self.completion() {
                 Some(_) => {}
@@ -161,11 +166,11 @@ impl Guests {
     }
 }
 
-fn survives(kills: u32, features: u64, more: &[&str]) {
+fn survives_kills(kills: u32, features: u64, more: &[&str]) {
     let folder = tempfile::tempdir().unwrap();
     let options = disk_options(folder.path(), SLOTS * BLOCK as u64, |_| {});
     let socket = folder.path().join("socket");
-    let mut guests = Guests::new(features);
+    let mut guests = VerifyingGuest::new(features);
     let mut random = 0x2545_f491_4f6c_dd1du64;
     for _ in 0..kills {
         let mut process = Process::start(&socket, &options.image, more);
@@ -182,48 +187,48 @@ fn survives(kills: u32, features: u64, more: &[&str]) {
                 process
             })
         };
-        guests.work(&dead);
-        let said = killer.join().unwrap().errors();
+        guests.run_until(&dead);
+        let said = killer.join().unwrap().stderr();
         assert!(!said.contains("ERROR") && !said.contains("panicked"), "{said}");
     }
     let process = Process::start(&socket, &options.image, more);
     let client = guests.attach(&socket);
-    guests.finish();
+    guests.drain();
     assert!(guests.completed > u64::from(kills), "the guest hardly did anything");
-    assert_eq!(client.ring_base(0), guests.ring.drained(), "a request was taken twice or never");
+    assert_eq!(client.ring_base(0), guests.ring.drained_base(), "a request was taken twice or never");
     drop(process);
 }
 
 #[test]
 fn every_request_completes_exactly_once_after_100_kills() {
-    survives(100, BASIC, &[]);
+    survives_kills(100, BASIC, &[]);
 }
 
 #[test]
 fn every_request_completes_exactly_once_after_100_kills_with_event_idx_and_threads() {
-    survives(100, BASIC | bit(VIRTIO_RING_F_EVENT_IDX), &["--aio", "threads"]);
+    survives_kills(100, BASIC | bit(VIRTIO_RING_F_EVENT_IDX), &["--aio", "threads"]);
 }
 
 #[test]
 fn every_request_completes_exactly_once_after_100_kills_with_packed_rings() {
-    survives(100, PACKED, &[]);
+    survives_kills(100, PACKED, &[]);
 }
 
 #[test]
 fn every_request_completes_exactly_once_after_100_kills_with_packed_rings_and_event_idx() {
-    survives(100, PACKED | bit(VIRTIO_RING_F_EVENT_IDX), &["--aio", "threads"]);
+    survives_kills(100, PACKED | bit(VIRTIO_RING_F_EVENT_IDX), &["--aio", "threads"]);
 }
 
 #[test]
 fn every_request_completes_exactly_once_after_50_kills_with_in_order() {
     for ring in [SPLIT, PACKED] {
-        survives(50, ring | bit(VIRTIO_F_IN_ORDER), &["--in-order"]);
+        survives_kills(50, ring | bit(VIRTIO_F_IN_ORDER), &["--in-order"]);
     }
 }
 
 #[test]
 fn every_request_completes_exactly_once_after_50_kills_with_o_direct() {
-    survives(50, BASIC | bit(VIRTIO_RING_F_EVENT_IDX), &["--direct"]);
+    survives_kills(50, BASIC | bit(VIRTIO_RING_F_EVENT_IDX), &["--direct"]);
 }
 
 #[test]
@@ -233,7 +238,7 @@ fn sigterm_and_sigint_end_the_process_cleanly() {
     let socket = folder.path().join("socket");
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let mut process = Process::start(&socket, &options.image, &[]);
-        let _connected = Client::connect(&socket);
+        let _connected = RawFrontend::connect(&socket);
         kill(Pid::from_raw(process.child.id() as i32), signal).unwrap();
         assert!(process.child.wait().unwrap().success());
         assert!(!socket.exists());
@@ -248,14 +253,14 @@ fn a_process_serves_an_inherited_connection_until_it_ends() {
     let mut command = Process::command(&["--fd", "0", "--image", options.image.to_str().unwrap()]);
     let mut child = command.stdin(OwnedFd::from(theirs)).stdout(std::process::Stdio::null()).spawn().unwrap();
     drop(command);
-    let client = Client { socket: ours };
-    client.barrier();
+    let client = RawFrontend { socket: ours };
+    client.wait_until_processed();
     drop(client);
     assert!(child.wait().unwrap().success());
 }
 
 /// How often the thread of a ring has slept, once there is one.
-fn naps(process: &Process) -> u64 {
+fn sleep_count(process: &Process) -> u64 {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", process.child.id())).unwrap();
     let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
     let ring = tasks.map(|task| task.unwrap().path()).find(|task| read(task.join("comm")).trim() == "ring 0");
@@ -274,17 +279,17 @@ fn a_successor_reads_ring_and_region_only_after_locking_the_image(#[values(SPLIT
     (0..3).for_each(|slot| _ = ring.read(&guest, slot, slot, 512));
     let _ = ring.driver.publish();
     let (region, fd, description) = inflight_region(features, 1, 64);
-    let mut predecessor = Predecessor::of(&ring, &guest, &region, 3);
+    let mut predecessor = PreviousBackend::of(&ring, &guest, &region, 3);
     let claim = File::open(&image).unwrap();
     claim.lock().unwrap();
     let process = Process::start(&socket, &image, &[]);
-    let client = Client::connect(&socket);
-    begin(&client, &guest, features);
-    client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
-    ring.set_up(&client, &guest, ring.start());
-    client.tell(Code::SET_VRING_ENABLE, &VringState { index: 0, num: 1 });
+    let client = RawFrontend::connect(&socket);
+    negotiate(&client, &guest, features);
+    client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    ring.set_up(&client, &guest, ring.initial_base());
+    client.send_body(Code::SET_VRING_ENABLE, &VringState { index: 0, num: 1 });
     let end = Instant::now() + DEADLINE;
-    while naps(&process) < 20 {
+    while sleep_count(&process) < 20 {
         assert!(Instant::now() < end, "the successor does not wait for the image");
         thread::sleep(Duration::from_millis(1));
     }
@@ -293,10 +298,10 @@ fn a_successor_reads_ring_and_region_only_after_locking_the_image(#[values(SPLIT
     claim.unlock().unwrap();
     let heads = ring.completions(3);
     assert_eq!(heads.len(), 3, "a request was served twice");
-    assert_eq!(client.ring_base(0), ring.drained());
-    assert!(!ring.is_answered(&guest), "a request was served twice");
+    assert_eq!(client.ring_base(0), ring.drained_base());
+    assert!(!ring.has_completion(&guest), "a request was served twice");
     // The predecessor did not read anything.
-    assert!(guest.bytes(places(0).2, 512).iter().all(|byte| *byte == 0), "a request was served twice");
+    assert!(guest.bytes(request_addresses(0).2, 512).iter().all(|byte| *byte == 0), "a request was served twice");
     assert!((1..3).all(|slot| status(&guest, slot) == 0));
 }
 
@@ -310,11 +315,14 @@ fn a_reply_is_sent_before_a_later_message_waits_for_the_image_lock() {
     let claim = File::open(&image).unwrap();
     claim.lock().unwrap();
     let _process = Process::start(&socket, &image, &[]);
-    let client = Client::connect(&socket);
-    begin(&client, &guest, SPLIT);
-    ring.set_up(&client, &guest, ring.start());
-    client.barrier();
-    client.send_bytes(&[message(Code::SET_VRING_BASE, ring.start()), message(Code::SET_VRING_ENABLE, 1)].concat(), &[]);
+    let client = RawFrontend::connect(&socket);
+    negotiate(&client, &guest, SPLIT);
+    ring.set_up(&client, &guest, ring.initial_base());
+    client.wait_until_processed();
+    client.send_bytes(
+        &[message(Code::SET_VRING_BASE, ring.initial_base()), message(Code::SET_VRING_ENABLE, 1)].concat(),
+        &[],
+    );
     assert_eq!(client.reply(Code::SET_VRING_BASE), [0; 8]);
     // It waits no longer than ten seconds for the image, and would refuse the ring.
     claim.unlock().unwrap();
@@ -329,8 +337,8 @@ fn a_reply_is_sent_before_a_later_message_probes_the_image_lock() {
     let guest = Guest::new();
     let claim = File::open(&image).unwrap();
     let _process = Process::start(&socket, &image, &[]);
-    let client = Client::connect(&socket);
-    begin(&client, &guest, SPLIT);
+    let client = RawFrontend::connect(&socket);
+    negotiate(&client, &guest, SPLIT);
     // A machine that is busy for a second hides it.
     let is_free_in_time = |_| {
         claim.lock().unwrap();
@@ -339,7 +347,7 @@ fn a_reply_is_sent_before_a_later_message_probes_the_image_lock() {
         assert_eq!(client.reply(Code::SET_VRING_NUM), [0; 8]);
         claim.unlock().unwrap();
         let is_free = client.reply(Code::SET_VRING_ENABLE) == [0; 8];
-        client.done(Code::SET_VRING_ENABLE, &VringState { index: 0, num: 0 }, &[]);
+        client.send_acknowledged(Code::SET_VRING_ENABLE, &VringState { index: 0, num: 0 }, &[]);
         is_free
     };
     assert!((0..20).any(is_free_in_time), "the answer came when the trial was over");
@@ -358,9 +366,9 @@ fn pending_replies_are_sent_before_the_connection_closes() {
     let _process = Process::start(&socket, &image, &[]);
     let wrong = Header { request: Code::SET_VRING_NUM.0, flags: NEED_REPLY, size: u32::MAX };
     for last in [vec![], wrong.as_bytes().to_vec(), wrong.as_bytes()[..5].to_vec()] {
-        let client = Client::connect(&socket);
+        let client = RawFrontend::connect(&socket);
         let guest = Guest::new();
-        begin(&client, &guest, SPLIT);
+        negotiate(&client, &guest, SPLIT);
         let messages = [64, 128, 256].map(|num| message(Code::SET_VRING_NUM, num)).concat();
         client.send_bytes(&[messages, last].concat(), &[]);
         client.socket.shutdown(std::net::Shutdown::Write).unwrap();

@@ -15,8 +15,8 @@ use vhost_migrate::backend::{Queue, Request, SyncQueue, VirtioDevice};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
-use crate::blk::{DISK, OK, Rig};
-use crate::guest::{BASIC, Guest, HIGH, Ring, begin, header};
+use crate::blk::{DISK, DiskGuest, OK};
+use crate::guest::{BASIC, Guest, HIGH, Ring, header, negotiate};
 use crate::raw::{NEED_REPLY, VERSION, ring_message};
 use crate::server::{Server, disk_options};
 
@@ -42,7 +42,7 @@ impl OnDisk {
 }
 
 /// Pages of a file in the page cache, and how many of those are not on the disk yet (cachestat, Linux 6.5).
-fn cached(path: &Path) -> (u64, u64) {
+fn cached_pages(path: &Path) -> (u64, u64) {
     const SYS_CACHESTAT: libc::c_long = 451;
     let (file, all, mut found) = (File::open(path).unwrap(), [0u64; 2], [0u64; 5]);
     // SAFETY: the two structures are of two and of five 64-bit numbers.
@@ -56,7 +56,7 @@ fn cached(path: &Path) -> (u64, u64) {
 fn direct_io_leaves_the_page_cache_empty_for_any_buffer_alignment() {
     for aio in [Aio::IoUring, Aio::Threads] {
         let disk = OnDisk::new();
-        let mut rig = Rig::new(|options| {
+        let mut rig = DiskGuest::new(|options| {
             (options.aio, options.direct) = (aio, true);
             disk.image(options);
         });
@@ -71,7 +71,7 @@ fn direct_io_leaves_the_page_cache_empty_for_any_buffer_alignment() {
         let head = header(&rig.guest, 0x61_0000, VIRTIO_BLK_T_IN, 8);
         let place = HIGH + 0x10_0003;
         assert_eq!(rig.request(&[head], &[&cut(place)[..], &[status]].concat()), (OK, len + 1));
-        assert_eq!(cached(&disk.path()).0, 0, "it went through the page cache");
+        assert_eq!(cached_pages(&disk.path()).0, 0, "it went through the page cache");
         assert!(rig.guest.bytes(place, data.len()) == data);
         assert!(std::fs::read(disk.path()).unwrap()[4096..][..data.len()] == data);
     }
@@ -81,17 +81,17 @@ fn direct_io_leaves_the_page_cache_empty_for_any_buffer_alignment() {
 fn written_data_is_on_stable_storage_when_the_last_ring_has_stopped() {
     for aio in [Aio::IoUring, Aio::Threads] {
         let disk = OnDisk::new();
-        let mut rig = Rig::new(|options| {
+        let mut rig = DiskGuest::new(|options| {
             options.aio = aio;
             disk.image(options);
         });
         let other = Ring::new(&rig.guest, 1, 64, BASIC);
-        other.set_up(&rig.client, &rig.guest, other.start());
+        other.set_up(&rig.client, &rig.guest, other.initial_base());
         other.enable(&rig.client, true);
         assert_eq!(rig.simple(VIRTIO_BLK_T_OUT, 0, &[7; 0x8000], 0), (OK, 1));
         rig.client.ring_base(1);
         rig.client.ring_base(0);
-        assert_eq!(cached(&disk.path()).1, 0, "pages that are not on the disk");
+        assert_eq!(cached_pages(&disk.path()).1, 0, "pages that are not on the disk");
         assert_eq!(std::fs::read(disk.path()).unwrap()[..0x8000], [7; 0x8000]);
     }
 }
@@ -101,14 +101,14 @@ fn write_zeroes_is_durable_for_a_driver_without_flush() {
     for aio in [Aio::IoUring, Aio::Threads] {
         for (flags, sector) in [(0, 9u64), (1, 17)] {
             let disk = OnDisk::new();
-            let mut rig = Rig::negotiated(BASIC, |options| {
+            let mut rig = DiskGuest::negotiated(BASIC, |options| {
                 options.aio = aio;
                 disk.image(options);
             });
             // A part of a page, which file systems clear in the page cache.
             let range = BlkDiscardWriteZeroes { sector: sector.into(), num_sectors: 1.into(), flags: flags.into() };
             assert_eq!(rig.simple(VIRTIO_BLK_T_WRITE_ZEROES, 0, range.as_bytes(), 0), (OK, 1));
-            assert_eq!(cached(&disk.path()).1, 0, "zeroes that are not on the disk");
+            assert_eq!(cached_pages(&disk.path()).1, 0, "zeroes that are not on the disk");
             let image = std::fs::read(disk.path()).unwrap();
             assert!(image[sector as usize * 512..][..512].iter().all(|byte| *byte == 0));
         }
@@ -116,9 +116,9 @@ fn write_zeroes_is_durable_for_a_driver_without_flush() {
 }
 
 /// Completes everything, and fails to put it where others find it.
-struct Lossy;
+struct FailingSyncDevice;
 
-impl VirtioDevice for Lossy {
+impl VirtioDevice for FailingSyncDevice {
     fn features(&self) -> u64 {
         BASIC
     }
@@ -137,9 +137,9 @@ impl VirtioDevice for Lossy {
 }
 
 /// Takes as long to sync as a test wants.
-struct Slow(Mutex<Receiver<()>>);
+struct SlowSyncDevice(Mutex<Receiver<()>>);
 
-impl VirtioDevice for Slow {
+impl VirtioDevice for SlowSyncDevice {
     fn features(&self) -> u64 {
         BASIC
     }
@@ -166,14 +166,14 @@ impl VirtioDevice for Slow {
 #[test]
 fn only_the_last_get_vring_base_waits_for_the_disk_sync() {
     let (synced, sync) = channel();
-    let (server, guest) = (Server::new(Arc::new(Slow(Mutex::new(sync)))), Guest::new());
+    let (server, guest) = (Server::new(Arc::new(SlowSyncDevice(Mutex::new(sync)))), Guest::new());
     // Dropped before the server, which syncs at its end.
     let synced = synced;
     let client = server.connect();
-    begin(&client, &guest, BASIC);
+    negotiate(&client, &guest, BASIC);
     let rings = [0, 1].map(|index| Ring::new(&guest, index, 64, BASIC));
     for ring in &rings {
-        ring.set_up(&client, &guest, ring.start());
+        ring.set_up(&client, &guest, ring.initial_base());
         ring.enable(&client, true);
     }
     let [disable, base] = [Code::SET_VRING_ENABLE, Code::GET_VRING_BASE];
@@ -188,12 +188,12 @@ fn only_the_last_get_vring_base_waits_for_the_disk_sync() {
 
 #[test]
 fn a_failed_disk_sync_closes_the_connection_instead_of_replying_to_get_vring_base() {
-    let (server, guest) = (Server::new(Arc::new(Lossy)), Guest::new());
+    let (server, guest) = (Server::new(Arc::new(FailingSyncDevice)), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
+    negotiate(&client, &guest, BASIC);
     let ring = Ring::new(&guest, 0, 64, BASIC);
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     ring.enable(&client, true);
-    client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+    client.send_body(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     assert!(client.is_closed());
 }

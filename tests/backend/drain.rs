@@ -16,28 +16,30 @@ use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
-use crate::guest::{Guest, HIGH, PACKED, Ring, SPLIT, add_region, begin, harvest, install_log, pages, start_logging};
-use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
+use crate::guest::{
+    Guest, HIGH, PACKED, Ring, SPLIT, add_region, harvest, install_log, negotiate, pages, start_logging,
+};
+use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::Server;
 
 /// Fills what it may write with 0x5a at once, and completes it while its gate is open.
-pub(crate) struct Held {
+pub(crate) struct GatedDevice {
     gate: Arc<EventFd>,
 }
 
-struct HeldQueue {
+struct GatedQueue {
     gate: Arc<EventFd>,
     held: Vec<Request>,
 }
 
-impl Held {
-    pub(crate) fn new() -> (Arc<Held>, Arc<EventFd>) {
+impl GatedDevice {
+    pub(crate) fn new() -> (Arc<GatedDevice>, Arc<EventFd>) {
         let gate = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap());
-        (Arc::new(Held { gate: gate.clone() }), gate)
+        (Arc::new(GatedDevice { gate: gate.clone() }), gate)
     }
 }
 
-impl VirtioDevice for Held {
+impl VirtioDevice for GatedDevice {
     fn features(&self) -> u64 {
         RING_FEATURES | bit(VIRTIO_F_IN_ORDER) | bit(VIRTIO_F_ACCESS_PLATFORM)
     }
@@ -59,11 +61,11 @@ impl VirtioDevice for Held {
     }
 
     fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(HeldQueue { gate: self.gate.clone(), held: Vec::new() }))
+        Ok(Box::new(GatedQueue { gate: self.gate.clone(), held: Vec::new() }))
     }
 }
 
-impl Queue for HeldQueue {
+impl Queue for GatedQueue {
     fn submit(&mut self, mut request: Request) {
         let filling = vec![0x5a; request.writable_len() as usize];
         request.write(0, &filling).unwrap();
@@ -87,16 +89,16 @@ impl Queue for HeldQueue {
 }
 
 /// A running ring 0 with `count` requests of one page each, all of them taken by the device and none completed.
-pub(crate) fn held(client: &Client, guest: &Guest, features: u64, count: u64) -> Ring {
+pub(crate) fn start_with_requests_in_flight(client: &RawFrontend, guest: &Guest, features: u64, count: u64) -> Ring {
     let mut ring = Ring::new(guest, 0, 256, features);
     for slot in 0..count {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
     }
-    ring.set_up(client, guest, ring.start());
+    ring.set_up(client, guest, ring.initial_base());
     ring.enable(client, true);
     ring.kick();
     while (0..count).any(|slot| guest.bytes(page(slot).gpa, 1) != [0x5a]) {
-        client.barrier();
+        client.wait_until_processed();
     }
     ring
 }
@@ -109,16 +111,16 @@ pub(crate) fn page(slot: u64) -> Buffer {
 fn get_vring_base_replies_after_all_requests_are_completed_logged_and_published(
     #[values(SPLIT, PACKED)] features: u64,
 ) {
-    let (device, gate) = Held::new();
+    let (device, gate) = GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let log = install_log(&client, &guest);
-    let mut ring = held(&client, &guest, features, 10);
+    let mut ring = start_with_requests_in_flight(&client, &guest, features, 10);
     start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
-    client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+    client.send_body(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     gate.write(1).unwrap();
-    assert_eq!(client.ring_base_reply(0), ring.drained());
+    assert_eq!(client.ring_base_reply(0), ring.drained_base());
     let mut used = 0;
     while ring.driver.pop_used().unwrap().is_some() {
         used += 1;
@@ -132,13 +134,13 @@ fn get_vring_base_replies_after_all_requests_are_completed_logged_and_published(
 
 #[rstest]
 fn after_the_get_vring_base_reply_memory_is_unchanged_and_no_call_is_signalled(#[values(SPLIT, PACKED)] features: u64) {
-    let (device, gate) = Held::new();
+    let (device, gate) = GatedDevice::new();
     let (mut server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
-    let mut ring = held(&client, &guest, features, 10);
+    negotiate(&client, &guest, features);
+    let mut ring = start_with_requests_in_flight(&client, &guest, features, 10);
     gate.write(1).unwrap();
-    assert_eq!(client.ring_base(0), ring.drained());
+    assert_eq!(client.ring_base(0), ring.drained_base());
     ring.completions(10);
     for slot in 100..110 {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
@@ -147,9 +149,9 @@ fn after_the_get_vring_base_reply_memory_is_unchanged_and_no_call_is_signalled(#
     ring.kick.write(1).unwrap();
     let before = guest.snapshot();
     let _ = ring.call.read();
-    client.barrier();
+    client.wait_until_processed();
     drop(client);
-    server.end();
+    server.stop();
     assert!(before == guest.snapshot(), "memory was written after the reply");
     assert!(ring.call.read().is_err(), "the driver was notified after the reply");
 }
@@ -158,38 +160,38 @@ fn after_the_get_vring_base_reply_memory_is_unchanged_and_no_call_is_signalled(#
 fn a_disabled_ring_completes_its_requests_takes_no_new_ones_and_resumes_when_enabled(
     #[values(SPLIT, PACKED)] features: u64,
 ) {
-    let (device, gate) = Held::new();
+    let (device, gate) = GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
-    let mut ring = held(&client, &guest, features, 3);
+    negotiate(&client, &guest, features);
+    let mut ring = start_with_requests_in_flight(&client, &guest, features, 3);
     gate.write(1).unwrap();
     ring.enable(&client, false);
     ring.completions(3);
     ring.driver.add(&[], &[page(50)], None).unwrap().unwrap();
     ring.kick.write(1).unwrap();
     let _ = ring.driver.publish();
-    client.barrier();
+    client.wait_until_processed();
     assert_eq!(guest.bytes(page(50).gpa, 1), [0]);
     ring.enable(&client, true);
     ring.completion();
-    assert_eq!(client.ring_base(0), ring.drained());
+    assert_eq!(client.ring_base(0), ring.drained_base());
 }
 
 #[rstest]
 fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only(#[values(SPLIT, PACKED)] features: u64) {
-    let (device, gate) = Held::new();
+    let (device, gate) = GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let old = install_log(&client, &guest);
-    let mut ring = held(&client, &guest, features, 5);
+    let mut ring = start_with_requests_in_flight(&client, &guest, features, 5);
     start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
     let new = install_log(&client, &guest);
     harvest(&old);
     gate.write(1).unwrap();
     ring.completions(5);
-    assert_eq!(client.ring_base(0), ring.drained());
+    assert_eq!(client.ring_base(0), ring.drained_base());
     assert!(harvest(&old).is_empty(), "the old log was written after the reply");
     let marked = harvest(&new);
     assert!((0..5).all(|slot| marked.contains(&(page(slot).gpa / LOG_PAGE))));
@@ -197,12 +199,12 @@ fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only(#[val
 
 #[rstest]
 fn a_new_memory_table_waits_for_requests_in_flight(#[values(SPLIT, PACKED)] features: u64) {
-    let (device, gate) = Held::new();
+    let (device, gate) = GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let log = install_log(&client, &guest);
-    let mut ring = held(&client, &guest, features, 5);
+    let mut ring = start_with_requests_in_flight(&client, &guest, features, 5);
     start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
     client.send(Code::SET_MEM_TABLE, NEED_REPLY, &guest.table(), &guest.fds());
     gate.write(1).unwrap();
@@ -211,7 +213,7 @@ fn a_new_memory_table_waits_for_requests_in_flight(#[values(SPLIT, PACKED)] feat
     ring.driver.add(&[], &[page(9)], None).unwrap().unwrap();
     ring.kick();
     ring.completion();
-    assert_eq!(client.ring_base(0), ring.drained());
+    assert_eq!(client.ring_base(0), ring.drained_base());
     let marked = harvest(&log);
     for slot in [0, 1, 2, 3, 4, 9] {
         assert!(pages(page(slot).gpa, 4096).all(|page| marked.contains(&page)));
@@ -222,15 +224,15 @@ fn a_new_memory_table_waits_for_requests_in_flight(#[values(SPLIT, PACKED)] feat
 fn the_rings_of_a_closed_connection_are_stopped_before_the_next_front_end_is_served(
     #[values(SPLIT, PACKED)] features: u64,
 ) {
-    let (device, gate) = Held::new();
+    let (device, gate) = GatedDevice::new();
     let (mut server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
-    let mut ring = held(&client, &guest, features, 5);
+    negotiate(&client, &guest, features);
+    let mut ring = start_with_requests_in_flight(&client, &guest, features, 5);
     drop(client);
     let next = server.connect();
     gate.write(1).unwrap();
-    next.barrier();
+    next.wait_until_processed();
     for slot in 10..15 {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
     }
@@ -238,7 +240,7 @@ fn the_rings_of_a_closed_connection_are_stopped_before_the_next_front_end_is_ser
     ring.kick.write(1).unwrap();
     let (before, _) = (guest.snapshot(), ring.call.read());
     drop(next);
-    server.end();
+    server.stop();
     assert!(before == guest.snapshot());
     assert!(ring.call.read().is_err());
 }
@@ -246,27 +248,27 @@ fn the_rings_of_a_closed_connection_are_stopped_before_the_next_front_end_is_ser
 /// Rule I10.2: nothing that it left is published behind the back of its next back-end, and that need not wait.
 #[rstest]
 fn a_hang_up_during_get_vring_base_abandons_the_requests_in_flight(#[values(SPLIT, PACKED)] features: u64) {
-    let (device, gate) = Held::new();
+    let (device, gate) = GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
-    let ring = held(&client, &guest, features, 5);
-    client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+    negotiate(&client, &guest, features);
+    let ring = start_with_requests_in_flight(&client, &guest, features, 5);
+    client.send_body(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     drop(client);
     let next = server.connect();
     next.send(Code::GET_FEATURES, VERSION, &[], &[]);
     let heard = poll(&mut [PollFd::new(next.as_fd(), PollFlags::POLLIN)], DEADLINE.as_millis() as u16);
     gate.write(1).unwrap();
     assert_eq!(heard, Ok(1), "the ring was waited for although nobody hears of its base");
-    assert!(!ring.is_answered(&guest), "a request was published although the front-end has gone");
+    assert!(!ring.has_completion(&guest), "a request was published although the front-end has gone");
 }
 
 /// A device that gives its oldest request back when the ring stops, and only then completes later ones.
-struct GivesBackTheOldest(Arc<Held>);
+struct PutsBackOldest(Arc<GatedDevice>);
 
-struct GivesBackQueue(HeldQueue);
+struct PutsBackOldestQueue(GatedQueue);
 
-impl VirtioDevice for GivesBackTheOldest {
+impl VirtioDevice for PutsBackOldest {
     fn features(&self) -> u64 {
         self.0.features()
     }
@@ -276,11 +278,11 @@ impl VirtioDevice for GivesBackTheOldest {
     }
 
     fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(GivesBackQueue(HeldQueue { gate: self.0.gate.clone(), held: Vec::new() })))
+        Ok(Box::new(PutsBackOldestQueue(GatedQueue { gate: self.0.gate.clone(), held: Vec::new() })))
     }
 }
 
-impl Queue for GivesBackQueue {
+impl Queue for PutsBackOldestQueue {
     fn submit(&mut self, request: Request) {
         self.0.submit(request);
     }
@@ -302,38 +304,38 @@ impl Queue for GivesBackQueue {
 /// What is given back and can't go back into the ring is used in its turn.
 #[rstest]
 fn a_request_put_back_before_later_ones_is_used_in_its_turn_with_in_order(#[values(SPLIT, PACKED)] features: u64) {
-    let (device, _) = Held::new();
+    let (device, _) = GatedDevice::new();
     let features = features | bit(VIRTIO_F_IN_ORDER);
-    let (server, guest) = (Server::new(Arc::new(GivesBackTheOldest(device))), Guest::new());
+    let (server, guest) = (Server::new(Arc::new(PutsBackOldest(device))), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
-    let mut ring = held(&client, &guest, features, 3);
-    assert_eq!(client.ring_base(0), ring.drained());
+    negotiate(&client, &guest, features);
+    let mut ring = start_with_requests_in_flight(&client, &guest, features, 3);
+    assert_eq!(client.ring_base(0), ring.drained_base());
     assert_eq!(ring.completions(3).len(), 3);
 }
 
 #[rstest]
 fn a_stopped_server_completes_and_publishes_requests_in_flight(#[values(SPLIT, PACKED)] features: u64) {
-    let (device, gate) = Held::new();
+    let (device, gate) = GatedDevice::new();
     let (mut server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
-    let mut ring = held(&client, &guest, features, 5);
+    negotiate(&client, &guest, features);
+    let mut ring = start_with_requests_in_flight(&client, &guest, features, 5);
     gate.write(1).unwrap();
-    server.end();
+    server.stop();
     assert_eq!(ring.completions(5).len(), 5);
     assert!(!server.folder.path().join("socket").exists(), "the socket file stays behind");
 }
 
 #[rstest]
 fn an_added_memory_region_is_usable_immediately_and_a_removed_one_is_not(#[values(SPLIT, PACKED)] features: u64) {
-    let (device, gate) = Held::new();
+    let (device, gate) = GatedDevice::new();
     gate.write(1).unwrap();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let mut ring = Ring::new(&guest, 0, 256, features);
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     ring.enable(&client, true);
     let fd = vhost_migrate::memory::sealed_memfd("more", 0x10_0000).unwrap();
     let region = vhost_migrate::memory::Region::share(fd, 2 << 30, 0x10_0000, 0).unwrap();
@@ -353,34 +355,34 @@ fn an_added_memory_region_is_usable_immediately_and_a_removed_one_is_not(#[value
 /// A base that nobody knows must not be made up.
 #[rstest]
 fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served(#[values(SPLIT, PACKED)] features: u64) {
-    let (device, gate) = Held::new();
+    let (device, gate) = GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.driver.add(&[], &[page(0)], None).unwrap().unwrap();
     // Outside memory, which this device is not made for.
     ring.driver.add(&[], &[Buffer { gpa: 1 << 50, len: 1 }], None).unwrap().unwrap();
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     ring.enable(&client, true);
     ring.kick();
     while guest.bytes(page(0).gpa, 1) != [0x5a] {
-        client.barrier();
+        client.wait_until_processed();
     }
-    client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+    client.send_body(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     assert!(client.is_closed());
     let (client, guest) = (server.connect(), Guest::new());
-    begin(&client, &guest, features);
-    let mut ring = held(&client, &guest, features, 10);
+    negotiate(&client, &guest, features);
+    let mut ring = start_with_requests_in_flight(&client, &guest, features, 10);
     gate.write(1).unwrap();
     ring.completions(10);
-    assert_eq!(client.ring_base(0), ring.drained());
+    assert_eq!(client.ring_base(0), ring.drained_base());
 }
 
 /// Fills what it may write with 0x5a, and then loses it: in a thread of its own, as after a panic there.
-struct Careless;
+struct DroppingDevice;
 
-impl VirtioDevice for Careless {
+impl VirtioDevice for DroppingDevice {
     fn features(&self) -> u64 {
         RING_FEATURES
     }
@@ -390,11 +392,11 @@ impl VirtioDevice for Careless {
     }
 
     fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(Careless))
+        Ok(Box::new(DroppingDevice))
     }
 }
 
-impl Queue for Careless {
+impl Queue for DroppingDevice {
     fn submit(&mut self, mut request: Request) {
         std::thread::spawn(move || {
             let filling = vec![0x5a; request.writable_len() as usize];
@@ -407,12 +409,12 @@ impl Queue for Careless {
 
 #[rstest]
 fn a_request_dropped_by_the_device_is_logged_and_returned_to_the_driver(#[values(SPLIT, PACKED)] features: u64) {
-    let (server, guest) = (Server::new(Arc::new(Careless)), Guest::new());
+    let (server, guest) = (Server::new(Arc::new(DroppingDevice)), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let log = install_log(&client, &guest);
     let mut ring = Ring::new(&guest, 0, 256, features);
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
     ring.enable(&client, true);
     for slot in 0..20 {

@@ -23,11 +23,11 @@ use vhost_migrate::ring::{
 };
 use zerocopy::IntoBytes;
 
-use crate::raw::{Client, DEADLINE, VERSION};
+use crate::raw::{DEADLINE, RawFrontend, VERSION};
 
 pub(crate) const LOG_ALL: u64 = 1 << 26;
-pub(crate) const BIT_30: u64 = 1 << 30;
-pub(crate) const BASIC: u64 = BIT_30 | bit(VIRTIO_F_VERSION_1);
+pub(crate) const PROTOCOL_FEATURES_BIT: u64 = 1 << 30;
+pub(crate) const BASIC: u64 = PROTOCOL_FEATURES_BIT | bit(VIRTIO_F_VERSION_1);
 /// What a driver of split rings acknowledges at least, and one of packed rings.
 pub(crate) const SPLIT: u64 = BASIC;
 pub(crate) const PACKED: u64 = BASIC | bit(VIRTIO_F_RING_PACKED);
@@ -77,7 +77,7 @@ impl Guest {
         payload
     }
 
-    pub(crate) fn send_table(&self, client: &Client) {
+    pub(crate) fn send_table(&self, client: &RawFrontend) {
         assert_eq!(client.acknowledged(Code::SET_MEM_TABLE, &self.table(), &self.fds()), 0);
     }
 
@@ -129,7 +129,7 @@ impl Ring {
     }
 
     /// The base of a ring that was never used.
-    pub(crate) fn start(&self) -> u32 {
+    pub(crate) fn initial_base(&self) -> u32 {
         RingBase::initial(self.features).bits()
     }
 
@@ -162,7 +162,7 @@ impl Ring {
     }
 
     /// Whether there is a completion that the driver has not taken.
-    pub(crate) fn is_answered(&self, guest: &Guest) -> bool {
+    pub(crate) fn has_completion(&self, guest: &Guest) -> bool {
         match self.driver.state() {
             DriverRingState::Split(state) => self.used_index(guest) != state.used,
             DriverRingState::Packed(state) => self.is_used(guest, state.used),
@@ -170,8 +170,8 @@ impl Ring {
     }
 
     /// Notes the first `count` requests of this ring as taken, in a region that is fresh: as a back-end which dies then.
-    pub(crate) fn take(&self, guest: &Guest, region: &inflight::InflightRegion, count: usize) {
-        Predecessor::of(self, guest, region, count);
+    pub(crate) fn take_requests(&self, guest: &Guest, region: &inflight::InflightRegion, count: usize) {
+        PreviousBackend::of(self, guest, region, count);
     }
 
     /// How many requests of this ring a region has in flight; `None` while it changes.
@@ -190,7 +190,7 @@ impl Ring {
     }
 
     /// The base when all its requests are complete.
-    pub(crate) fn drained(&self) -> u32 {
+    pub(crate) fn drained_base(&self) -> u32 {
         match self.driver.state() {
             DriverRingState::Split(state) => RingBase::split(state.avail).bits(),
             DriverRingState::Packed(state) => {
@@ -212,17 +212,17 @@ impl Ring {
     }
 
     /// NUM, BASE, ADDR, CALL and KICK (rule R6.1).
-    pub(crate) fn set_up(&self, client: &Client, guest: &Guest, base: u32) {
+    pub(crate) fn set_up(&self, client: &RawFrontend, guest: &Guest, base: u32) {
         let index = self.index;
         client.send(Code::SET_VRING_CALL, VERSION, u64::from(index).as_bytes(), &[self.call.as_fd()]);
-        client.tell(Code::SET_VRING_NUM, &VringState { index, num: self.layout.size.into() });
-        client.tell(Code::SET_VRING_BASE, &VringState { index, num: base });
-        client.tell(Code::SET_VRING_ADDR, &self.addr(guest));
+        client.send_body(Code::SET_VRING_NUM, &VringState { index, num: self.layout.size.into() });
+        client.send_body(Code::SET_VRING_BASE, &VringState { index, num: base });
+        client.send_body(Code::SET_VRING_ADDR, &self.addr(guest));
         client.send(Code::SET_VRING_KICK, VERSION, u64::from(index).as_bytes(), &[self.kick.as_fd()]);
     }
 
-    pub(crate) fn enable(&self, client: &Client, yes: bool) {
-        client.done(Code::SET_VRING_ENABLE, &VringState { index: self.index, num: yes.into() }, &[]);
+    pub(crate) fn enable(&self, client: &RawFrontend, yes: bool) {
+        client.send_acknowledged(Code::SET_VRING_ENABLE, &VringState { index: self.index, num: yes.into() }, &[]);
     }
 
     /// Makes what was added visible, and kicks if the device wants it.
@@ -254,7 +254,7 @@ impl Ring {
 }
 
 /// A back-end that serves a ring before another one does.
-pub(crate) struct Predecessor {
+pub(crate) struct PreviousBackend {
     device: DeviceRing,
     region: Tracker,
     /// Requests under way, with what names them in the region.
@@ -266,9 +266,9 @@ enum Tracker {
     Packed(inflight::PackedInflight),
 }
 
-impl Predecessor {
+impl PreviousBackend {
     /// One that takes the first `count` requests of `ring`, and notes them in a region that is fresh.
-    pub(crate) fn of(ring: &Ring, guest: &Guest, region: &inflight::InflightRegion, count: usize) -> Predecessor {
+    pub(crate) fn of(ring: &Ring, guest: &Guest, region: &inflight::InflightRegion, count: usize) -> PreviousBackend {
         let SplitLayout { size, desc, avail, used } = ring.layout;
         let layout = RingLayout::new(ring.features, size, desc, avail, used);
         let (index, base) = (ring.index as u16, RingBase::initial(ring.features));
@@ -293,7 +293,7 @@ impl Predecessor {
             };
             taken.push_back((chain, name));
         }
-        Predecessor { device, region, taken }
+        PreviousBackend { device, region, taken }
     }
 
     /// Completes the oldest request, as one that was well, and publishes it.
@@ -321,15 +321,15 @@ pub(crate) fn wait_for_error(error: &EventFd, what: &str) {
 }
 
 /// Connects far enough for rings to be set up: protocol features, owner, features, memory.
-pub(crate) fn begin(client: &Client, guest: &Guest, features: u64) {
-    begin_with(client, guest, features, PROTOCOL);
+pub(crate) fn negotiate(client: &RawFrontend, guest: &Guest, features: u64) {
+    negotiate_with(client, guest, features, PROTOCOL);
 }
 
-pub(crate) fn begin_with(client: &Client, guest: &Guest, features: u64, protocol: u64) {
-    client.tell(Code::SET_OWNER, &[0u8; 0]);
+pub(crate) fn negotiate_with(client: &RawFrontend, guest: &Guest, features: u64, protocol: u64) {
+    client.send_body(Code::SET_OWNER, &[0u8; 0]);
     // A device with a state has no STATUS.
-    client.tell(Code::SET_PROTOCOL_FEATURES, &(protocol & client.ask_number(Code::GET_PROTOCOL_FEATURES)));
-    client.done(Code::SET_FEATURES, &features, &[]);
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &(protocol & client.request_u64(Code::GET_PROTOCOL_FEATURES)));
+    client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
     guest.send_table(client);
 }
 
@@ -360,14 +360,14 @@ pub(crate) fn header(guest: &Guest, gpa: u64, request_type: u32, sector: u64) ->
 
 /// Where the parts of disk request number `slot` go: header, status, data. Status and data have pages of their own;
 /// the data, of up to 64 KiB, is in the second region.
-pub(crate) fn places(slot: u64) -> (u64, u64, u64) {
+pub(crate) fn request_addresses(slot: u64) -> (u64, u64, u64) {
     (0x60_0000 + slot * 16, 0x80_0000 + slot * LOG_PAGE, HIGH + slot * 0x1_0000)
 }
 
 impl Ring {
     /// Adds a read of `len` bytes from `sector` in `slot`.
     pub(crate) fn read(&mut self, guest: &Guest, slot: u64, sector: u64, len: u32) -> u16 {
-        let (head, status, data) = places(slot);
+        let (head, status, data) = request_addresses(slot);
         guest.memory.write(status, &[0xff]).unwrap();
         let head = header(guest, head, VIRTIO_BLK_T_IN, sector);
         let writable = [Buffer { gpa: data, len }, Buffer { gpa: status, len: 1 }];
@@ -376,7 +376,7 @@ impl Ring {
 
     /// Adds a write of `data` to `sector` in `slot`.
     pub(crate) fn write(&mut self, guest: &Guest, slot: u64, sector: u64, data: &[u8]) -> u16 {
-        let (head, status, at) = places(slot);
+        let (head, status, at) = request_addresses(slot);
         guest.memory.write(status, &[0xff]).unwrap();
         guest.memory.write(at, data).unwrap();
         let readable = [header(guest, head, VIRTIO_BLK_T_OUT, sector), Buffer { gpa: at, len: data.len() as u32 }];
@@ -385,36 +385,36 @@ impl Ring {
 }
 
 pub(crate) fn status(guest: &Guest, slot: u64) -> u8 {
-    guest.bytes(places(slot).1, 1)[0]
+    guest.bytes(request_addresses(slot).1, 1)[0]
 }
 
 /// A log for the guest, installed.
-pub(crate) fn install_log(client: &Client, guest: &Guest) -> Log {
+pub(crate) fn install_log(client: &RawFrontend, guest: &Guest) -> Log {
     let (log, fd) = Log::create(guest.memory.end()).unwrap();
     send_log(client, &log, &fd);
     log
 }
 
-pub(crate) fn send_log(client: &Client, log: &Log, fd: &OwnedFd) {
+pub(crate) fn send_log(client: &RawFrontend, log: &Log, fd: &OwnedFd) {
     let description = LogDescription { mmap_size: log.size(), mmap_offset: 0 };
     client.send(Code::SET_LOG_BASE, VERSION, description.as_bytes(), &[fd.as_fd()]);
     assert_eq!(client.reply(Code::SET_LOG_BASE), description.as_bytes(), "the 16 bytes that everybody takes (F7.1)");
 }
 
 /// LOG_ALL, then F_LOG on every ring, as front-ends do (rule L7.1).
-pub(crate) fn start_logging(client: &Client, guest: &Guest, features: u64, rings: &mut [&mut Ring], at: u64) {
-    client.done(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
+pub(crate) fn start_logging(client: &RawFrontend, guest: &Guest, features: u64, rings: &mut [&mut Ring], at: u64) {
+    client.send_acknowledged(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
     for ring in rings {
         ring.log_at = Some(at + u64::from(ring.index) * 0x10_0000);
-        client.done(Code::SET_VRING_ADDR, &ring.addr(guest), &[]);
+        client.send_acknowledged(Code::SET_VRING_ADDR, &ring.addr(guest), &[]);
     }
 }
 
-pub(crate) fn stop_logging(client: &Client, guest: &Guest, features: u64, rings: &mut [&mut Ring]) {
-    client.done(Code::SET_FEATURES, &features, &[]);
+pub(crate) fn stop_logging(client: &RawFrontend, guest: &Guest, features: u64, rings: &mut [&mut Ring]) {
+    client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
     for ring in rings {
         ring.log_at = None;
-        client.done(Code::SET_VRING_ADDR, &ring.addr(guest), &[]);
+        client.send_acknowledged(Code::SET_VRING_ADDR, &ring.addr(guest), &[]);
     }
 }
 
@@ -430,7 +430,7 @@ pub(crate) fn pages(gpa: u64, len: u64) -> impl Iterator<Item = u64> {
     gpa / LOG_PAGE..=(gpa + len - 1) / LOG_PAGE
 }
 
-pub(crate) fn add_region(client: &Client, region: &Region) -> u64 {
+pub(crate) fn add_region(client: &RawFrontend, region: &Region) -> u64 {
     let message = MemRegMsg { padding: 0, region: Guest::describe(region) };
     client.acknowledged(Code::ADD_MEM_REG, message.as_bytes(), &[region.shared().unwrap().0])
 }

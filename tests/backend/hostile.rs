@@ -12,25 +12,27 @@ use vhost_migrate::backend::MAX_FDS;
 use vhost_migrate::memory::{Region, sealed_memfd};
 use zerocopy::IntoBytes;
 
-use crate::guest::{Guest, HIGH, PACKED, PROTOCOL, Ring, SPLIT, add_region, begin, inflight_region, places, status};
-use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
+use crate::guest::{
+    Guest, HIGH, PACKED, PROTOCOL, Ring, SPLIT, add_region, inflight_region, negotiate, request_addresses, status,
+};
+use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::{Process, Server, disk_options};
 
 /// A message that must be refused with a number that is not 0, after which the connection goes on.
-struct Wrong {
+struct InvalidMessage {
     what: &'static str,
     code: Code,
     payload: Vec<u8>,
     fds: usize,
 }
 
-fn wrong(
+fn invalid(
     what: &'static str,
     code: Code,
     payload: &(impl IntoBytes + zerocopy::Immutable + ?Sized),
     fds: usize,
-) -> Wrong {
-    Wrong { what, code, payload: payload.as_bytes().to_vec(), fds }
+) -> InvalidMessage {
+    InvalidMessage { what, code, payload: payload.as_bytes().to_vec(), fds }
 }
 
 fn table(regions: &[MemoryRegion]) -> Vec<u8> {
@@ -44,7 +46,7 @@ fn region(guest_phys_addr: u64, memory_size: u64, userspace_addr: u64, mmap_offs
 }
 
 /// Messages that are wrong on a connection with memory and a running ring 0. The fds are of a memfd of 1 MiB.
-fn wrong_messages(guest: &Guest, ring: &Ring, features: u64) -> Vec<Wrong> {
+fn invalid_messages(guest: &Guest, ring: &Ring, features: u64) -> Vec<InvalidMessage> {
     const MIB: u64 = 1 << 20;
     let state = |index, num| VringState { index, num };
     let fine = VringAddr { index: 1, ..ring.addr(guest) };
@@ -63,87 +65,92 @@ fn wrong_messages(guest: &Guest, ring: &Ring, features: u64) -> Vec<Wrong> {
     let mut huge_count = table(&[region(0, MIB, 0, 0)]);
     huge_count[..4].copy_from_slice(&u32::MAX.to_le_bytes());
     let mut all = vec![
-        wrong("features that were not offered", Code::SET_FEATURES, &(features | 1 << 50), 0),
-        wrong("features that a running ring does not have", Code::SET_FEATURES, &(features ^ PACKED ^ SPLIT), 0),
-        wrong("protocol features that were not offered", Code::SET_PROTOCOL_FEATURES, &u64::MAX, 0),
-        wrong("a table without fds", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 0)]).as_slice(), 0),
-        wrong("a table with too many fds", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 0)]).as_slice(), 2),
-        wrong("a table shorter than it says", Code::SET_MEM_TABLE, more_than_sent.as_slice(), 2),
-        wrong("a table of 2^32 - 1 regions", Code::SET_MEM_TABLE, huge_count.as_slice(), 1),
-        wrong("a region larger than its file", Code::SET_MEM_TABLE, table(&[region(0, MIB + 1, 0, 0)]).as_slice(), 1),
-        wrong("a region beyond its file", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 4096)]).as_slice(), 1),
-        wrong("an offset that wraps", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, u64::MAX - 4095)]).as_slice(), 1),
-        wrong("an empty region", Code::SET_MEM_TABLE, table(&[region(0, 0, 0, 0)]).as_slice(), 1),
-        wrong("a region that wraps", Code::SET_MEM_TABLE, table(&[region(u64::MAX, MIB, 0, 0)]).as_slice(), 1),
-        wrong(
+        invalid("features that were not offered", Code::SET_FEATURES, &(features | 1 << 50), 0),
+        invalid("features that a running ring does not have", Code::SET_FEATURES, &(features ^ PACKED ^ SPLIT), 0),
+        invalid("protocol features that were not offered", Code::SET_PROTOCOL_FEATURES, &u64::MAX, 0),
+        invalid("a table without fds", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 0)]).as_slice(), 0),
+        invalid("a table with too many fds", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 0)]).as_slice(), 2),
+        invalid("a table shorter than it says", Code::SET_MEM_TABLE, more_than_sent.as_slice(), 2),
+        invalid("a table of 2^32 - 1 regions", Code::SET_MEM_TABLE, huge_count.as_slice(), 1),
+        invalid("a region larger than its file", Code::SET_MEM_TABLE, table(&[region(0, MIB + 1, 0, 0)]).as_slice(), 1),
+        invalid("a region beyond its file", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 4096)]).as_slice(), 1),
+        invalid(
+            "an offset that wraps",
+            Code::SET_MEM_TABLE,
+            table(&[region(0, MIB, 0, u64::MAX - 4095)]).as_slice(),
+            1,
+        ),
+        invalid("an empty region", Code::SET_MEM_TABLE, table(&[region(0, 0, 0, 0)]).as_slice(), 1),
+        invalid("a region that wraps", Code::SET_MEM_TABLE, table(&[region(u64::MAX, MIB, 0, 0)]).as_slice(), 1),
+        invalid(
             "overlapping regions",
             Code::SET_MEM_TABLE,
             table(&[region(0, MIB, 0, 0), region(MIB - 1, MIB, MIB, 0)]).as_slice(),
             2,
         ),
-        wrong("an added region that overlaps", Code::ADD_MEM_REG, &add(region(HIGH + 4096, MIB, 1 << 40, 0)), 1),
-        wrong("an added region without an fd", Code::ADD_MEM_REG, &add(region(1 << 40, MIB, 1 << 40, 0)), 0),
-        wrong("an added region with two fds", Code::ADD_MEM_REG, &add(region(1 << 40, MIB, 1 << 40, 0)), 2),
-        wrong("removal of a region that is not there", Code::REM_MEM_REG, &add(region(1 << 40, MIB, 0, 0)), 0),
-        wrong("a log without an fd", Code::SET_LOG_BASE, &log(4096, 0), 0),
-        wrong("a log larger than its file", Code::SET_LOG_BASE, &log(MIB + 1, 0), 1),
-        wrong("a log at the end of its file", Code::SET_LOG_BASE, &log(1, MIB), 1),
-        wrong("a log that wraps", Code::SET_LOG_BASE, &log(u64::MAX, 8), 1),
-        wrong("a log of no bytes", Code::SET_LOG_BASE, &log(0, 0), 1),
-        wrong("a size of 0", Code::SET_VRING_NUM, &state(1, 0), 0),
-        wrong("a size that wraps 16 bits", Code::SET_VRING_NUM, &state(1, 65536 + 64), 0),
-        wrong("a size larger than is offered", Code::SET_VRING_NUM, &state(1, 2048), 0),
-        wrong("the size of no ring", Code::SET_VRING_NUM, &state(2, 64), 0),
-        wrong("the base of no ring", Code::SET_VRING_BASE, &state(u32::MAX, 0), 0),
-        wrong("the enabling of no ring", Code::SET_VRING_ENABLE, &state(65536, 1), 0),
-        wrong("the kick of no ring", Code::SET_VRING_KICK, &255u64, 1),
-        wrong("a kick without an fd", Code::SET_VRING_KICK, &1u64, 0),
-        wrong("a call without an fd", Code::SET_VRING_CALL, &0u64, 0),
-        wrong("an error fd for no ring", Code::SET_VRING_ERR, &9u64, 1),
-        wrong("a call with two fds", Code::SET_VRING_CALL, &0u64, 2),
-        wrong("the stop of no ring", Code::GET_VRING_BASE, &state(7, 0), 0),
-        wrong("addresses of no ring", Code::SET_VRING_ADDR, &VringAddr { index: 2, ..fine }, 0),
-        wrong("a descriptor table outside memory", Code::SET_VRING_ADDR, &VringAddr { desc_user_addr: 8, ..fine }, 0),
-        wrong("a used ring that wraps", Code::SET_VRING_ADDR, &VringAddr { used_user_addr: u64::MAX, ..fine }, 0),
-        wrong(
+        invalid("an added region that overlaps", Code::ADD_MEM_REG, &add(region(HIGH + 4096, MIB, 1 << 40, 0)), 1),
+        invalid("an added region without an fd", Code::ADD_MEM_REG, &add(region(1 << 40, MIB, 1 << 40, 0)), 0),
+        invalid("an added region with two fds", Code::ADD_MEM_REG, &add(region(1 << 40, MIB, 1 << 40, 0)), 2),
+        invalid("removal of a region that is not there", Code::REM_MEM_REG, &add(region(1 << 40, MIB, 0, 0)), 0),
+        invalid("a log without an fd", Code::SET_LOG_BASE, &log(4096, 0), 0),
+        invalid("a log larger than its file", Code::SET_LOG_BASE, &log(MIB + 1, 0), 1),
+        invalid("a log at the end of its file", Code::SET_LOG_BASE, &log(1, MIB), 1),
+        invalid("a log that wraps", Code::SET_LOG_BASE, &log(u64::MAX, 8), 1),
+        invalid("a log of no bytes", Code::SET_LOG_BASE, &log(0, 0), 1),
+        invalid("a size of 0", Code::SET_VRING_NUM, &state(1, 0), 0),
+        invalid("a size that wraps 16 bits", Code::SET_VRING_NUM, &state(1, 65536 + 64), 0),
+        invalid("a size larger than is offered", Code::SET_VRING_NUM, &state(1, 2048), 0),
+        invalid("the size of no ring", Code::SET_VRING_NUM, &state(2, 64), 0),
+        invalid("the base of no ring", Code::SET_VRING_BASE, &state(u32::MAX, 0), 0),
+        invalid("the enabling of no ring", Code::SET_VRING_ENABLE, &state(65536, 1), 0),
+        invalid("the kick of no ring", Code::SET_VRING_KICK, &255u64, 1),
+        invalid("a kick without an fd", Code::SET_VRING_KICK, &1u64, 0),
+        invalid("a call without an fd", Code::SET_VRING_CALL, &0u64, 0),
+        invalid("an error fd for no ring", Code::SET_VRING_ERR, &9u64, 1),
+        invalid("a call with two fds", Code::SET_VRING_CALL, &0u64, 2),
+        invalid("the stop of no ring", Code::GET_VRING_BASE, &state(7, 0), 0),
+        invalid("addresses of no ring", Code::SET_VRING_ADDR, &VringAddr { index: 2, ..fine }, 0),
+        invalid("a descriptor table outside memory", Code::SET_VRING_ADDR, &VringAddr { desc_user_addr: 8, ..fine }, 0),
+        invalid("a used ring that wraps", Code::SET_VRING_ADDR, &VringAddr { used_user_addr: u64::MAX, ..fine }, 0),
+        invalid(
             "an available ring that leaves its region",
             Code::SET_VRING_ADDR,
             &VringAddr { avail_user_addr: guest.user(HIGH) + (16 << 20) - 2, ..fine },
             0,
         ),
-        wrong(
+        invalid(
             "a log address that is not aligned",
             Code::SET_VRING_ADDR,
             &VringAddr { flags: 1, log_guest_addr: 6, ..fine },
             0,
         ),
-        wrong(
+        invalid(
             "a log address that wraps",
             Code::SET_VRING_ADDR,
             &VringAddr { flags: 1, log_guest_addr: u64::MAX - 3, ..fine },
             0,
         ),
-        wrong("configuration written", Code::SET_CONFIG, [config(0, 4).as_bytes(), &[0; 4]].concat().as_slice(), 0),
-        wrong("configuration cut short", Code::SET_CONFIG, [config(0, 8).as_bytes(), &[0; 4]].concat().as_slice(), 0),
-        wrong("an inflight region without an fd", Code::SET_INFLIGHT_FD, &inflight(1 << 16, 0, 1, 256), 0),
-        wrong("an inflight region too small", Code::SET_INFLIGHT_FD, &inflight(64, 0, 1, 256), 1),
-        wrong("an inflight region beyond its file", Code::SET_INFLIGHT_FD, &inflight(1 << 20, MIB, 1, 256), 1),
-        wrong("an inflight region for no queue", Code::SET_INFLIGHT_FD, &inflight(1 << 16, 0, 0, 256), 1),
-        wrong("an inflight region for three queues", Code::SET_INFLIGHT_FD, &inflight(1 << 16, 0, 3, 256), 1),
-        wrong("an inflight region for rings of 0", Code::SET_INFLIGHT_FD, &inflight(1 << 16, 0, 1, 0), 1),
-        wrong("a back-end channel without an fd", Code::SET_BACKEND_REQ_FD, &[0u8; 0], 0),
-        wrong("postcopy, which is not offered", Code::POSTCOPY_ADVISE, &[0u8; 0], 0),
-        wrong("device state, which is not offered", Code::SET_DEVICE_STATE_FD, &0u64, 1),
-        wrong("in-band notifications alone", Code::SET_PROTOCOL_FEATURES, &(1u64 << 14 | 1 << 3), 0),
-        wrong("an in-band kick, which was not agreed on", Code::VRING_KICK, &state(0, 0), 0),
-        wrong("the byte order of a legacy ring, which is not offered", Code::SET_VRING_ENDIAN, &state(1, 1), 0),
-        wrong("a back-end channel that is a file", Code::SET_BACKEND_REQ_FD, &[0u8; 0], 1),
-        wrong("an address translation, which is not offered", Code::IOTLB_MSG, &[0u8; 32], 0),
-        wrong("a request that nobody knows", Code(4711), &[1u8; 100], 3),
-        wrong("request 0", Code(0), &[0u8; 0], 0),
+        invalid("configuration written", Code::SET_CONFIG, [config(0, 4).as_bytes(), &[0; 4]].concat().as_slice(), 0),
+        invalid("configuration cut short", Code::SET_CONFIG, [config(0, 8).as_bytes(), &[0; 4]].concat().as_slice(), 0),
+        invalid("an inflight region without an fd", Code::SET_INFLIGHT_FD, &inflight(1 << 16, 0, 1, 256), 0),
+        invalid("an inflight region too small", Code::SET_INFLIGHT_FD, &inflight(64, 0, 1, 256), 1),
+        invalid("an inflight region beyond its file", Code::SET_INFLIGHT_FD, &inflight(1 << 20, MIB, 1, 256), 1),
+        invalid("an inflight region for no queue", Code::SET_INFLIGHT_FD, &inflight(1 << 16, 0, 0, 256), 1),
+        invalid("an inflight region for three queues", Code::SET_INFLIGHT_FD, &inflight(1 << 16, 0, 3, 256), 1),
+        invalid("an inflight region for rings of 0", Code::SET_INFLIGHT_FD, &inflight(1 << 16, 0, 1, 0), 1),
+        invalid("a back-end channel without an fd", Code::SET_BACKEND_REQ_FD, &[0u8; 0], 0),
+        invalid("postcopy, which is not offered", Code::POSTCOPY_ADVISE, &[0u8; 0], 0),
+        invalid("device state, which is not offered", Code::SET_DEVICE_STATE_FD, &0u64, 1),
+        invalid("in-band notifications alone", Code::SET_PROTOCOL_FEATURES, &(1u64 << 14 | 1 << 3), 0),
+        invalid("an in-band kick, which was not agreed on", Code::VRING_KICK, &state(0, 0), 0),
+        invalid("the byte order of a legacy ring, which is not offered", Code::SET_VRING_ENDIAN, &state(1, 1), 0),
+        invalid("a back-end channel that is a file", Code::SET_BACKEND_REQ_FD, &[0u8; 0], 1),
+        invalid("an address translation, which is not offered", Code::IOTLB_MSG, &[0u8; 32], 0),
+        invalid("a request that nobody knows", Code(4711), &[1u8; 100], 3),
+        invalid("request 0", Code(0), &[0u8; 0], 0),
     ];
     if features == SPLIT {
-        all.push(wrong("a size that is no power of two", Code::SET_VRING_NUM, &state(1, 100), 0));
+        all.push(invalid("a size that is no power of two", Code::SET_VRING_NUM, &state(1, 100), 0));
     }
     // Whatever carries a payload is refused without it.
     for code in [
@@ -167,7 +174,7 @@ fn wrong_messages(guest: &Guest, ring: &Ring, features: u64) -> Vec<Wrong> {
         Code::GET_INFLIGHT_FD,
         Code::SET_INFLIGHT_FD,
     ] {
-        all.push(wrong("a message cut short", code, &[1u8; 3], 1));
+        all.push(invalid("a message cut short", code, &[1u8; 3], 1));
     }
     // A disk has no such thing, or it was not agreed on.
     for code in [
@@ -185,37 +192,37 @@ fn wrong_messages(guest: &Guest, ring: &Ring, features: u64) -> Vec<Wrong> {
         Code::GET_SHMEM_CONFIG,
         Code::GET_VRING_BASE_SKIP_DRAIN,
     ] {
-        all.push(wrong("what a disk does not do", code, &[0u8; 8], 0));
+        all.push(invalid("what a disk does not do", code, &[0u8; 8], 0));
     }
     all
 }
 
-pub(crate) fn with_running_ring(client: &Client, guest: &Guest, features: u64) -> Ring {
-    begin(client, guest, features);
+pub(crate) fn start_ring(client: &RawFrontend, guest: &Guest, features: u64) -> Ring {
+    negotiate(client, guest, features);
     let ring = Ring::new(guest, 0, 256, features);
-    ring.set_up(client, guest, ring.start());
+    ring.set_up(client, guest, ring.initial_base());
     ring.enable(client, true);
-    client.done(Code::SET_VRING_NUM, &VringState { index: 1, num: 256 }, &[]);
+    client.send_acknowledged(Code::SET_VRING_NUM, &VringState { index: 1, num: 256 }, &[]);
     ring
 }
 
-pub(crate) fn works(guest: &Guest, ring: &mut Ring) {
+pub(crate) fn assert_ring_works(guest: &Guest, ring: &mut Ring) {
     ring.read(guest, 0, 1, 512);
     ring.kick();
     ring.completion();
-    assert_eq!((status(guest, 0), guest.bytes(places(0).2, 8)), (0, 1u64.to_le_bytes().to_vec()));
+    assert_eq!((status(guest, 0), guest.bytes(request_addresses(0).2, 8)), (0, 1u64.to_le_bytes().to_vec()));
 }
 
 #[rstest]
 fn every_invalid_message_is_refused_and_the_ring_continues(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
-    let mut ring = with_running_ring(&client, &guest, features);
+    let mut ring = start_ring(&client, &guest, features);
     let file = sealed_memfd("hostile", 1 << 20).unwrap();
-    for Wrong { what, code, payload, fds } in wrong_messages(&guest, &ring, features) {
+    for InvalidMessage { what, code, payload, fds } in invalid_messages(&guest, &ring, features) {
         let fds: Vec<BorrowedFd<'_>> = (0..fds).map(|_| file.as_fd()).collect();
         assert_ne!(client.acknowledged(code, &payload, &fds), 0, "{what} was taken");
-        works(&guest, &mut ring);
+        assert_ring_works(&guest, &mut ring);
     }
 }
 
@@ -239,8 +246,8 @@ fn an_invalid_message_without_need_reply_is_ignored_unless_it_requires_a_reply(#
         Code::GET_VRING_BASE_SKIP_DRAIN,
     ];
     let mut client = server.connect();
-    let mut ring = with_running_ring(&client, &guest, features);
-    for Wrong { what, code, payload, fds } in wrong_messages(&guest, &ring, features) {
+    let mut ring = start_ring(&client, &guest, features);
+    for InvalidMessage { what, code, payload, fds } in invalid_messages(&guest, &ring, features) {
         let fds: Vec<BorrowedFd<'_>> = (0..fds).map(|_| file.as_fd()).collect();
         client.send(code, VERSION, &payload, &fds);
         if owed.contains(&code) {
@@ -250,12 +257,12 @@ fn an_invalid_message_without_need_reply_is_ignored_unless_it_requires_a_reply(#
             } else {
                 assert!(client.is_closed(), "{what} was passed over");
                 client = server.connect();
-                ring = with_running_ring(&client, &guest, features);
+                ring = start_ring(&client, &guest, features);
             }
         } else {
-            client.barrier();
+            client.wait_until_processed();
         }
-        works(&guest, &mut ring);
+        assert_ring_works(&guest, &mut ring);
     }
 }
 
@@ -283,7 +290,7 @@ fn an_invalid_header_closes_the_connection_and_the_next_one_is_served() {
         client.socket.shutdown(std::net::Shutdown::Write).unwrap();
         assert!(client.is_closed());
     }
-    server.connect().barrier();
+    server.connect().wait_until_processed();
 }
 
 #[test]
@@ -291,7 +298,7 @@ fn an_unexpected_reply_is_ignored() {
     let server = Server::disk(1 << 20, |_| {});
     let client = server.connect();
     client.send(Code::SET_FEATURES, VERSION | Header::FLAG_REPLY, &[0; 8], &[]);
-    client.barrier();
+    client.wait_until_processed();
 }
 
 #[rstest]
@@ -309,14 +316,14 @@ fn an_inflight_region_with_random_contents_is_refused_at_ring_start(#[values(SPL
         bytes[8..12].copy_from_slice(&[1, 0, 0, 1]);
         std::os::unix::fs::FileExt::write_all_at(&std::fs::File::from(fd.try_clone().unwrap()), &bytes, 0).unwrap();
         let client = server.connect();
-        begin(&client, &guest, features);
-        client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+        negotiate(&client, &guest, features);
+        client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
         let ring = Ring::new(&guest, 0, 256, features);
-        ring.set_up(&client, &guest, ring.start());
+        ring.set_up(&client, &guest, ring.initial_base());
         let enable = VringState { index: 0, num: 1 };
         let refused = client.acknowledged(Code::SET_VRING_ENABLE, enable.as_bytes(), &[]);
         assert_eq!(refused, 1, "noise {round} was taken for requests");
-        client.barrier();
+        client.wait_until_processed();
     }
 }
 
@@ -328,15 +335,15 @@ fn invalid_messages_leak_no_fd_and_do_not_end_the_process() {
     let mut process = Process::start(&socket, &options.image, &["--queues", "2"]);
     let file = sealed_memfd("hostile", 1 << 20).unwrap();
     let idle = || {
-        let client = Client::connect(&socket);
-        client.barrier();
+        let client = RawFrontend::connect(&socket);
+        client.wait_until_processed();
         process.open_fds()
     };
     let before = idle();
     for (flags, more_fds) in [(VERSION, 0), (NEED_REPLY, 0), (VERSION, MAX_FDS), (NEED_REPLY, MAX_FDS)] {
-        let mut client = Client::connect(&socket);
-        let mut ring = with_running_ring(&client, &guest, SPLIT);
-        for Wrong { code, payload, fds, .. } in wrong_messages(&guest, &ring, SPLIT) {
+        let mut client = RawFrontend::connect(&socket);
+        let mut ring = start_ring(&client, &guest, SPLIT);
+        for InvalidMessage { code, payload, fds, .. } in invalid_messages(&guest, &ring, SPLIT) {
             let fds: Vec<BorrowedFd<'_>> = (0..(fds + more_fds).min(MAX_FDS)).map(|_| file.as_fd()).collect();
             client.send(code, flags, &payload, &fds);
             // What comes after is read, or the connection has ended already.
@@ -344,14 +351,14 @@ fn invalid_messages_leak_no_fd_and_do_not_end_the_process() {
             let _ = client.try_send_bytes(&[header.as_bytes(), PROTOCOL.as_bytes()].concat(), &[]);
             client.socket.shutdown(std::net::Shutdown::Write).unwrap();
             while !client.is_closed() {}
-            client = Client::connect(&socket);
-            ring = with_running_ring(&client, &guest, SPLIT);
-            works(&guest, &mut ring);
+            client = RawFrontend::connect(&socket);
+            ring = start_ring(&client, &guest, SPLIT);
+            assert_ring_works(&guest, &mut ring);
         }
     }
     assert_eq!(idle(), before, "file descriptors are left open");
     process.child.kill().unwrap();
-    let errors = process.errors();
+    let errors = process.stderr();
     assert!(errors.contains("(rule L2.2)") && errors.contains("(rule M1.5)"), "errors name their rules: {errors}");
     assert!(!errors.contains("panicked"), "{errors}");
 }
@@ -362,17 +369,17 @@ fn thousands_of_memory_table_changes_leak_nothing_and_every_slot_is_usable() {
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
     let process = Process::start(&socket, &options.image, &["--queues", "2"]);
-    let client = Client::connect(&socket);
-    let mut ring = with_running_ring(&client, &guest, SPLIT);
+    let client = RawFrontend::connect(&socket);
+    let mut ring = start_ring(&client, &guest, SPLIT);
     let before = (process.open_fds(), process.mapped_files());
     for change in 0..3000 {
         guest.send_table(&client);
         if change % 100 == 0 {
-            works(&guest, &mut ring);
+            assert_ring_works(&guest, &mut ring);
         }
     }
     assert_eq!((process.open_fds(), process.mapped_files()), before);
-    let slots = client.ask_number(Code::GET_MAX_MEM_SLOTS) - guest.memory.regions().len() as u64;
+    let slots = client.request_u64(Code::GET_MAX_MEM_SLOTS) - guest.memory.regions().len() as u64;
     let fd = sealed_memfd("slots", 0x1000).unwrap();
     let regions: Vec<_> = (0..=slots)
         .map(|slot| Region::share(fd.try_clone().unwrap(), (3 << 30) + (slot << 16), 0x1000, 0).unwrap())
@@ -382,12 +389,12 @@ fn thousands_of_memory_table_changes_leak_nothing_and_every_slot_is_usable() {
         assert_eq!(add_region(&client, region), 0);
     }
     assert_ne!(add_region(&client, last), 0, "more slots than there are");
-    works(&guest, &mut ring);
+    assert_ring_works(&guest, &mut ring);
     for region in rest {
         let message = MemRegMsg { padding: 0, region: Guest::describe(region) };
         assert_eq!(client.acknowledged(Code::REM_MEM_REG, message.as_bytes(), &[]), 0);
     }
-    works(&guest, &mut ring);
+    assert_ring_works(&guest, &mut ring);
     assert_eq!((process.open_fds(), process.mapped_files()), before);
 }
 
@@ -398,9 +405,9 @@ fn queued_connections_do_not_disturb_the_served_one(#[values(SPLIT, PACKED)] fea
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
     let mut process = Process::start(&socket, &options.image, &["--queues", "2"]);
-    let client = Client::connect(&socket);
-    let mut ring = with_running_ring(&client, &guest, features);
-    works(&guest, &mut ring);
+    let client = RawFrontend::connect(&socket);
+    let mut ring = start_ring(&client, &guest, features);
+    assert_ring_works(&guest, &mut ring);
     let before = (process.open_fds(), process.mapped_files());
     let file = sealed_memfd("hostile", 1 << 20).unwrap();
     let fds = vec![file.as_fd(); MAX_FDS];
@@ -415,28 +422,28 @@ fn queued_connections_do_not_disturb_the_served_one(#[values(SPLIT, PACKED)] fea
     ];
     let mut waiting = Vec::new();
     for number in 0..30 {
-        let next = Client::connect(&socket);
+        let next = RawFrontend::connect(&socket);
         let (bytes, fds) = garbage[number % garbage.len()];
         next.send_bytes(bytes, fds);
         if number % 3 != 0 {
             waiting.push(next);
         }
-        works(&guest, &mut ring);
+        assert_ring_works(&guest, &mut ring);
         assert_eq!((process.open_fds(), process.mapped_files()), before, "what waits was let in");
     }
-    client.barrier();
-    assert_eq!(client.ring_base(0), ring.drained());
+    client.wait_until_processed();
+    assert_eq!(client.ring_base(0), ring.drained_base());
     client.socket.set_nonblocking(true).unwrap();
     let more = std::io::Read::read(&mut &client.socket, &mut [0]).unwrap_err();
     assert_eq!(more.kind(), std::io::ErrorKind::WouldBlock, "an answer to somebody else");
     // Each has its turn then, and is rid of.
     drop((client, waiting));
-    let next = Client::connect(&socket);
-    let mut ring = with_running_ring(&next, &guest, features);
-    works(&guest, &mut ring);
+    let next = RawFrontend::connect(&socket);
+    let mut ring = start_ring(&next, &guest, features);
+    assert_ring_works(&guest, &mut ring);
     assert_eq!((process.open_fds(), process.mapped_files()), before);
     process.child.kill().unwrap();
-    let errors = process.errors();
+    let errors = process.stderr();
     assert!(errors.contains("the connection is closed") && !errors.contains("panicked"), "{errors}");
 }
 
@@ -452,13 +459,13 @@ fn a_front_end_that_stalls_within_a_message_is_disconnected_and_an_idle_one_is_n
     let (idle, half, slow, deaf) = (server(), server(), server(), server());
     let guest = Guest::new();
     let silent = idle.connect();
-    let mut ring = with_running_ring(&silent, &guest, SPLIT);
+    let mut ring = start_ring(&silent, &guest, SPLIT);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let stalled = patient(&half);
             stalled.send_bytes(&long.as_bytes()[..5], &[]);
             let next = patient(&half);
-            next.barrier();
+            next.wait_until_processed();
             assert!(stalled.is_closed());
         });
         scope.spawn(|| {
@@ -472,7 +479,7 @@ fn a_front_end_that_stalls_within_a_message_is_disconnected_and_an_idle_one_is_n
                         std::thread::sleep(std::time::Duration::from_millis(100));
                     }
                 });
-                next.barrier();
+                next.wait_until_processed();
                 cut_off.store(true, Relaxed);
             });
             assert!(stalled.is_closed());
@@ -491,18 +498,18 @@ fn a_front_end_that_stalls_within_a_message_is_disconnected_and_an_idle_one_is_n
                         }
                     }
                 });
-                next.barrier();
+                next.wait_until_processed();
                 cut_off.store(true, Relaxed);
             });
         });
     });
     // More than any deadline has passed.
-    works(&guest, &mut ring);
+    assert_ring_works(&guest, &mut ring);
     let next = patient(&idle);
     next.send(Code::GET_FEATURES, VERSION, &[], &[]);
     next.socket.set_nonblocking(true).unwrap();
-    works(&guest, &mut ring);
-    silent.barrier();
+    assert_ring_works(&guest, &mut ring);
+    silent.wait_until_processed();
     let waits = std::io::Read::read(&mut &next.socket, &mut [0]).unwrap_err();
     assert_eq!(waits.kind(), std::io::ErrorKind::WouldBlock, "the first one was not disturbed");
     next.socket.set_nonblocking(false).unwrap();

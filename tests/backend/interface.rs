@@ -7,8 +7,8 @@ use vhost_migrate::abi::virtio::{
 };
 use vhost_migrate::ring::Buffer;
 
-use crate::guest::{Guest, HIGH, Ring, begin};
-use crate::raw::Client;
+use crate::guest::{Guest, HIGH, Ring, negotiate};
+use crate::raw::RawFrontend;
 
 /// The ring behind both pairs.
 pub(crate) const CONTROL: u32 = 4;
@@ -24,38 +24,38 @@ pub(crate) fn interface_features(rings: u64) -> u64 {
 }
 
 /// An interface of two pairs that hear themselves, and its control queue behind them.
-pub(crate) struct Interface {
-    pub(crate) client: Client,
+pub(crate) struct LoopbackNetGuest {
+    pub(crate) client: RawFrontend,
     pub(crate) guest: Guest,
     features: u64,
     pub(crate) rings: Vec<Ring>,
     seed: u8,
 }
 
-impl Interface {
-    pub(crate) fn new(client: Client, features: u64) -> Interface {
+impl LoopbackNetGuest {
+    pub(crate) fn new(client: RawFrontend, features: u64) -> LoopbackNetGuest {
         let guest = Guest::new();
-        begin(&client, &guest, features);
-        Interface::begun(client, guest, features)
+        negotiate(&client, &guest, features);
+        LoopbackNetGuest::on_connection(client, guest, features)
     }
 
     /// The same on a connection that has memory and features.
-    pub(crate) fn begun(client: Client, guest: Guest, features: u64) -> Interface {
+    pub(crate) fn on_connection(client: RawFrontend, guest: Guest, features: u64) -> LoopbackNetGuest {
         let rings = (0..=CONTROL).map(|index| {
             let ring = Ring::new(&guest, index, 256, features);
-            ring.set_up(&client, &guest, ring.start());
+            ring.set_up(&client, &guest, ring.initial_base());
             ring.enable(&client, true);
             ring
         });
         let rings = rings.collect();
-        let mut net = Interface { client, guest, features, rings, seed: 0 };
+        let mut net = LoopbackNetGuest { client, guest, features, rings, seed: 0 };
         net.ask(&[VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, 2, 0]);
         net
     }
 
-    pub(crate) fn renew(&mut self, index: u32) {
+    pub(crate) fn restart_ring(&mut self, index: u32) {
         let ring = Ring::new(&self.guest, index, 256, self.features);
-        ring.set_up(&self.client, &self.guest, ring.start());
+        ring.set_up(&self.client, &self.guest, ring.initial_base());
         self.rings[index as usize] = ring;
     }
 

@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 
 use crate::guest::{BASIC, Guest, HIGH, REGION, Ring};
 use crate::iommu_load::{Slot, bytes, contents};
-use crate::iommu_space::{BASE, FEATURES, Space};
+use crate::iommu_space::{BASE, FEATURES, IommuGuest};
 use crate::server::Server;
 
 const DISK: u64 = 4 << 20;
@@ -19,8 +19,8 @@ fn server() -> Server {
 }
 
 /// One read, whose data is looked for where the IOMMU says that it is.
-fn is_served(space: &Space, ring: &mut Ring, sector: u64) {
-    let memory = space.view(Slot(0).at(), Slot::BYTES);
+fn assert_read(space: &IommuGuest, ring: &mut Ring, sector: u64) {
+    let memory = space.driver_memory(Slot(0).at(), Slot::BYTES);
     Slot(0).add(ring, &memory, VIRTIO_BLK_T_IN, sector, 1024, false);
     ring.kick();
     ring.completion();
@@ -28,7 +28,7 @@ fn is_served(space: &Space, ring: &mut Ring, sector: u64) {
 }
 
 /// The pages of a request go elsewhere, and nobody says so. The driver fills the old ones.
-fn moves_in_silence(space: &Space, to: u64) -> Vec<u64> {
+fn remap_silently(space: &IommuGuest, to: u64) -> Vec<u64> {
     let pages = Slot(0).at() / LOG_PAGE..(Slot(0).at() + Slot::BYTES) / LOG_PAGE;
     let old: Vec<u64> = pages.clone().map(|page| space.gpa(page * LOG_PAGE)).collect();
     let mut map = space.iommu.map.lock().unwrap();
@@ -41,7 +41,7 @@ fn moves_in_silence(space: &Space, to: u64) -> Vec<u64> {
     old
 }
 
-fn assert_untouched(space: &Space, pages: &[u64]) {
+fn assert_untouched(space: &IommuGuest, pages: &[u64]) {
     for gpa in pages {
         let is_as_it_was = space.guest.bytes(*gpa, LOG_PAGE as usize).iter().all(|byte| *byte == 0xee);
         assert!(is_as_it_was, "{gpa:#x} was written by an old translation");
@@ -52,15 +52,15 @@ fn assert_untouched(space: &Space, pages: &[u64]) {
 fn a_stopped_device_requests_every_translation_again_when_restarted() {
     for features in BOTH {
         let server = server();
-        let space = Space::new(server.connect(), FEATURES | features);
+        let space = IommuGuest::new(server.connect(), FEATURES | features);
         let mut ring = space.ring(0, 256, features);
-        space.start(&ring, ring.start());
-        is_served(&space, &mut ring, 1);
+        space.start(&ring, ring.initial_base());
+        assert_read(&space, &mut ring, 1);
         ring.enable(&space.client, false);
         let base = space.client.ring_base(0);
-        let old = moves_in_silence(&space, BASE + (12 << 20));
+        let old = remap_silently(&space, BASE + (12 << 20));
         space.start(&ring, base);
-        is_served(&space, &mut ring, 7);
+        assert_read(&space, &mut ring, 7);
         assert_untouched(&space, &old);
     }
 }
@@ -68,17 +68,17 @@ fn a_stopped_device_requests_every_translation_again_when_restarted() {
 #[test]
 fn acknowledging_access_platform_again_discards_all_translations() {
     let server = server();
-    let space = Space::new(server.connect(), FEATURES);
+    let space = IommuGuest::new(server.connect(), FEATURES);
     let mut ring = space.ring(0, 256, 0);
     space.start(&ring, 0);
-    is_served(&space, &mut ring, 1);
+    assert_read(&space, &mut ring, 1);
     // Disabled, and no more.
     ring.enable(&space.client, false);
-    space.client.done(Code::SET_FEATURES, &BASIC, &[]);
-    let old = moves_in_silence(&space, BASE + (12 << 20));
-    space.client.done(Code::SET_FEATURES, &FEATURES, &[]);
+    space.client.send_acknowledged(Code::SET_FEATURES, &BASIC, &[]);
+    let old = remap_silently(&space, BASE + (12 << 20));
+    space.client.send_acknowledged(Code::SET_FEATURES, &FEATURES, &[]);
     ring.enable(&space.client, true);
-    is_served(&space, &mut ring, 7);
+    assert_read(&space, &mut ring, 7);
     assert_untouched(&space, &old);
     assert_eq!(space.client.ring_base(0), 2);
 }
@@ -88,11 +88,11 @@ fn acknowledging_access_platform_again_discards_all_translations() {
 fn a_new_memory_table_discards_translations_to_old_addresses() {
     for features in BOTH {
         let server = server();
-        let space = Space::new(server.connect(), FEATURES | features);
+        let space = IommuGuest::new(server.connect(), FEATURES | features);
         let mut ring = space.ring(0, 256, features);
-        space.start(&ring, ring.start());
-        is_served(&space, &mut ring, 1);
-        let memory = space.view(Slot(0).at(), Slot::BYTES);
+        space.start(&ring, ring.initial_base());
+        assert_read(&space, &mut ring, 1);
+        let memory = space.driver_memory(Slot(0).at(), Slot::BYTES);
         let (low, high) = (space.guest.user(0), space.guest.user(HIGH));
         let other = |user: u64| if user == low { high } else { low };
         for (user, _) in space.iommu.map.lock().unwrap().values_mut() {

@@ -8,7 +8,7 @@ use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
 use crate::guest::Ring;
-use crate::iommu_space::{DATA, Dice};
+use crate::iommu_space::{DATA, Random};
 
 /// What a disk of [`crate::server::Server`] has at first.
 pub(crate) fn contents(sector: u64, len: u64) -> Vec<u8> {
@@ -71,18 +71,18 @@ impl Slot {
 }
 
 /// Random reads and writes of a disk, and what they change.
-pub(crate) struct Load {
-    dice: Dice,
+pub(crate) struct DiskLoad {
+    dice: Random,
     pub(crate) disk: Vec<u8>,
     /// Pages that the device has written, and those that the driver has.
     pub(crate) by_device: BTreeSet<u64>,
     pub(crate) by_driver: BTreeSet<u64>,
 }
 
-impl Load {
+impl DiskLoad {
     /// For a fresh disk of `bytes`.
-    pub(crate) fn new(bytes: u64) -> Load {
-        Load { dice: Dice(1), disk: contents(0, bytes), by_device: BTreeSet::new(), by_driver: BTreeSet::new() }
+    pub(crate) fn new(bytes: u64) -> DiskLoad {
+        DiskLoad { dice: Random(1), disk: contents(0, bytes), by_device: BTreeSet::new(), by_driver: BTreeSet::new() }
     }
 
     /// Eight requests at once, all of which must be right. `memory` is the driver's, and `pages` are the guest-physical

@@ -21,7 +21,7 @@ use vhost_migrate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::guest::{BASIC, Guest, HIGH, PROTOCOL, REGION, Ring};
-use crate::raw::{Client, VERSION};
+use crate::raw::{RawFrontend, VERSION};
 
 /// All I/O virtual addresses begin here, where there is no guest memory.
 pub(crate) const BASE: u64 = 0x70_0000_0000;
@@ -32,9 +32,9 @@ pub(crate) const FEATURES: u64 = BASIC | bit(VIRTIO_F_ACCESS_PLATFORM);
 pub(crate) const CHANNEL: u64 = PROTOCOL | bit(protocol_feature::BACKEND_REQ);
 
 /// Numbers that look random and are the same in every run.
-pub(crate) struct Dice(pub(crate) u64);
+pub(crate) struct Random(pub(crate) u64);
 
-impl Dice {
+impl Random {
     pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % limit
@@ -42,17 +42,17 @@ impl Dice {
 }
 
 /// A guest behind an IOMMU, and its connection.
-pub(crate) struct Space {
+pub(crate) struct IommuGuest {
     pub(crate) guest: Guest,
-    pub(crate) client: Client,
+    pub(crate) client: RawFrontend,
     pub(crate) iommu: Arc<Iommu>,
     thread: Option<JoinHandle<()>>,
-    ear: Option<UnixStream>,
+    channel: Option<UnixStream>,
 }
 
 /// What it does with misses.
 pub(crate) struct Iommu {
-    updates: Client,
+    updates: RawFrontend,
     /// User address and permission, by I/O virtual page.
     pub(crate) map: Mutex<BTreeMap<u64, (u64, u8)>>,
     pub(crate) silent: AtomicBool,
@@ -63,10 +63,10 @@ pub(crate) struct Iommu {
 impl Iommu {
     /// An update or an invalidation, without waiting.
     pub(crate) fn tell(&self, message: &IotlbMsg) {
-        self.updates.tell(Code::IOTLB_MSG, message);
+        self.updates.send_body(Code::IOTLB_MSG, message);
     }
 
-    fn answers(&self, mut ear: UnixStream) {
+    fn serve_misses(&self, mut ear: UnixStream) {
         let mut head = [0; size_of::<Header>()];
         while ear.read_exact(&mut head).is_ok() {
             let header: Header = zerocopy::transmute!(head);
@@ -78,7 +78,7 @@ impl Iommu {
                 VHOST_IOTLB_MISS if self.silent.load(Ordering::SeqCst) => continue,
                 VHOST_IOTLB_MISS => {
                     self.misses.fetch_add(1, Ordering::SeqCst);
-                    self.answer(&asked)
+                    self.send_translation(&asked)
                 }
                 VHOST_IOTLB_ACCESS_FAIL => {
                     self.failures.fetch_add(1, Ordering::SeqCst);
@@ -94,7 +94,7 @@ impl Iommu {
     }
 
     /// Sends the translation, before anybody can change it.
-    fn answer(&self, asked: &IotlbMsg) -> bool {
+    fn send_translation(&self, asked: &IotlbMsg) -> bool {
         let map = self.map.lock().unwrap();
         let page = asked.iova / LOG_PAGE;
         let Some((uaddr, perm)) = map.get(&page).copied() else { return false };
@@ -111,36 +111,36 @@ pub(crate) fn invalidate(iova: u64, size: u64) -> IotlbMsg {
     IotlbMsg { iova, size, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() }
 }
 
-impl Space {
+impl IommuGuest {
     /// Connects, and maps 16 MiB of I/O virtual addresses from [`BASE`] and 8 MiB from [`DATA`] to pages of both regions.
-    pub(crate) fn new(client: Client, features: u64) -> Space {
-        Space::of(Guest::new(), client, features)
+    pub(crate) fn new(client: RawFrontend, features: u64) -> IommuGuest {
+        IommuGuest::of(Guest::new(), client, features)
     }
 
-    pub(crate) fn of(guest: Guest, client: Client, features: u64) -> Space {
-        client.tell(Code::SET_OWNER, &[0u8; 0]);
-        client.tell(Code::SET_PROTOCOL_FEATURES, &CHANNEL);
+    pub(crate) fn of(guest: Guest, client: RawFrontend, features: u64) -> IommuGuest {
+        client.send_body(Code::SET_OWNER, &[0u8; 0]);
+        client.send_body(Code::SET_PROTOCOL_FEATURES, &CHANNEL);
         let (ours, theirs) = UnixStream::pair().unwrap();
-        client.done(Code::SET_BACKEND_REQ_FD, &[0u8; 0], &[theirs.as_fd()]);
-        client.done(Code::SET_FEATURES, &features, &[]);
+        client.send_acknowledged(Code::SET_BACKEND_REQ_FD, &[0u8; 0], &[theirs.as_fd()]);
+        client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
         guest.send_table(&client);
         let mut pages: Vec<u64> = (0..REGION / LOG_PAGE).flat_map(|page| [page, HIGH / LOG_PAGE + page]).collect();
-        let mut dice = Dice(7);
+        let mut dice = Random(7);
         let numbers = (BASE / LOG_PAGE..).take((24 << 20) / LOG_PAGE as usize);
         let map = numbers.map(|number| {
             let gpa = pages.swap_remove(dice.below(pages.len() as u64) as usize) * LOG_PAGE;
             (number, (guest.user(gpa), 3))
         });
         let iommu = Arc::new(Iommu {
-            updates: Client { socket: client.socket.try_clone().unwrap() },
+            updates: RawFrontend { socket: client.socket.try_clone().unwrap() },
             map: Mutex::new(map.collect()),
             silent: AtomicBool::new(false),
             misses: AtomicU64::new(0),
             failures: AtomicU64::new(0),
         });
         let (hears, ear) = (iommu.clone(), ours.try_clone().unwrap());
-        let thread = std::thread::spawn(move || hears.answers(ear));
-        Space { guest, client, iommu, thread: Some(thread), ear: Some(ours) }
+        let thread = std::thread::spawn(move || hears.serve_misses(ear));
+        IommuGuest { guest, client, iommu, thread: Some(thread), channel: Some(ours) }
     }
 
     /// Guest-physical address of the page at an I/O virtual address, and how far into it that is.
@@ -154,7 +154,7 @@ impl Space {
     }
 
     /// As the driver sees a range: in one piece.
-    pub(crate) fn view(&self, iova: u64, len: u64) -> Memory {
+    pub(crate) fn driver_memory(&self, iova: u64, len: u64) -> Memory {
         let iotlb = Iotlb::default();
         for (page, (user, _)) in self.iommu.map.lock().unwrap().iter() {
             iotlb.update(page * LOG_PAGE, LOG_PAGE, *user, 3).unwrap();
@@ -164,7 +164,7 @@ impl Space {
 
     /// A ring whose parts are scattered; all its buffers are addressed as [`Space::view`] has them.
     pub(crate) fn ring(&self, index: u32, size: u16, features: u64) -> Ring {
-        Ring::at(&self.view(BASE, 24 << 20), BASE + (u64::from(index) << 20), index, size, features)
+        Ring::at(&self.driver_memory(BASE, 24 << 20), BASE + (u64::from(index) << 20), index, size, features)
     }
 
     pub(crate) fn addr(&self, ring: &Ring) -> VringAddr {
@@ -185,9 +185,9 @@ impl Space {
         let error = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
         client.send(Code::SET_VRING_CALL, VERSION, number.as_bytes(), &[ring.call.as_fd()]);
         client.send(Code::SET_VRING_ERR, VERSION, number.as_bytes(), &[error.as_fd()]);
-        client.tell(Code::SET_VRING_NUM, &VringState { index, num: ring.layout.size.into() });
-        client.tell(Code::SET_VRING_BASE, &VringState { index, num: base });
-        client.tell(Code::SET_VRING_ADDR, &self.addr(ring));
+        client.send_body(Code::SET_VRING_NUM, &VringState { index, num: ring.layout.size.into() });
+        client.send_body(Code::SET_VRING_BASE, &VringState { index, num: base });
+        client.send_body(Code::SET_VRING_ADDR, &self.addr(ring));
         client.send(Code::SET_VRING_KICK, VERSION, number.as_bytes(), &[ring.kick.as_fd()]);
         ring.enable(client, true);
         error
@@ -206,14 +206,14 @@ impl Space {
         }
         drop(map);
         for iova in changed {
-            self.client.done(Code::IOTLB_MSG, &invalidate(iova, LOG_PAGE), &[]);
+            self.client.send_acknowledged(Code::IOTLB_MSG, &invalidate(iova, LOG_PAGE), &[]);
         }
     }
 }
 
-impl Drop for Space {
+impl Drop for IommuGuest {
     fn drop(&mut self) {
-        if let Some(ear) = self.ear.take() {
+        if let Some(ear) = self.channel.take() {
             let _ = ear.shutdown(std::net::Shutdown::Both);
         }
         if let Some(thread) = self.thread.take() {

@@ -11,58 +11,58 @@ use vhost_migrate::backend::MAX_FDS;
 use vhost_migrate::memory::sealed_memfd;
 use zerocopy::IntoBytes;
 
-use crate::channel::Ear;
-use crate::guest::{Guest, PACKED, Ring, SPLIT, begin_with, inflight_region, install_log};
-use crate::hostile::{with_running_ring, works};
-use crate::interface::{Interface, interface_features};
-use crate::iommu::is_served;
-use crate::iommu_space::{CHANNEL, FEATURES, Space};
-use crate::raw::{Client, NEED_REPLY, VERSION};
+use crate::channel::BackendChannel;
+use crate::guest::{Guest, PACKED, Ring, SPLIT, inflight_region, install_log, negotiate_with};
+use crate::hostile::{assert_ring_works, start_ring};
+use crate::interface::{LoopbackNetGuest, interface_features};
+use crate::iommu::assert_served;
+use crate::iommu_space::{CHANNEL, FEATURES, IommuGuest};
+use crate::raw::{NEED_REPLY, RawFrontend, VERSION};
 use crate::server::{Process, disk_options};
 
 /// What a process has while a front-end is connected that has said nothing yet: fds, mappings of files, threads.
-fn holdings(process: &Process, socket: &Path) -> [usize; 3] {
-    let client = Client::connect(socket);
-    client.barrier();
+fn resources(process: &Process, socket: &Path) -> [usize; 3] {
+    let client = RawFrontend::connect(socket);
+    client.wait_until_processed();
     [process.open_fds(), process.mapped_files(), process.threads()]
 }
 
 /// Connects as far as rings can be started: on some connections with a back-end channel, an inflight region, both.
-fn greet(client: &Client, guest: &Guest, features: u64, queues: u16, number: u32) -> Option<Ear> {
-    begin_with(client, guest, features, CHANNEL);
+fn negotiate(client: &RawFrontend, guest: &Guest, features: u64, queues: u16, number: u32) -> Option<BackendChannel> {
+    negotiate_with(client, guest, features, CHANNEL);
     if number.is_multiple_of(3) {
         let (_, fd, description) = inflight_region(features, queues, 256);
-        client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+        client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
     }
-    number.is_multiple_of(5).then(|| Ear::give(client))
+    number.is_multiple_of(5).then(|| BackendChannel::open(client))
 }
 
-fn visit_disk(client: Client, guest: &Guest, number: u32) {
+fn use_disk(client: RawFrontend, guest: &Guest, number: u32) {
     let features = if number.is_multiple_of(2) { SPLIT } else { PACKED };
     if number.is_multiple_of(11) {
-        let space = Space::new(client, FEATURES | features);
+        let space = IommuGuest::new(client, FEATURES | features);
         let mut ring = space.ring(0, 256, features);
-        space.start(&ring, ring.start());
-        return is_served(&space, &mut ring, 0);
+        space.start(&ring, ring.initial_base());
+        return assert_served(&space, &mut ring, 0);
     }
-    let _ear = greet(&client, guest, features, 2, number);
+    let _ear = negotiate(&client, guest, features, 2, number);
     let mut ring = Ring::new(guest, 0, 256, features);
-    ring.set_up(&client, guest, ring.start());
+    ring.set_up(&client, guest, ring.initial_base());
     ring.enable(&client, true);
     let _log = install_log(&client, guest);
     match number / 2 % 4 {
-        0 => works(guest, &mut ring),
+        0 => assert_ring_works(guest, &mut ring),
         1 => client.send_bytes(&[1, 0, 0], &[]),
         2 => ring.kick.write(1).map(drop).unwrap(),
         _ => drop(client.ring_base(0)),
     }
 }
 
-fn visit_interface(client: Client, number: u32) {
+fn use_network(client: RawFrontend, number: u32) {
     let features = interface_features(if number.is_multiple_of(2) { SPLIT } else { PACKED });
     let guest = Guest::new();
-    let _ear = greet(&client, &guest, features, 5, number);
-    let mut net = Interface::begun(client, guest, features);
+    let _ear = negotiate(&client, &guest, features, 5, number);
+    let mut net = LoopbackNetGuest::on_connection(client, guest, features);
     let _log = install_log(&net.client, &net.guest);
     match number / 2 % 4 {
         0 => {
@@ -79,10 +79,10 @@ fn visit_interface(client: Client, number: u32) {
     }
 }
 
-fn a_thousand(process: &Process, socket: &Path, visit: impl Fn(Client, u32)) {
+fn connect_repeatedly(process: &Process, socket: &Path, visit: impl Fn(RawFrontend, u32)) {
     let connect = |count: u32| {
-        (0..count).for_each(|number| visit(Client::connect(socket), number));
-        (holdings(process, socket), process.memory_kib())
+        (0..count).for_each(|number| visit(RawFrontend::connect(socket), number));
+        (resources(process, socket), process.memory_kib())
     };
     // What is allocated once, and kept.
     let (before, kib_before) = connect(100);
@@ -97,7 +97,7 @@ fn a_thousand_connections_to_a_disk_leak_no_fds_mappings_threads_or_memory() {
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
     let process = Process::start(&socket, &options.image, &["--queues", "2", "--iommu"]);
-    a_thousand(&process, &socket, |client, number| visit_disk(client, &guest, number));
+    connect_repeatedly(&process, &socket, |client, number| use_disk(client, &guest, number));
 }
 
 #[test]
@@ -105,11 +105,11 @@ fn a_thousand_connections_to_a_network_device_leak_no_fds_mappings_threads_or_me
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("socket");
     let process = Process::net(&socket, &["--loopback", "--queue-pairs", "2"]);
-    a_thousand(&process, &socket, visit_interface);
+    connect_repeatedly(&process, &socket, use_network);
 }
 
 /// Sends what starts a ring, whatever the answers, and waits until the back-end has read it all or hung up.
-fn insist(client: &Client, guest: &Guest, ring: &Ring) {
+fn try_to_start_ring(client: &RawFrontend, guest: &Guest, ring: &Ring) {
     let [size, base, on] = [256, 0, 1].map(|num| VringState { index: 0, num });
     let wish = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: 2, queue_size: 256, padding: [0; 4] };
     let (call, kick, channel) =
@@ -143,23 +143,23 @@ fn fd_exhaustion_at_any_step_ends_only_that_connection() {
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
     let mut process = Process::start(&socket, &options.image, &["--queues", "2"]);
-    let before = holdings(&process, &socket);
+    let before = resources(&process, &socket);
     for spare in 0..24 {
-        let client = Client::connect(&socket);
-        client.barrier();
+        let client = RawFrontend::connect(&socket);
+        client.wait_until_processed();
         process.limit_fds(before[0] as u64 + spare);
-        insist(&client, &guest, &Ring::new(&guest, 0, 256, SPLIT));
+        try_to_start_ring(&client, &guest, &Ring::new(&guest, 0, 256, SPLIT));
         process.limit_fds(4096);
-        let next = Client::connect(&socket);
-        let mut ring = with_running_ring(&next, &guest, SPLIT);
-        works(&guest, &mut ring);
+        let next = RawFrontend::connect(&socket);
+        let mut ring = start_ring(&next, &guest, SPLIT);
+        assert_ring_works(&guest, &mut ring);
         drop(next);
-        assert_eq!(holdings(&process, &socket), before, "with {spare} left");
+        assert_eq!(resources(&process, &socket), before, "with {spare} left");
     }
     // Not even for a connection: it waits until there is one.
     let mut said = BufReader::new(process.child.stderr.take().unwrap());
     process.limit_fds(3);
-    let client = Client::connect(&socket);
+    let client = RawFrontend::connect(&socket);
     client.send(Code::GET_FEATURES, VERSION, &[], &[]);
     let mut line = String::new();
     while !line.contains("can't accept a connection") {
@@ -182,13 +182,13 @@ fn a_flood_of_fds_leaks_nothing(#[values(SPLIT, PACKED)] features: u64) {
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
     let mut process = Process::start(&socket, &options.image, &["--queues", "2"]);
-    let before = holdings(&process, &socket);
+    let before = resources(&process, &socket);
     process.limit_fds(64);
     let file = sealed_memfd("hostile", 1 << 20).unwrap();
     let fds = vec![file.as_fd(); MAX_FDS];
     for code in (0..=45).map(Code) {
-        let client = Client::connect(&socket);
-        let _ring = with_running_ring(&client, &guest, features);
+        let client = RawFrontend::connect(&socket);
+        let _ring = start_ring(&client, &guest, features);
         let header = Header { request: code.0, flags: VERSION, size: 8 };
         let message = [header.as_bytes(), &[0; 8]].concat();
         for _ in 0..10 {
@@ -201,12 +201,12 @@ fn a_flood_of_fds_leaks_nothing(#[values(SPLIT, PACKED)] features: u64) {
         let _ = client.socket.shutdown(std::net::Shutdown::Write);
         while !client.is_closed() {}
         drop(client);
-        let client = Client::connect(&socket);
-        let mut ring = with_running_ring(&client, &guest, features);
-        works(&guest, &mut ring);
+        let client = RawFrontend::connect(&socket);
+        let mut ring = start_ring(&client, &guest, features);
+        assert_ring_works(&guest, &mut ring);
     }
-    assert_eq!(holdings(&process, &socket), before);
+    assert_eq!(resources(&process, &socket), before);
     process.child.kill().unwrap();
-    let errors = process.errors();
+    let errors = process.stderr();
     assert!(!errors.contains("panicked"), "{errors}");
 }

@@ -14,10 +14,10 @@ use vhost_migrate::ring::{Buffer, DriverRingState};
 use zerocopy::IntoBytes;
 
 use crate::guest::{
-    Guest, LOG_ALL, PACKED, Ring, SPLIT, add_region, begin, harvest, header, inflight_region, install_log, pages,
-    places, start_logging, status, stop_logging,
+    Guest, LOG_ALL, PACKED, Ring, SPLIT, add_region, harvest, header, inflight_region, install_log, negotiate, pages,
+    request_addresses, start_logging, status, stop_logging,
 };
-use crate::raw::{Client, VERSION};
+use crate::raw::{RawFrontend, VERSION};
 use crate::server::Server;
 
 const EVENT_IDX: u64 = bit(VIRTIO_RING_F_EVENT_IDX);
@@ -117,7 +117,7 @@ fn event(guest: &Guest, ring: &Ring) -> Vec<u8> {
 /// Reads, writes and requests that must fail, 30 of them in slots from `first` on, while `meanwhile` happens.
 fn load(guest: &Guest, ring: &mut Ring, first: u64, oracle: &mut Oracle, meanwhile: impl FnOnce()) {
     for slot in first..first + 30 {
-        let (_, status, data) = places(slot);
+        let (_, status, data) = request_addresses(slot);
         let len = 512 * (slot % 40 + 1);
         oracle.wrote(status, 1);
         match slot % 3 {
@@ -141,10 +141,10 @@ fn load(guest: &Guest, ring: &mut Ring, first: u64, oracle: &mut Oracle, meanwhi
     }
 }
 
-pub(crate) fn running(client: &Client, guest: &Guest, features: u64) -> Ring {
-    begin(client, guest, features);
+pub(crate) fn running(client: &RawFrontend, guest: &Guest, features: u64) -> Ring {
+    negotiate(client, guest, features);
     let ring = Ring::new(guest, 0, 512, features);
-    ring.set_up(client, guest, ring.start());
+    ring.set_up(client, guest, ring.initial_base());
     ring.enable(client, true);
     ring
 }
@@ -162,7 +162,7 @@ fn the_log_holds_exactly_what_the_device_wrote(#[values(SPLIT, PACKED)] basic: u
             load(&guest, &mut ring, round * 30 % 120, &mut oracle, || {});
             oracle.used_ring(&guest, &ring, LOG_AT);
         }
-        assert_eq!(client.ring_base(0), ring.drained());
+        assert_eq!(client.ring_base(0), ring.drained_base());
         oracle.used_ring(&guest, &ring, LOG_AT);
         oracle.check(harvest(&log));
         assert_eq!(log.out_of_range(), 0);
@@ -177,7 +177,7 @@ fn a_buffer_across_pages_and_regions_is_logged_exactly(#[values(SPLIT, PACKED)] 
     let log = install_log(&client, &guest);
     start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
     let mut oracle = Oracle::new(&guest, &ring);
-    let (head, _, _) = places(0);
+    let (head, _, _) = request_addresses(0);
     let head = header(&guest, head, 0, 0);
     // 512 bytes that end with the first byte of a page; status in the middle of another.
     let writable =
@@ -202,7 +202,7 @@ fn pages_are_logged_only_while_logging_is_enabled(#[values(SPLIT, PACKED)] featu
     let log = install_log(&client, &guest);
     let mut oracle = Oracle::new(&guest, &ring);
     load(&guest, &mut ring, 0, &mut oracle, || {});
-    client.barrier();
+    client.wait_until_processed();
     assert!(harvest(&log).is_empty(), "logged before LOG_ALL and F_LOG");
     start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
     load(&guest, &mut ring, 0, &mut oracle, || {});
@@ -220,13 +220,13 @@ fn log_all_controls_data_logging_and_f_log_controls_used_ring_logging(#[values(S
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
     let log = install_log(&client, &guest);
-    client.done(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
+    client.send_acknowledged(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
     let mut data = Oracle::new(&guest, &ring);
     load(&guest, &mut ring, 0, &mut data, || {});
-    client.done(Code::SET_FEATURES, &features, &[]);
+    client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
     assert_eq!(harvest(&log), data.pages);
     ring.log_at = Some(LOG_AT);
-    client.done(Code::SET_VRING_ADDR, &ring.addr(&guest), &[]);
+    client.send_acknowledged(Code::SET_VRING_ADDR, &ring.addr(&guest), &[]);
     let mut used = Oracle::new(&guest, &ring);
     load(&guest, &mut ring, 0, &mut data, || {});
     client.ring_base(0);
@@ -293,13 +293,13 @@ fn a_second_migration_is_logged_as_exactly_as_the_first(#[values(SPLIT, PACKED)]
         start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
         let mut oracle = Oracle::new(&guest, &ring);
         load(&guest, &mut ring, 0, &mut oracle, || {});
-        assert_eq!(client.ring_base(0), ring.drained());
+        assert_eq!(client.ring_base(0), ring.drained_base());
         oracle.used_ring(&guest, &ring, LOG_AT);
         oracle.check(harvest(&log));
         stop_logging(&client, &guest, features, &mut [&mut ring]);
-        ring.set_up(&client, &guest, ring.drained());
+        ring.set_up(&client, &guest, ring.drained_base());
         load(&guest, &mut ring, 0, &mut oracle, || {});
-        client.barrier();
+        client.wait_until_processed();
         assert!(harvest(&log).is_empty());
     }
 }
@@ -309,18 +309,18 @@ fn a_reconnect_while_logging_writes_nothing_until_the_ring_is_enabled(#[values(S
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     // The order in which QEMU does it (rule L8.1): LOG_ALL, F_LOG and KICK before SET_LOG_BASE and ENABLE.
-    begin(&client, &guest, features | LOG_ALL);
+    negotiate(&client, &guest, features | LOG_ALL);
     let mut ring = Ring::new(&guest, 0, 512, features);
     ring.log_at = Some(LOG_AT);
     let mut oracle = Oracle::new(&guest, &ring);
     ring.read(&guest, 0, 0, 512);
-    oracle.wrote(places(0).2, 512);
-    oracle.wrote(places(0).1, 1);
-    ring.set_up(&client, &guest, ring.start());
+    oracle.wrote(request_addresses(0).2, 512);
+    oracle.wrote(request_addresses(0).1, 1);
+    ring.set_up(&client, &guest, ring.initial_base());
     ring.kick();
     let before = guest.snapshot();
     let log = install_log(&client, &guest);
-    client.barrier();
+    client.wait_until_processed();
     assert!(before == guest.snapshot(), "memory was touched before the ring was enabled");
     ring.enable(&client, true);
     ring.completion();
@@ -335,10 +335,10 @@ fn rings_run_with_log_all_and_no_log(#[values(SPLIT, PACKED)] features: u64) {
     let client = server.connect();
     let mut ring = running(&client, &guest, features | LOG_ALL);
     ring.log_at = Some(LOG_AT);
-    client.done(Code::SET_VRING_ADDR, &ring.addr(&guest), &[]);
+    client.send_acknowledged(Code::SET_VRING_ADDR, &ring.addr(&guest), &[]);
     let mut oracle = Oracle::new(&guest, &ring);
     load(&guest, &mut ring, 0, &mut oracle, || {});
-    assert_eq!(client.ring_base(0), ring.drained());
+    assert_eq!(client.ring_base(0), ring.drained_base());
 }
 
 #[rstest]
@@ -349,17 +349,17 @@ fn a_log_of_any_size_and_offset_is_used_exactly_within_its_bounds(#[values(SPLIT
     let fd = sealed_memfd("log", 0x4000).unwrap();
     let file = Region::map(fd.as_fd(), 0, 0x4000, 0, 0).unwrap();
     // Pages up to the status page of slot 4, whose bit is in the last byte.
-    let size = (places(4).1 >> 12) / 8 + 1;
+    let size = (request_addresses(4).1 >> 12) / 8 + 1;
     let description = LogDescription { mmap_size: size, mmap_offset: 0x1000 };
     client.send(Code::SET_LOG_BASE, VERSION, description.as_bytes(), &[fd.as_fd()]);
     client.reply(Code::SET_LOG_BASE);
-    client.done(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
+    client.send_acknowledged(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
     for slot in 0..20 {
         ring.read(&guest, slot, 0, 512);
     }
     ring.kick();
     ring.completions(20);
-    assert_eq!(client.ring_base(0), ring.drained(), "a log that is too small must not stop the ring");
+    assert_eq!(client.ring_base(0), ring.drained_base(), "a log that is too small must not stop the ring");
     let mut bytes = vec![0; 0x4000];
     file.slice(0, 0x4000).unwrap().copy_to(&mut bytes);
     let last = 0x1000 + size as usize - 1;
@@ -374,17 +374,17 @@ fn the_log_fd_is_signalled_after_logging_until_it_is_removed(#[values(SPLIT, PAC
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
     let signal = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
-    client.done(Code::SET_LOG_FD, &0u64, &[signal.as_fd()]);
+    client.send_acknowledged(Code::SET_LOG_FD, &0u64, &[signal.as_fd()]);
     let mut oracle = Oracle::new(&guest, &ring);
     load(&guest, &mut ring, 0, &mut oracle, || {});
-    client.barrier();
+    client.wait_until_processed();
     assert!(signal.read().is_err(), "signalled without logging");
     let _log = install_log(&client, &guest);
     start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
     load(&guest, &mut ring, 0, &mut oracle, || {});
     // The driver hears of a batch after the log's reader does.
     assert!((1..=30).contains(&signal.read().unwrap()), "at most one signal per burst");
-    client.done(Code::SET_LOG_FD, &[0u8; 0], &[]);
+    client.send_acknowledged(Code::SET_LOG_FD, &[0u8; 0], &[]);
     let _ = signal.read();
     load(&guest, &mut ring, 0, &mut oracle, || {});
     client.ring_base(0);
@@ -393,24 +393,24 @@ fn the_log_fd_is_signalled_after_logging_until_it_is_removed(#[values(SPLIT, PAC
 
 /// A guest with two requests, whose back-end died with the first of them taken; up to enabling the ring of a successor, that
 /// gets a log with the marks of the ring if it was `kept`.
-fn succeeded(guest: &Guest, client: &Client, features: u64, kept: bool) -> (Ring, Log) {
+fn start_successor(guest: &Guest, client: &RawFrontend, features: u64, kept: bool) -> (Ring, Log) {
     let mut ring = Ring::new(guest, 0, 512, features);
     ring.read(guest, 0, 5, 512);
     ring.read(guest, 1, 6, 512);
     let _ = ring.driver.publish();
     let (region, fd, description) = inflight_region(features, 1, 512);
-    ring.take(guest, &region, 1);
-    begin(client, guest, features);
-    client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    ring.take_requests(guest, &region, 1);
+    negotiate(client, guest, features);
+    client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
     ring.log_at = Some(LOG_AT);
-    ring.set_up(client, guest, ring.start());
+    ring.set_up(client, guest, ring.initial_base());
     let log = install_log(client, guest);
     if kept {
         let mut oracle = Oracle::new(guest, &ring);
         oracle.whole_ring(&ring, LOG_AT);
         oracle.pages.iter().for_each(|page| log.mark(page << 12, 1));
     }
-    client.done(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
+    client.send_acknowledged(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
     (ring, log)
 }
 
@@ -419,14 +419,14 @@ fn succeeded(guest: &Guest, client: &Client, features: u64, kept: bool) -> (Ring
 fn a_successor_of_a_killed_back_end_logs_the_whole_used_ring_again(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
-    let (mut ring, log) = succeeded(&guest, &client, features, true);
+    let (mut ring, log) = start_successor(&guest, &client, features, true);
     ring.enable(&client, true);
     assert_eq!(ring.completions(2).len(), 2);
-    assert_eq!(client.ring_base(0), ring.drained());
+    assert_eq!(client.ring_base(0), ring.drained_base());
     let mut oracle = Oracle::new(&guest, &ring);
     for slot in [0, 1] {
-        oracle.wrote(places(slot).1, 1);
-        oracle.wrote(places(slot).2, 512);
+        oracle.wrote(request_addresses(slot).1, 1);
+        oracle.wrote(request_addresses(slot).2, 512);
     }
     oracle.whole_ring(&ring, LOG_AT);
     oracle.check(harvest(&log));
@@ -437,7 +437,7 @@ fn a_successor_of_a_killed_back_end_logs_the_whole_used_ring_again(#[values(SPLI
 fn a_successor_with_a_new_log_logs_all_guest_memory(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
-    let (mut ring, log) = succeeded(&guest, &client, features, false);
+    let (mut ring, log) = start_successor(&guest, &client, features, false);
     assert!(harvest(&log).is_empty(), "marked before the ring runs");
     ring.enable(&client, true);
     assert_eq!(ring.completions(2).len(), 2);

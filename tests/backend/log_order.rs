@@ -12,16 +12,17 @@ use vhost_migrate::memory::LOG_PAGE;
 use zerocopy::IntoBytes;
 
 use crate::guest::{
-    Guest, LOG_ALL, PACKED, Ring, SPLIT, begin, harvest, install_log, places, send_log, start_logging, stop_logging,
+    Guest, LOG_ALL, PACKED, Ring, SPLIT, harvest, install_log, negotiate, request_addresses, send_log, start_logging,
+    stop_logging,
 };
 use crate::log::running;
-use crate::raw::{Client, VERSION};
+use crate::raw::{RawFrontend, VERSION};
 use crate::server::Server;
 
 const DISK: u64 = 1 << 18;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Step {
+enum StartStep {
     Enable,
     Addr,
     Kick,
@@ -29,10 +30,10 @@ enum Step {
 }
 
 /// Every order of the four.
-fn orders() -> Vec<Vec<Step>> {
+fn step_orders() -> Vec<Vec<StartStep>> {
     let mut orders = vec![Vec::new()];
-    for step in [Step::Enable, Step::Addr, Step::Kick, Step::Log] {
-        let place = |order: &Vec<Step>, at: usize| [&order[..at], &[step], &order[at..]].concat();
+    for step in [StartStep::Enable, StartStep::Addr, StartStep::Kick, StartStep::Log] {
+        let place = |order: &Vec<StartStep>, at: usize| [&order[..at], &[step], &order[at..]].concat();
         orders = orders.iter().flat_map(|order| (0..=order.len()).map(move |at| place(order, at))).collect();
     }
     assert_eq!(orders.len(), 24);
@@ -40,12 +41,12 @@ fn orders() -> Vec<Vec<Step>> {
 }
 
 /// Guest memory as a destination has it: as it was when the log was read, with all that the driver wrote since.
-struct Copy(Vec<(u64, Vec<u8>)>);
+struct MemoryCopy(Vec<(u64, Vec<u8>)>);
 
-impl Copy {
-    fn of(guest: &Guest) -> Copy {
+impl MemoryCopy {
+    fn of(guest: &Guest) -> MemoryCopy {
         let regions = guest.memory.regions().iter().map(|region| region.gpa());
-        Copy(regions.zip(guest.snapshot()).collect())
+        MemoryCopy(regions.zip(guest.snapshot()).collect())
     }
 
     fn driver_wrote(&mut self, guest: &Guest, gpa: u64, len: usize) {
@@ -67,15 +68,15 @@ impl Copy {
 }
 
 /// A ring and its requests, each in a slot of its own.
-struct Load {
+struct DiskLoad {
     ring: Ring,
     slot: u64,
     open: usize,
 }
 
-impl Load {
-    fn add(&mut self, guest: &Guest, copy: &mut Copy) {
-        let (header, status, _) = places(self.slot);
+impl DiskLoad {
+    fn add(&mut self, guest: &Guest, copy: &mut MemoryCopy) {
+        let (header, status, _) = request_addresses(self.slot);
         self.ring.read(guest, self.slot, 1 + self.slot % 100, 512);
         copy.driver_wrote(guest, header, 16);
         copy.driver_wrote(guest, status, 1);
@@ -91,7 +92,7 @@ impl Load {
     }
 
     /// Serves a request from beginning to end.
-    fn serve(&mut self, guest: &Guest, copy: &mut Copy) {
+    fn serve(&mut self, guest: &Guest, copy: &mut MemoryCopy) {
         self.add(guest, copy);
         self.complete();
     }
@@ -99,44 +100,44 @@ impl Load {
     /// The steps in their order, a request after each; `ready` are those that have been taken already.
     fn start(
         &mut self,
-        client: &Client,
+        client: &RawFrontend,
         guest: &Guest,
-        copy: &mut Copy,
-        order: &[Step],
-        ready: &[Step],
+        copy: &mut MemoryCopy,
+        order: &[StartStep],
+        ready: &[StartStep],
         log: impl Fn(),
     ) {
         let index = self.ring.index;
         let mut taken = ready.to_vec();
         for step in order {
             match step {
-                Step::Enable => client.tell(Code::SET_VRING_ENABLE, &VringState { index, num: 1 }),
-                Step::Addr => client.tell(Code::SET_VRING_ADDR, &self.ring.addr(guest)),
-                Step::Kick => {
+                StartStep::Enable => client.send_body(Code::SET_VRING_ENABLE, &VringState { index, num: 1 }),
+                StartStep::Addr => client.send_body(Code::SET_VRING_ADDR, &self.ring.addr(guest)),
+                StartStep::Kick => {
                     let (kick, ring) = (self.ring.kick.as_fd(), u64::from(index));
                     client.send(Code::SET_VRING_KICK, VERSION, ring.as_bytes(), &[kick]);
                 }
-                Step::Log => log(),
+                StartStep::Log => log(),
             }
             taken.push(*step);
-            client.barrier();
+            client.wait_until_processed();
             self.add(guest, copy);
-            if [Step::Enable, Step::Addr, Step::Kick].iter().all(|step| taken.contains(step)) {
+            if [StartStep::Enable, StartStep::Addr, StartStep::Kick].iter().all(|step| taken.contains(step)) {
                 self.complete();
             }
         }
     }
 
     /// What comes before the steps: CALL, NUM and BASE.
-    fn prepare(&self, client: &Client, base: u32) {
+    fn prepare(&self, client: &RawFrontend, base: u32) {
         let index = self.ring.index;
         client.send(Code::SET_VRING_CALL, VERSION, u64::from(index).as_bytes(), &[self.ring.call.as_fd()]);
-        client.tell(Code::SET_VRING_NUM, &VringState { index, num: self.ring.layout.size.into() });
-        client.tell(Code::SET_VRING_BASE, &VringState { index, num: base });
+        client.send_body(Code::SET_VRING_NUM, &VringState { index, num: self.ring.layout.size.into() });
+        client.send_body(Code::SET_VRING_BASE, &VringState { index, num: base });
     }
 
     /// Where the driver writes alone.
-    fn driver_areas(&self, guest: &Guest, copy: &mut Copy, features: u64) {
+    fn driver_areas(&self, guest: &Guest, copy: &mut MemoryCopy, features: u64) {
         if features == SPLIT {
             copy.driver_wrote(guest, self.ring.layout.desc, 16 * 512);
         }
@@ -145,27 +146,33 @@ impl Load {
 }
 
 /// A disk whose ring has run and logged, its front-end, and what the front-end has read of the log so far.
-fn logging(server: &Server, guest: &Guest, features: u64) -> (Client, Load, Log, Copy) {
+fn logging(server: &Server, guest: &Guest, features: u64) -> (RawFrontend, DiskLoad, Log, MemoryCopy) {
     let client = server.connect();
-    let mut load = Load { ring: running(&client, guest, features), slot: 0, open: 0 };
+    let mut load = DiskLoad { ring: running(&client, guest, features), slot: 0, open: 0 };
     let log = install_log(&client, guest);
     let used = load.ring.layout.used;
     start_logging(&client, guest, features, &mut [&mut load.ring], used);
-    let mut copy = Copy::of(guest);
+    let mut copy = MemoryCopy::of(guest);
     (0..4).for_each(|_| load.serve(guest, &mut copy));
     harvest(&log);
-    (client, load, log, Copy::of(guest))
+    (client, load, log, MemoryCopy::of(guest))
 }
 
 /// Another device that logs into `log`, and has done so.
-fn neighbour(server: &Server, guest: &Guest, copy: &mut Copy, features: u64, log: &(Log, OwnedFd)) -> Load {
+fn start_second_device(
+    server: &Server,
+    guest: &Guest,
+    copy: &mut MemoryCopy,
+    features: u64,
+    log: &(Log, OwnedFd),
+) -> DiskLoad {
     let client = server.connect();
-    begin(&client, guest, features);
+    negotiate(&client, guest, features);
     let ring = Ring::new(guest, 1, 512, features);
-    ring.set_up(&client, guest, ring.start());
+    ring.set_up(&client, guest, ring.initial_base());
     ring.enable(&client, true);
     send_log(&client, &log.0, &log.1);
-    let mut load = Load { ring, slot: 100, open: 0 };
+    let mut load = DiskLoad { ring, slot: 100, open: 0 };
     let first_used = load.ring.layout.used - 0x10_0000;
     start_logging(&client, guest, features, &mut [&mut load.ring], first_used);
     load.serve(guest, copy);
@@ -180,18 +187,18 @@ fn a_restarted_back_end_loses_no_page_in_any_order_of_start(
     #[values(false, true)] shared: bool,
 ) {
     let servers = [Server::disk(DISK, |_| {}), Server::disk(DISK, |_| {})];
-    for order in orders() {
+    for order in step_orders() {
         let guest = Guest::new();
         let (client, mut load, old, mut copy) = logging(&servers[0], &guest, features);
         (0..4).for_each(|_| load.serve(&guest, &mut copy));
         drop((client, old));
         let log = Log::create(guest.memory.end()).unwrap();
-        let other = shared.then(|| neighbour(&servers[1], &guest, &mut copy, features, &log));
+        let other = shared.then(|| start_second_device(&servers[1], &guest, &mut copy, features, &log));
         let client = servers[0].connect();
-        begin(&client, &guest, features | LOG_ALL);
-        load.prepare(&client, load.ring.drained());
+        negotiate(&client, &guest, features | LOG_ALL);
+        load.prepare(&client, load.ring.drained_base());
         load.start(&client, &guest, &mut copy, &order, &[], || send_log(&client, &log.0, &log.1));
-        assert_eq!(client.ring_base(0), load.ring.drained());
+        assert_eq!(client.ring_base(0), load.ring.drained_base());
         [Some(&load), other.as_ref()].iter().flatten().for_each(|load| load.driver_areas(&guest, &mut copy, features));
         let lost = copy.lost(&guest, &harvest(&log.0));
         assert!(lost.is_empty(), "{order:?}: not in the log: {lost:x?}");
@@ -206,7 +213,7 @@ fn a_ring_that_is_stopped_and_continued_loses_no_page_in_any_order_of_start(
     #[values(false, true)] disabled: bool,
 ) {
     let servers = [Server::disk(DISK, |_| {}), Server::disk(DISK, |_| {})];
-    for order in orders() {
+    for order in step_orders() {
         let guest = Guest::new();
         let (client, mut load, old, _) = logging(&servers[0], &guest, features);
         if disabled {
@@ -214,15 +221,15 @@ fn a_ring_that_is_stopped_and_continued_loses_no_page_in_any_order_of_start(
         }
         let base = client.ring_base(0);
         harvest(&old);
-        let mut copy = Copy::of(&guest);
+        let mut copy = MemoryCopy::of(&guest);
         drop(old);
         let log = Log::create(guest.memory.end()).unwrap();
-        let other = shared.then(|| neighbour(&servers[1], &guest, &mut copy, features, &log));
-        client.done(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
+        let other = shared.then(|| start_second_device(&servers[1], &guest, &mut copy, features, &log));
+        client.send_acknowledged(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
         load.prepare(&client, base);
-        let ready = if disabled { &[Step::Addr][..] } else { &[Step::Addr, Step::Enable] };
+        let ready = if disabled { &[StartStep::Addr][..] } else { &[StartStep::Addr, StartStep::Enable] };
         load.start(&client, &guest, &mut copy, &order, ready, || send_log(&client, &log.0, &log.1));
-        assert_eq!(client.ring_base(0), load.ring.drained());
+        assert_eq!(client.ring_base(0), load.ring.drained_base());
         [Some(&load), other.as_ref()].iter().flatten().for_each(|load| load.driver_areas(&guest, &mut copy, features));
         let marked = harvest(&log.0);
         let lost = copy.lost(&guest, &marked);
@@ -251,14 +258,14 @@ fn marks_already_copied_or_of_an_earlier_migration_are_not_repeated(#[values(SPL
     let next = install_log(&client, &guest);
     let used = load.ring.layout.used;
     start_logging(&client, &guest, features, &mut [&mut load.ring], used);
-    client.barrier();
+    client.wait_until_processed();
     assert!(harvest(&next).is_empty(), "marks of a migration that has ended");
     // One that wanted to log and had no log marks all memory once.
     drop(client);
     let client = server.connect();
-    begin(&client, &guest, features | LOG_ALL);
-    load.prepare(&client, load.ring.drained());
-    let steps = [Step::Addr, Step::Kick, Step::Enable];
+    negotiate(&client, &guest, features | LOG_ALL);
+    load.prepare(&client, load.ring.drained_base());
+    let steps = [StartStep::Addr, StartStep::Kick, StartStep::Enable];
     load.start(&client, &guest, &mut copy, &steps, &[], || {});
     let log = install_log(&client, &guest);
     let pages: u64 = guest.memory.regions().iter().map(|region| region.size() / LOG_PAGE).sum();

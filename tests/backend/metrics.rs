@@ -11,9 +11,9 @@ use vhost_migrate::abi::vhost_user::{LogDescription, Request as Code};
 use vhost_migrate::dirty::Log;
 use zerocopy::IntoBytes;
 
-use crate::guest::{BASIC, Guest, Ring, begin, inflight_region, start_logging};
-use crate::hostile::works;
-use crate::raw::{Client, DEADLINE, VERSION};
+use crate::guest::{BASIC, Guest, Ring, inflight_region, negotiate, start_logging};
+use crate::hostile::assert_ring_works;
+use crate::raw::{DEADLINE, RawFrontend, VERSION};
 use crate::server::{Process, disk_options};
 
 /// The sum of a counter's series, as fetched over TCP.
@@ -34,7 +34,7 @@ fn writes_outside_the_log_and_requests_of_a_predecessor_are_counted() {
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let socket = folder.path().join("s");
     let _process = Process::start(&socket, &image, &["--metrics", &format!("tcp:{address}"), "--queues", "2"]);
-    let (guest, client) = (Guest::new(), Client::connect(&socket));
+    let (guest, client) = (Guest::new(), RawFrontend::connect(&socket));
     // Three requests that somebody took and did not finish.
     let mut ring = Ring::new(&guest, 0, 512, BASIC);
     for slot in 0..3 {
@@ -42,10 +42,10 @@ fn writes_outside_the_log_and_requests_of_a_predecessor_are_counted() {
     }
     let _ = ring.driver.publish();
     let (region, fd, description) = inflight_region(BASIC, 1, 512);
-    ring.take(&guest, &region, 3);
-    begin(&client, &guest, BASIC);
-    client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
-    ring.set_up(&client, &guest, ring.start());
+    ring.take_requests(&guest, &region, 3);
+    negotiate(&client, &guest, BASIC);
+    client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    ring.set_up(&client, &guest, ring.initial_base());
     // A log of eight pages: what is written lies behind it.
     let (_log, fd) = Log::create(4096).unwrap();
     let description = LogDescription { mmap_size: 1, mmap_offset: 0 };
@@ -89,18 +89,18 @@ fn idle_metrics_connections_do_not_block_front_ends(#[values("tcp", "unix")] kin
         }
     };
     let idle: Vec<_> = (0..120).map(|_| connect()).collect();
-    let (guest, client) = (Guest::new(), Client::connect(&socket));
-    begin(&client, &guest, BASIC);
+    let (guest, client) = (Guest::new(), RawFrontend::connect(&socket));
+    negotiate(&client, &guest, BASIC);
     let mut ring = Ring::new(&guest, 0, 256, BASIC);
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     ring.enable(&client, true);
-    works(&guest, &mut ring);
+    assert_ring_works(&guest, &mut ring);
     assert!(process.open_fds() < 60, "{}", process.open_fds());
     drop(idle);
     if kind == "tcp" {
         assert!(counted(&address, "vhost_connections_total") > 0);
     }
     process.child.kill().unwrap();
-    let said = process.errors();
+    let said = process.stderr();
     assert!(said.len() < 1000, "{said}");
 }

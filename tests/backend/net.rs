@@ -20,12 +20,13 @@ use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer, PacketCounts};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
-use crate::channel::Ear;
+use crate::channel::BackendChannel;
 use crate::guest::{
-    BASIC, BIT_30, Guest, HIGH, PACKED, Ring, SPLIT, begin, harvest, inflight_region, install_log, start_logging,
+    BASIC, Guest, HIGH, PACKED, PROTOCOL_FEATURES_BIT, Ring, SPLIT, harvest, inflight_region, install_log, negotiate,
+    start_logging,
 };
 use crate::log::{LOG_AT, Oracle, check};
-use crate::raw::{Client, DEADLINE, VERSION};
+use crate::raw::{DEADLINE, RawFrontend, VERSION};
 use crate::server::{Process, Server};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -45,10 +46,10 @@ fn options(peer: NetPeer) -> NetOptions {
 }
 
 /// An interface, its front-end, and the guest behind that.
-struct Rig {
+struct NetGuest {
     device: Arc<NetDevice>,
     _server: Option<Server>,
-    client: Client,
+    client: RawFrontend,
     guest: Guest,
     features: u64,
     rx: Vec<Ring>,
@@ -58,27 +59,27 @@ struct Rig {
     next: u64,
 }
 
-impl Rig {
-    fn new(features: u64, change: impl FnOnce(&mut NetOptions)) -> Rig {
+impl NetGuest {
+    fn new(features: u64, change: impl FnOnce(&mut NetOptions)) -> NetGuest {
         let mut options = options(NetPeer::Loopback);
         change(&mut options);
         let pairs = options.pairs.into();
         let device = Arc::new(NetDevice::open(options).unwrap());
         let server = Server::new(device.clone());
-        let rig = Rig::on(&server, &device, features, pairs);
-        Rig { _server: Some(server), ..rig }
+        let rig = NetGuest::on(&server, &device, features, pairs);
+        NetGuest { _server: Some(server), ..rig }
     }
 
     /// A new front-end and its guest, on a server that goes on after it.
-    fn on(server: &Server, device: &Arc<NetDevice>, features: u64, pairs: u32) -> Rig {
+    fn on(server: &Server, device: &Arc<NetDevice>, features: u64, pairs: u32) -> NetGuest {
         let (client, guest) = (server.connect(), Guest::new());
-        begin(&client, &guest, features);
+        negotiate(&client, &guest, features);
         let ring = |index| Ring::new(&guest, index, 256, features);
         let (rx, tx) = (0..pairs).map(|pair| (ring(2 * pair), ring(2 * pair + 1))).unzip();
         let (provided, device) = (HashMap::new(), device.clone());
-        let rig = Rig { device, _server: None, client, guest, features, rx, tx, provided, next: BUFFERS };
+        let rig = NetGuest { device, _server: None, client, guest, features, rx, tx, provided, next: BUFFERS };
         for ring in rig.rx.iter().chain(&rig.tx) {
-            ring.set_up(&rig.client, &rig.guest, ring.start());
+            ring.set_up(&rig.client, &rig.guest, ring.initial_base());
             ring.enable(&rig.client, true);
         }
         rig
@@ -158,7 +159,7 @@ fn frame(len: usize, seed: u8) -> Vec<u8> {
 #[rstest]
 fn a_frame_of_any_size_is_received_intact_for_any_buffer_sizes(#[values(SPLIT, PACKED)] rings: u64) {
     for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
-        let mut rig = Rig::new(features, |_| {});
+        let mut rig = NetGuest::new(features, |_| {});
         let mut seed = 0;
         for room in [12, 13, 97, 1526, 4099, 65562] {
             for len in [0, 1, 13, 60, 85, 86, 1514, 4086, 4087, 4088, 9000, 65535, 65550] {
@@ -181,7 +182,7 @@ fn a_frame_of_any_size_is_received_intact_for_any_buffer_sizes(#[values(SPLIT, P
 
 #[rstest]
 fn without_mergeable_buffers_a_packet_larger_than_its_buffer_is_dropped(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = Rig::new(rings, |_| {});
+    let mut rig = NetGuest::new(rings, |_| {});
     rig.provide_kicked(0, &[1526, 1526, 65562]);
     rig.send(0, &frame(1514, 1));
     rig.send(0, &frame(1515, 2));
@@ -196,7 +197,7 @@ fn without_mergeable_buffers_a_packet_larger_than_its_buffer_is_dropped(#[values
 #[rstest]
 fn a_packet_without_buffers_is_received_once_buffers_are_added(#[values(SPLIT, PACKED)] rings: u64) {
     for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
-        let mut rig = Rig::new(features, |_| {});
+        let mut rig = NetGuest::new(features, |_| {});
         rig.send(0, &frame(3000, 1));
         rig.send(0, &frame(100, 2));
         for _ in 0..30 {
@@ -214,7 +215,7 @@ fn a_packet_without_buffers_is_received_once_buffers_are_added(#[values(SPLIT, P
 #[rstest]
 fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: u64) {
     for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
-        let mut rig = Rig::new(features, |_| {});
+        let mut rig = NetGuest::new(features, |_| {});
         let log = install_log(&rig.client, &rig.guest);
         let (rx, tx) = (&mut rig.rx[0], &mut rig.tx[0]);
         start_logging(&rig.client, &rig.guest, features, &mut [rx, tx], LOG_AT);
@@ -254,27 +255,27 @@ fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: u64) 
 
 #[rstest]
 fn get_vring_base_does_not_wait_for_packets_and_returns_unused_buffers(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = Rig::new(rings | MERGEABLE, |_| {});
+    let mut rig = NetGuest::new(rings | MERGEABLE, |_| {});
     let (region, fd, description) = inflight_region(rings, 2, 256);
     for ring in rig.rx.iter().chain(&rig.tx) {
-        assert_eq!(rig.client.ring_base(ring.index), ring.start());
+        assert_eq!(rig.client.ring_base(ring.index), ring.initial_base());
     }
-    rig.client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    rig.client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
     for ring in rig.rx.iter().chain(&rig.tx) {
-        ring.set_up(&rig.client, &rig.guest, ring.start());
+        ring.set_up(&rig.client, &rig.guest, ring.initial_base());
     }
     rig.provide_kicked(0, &[1000; 10]);
-    assert_eq!(rig.client.ring_base(0), rig.rx[0].start(), "buffers that nothing came for were taken");
-    rig.rx[0].set_up(&rig.client, &rig.guest, rig.rx[0].start());
+    assert_eq!(rig.client.ring_base(0), rig.rx[0].initial_base(), "buffers that nothing came for were taken");
+    rig.rx[0].set_up(&rig.client, &rig.guest, rig.rx[0].initial_base());
     rig.send(0, &frame(100, 1));
     assert_eq!(rig.receive(0), frame(100, 1));
     // Nine buffers are too few for this one: they are taken, and must come back untouched.
     rig.send(0, &frame(9500, 2));
     while rig.rx[0].in_flight(&rig.guest, &region) != Some(9) {
-        rig.client.barrier();
+        rig.client.wait_until_processed();
     }
     // Besides what says whether they want kicks, which rings may write before they sleep.
-    let written = |rig: &Rig| {
+    let written = |rig: &NetGuest| {
         let mut memory = rig.guest.snapshot();
         for ring in rig.rx.iter().chain(&rig.tx) {
             let kicks = ring.layout.used as usize + if rings == SPLIT { 0 } else { 2 };
@@ -296,19 +297,19 @@ fn get_vring_base_does_not_wait_for_packets_and_returns_unused_buffers(#[values(
 
 #[rstest]
 fn buffers_taken_by_a_killed_back_end_are_used_first(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = Rig::new(rings | MERGEABLE, |_| {});
+    let mut rig = NetGuest::new(rings | MERGEABLE, |_| {});
     for ring in rig.rx.iter().chain(&rig.tx) {
-        assert_eq!(rig.client.ring_base(ring.index), ring.start());
+        assert_eq!(rig.client.ring_base(ring.index), ring.initial_base());
     }
     let heads: Vec<u16> = (0..4).map(|_| rig.provide(0, 1000)).collect();
     let _ = rig.rx[0].driver.publish();
     let (region, fd, description) = inflight_region(rings, 2, 256);
-    rig.rx[0].take(&rig.guest, &region, 2);
-    rig.client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
-    rig.rx[0].set_up(&rig.client, &rig.guest, rig.rx[0].start());
-    rig.tx[0].set_up(&rig.client, &rig.guest, rig.tx[0].start());
-    assert_eq!(rig.client.ring_base(0), rig.rx[0].start(), "what was taken over and not used goes back");
-    rig.rx[0].set_up(&rig.client, &rig.guest, rig.rx[0].start());
+    rig.rx[0].take_requests(&rig.guest, &region, 2);
+    rig.client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    rig.rx[0].set_up(&rig.client, &rig.guest, rig.rx[0].initial_base());
+    rig.tx[0].set_up(&rig.client, &rig.guest, rig.tx[0].initial_base());
+    assert_eq!(rig.client.ring_base(0), rig.rx[0].initial_base(), "what was taken over and not used goes back");
+    rig.rx[0].set_up(&rig.client, &rig.guest, rig.rx[0].initial_base());
     rig.send(0, &frame(1500, 1));
     assert_eq!(rig.receive(0), frame(1500, 1));
     assert_eq!(rig.client.ring_base(0), rig.rx[0].base_after(2, 2));
@@ -317,7 +318,7 @@ fn buffers_taken_by_a_killed_back_end_are_used_first(#[values(SPLIT, PACKED)] ri
 
 #[rstest]
 fn a_burst_is_received_in_order_and_excess_packets_are_dropped_and_counted(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = Rig::new(rings | MERGEABLE, |_| {});
+    let mut rig = NetGuest::new(rings | MERGEABLE, |_| {});
     rig.provide_kicked(0, &[1000; 100]);
     for seed in 0..50 {
         rig.send(0, &frame(1500, seed));
@@ -338,7 +339,7 @@ fn a_burst_is_received_in_order_and_excess_packets_are_dropped_and_counted(#[val
 
 #[rstest]
 fn each_pair_receives_what_it_sent(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = Rig::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
+    let mut rig = NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
     for pair in 0..4 {
         rig.provide_kicked(pair, &[700; 3]);
     }
@@ -356,7 +357,7 @@ fn each_pair_receives_what_it_sent(#[values(SPLIT, PACKED)] rings: u64) {
 /// As with QEMU and a guest with fewer CPUs than pairs: it starts the rings of all of them and enables some.
 #[rstest]
 fn packets_of_a_pair_with_a_disabled_ring_are_received_by_another_pair(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = Rig::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 3);
+    let mut rig = NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 3);
     rig.provide_kicked(0, &[2000; 9]);
     rig.provide_kicked(1, &[2000]);
     rig.rx[1].enable(&rig.client, false);
@@ -373,7 +374,7 @@ fn packets_of_a_pair_with_a_disabled_ring_are_received_by_another_pair(#[values(
 /// Rule R2.4: they are neither sent nor discarded.
 #[rstest]
 fn packets_on_a_disabled_transmit_ring_stay_there_until_it_is_enabled(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = Rig::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
+    let mut rig = NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
     (0..2).for_each(|pair| rig.provide_kicked(pair, &[2000; 2]));
     rig.tx[0].enable(&rig.client, false);
     let message = [&[0xff; HEADER][..], &frame(100, 1)].concat();
@@ -395,8 +396,8 @@ fn packets_on_a_disabled_transmit_ring_stay_there_until_it_is_enabled(#[values(S
 /// Rule R11.1: the driver could say how many pairs it uses, and has not.
 #[rstest]
 fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = Rig::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
-    let mut control = Controls::new(&rig, 8);
+    let mut rig = NetGuest::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
+    let mut control = ControlQueueDriver::new(&rig, 8);
     (0..4).for_each(|pair| rig.provide_kicked(pair, &[700; 30]));
     for number in 0..20 {
         rig.send(number % 4, &frame(100, number as u8));
@@ -415,7 +416,7 @@ fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(#[value
     client.ring_base(2);
     guest.memory.write(rig.rx[1].layout.desc, &vec![0; 1 << 20]).unwrap();
     rig.rx[1] = Ring::new(guest, 2, 256, rig.features);
-    rig.rx[1].set_up(client, guest, rig.rx[1].start());
+    rig.rx[1].set_up(client, guest, rig.rx[1].initial_base());
     rig.rx[1].enable(client, true);
     let before = rig.device.packet_counts();
     rig.send(1, &frame(100, 77));
@@ -424,7 +425,7 @@ fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(#[value
     let arrived =
         |counts: PacketCounts| counts.received + counts.received_dropped - before.received - before.received_dropped;
     rig.wait_for("the frame has gone somewhere", |counts| arrived(counts) == 1);
-    assert!(!rig.rx[1].is_answered(&rig.guest), "a pair that is not used has received something");
+    assert!(!rig.rx[1].has_completion(&rig.guest), "a pair that is not used has received something");
 }
 
 /// What a driver sets is its own: the next one must not inherit it, with a control queue or without.
@@ -433,15 +434,15 @@ fn a_new_driver_starts_with_the_default_filter(#[values(0, CONTROL)] next: u64) 
     let device = Arc::new(NetDevice::open(options(NetPeer::Loopback)).unwrap());
     let (server, strange) = (Server::new(device.clone()), [2, 0, 0, 0, 0, 9]);
     {
-        let mut rig = Rig::on(&server, &device, MERGEABLE | CONTROL, 1);
-        let mut control = Controls::new(&rig, 2);
+        let mut rig = NetGuest::on(&server, &device, MERGEABLE | CONTROL, 1);
+        let mut control = ControlQueueDriver::new(&rig, 2);
         assert_eq!(control.ask(&rig.guest, 0, 0, &[0]), 0);
         assert_eq!(control.ask(&rig.guest, 1, 1, &strange), 0);
         rig.send(0, &frame(60, 1));
         rig.wait_for("the frame is filtered", |counts| counts.received_filtered == 1);
         assert_eq!(config(&rig.client).0, strange);
     }
-    let mut rig = Rig::on(&server, &device, MERGEABLE | next, 1);
+    let mut rig = NetGuest::on(&server, &device, MERGEABLE | next, 1);
     rig.provide_kicked(0, &[700]);
     rig.send(0, &frame(60, 2));
     assert_eq!(rig.receive(0), frame(60, 2));
@@ -453,15 +454,15 @@ fn a_new_driver_starts_with_the_default_filter(#[values(0, CONTROL)] next: u64) 
 fn a_resumed_driver_keeps_its_filter() {
     let device = Arc::new(NetDevice::open(options(NetPeer::Loopback)).unwrap());
     let server = Server::new(device.clone());
-    let mut rig = Rig::on(&server, &device, MERGEABLE | CONTROL, 1);
-    let mut control = Controls::new(&rig, 2);
+    let mut rig = NetGuest::on(&server, &device, MERGEABLE | CONTROL, 1);
+    let mut control = ControlQueueDriver::new(&rig, 2);
     assert_eq!(control.ask(&rig.guest, 0, 0, &[0]), 0);
     rig.provide_kicked(0, &[700; 3]);
     rig.send(0, &[&MAC[..], &frame(54, 1)].concat());
     rig.receive(0);
     let bases: Vec<u32> = (0..3).map(|index| rig.client.ring_base(index)).collect();
     rig.client = server.connect();
-    begin(&rig.client, &rig.guest, rig.features);
+    negotiate(&rig.client, &rig.guest, rig.features);
     for (ring, base) in [&rig.rx[0], &rig.tx[0], &control.0].into_iter().zip(bases) {
         ring.set_up(&rig.client, &rig.guest, base);
         ring.enable(&rig.client, true);
@@ -473,7 +474,7 @@ fn a_resumed_driver_keeps_its_filter() {
 /// Before version 1 a driver without mergeable buffers has a header of 10 bytes: it ends where the number of buffers would be.
 #[test]
 fn a_legacy_header_has_no_num_buffers_field() {
-    let mut rig = Rig::new(BIT_30, |_| {});
+    let mut rig = NetGuest::new(PROTOCOL_FEATURES_BIT, |_| {});
     let frame = frame(60, 3);
     rig.guest.memory.write(SENT, &[&[0; 10], &frame[..]].concat()).unwrap();
     let buffer = Buffer { gpa: BUFFERS, len: 100 };
@@ -485,14 +486,14 @@ fn a_legacy_header_has_no_num_buffers_field() {
 }
 
 /// A control queue at `index`, and its commands.
-struct Controls(Ring);
+struct ControlQueueDriver(Ring);
 
-impl Controls {
-    fn new(rig: &Rig, index: u32) -> Controls {
+impl ControlQueueDriver {
+    fn new(rig: &NetGuest, index: u32) -> ControlQueueDriver {
         let ring = Ring::new(&rig.guest, index, 64, rig.features);
-        ring.set_up(&rig.client, &rig.guest, ring.start());
+        ring.set_up(&rig.client, &rig.guest, ring.initial_base());
         ring.enable(&rig.client, true);
-        Controls(ring)
+        ControlQueueDriver(ring)
     }
 
     fn ask(&mut self, guest: &Guest, class: u8, command: u8, data: &[u8]) -> u8 {
@@ -515,8 +516,8 @@ fn table(macs: &[[u8; 6]]) -> Vec<u8> {
 
 #[test]
 fn a_frame_sent_after_a_control_reply_is_filtered_by_the_new_filter() {
-    let mut rig = Rig::new(SPLIT | MERGEABLE | CONTROL, |options| options.pairs = 1);
-    let mut control = Controls::new(&rig, 2);
+    let mut rig = NetGuest::new(SPLIT | MERGEABLE | CONTROL, |options| options.pairs = 1);
+    let mut control = ControlQueueDriver::new(&rig, 2);
     rig.provide_kicked(0, &[2000; 20]);
     assert_eq!(control.ask(&rig.guest, 0, 0, &[0]), 0);
     let other = [2, 0, 0, 0, 0, 9];
@@ -539,9 +540,9 @@ fn a_frame_sent_after_a_control_reply_is_filtered_by_the_new_filter() {
 fn the_control_queue_executes_specified_commands_and_refuses_others(#[values(SPLIT, PACKED)] rings: u64) {
     const OK: u8 = 0;
     const ERR: u8 = 1;
-    let mut rig = Rig::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
-    let mut control = Controls::new(&rig, 4);
-    let mut ask = |rig: &Rig, class, command, data: &[u8]| control.ask(&rig.guest, class, command, data);
+    let mut rig = NetGuest::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
+    let mut control = ControlQueueDriver::new(&rig, 4);
+    let mut ask = |rig: &NetGuest, class, command, data: &[u8]| control.ask(&rig.guest, class, command, data);
     let to = |mac: [u8; 6]| [&mac[..], &frame(54, mac[5])].concat();
     let (new, other, group) = ([2, 0, 0, 0, 0, 9], [2, 0, 0, 0, 0, 2], [1, 0, 0, 0, 0, 1]);
     let answers = [
@@ -585,54 +586,54 @@ fn the_control_queue_executes_specified_commands_and_refuses_others(#[values(SPL
     rig.send(1, &to(group));
     assert_eq!(rig.receive(1), to(group));
     // A reset of the device ends it all: everything is received again.
-    rig.client.done(Code::SET_STATUS, &0u64, &[]);
+    rig.client.send_acknowledged(Code::SET_STATUS, &0u64, &[]);
     assert_eq!(config(&rig.client).0, MAC);
 }
 
 /// Without MQ there is one pair, and the control queue is behind it (virtio 1.2, 5.1.2).
 #[test]
 fn without_multi_queue_the_control_queue_has_index_2() {
-    let rig = Rig::new(MERGEABLE | CONTROL, |options| options.pairs = 1);
-    assert_eq!(Controls::new(&rig, 2).ask(&rig.guest, 0, 0, &[0]), 0);
+    let rig = NetGuest::new(MERGEABLE | CONTROL, |options| options.pairs = 1);
+    assert_eq!(ControlQueueDriver::new(&rig, 2).ask(&rig.guest, 0, 0, &[0]), 0);
     let device = Arc::new(NetDevice::open(NetOptions { pairs: 4, ..options(NetPeer::Loopback) }).unwrap());
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, MERGEABLE | CONTROL);
+    negotiate(&client, &guest, MERGEABLE | CONTROL);
     let ring = Ring::new(&guest, 2, 64, MERGEABLE);
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     ring.enable(&client, true);
-    assert_eq!(Controls(ring).ask(&guest, 0, 0, &[0]), 0);
+    assert_eq!(ControlQueueDriver(ring).ask(&guest, 0, 0, &[0]), 0);
 }
 
 /// The address, and the status: 1 link up, 2 announce.
-fn config(client: &Client) -> ([u8; 6], u16) {
+fn config(client: &RawFrontend) -> ([u8; 6], u16) {
     let question = ConfigHeader { offset: 0, size: 12, flags: 0 };
-    let answer = client.ask(Code::GET_CONFIG, &[question.as_bytes(), &[0; 12]].concat());
+    let answer = client.request(Code::GET_CONFIG, &[question.as_bytes(), &[0; 12]].concat());
     let config = &answer[12..];
     (config[..6].try_into().unwrap(), u16::from_le_bytes([config[6], config[7]]))
 }
 
 #[test]
 fn network_device_messages_are_answered() {
-    let rig = Rig::new(MERGEABLE | CONTROL, |options| (options.pairs, options.mtu) = (3, Some(9000)));
+    let rig = NetGuest::new(MERGEABLE | CONTROL, |options| (options.pairs, options.mtu) = (3, Some(9000)));
     let client = &rig.client;
-    assert_eq!(client.ask_number(Code::GET_QUEUE_NUM), 3, "front-ends of net devices compare it with pairs");
-    let features = client.ask_number(Code::GET_FEATURES);
+    assert_eq!(client.request_u64(Code::GET_QUEUE_NUM), 3, "front-ends of net devices compare it with pairs");
+    let features = client.request_u64(Code::GET_FEATURES);
     let offered = CONTROL | bit(VIRTIO_NET_F_MQ) | bit(VIRTIO_NET_F_MTU) | bit(VIRTIO_NET_F_MRG_RXBUF);
     assert_eq!(features & offered, offered);
     assert_eq!(features & 0x7f87, 0, "no offload is offered, for none can be kept everywhere");
-    let protocol = client.ask_number(Code::GET_PROTOCOL_FEATURES);
+    let protocol = client.request_u64(Code::GET_PROTOCOL_FEATURES);
     let own = bit(protocol_feature::RARP) | bit(protocol_feature::MTU);
     assert_eq!(protocol & own, own);
     for (mtu, answer) in [(68u64, 0), (1500, 0), (9000, 0), (67, 1), (9001, 1), (u64::MAX, 1)] {
         assert_eq!(client.acknowledged(Code::NET_SET_MTU, mtu.as_bytes(), &[]), answer, "{mtu}");
     }
     assert_eq!(config(client), (MAC, 1));
-    let mut ear = Ear::give(client);
-    client.done(Code::SEND_RARP, &0x0000_0605_0403_0201u64, &[]);
-    assert_eq!(ear.hear(), (BackendRequest::CONFIG_CHANGE_MSG, None), "its front-end hears of it (rule B2.1)");
+    let mut ear = BackendChannel::open(client);
+    client.send_acknowledged(Code::SEND_RARP, &0x0000_0605_0403_0201u64, &[]);
+    assert_eq!(ear.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None), "its front-end hears of it (rule B2.1)");
     assert_eq!(config(client), (MAC, 3), "the driver is asked to announce itself");
-    let mut control = Controls::new(&rig, 2);
+    let mut control = ControlQueueDriver::new(&rig, 2);
     assert_eq!(control.ask(&rig.guest, 3, 0, &[]), 0);
     assert_eq!(config(client), (MAC, 1));
     let header = ConfigHeader { offset: 0, size: 6, flags: CONFIG_TYPE_MIGRATION };
@@ -645,7 +646,7 @@ fn network_device_messages_are_answered() {
 
 #[rstest]
 fn a_truncated_send_rarp_or_net_set_mtu_is_refused_and_packets_continue(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = Rig::new(rings | MERGEABLE | CONTROL, |options| options.mtu = Some(9000));
+    let mut rig = NetGuest::new(rings | MERGEABLE | CONTROL, |options| options.mtu = Some(9000));
     let mut seed = 0;
     for code in [Code::SEND_RARP, Code::NET_SET_MTU] {
         for payload in [&[][..], &[2; 3], &[2; 7]] {
@@ -662,7 +663,7 @@ fn a_truncated_send_rarp_or_net_set_mtu_is_refused_and_packets_continue(#[values
 
 #[rstest]
 fn invalid_packets_are_dropped_and_counted_and_the_queue_continues(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = Rig::new(rings | MERGEABLE, |_| {});
+    let mut rig = NetGuest::new(rings | MERGEABLE, |_| {});
     rig.provide_kicked(0, &[2000; 3]);
     let at = |gpa, len| Buffer { gpa, len };
     rig.transmit(0, &[at(SENT, 11)], &[]);
@@ -684,7 +685,7 @@ fn invalid_packets_are_dropped_and_counted_and_the_queue_continues(#[values(SPLI
 #[rstest]
 fn unusable_receive_buffers_are_returned_empty_and_the_queue_continues(#[values(SPLIT, PACKED)] rings: u64) {
     for features in [rings, rings | MERGEABLE] {
-        let mut rig = Rig::new(features, |_| {});
+        let mut rig = NetGuest::new(features, |_| {});
         let at = |gpa, len| Buffer { gpa, len };
         let rx = &mut rig.rx[0].driver;
         rx.add(&[], &[at(BUFFERS, 11)], None).unwrap().unwrap();
@@ -705,7 +706,7 @@ fn unusable_receive_buffers_are_returned_empty_and_the_queue_continues(#[values(
 /// A longer one would wait for ever, and all others behind it.
 #[rstest]
 fn a_packet_larger_than_a_full_ring_of_buffers_is_dropped(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = Rig::new(rings | MERGEABLE, |_| {});
+    let mut rig = NetGuest::new(rings | MERGEABLE, |_| {});
     rig.send(0, &frame(256 * 12, 1));
     rig.send(0, &frame(255 * 12, 2));
     for number in 0..256 {
@@ -724,11 +725,11 @@ fn paired_devices_exchange_packets_also_after_a_restart(#[values(SPLIT, PACKED)]
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("wire");
     let end = || {
-        Rig::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| {
+        NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| {
             (options.pairs, options.peer) = (2, NetPeer::Pair(path.clone()));
         })
     };
-    let talk = |from: &mut Rig, to: &mut Rig, pair: usize, seed: u8| {
+    let talk = |from: &mut NetGuest, to: &mut NetGuest, pair: usize, seed: u8| {
         to.provide_kicked(pair, &[1000; 3]);
         // Until the other end is there, what is sent is dropped.
         let before = from.device.packet_counts().sent;
@@ -760,7 +761,7 @@ fn paired_devices_exchange_packets_also_after_a_restart(#[values(SPLIT, PACKED)]
     }
     // An announcement is broadcast to the other end.
     d.provide_kicked(0, &[200]);
-    c.client.done(Code::SEND_RARP, &0x0000_0605_0403_0201u64, &[]);
+    c.client.send_acknowledged(Code::SEND_RARP, &0x0000_0605_0403_0201u64, &[]);
     let rarp = d.receive(0);
     let mac = [1, 2, 3, 4, 5, 6];
     let expected = [&[0xff; 6][..], &mac, &[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3], &mac, &[0; 4], &mac, &[0; 4]].concat();
@@ -794,7 +795,7 @@ fn paired_processes_connect_in_any_start_order() {
 
 /// A front-end of a process, with one pair.
 struct NetClient {
-    _client: Client,
+    _client: RawFrontend,
     guest: Guest,
     rx: Ring,
     tx: Ring,
@@ -802,11 +803,11 @@ struct NetClient {
 
 impl NetClient {
     fn new(socket: &std::path::Path) -> NetClient {
-        let (client, guest) = (Client::connect(socket), Guest::new());
-        begin(&client, &guest, MERGEABLE);
+        let (client, guest) = (RawFrontend::connect(socket), Guest::new());
+        negotiate(&client, &guest, MERGEABLE);
         let [rx, tx] = [0, 1].map(|index| {
             let ring = Ring::new(&guest, index, 256, MERGEABLE);
-            ring.set_up(&client, &guest, ring.start());
+            ring.set_up(&client, &guest, ring.initial_base());
             ring.enable(&client, true);
             ring
         });
@@ -858,21 +859,21 @@ fn invalid_network_options_are_refused_with_a_one_line_error() {
 /// Rule R10.1: QEMU gives the call fd last, when packets may have come already.
 #[rstest]
 fn a_notification_without_a_call_fd_is_signalled_over_the_next_call_fd(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = Rig::new(rings | MERGEABLE, |_| {});
-    let renew = |rig: &mut Rig| {
+    let mut rig = NetGuest::new(rings | MERGEABLE, |_| {});
+    let renew = |rig: &mut NetGuest| {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         rig.rx[0].call = EventFd::from_flags(flags).unwrap();
         let call = rig.rx[0].call.as_fd();
-        rig.client.done(Code::SET_VRING_CALL, &0u64, &[call]);
+        rig.client.send_acknowledged(Code::SET_VRING_CALL, &0u64, &[call]);
         rig.rx[0].call.read().is_ok()
     };
     assert!(!renew(&mut rig), "there was nothing to say");
     let none = 1u64 << 8;
-    rig.client.done(Code::SET_VRING_CALL, &none, &[]);
+    rig.client.send_acknowledged(Code::SET_VRING_CALL, &none, &[]);
     rig.provide_kicked(0, &[1000]);
     rig.send(0, &frame(100, 1));
-    while !rig.rx[0].is_answered(&rig.guest) {
-        rig.client.barrier();
+    while !rig.rx[0].has_completion(&rig.guest) {
+        rig.client.wait_until_processed();
     }
     assert!(renew(&mut rig), "the driver never hears of its packet");
     assert_eq!(rig.receive(0), frame(100, 1));
@@ -883,7 +884,7 @@ fn a_notification_without_a_call_fd_is_signalled_over_the_next_call_fd(#[values(
 fn a_half_closed_pair_connection_is_closed_and_reconnected() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pair");
-    let _rig = Rig::new(BASIC, |options| options.peer = NetPeer::Pair(path.clone()));
+    let _rig = NetGuest::new(BASIC, |options| options.peer = NetPeer::Pair(path.clone()));
     let connect = || {
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = nix::sys::socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
@@ -907,7 +908,7 @@ fn a_deleted_tap_is_removed_from_the_device() {
     use std::io::{BufRead, BufReader, Write};
     use std::process::{Command, Stdio};
 
-    use crate::interface::{Interface, interface_features};
+    use crate::interface::{LoopbackNetGuest, interface_features};
 
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("socket");
@@ -924,7 +925,7 @@ fn a_deleted_tap_is_removed_from_the_device() {
     let mut said = String::new();
     BufReader::new(shell.stdout.take().unwrap()).read_line(&mut said).unwrap();
     assert!(said.starts_with("serves "), "{said}");
-    let mut net = Interface::new(Client::connect(&socket), interface_features(SPLIT));
+    let mut net = LoopbackNetGuest::new(RawFrontend::connect(&socket), interface_features(SPLIT));
     net.send(0);
     shell.stdin.take().unwrap().write_all(b"go\n").unwrap();
     let mut lines = BufReader::new(shell.stderr.take().unwrap()).lines().map(Result::unwrap);
@@ -953,7 +954,7 @@ fn a_deleted_tap_is_removed_from_the_device() {
     (0..3).for_each(|_| _ = net.send(0));
     net.command();
     drop(net);
-    let mut net = Interface::new(Client::connect(&socket), interface_features(SPLIT));
+    let mut net = LoopbackNetGuest::new(RawFrontend::connect(&socket), interface_features(SPLIT));
     net.send(1);
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(backend), nix::sys::signal::Signal::SIGTERM).unwrap();
     // A connection that comes before the one before it is seen to have ended is no matter of the tap.

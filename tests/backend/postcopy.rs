@@ -21,9 +21,12 @@ use vhost_migrate::memory::{LOG_PAGE, Memory, Region, Userfault, sealed_memfd};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase, SplitLayout};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::guest::{BASIC, BIT_30, Guest, HIGH, PACKED, REGION, Ring, SPLIT, begin, harvest, pages, places};
-use crate::hostile::works;
-use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
+use crate::guest::{
+    BASIC, Guest, HIGH, PACKED, PROTOCOL_FEATURES_BIT, REGION, Ring, SPLIT, harvest, negotiate, pages,
+    request_addresses,
+};
+use crate::hostile::assert_ring_works;
+use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::{Process, Server};
 
 const DISK: u64 = 1 << 20;
@@ -56,7 +59,7 @@ fn memory_of(make: impl Fn() -> OwnedFd) -> Memory {
 }
 
 /// Brings what `from` has to where somebody waits for it.
-struct Postman<'a> {
+struct PageServer<'a> {
     from: &'a Memory,
     to: &'a Memory,
     /// Of this process, and the back-end's.
@@ -65,7 +68,7 @@ struct Postman<'a> {
     stop: AtomicBool,
 }
 
-impl Postman<'_> {
+impl PageServer<'_> {
     /// Serves faults until told to stop; the pages that the back-end has asked for.
     fn serve(&self, addresses: &BackendAddresses) -> BTreeSet<u64> {
         let mut asked = BTreeSet::new();
@@ -74,27 +77,27 @@ impl Postman<'_> {
             poll(&mut fds, 10u8).unwrap();
             while let Some(address) = self.theirs.fault().unwrap() {
                 let gpa = addresses.gpa(address).expect("a fault outside guest memory");
-                asked.insert(self.bring(gpa, addresses));
+                asked.insert(self.serve_page(gpa, addresses));
             }
             while let Some(address) = self.own.fault().unwrap() {
                 let region = self.to.regions().iter().find(|r| address.wrapping_sub(r.user_addr()) < r.size()).unwrap();
-                self.bring(region.gpa() + (address - region.user_addr()), addresses);
+                self.serve_page(region.gpa() + (address - region.user_addr()), addresses);
             }
         }
         asked
     }
 
     /// What nobody has asked for too.
-    fn bring_all(&self, addresses: &BackendAddresses) {
+    fn serve_all_pages(&self, addresses: &BackendAddresses) {
         for region in self.to.regions() {
             for offset in (0..region.size()).step_by(region.page_size() as usize) {
-                self.bring(region.gpa() + offset, addresses);
+                self.serve_page(region.gpa() + offset, addresses);
             }
         }
     }
 
     /// The page around `gpa`.
-    fn bring(&self, gpa: u64, addresses: &BackendAddresses) -> u64 {
+    fn serve_page(&self, gpa: u64, addresses: &BackendAddresses) -> u64 {
         let region = self.to.regions().iter().find(|region| gpa.wrapping_sub(region.gpa()) < region.size()).unwrap();
         let size = region.page_size();
         let gpa = gpa / size * size;
@@ -112,7 +115,7 @@ impl Postman<'_> {
 fn setup(ring: &Ring) -> RingSetup {
     let eventfd = |eventfd: &nix::sys::eventfd::EventFd| Arc::new(eventfd.as_fd().try_clone_to_owned().unwrap());
     let SplitLayout { size, desc, avail, used } = ring.layout;
-    let (kick, call, base) = (eventfd(&ring.kick), eventfd(&ring.call), RingBase::from_bits(ring.start()));
+    let (kick, call, base) = (eventfd(&ring.kick), eventfd(&ring.call), RingBase::from_bits(ring.initial_base()));
     RingSetup { size, desc, avail, used, kick, call, error: None, base }
 }
 
@@ -179,13 +182,13 @@ fn every_byte_arrives(server: &Server, to: &Memory, features: u64) {
     let _ = ring.driver.publish();
 
     let mut device = driver(server.folder.path(), false);
-    device.set_features(features & !BIT_30).unwrap();
+    device.set_features(features & !PROTOCOL_FEATURES_BIT).unwrap();
     let (own, theirs) = (Userfault::new().unwrap(), device.postcopy_advise().unwrap());
     for region in to.regions() {
         own.register(region).unwrap();
     }
     device.postcopy_listen().unwrap();
-    let postman = Postman { from: &guest.memory, to, own, theirs, stop: AtomicBool::new(false) };
+    let postman = PageServer { from: &guest.memory, to, own, theirs, stop: AtomicBool::new(false) };
     let asked = thread::scope(|scope| {
         let mut serving = None;
         let ready = |addresses| serving = Some(scope.spawn(|| (postman.serve(&addresses), addresses)));
@@ -197,7 +200,7 @@ fn every_byte_arrives(server: &Server, to: &Memory, features: u64) {
         postman.stop.store(true, Ordering::Relaxed);
         assert_eq!(base.unwrap().bits(), ring.base_after(REQUESTS as u16, 3));
         let (asked, addresses) = serving.unwrap().join().unwrap();
-        postman.bring_all(&addresses);
+        postman.serve_all_pages(&addresses);
         asked
     });
     device.postcopy_end().unwrap();
@@ -215,7 +218,7 @@ fn every_byte_arrives(server: &Server, to: &Memory, features: u64) {
     assert_eq!(completed.into_iter().map(|(head, _)| head).collect::<BTreeSet<_>>(), heads.into_iter().collect());
     let image = std::fs::read(server.image()).unwrap();
     for slot in 0..REQUESTS {
-        let (_, status, data) = places(slot);
+        let (_, status, data) = request_addresses(slot);
         expected[0][status as usize] = 0;
         let on_disk = |sector: u64| &image[sector as usize * 512..][..LENGTH as usize];
         if slot % 2 == 0 {
@@ -265,7 +268,7 @@ fn packets_received_into_missing_postcopy_pages_are_intact_and_logged(#[values(S
 
     let to = memory_of(|| sealed_memfd("guest", REGION).unwrap());
     let mut device = driver(folder.path(), true);
-    device.set_features(features & !BIT_30).unwrap();
+    device.set_features(features & !PROTOCOL_FEATURES_BIT).unwrap();
     let (own, theirs) = (Userfault::new().unwrap(), device.postcopy_advise().unwrap());
     for region in to.regions() {
         own.register(region).unwrap();
@@ -273,7 +276,7 @@ fn packets_received_into_missing_postcopy_pages_are_intact_and_logged(#[values(S
     device.postcopy_listen().unwrap();
     let (log, log_fd) = Log::create(to.end()).unwrap();
     let log = Arc::new(log);
-    let postman = Postman { from: &guest.memory, to: &to, own, theirs, stop: AtomicBool::new(false) };
+    let postman = PageServer { from: &guest.memory, to: &to, own, theirs, stop: AtomicBool::new(false) };
     let asked = thread::scope(|scope| {
         let mut serving = None;
         let ready = |addresses| serving = Some(scope.spawn(|| (postman.serve(&addresses), addresses)));
@@ -290,7 +293,7 @@ fn packets_received_into_missing_postcopy_pages_are_intact_and_logged(#[values(S
         let [received, sent] = bases.map(Result::unwrap);
         assert_eq!((received, sent), (rx.base_after(buffers, 1), tx.base_after(PACKETS, 1)));
         let (asked, addresses) = serving.unwrap().join().unwrap();
-        postman.bring_all(&addresses);
+        postman.serve_all_pages(&addresses);
         asked
     });
     device.postcopy_end().unwrap();
@@ -328,14 +331,14 @@ fn packets_received_into_missing_postcopy_pages_are_intact_and_logged(#[values(S
 }
 
 /// Serves `server` nothing but a postcopy whose pages never come, as far as `rings` run.
-fn stuck(server: &Server) -> (Client, Guest, Ring) {
+fn start_with_worker_waiting(server: &Server) -> (RawFrontend, Guest, Ring) {
     let guest = Guest::new();
     let mut ring = Ring::new(&guest, 0, 128, BASIC);
     ring.read(&guest, 0, 0, 512);
     let _ = ring.driver.publish();
     let empty = Guest::new();
-    let client = advised(server);
-    assert_eq!(client.ask_number(Code::POSTCOPY_LISTEN), 0);
+    let client = negotiate_postcopy(server);
+    assert_eq!(client.request_u64(Code::POSTCOPY_LISTEN), 0);
     client.send(Code::SET_MEM_TABLE, NEED_REPLY, &empty.table(), &empty.fds());
     assert_eq!(client.reply(Code::SET_MEM_TABLE).len(), empty.table().len());
     client.send(Code::SET_MEM_TABLE, NEED_REPLY, 0u64.as_bytes(), &[]);
@@ -343,15 +346,15 @@ fn stuck(server: &Server) -> (Client, Guest, Ring) {
     ring.enable(&client, true);
     // Answered although the ring can't even be looked at.
     client.send(Code::SET_VRING_CALL, VERSION, 0u64.as_bytes(), &[ring.call.as_fd()]);
-    client.barrier();
+    client.wait_until_processed();
     (client, empty, ring)
 }
 
 /// A connection whose userfaultfd nobody reads.
-fn advised(server: &Server) -> Client {
+fn negotiate_postcopy(server: &Server) -> RawFrontend {
     let client = server.connect();
-    client.tell(Code::SET_PROTOCOL_FEATURES, &client.ask_number(Code::GET_PROTOCOL_FEATURES));
-    client.done(Code::SET_FEATURES, &BASIC, &[]);
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &client.request_u64(Code::GET_PROTOCOL_FEATURES));
+    client.send_acknowledged(Code::SET_FEATURES, &BASIC, &[]);
     client.send(Code::POSTCOPY_ADVISE, VERSION, &[], &[]);
     let (header, payload, fd) = client.receive();
     assert_eq!((header.flags, payload.len()), (5, 0));
@@ -361,9 +364,9 @@ fn advised(server: &Server) -> Client {
 }
 
 /// Whether the disk serves somebody else.
-fn serves(server: &Server) {
+fn assert_served(server: &Server) {
     let (client, guest) = (server.connect(), Guest::new());
-    begin(&client, &guest, BASIC);
+    negotiate(&client, &guest, BASIC);
     let mut ring = Ring::new(&guest, 0, 128, BASIC);
     ring.set_up(&client, &guest, 0);
     ring.enable(&client, true);
@@ -377,9 +380,9 @@ fn serves(server: &Server) {
 fn a_hang_up_during_postcopy_releases_waiting_workers_and_leaves_memory_unchanged() {
     let server = server(|_| {});
     for _ in 0..3 {
-        let (client, guest, _ring) = stuck(&server);
+        let (client, guest, _ring) = start_with_worker_waiting(&server);
         drop(client);
-        serves(&server);
+        assert_served(&server);
         let unwritten = |fd: std::os::fd::BorrowedFd<'_>| nix::sys::stat::fstat(fd).unwrap().st_blocks == 0;
         assert!(guest.fds().into_iter().all(unwritten), "pages were made up");
     }
@@ -389,53 +392,53 @@ fn a_hang_up_during_postcopy_releases_waiting_workers_and_leaves_memory_unchange
 fn postcopy_messages_out_of_order_are_refused_and_the_back_end_continues() {
     let server = server(|_| {});
     let client = server.connect();
-    let offered = client.ask_number(Code::GET_PROTOCOL_FEATURES);
+    let offered = client.request_u64(Code::GET_PROTOCOL_FEATURES);
     assert_eq!(offered & bit(protocol_feature::CONFIGURE_MEM_SLOTS), 0, "never both (rule P1.1)");
-    client.tell(Code::SET_PROTOCOL_FEATURES, &offered);
-    assert_eq!(client.ask_number(Code::POSTCOPY_LISTEN), 1, "without ADVISE");
-    assert_eq!(client.ask_number(Code::POSTCOPY_END), 1, "without ADVISE");
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &offered);
+    assert_eq!(client.request_u64(Code::POSTCOPY_LISTEN), 1, "without ADVISE");
+    assert_eq!(client.request_u64(Code::POSTCOPY_END), 1, "without ADVISE");
     Guest::new().send_table(&client);
     drop(client);
 
-    let client = advised(&server);
-    assert_eq!(client.ask_number(Code::POSTCOPY_LISTEN), 0);
+    let client = negotiate_postcopy(&server);
+    assert_eq!(client.request_u64(Code::POSTCOPY_LISTEN), 0);
     client.send(Code::POSTCOPY_ADVISE, VERSION, &[], &[]);
     assert!(client.receive().2.is_none(), "an fd for a postcopy that has begun");
-    assert_eq!(client.ask_number(Code::POSTCOPY_END), 0);
-    assert_eq!(client.ask_number(Code::POSTCOPY_END), 1, "twice");
+    assert_eq!(client.request_u64(Code::POSTCOPY_END), 0);
+    assert_eq!(client.request_u64(Code::POSTCOPY_END), 1, "twice");
     Guest::new().send_table(&client);
     drop(client);
 
     // No acknowledgement, a wrong one, and another message instead.
     let guest = Guest::new();
     for (code, payload) in [(None, 0u64), (Some(Code::SET_MEM_TABLE), 1), (Some(Code::GET_FEATURES), 0)] {
-        let client = advised(&server);
-        assert_eq!(client.ask_number(Code::POSTCOPY_LISTEN), 0);
-        let table = client.ask_with(Code::SET_MEM_TABLE, &guest.table(), &guest.fds());
+        let client = negotiate_postcopy(&server);
+        assert_eq!(client.request_u64(Code::POSTCOPY_LISTEN), 0);
+        let table = client.request_with_fds(Code::SET_MEM_TABLE, &guest.table(), &guest.fds());
         assert_ne!(table, guest.table(), "the addresses are the back-end's");
         if let Some(code) = code {
             client.send(code, VERSION, payload.as_bytes(), &[]);
             assert!(client.is_closed());
         }
         drop(client);
-        serves(&server);
+        assert_served(&server);
     }
 
     // Memory that can't be waited for ends the connection.
-    let client = advised(&server);
-    assert_eq!(client.ask_number(Code::POSTCOPY_LISTEN), 0);
+    let client = negotiate_postcopy(&server);
+    assert_eq!(client.request_u64(Code::POSTCOPY_LISTEN), 0);
     let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     file.set_len(REGION).unwrap();
     client.send(Code::SET_MEM_TABLE, VERSION, &guest.table(), &[file.as_fd(), file.as_fd()]);
     assert!(client.is_closed());
     drop(client);
-    serves(&server);
+    assert_served(&server);
 }
 
 #[test]
 fn invalid_postcopy_messages_are_refused_and_close_the_connection_only_after_listen() {
     let (server, guest) = (server(|_| {}), Guest::new());
-    let client = advised(&server);
+    let client = negotiate_postcopy(&server);
     guest.send_table(&client);
     let mut ring = Ring::new(&guest, 0, 128, BASIC);
     ring.set_up(&client, &guest, 0);
@@ -444,7 +447,7 @@ fn invalid_postcopy_messages_are_refused_and_close_the_connection_only_after_lis
     for flags in [VERSION, NEED_REPLY] {
         client.send(Code::POSTCOPY_LISTEN, flags, &[0; 3], &[client.as_fd()]);
         assert_eq!(client.reply(Code::POSTCOPY_LISTEN), 1u64.to_le_bytes(), "a ring runs");
-        works(&guest, &mut ring);
+        assert_ring_works(&guest, &mut ring);
     }
     client.ring_base(0);
     client.send(Code::POSTCOPY_LISTEN, VERSION, &[0; 3], &[client.as_fd()]);
@@ -458,22 +461,22 @@ fn invalid_postcopy_messages_are_refused_and_close_the_connection_only_after_lis
     assert_eq!(client.reply(Code::POSTCOPY_END), [0; 8]);
     guest.send_table(&client);
     drop(client);
-    serves(&server);
+    assert_served(&server);
     // Where an answer is owed that has no number to say no.
-    let client = advised(&server);
-    assert_eq!(client.ask_number(Code::POSTCOPY_LISTEN), 0);
+    let client = negotiate_postcopy(&server);
+    assert_eq!(client.request_u64(Code::POSTCOPY_LISTEN), 0);
     client.send(Code::SET_MEM_TABLE, VERSION, &table[..60], &guest.fds());
     assert!(client.is_closed());
     drop(client);
-    serves(&server);
+    assert_served(&server);
     // An acknowledgement that is cut short.
-    let client = advised(&server);
-    assert_eq!(client.ask_number(Code::POSTCOPY_LISTEN), 0);
-    client.ask_with(Code::SET_MEM_TABLE, &table, &guest.fds());
+    let client = negotiate_postcopy(&server);
+    assert_eq!(client.request_u64(Code::POSTCOPY_LISTEN), 0);
+    client.request_with_fds(Code::SET_MEM_TABLE, &table, &guest.fds());
     client.send(Code::SET_MEM_TABLE, VERSION, &[0; 7], &[]);
     assert!(client.is_closed());
     drop(client);
-    serves(&server);
+    assert_served(&server);
 }
 
 /// A ring in scattered pages is mapped once more, where nobody waits for pages.
@@ -481,17 +484,17 @@ fn invalid_postcopy_messages_are_refused_and_close_the_connection_only_after_lis
 fn postcopy_is_not_offered_to_drivers_behind_an_iommu() {
     let server = server(|options| options.iommu = true);
     let client = server.connect();
-    let offered = client.ask_number(Code::GET_PROTOCOL_FEATURES);
+    let offered = client.request_u64(Code::GET_PROTOCOL_FEATURES);
     assert_eq!(offered & bit(protocol_feature::PAGEFAULT), 0);
     assert_ne!(offered & bit(protocol_feature::CONFIGURE_MEM_SLOTS), 0, "there is nothing in their way");
-    client.tell(Code::SET_PROTOCOL_FEATURES, &offered);
-    client.barrier();
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &offered);
+    client.wait_until_processed();
     let pagefault = offered | bit(protocol_feature::PAGEFAULT);
     assert_ne!(client.acknowledged(Code::SET_PROTOCOL_FEATURES, pagefault.as_bytes(), &[]), 0);
     client.send(Code::POSTCOPY_ADVISE, VERSION, &[], &[]);
     assert!(client.is_closed(), "an answer to a request that does not exist here");
     drop(client);
-    serves(&server);
+    assert_served(&server);
 }
 
 #[test]
@@ -510,9 +513,9 @@ fn a_disk_serves_requests_in_postcopy_huge_pages() {
 fn the_set_mem_table_reply_holds_the_back_ends_own_addresses() {
     let server = server(|_| {});
     let guest = Guest::new();
-    let client = advised(&server);
-    assert_eq!(client.ask_number(Code::POSTCOPY_LISTEN), 0);
-    let reply = client.ask_with(Code::SET_MEM_TABLE, &guest.table(), &guest.fds());
+    let client = negotiate_postcopy(&server);
+    assert_eq!(client.request_u64(Code::POSTCOPY_LISTEN), 0);
+    let reply = client.request_with_fds(Code::SET_MEM_TABLE, &guest.table(), &guest.fds());
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     for region in reply[8..].chunks(32) {
         let address = u64::read_from_bytes(&region[16..24]).unwrap();

@@ -17,7 +17,7 @@ use vhost_migrate::abi::virtio::{
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
 use vhost_migrate::ring::{Buffer, RingBase};
 
-use crate::guest::{BASIC, Guest, HIGH, Ring, begin, status};
+use crate::guest::{BASIC, Guest, HIGH, Ring, negotiate, status};
 use crate::raw::DEADLINE;
 use crate::server::Server;
 
@@ -31,7 +31,7 @@ const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
 /// The guest's hand: writes what a random number says, tame enough that it is known what may change.
-struct Scribbler<'a> {
+struct RingCorruptor<'a> {
     guest: &'a Guest,
     rings: &'a [Ring],
     packed: bool,
@@ -40,7 +40,7 @@ struct Scribbler<'a> {
     avail: Vec<u16>,
 }
 
-impl Scribbler<'_> {
+impl RingCorruptor<'_> {
     fn next(&mut self) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
@@ -74,7 +74,7 @@ impl Scribbler<'_> {
         self.guest.memory.write(at, &header).unwrap();
     }
 
-    fn step(&mut self) {
+    fn corrupt_once(&mut self) {
         let random = self.next();
         let number = (random >> 55) as usize % self.rings.len();
         let layout = self.rings[number].layout;
@@ -120,11 +120,11 @@ fn race(server: &Server, features: u64, count: u32) {
     let guest = Guest::new();
     guest.memory.write(HIGH, &[0xa5; 1 << 20]).unwrap();
     let client = server.connect();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let rings: Vec<Ring> = (0..count).map(|index| Ring::new(&guest, index, SIZE, features)).collect();
     let errors: Vec<EventFd> = rings.iter().map(|_| EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap()).collect();
     for (ring, error) in rings.iter().zip(&errors) {
-        client.done(Code::SET_VRING_ERR, &u64::from(ring.index), &[error.as_fd()]);
+        client.send_acknowledged(Code::SET_VRING_ERR, &u64::from(ring.index), &[error.as_fd()]);
     }
     // What the guest writes itself lies below the buffers, and so do the device's areas of the rings.
     let above = (u64::from(count) + 1) << 20;
@@ -138,9 +138,9 @@ fn race(server: &Server, features: u64, count: u32) {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let (random, avail) = (0x9e37_79b9, vec![0; rings.len()]);
-            let mut scribbler = Scribbler { guest: &guest, rings: &rings, packed, random, avail };
+            let mut scribbler = RingCorruptor { guest: &guest, rings: &rings, packed, random, avail };
             while !stop.load(Ordering::Relaxed) {
-                scribbler.step();
+                scribbler.corrupt_once();
             }
         });
         while served.iter().any(|served| *served < 500) || broken.iter().any(|broken| *broken < 50) {
@@ -167,7 +167,7 @@ fn race(server: &Server, features: u64, count: u32) {
                 client.ring_base(ring.index);
                 broken[number] += errors[number].read().is_ok() as u32;
                 served[number] += ring.call.read().unwrap_or(0);
-                client.tell(Code::SET_VRING_ENABLE, &VringState { index: ring.index, num: 0 });
+                client.send_body(Code::SET_VRING_ENABLE, &VringState { index: ring.index, num: 0 });
             }
         }
         stop.store(true, Ordering::Relaxed);
@@ -179,7 +179,7 @@ fn race_on_a_disk(features: u64) {
     let server = Server::disk(1 << 20, |_| {});
     race(&server, features, 1);
     let (client, guest) = (server.connect(), Guest::new());
-    begin(&client, &guest, BASIC);
+    negotiate(&client, &guest, BASIC);
     let mut fresh = Ring::new(&guest, 1, SIZE, BASIC);
     fresh.set_up(&client, &guest, 0);
     fresh.enable(&client, true);
@@ -198,7 +198,7 @@ fn race_on_an_interface(features: u64) {
     race(&server, control.into_iter().fold(features, |features, feature| features | bit(feature)), 3);
 
     let (client, guest) = (server.connect(), Guest::new());
-    begin(&client, &guest, BASIC);
+    negotiate(&client, &guest, BASIC);
     let [mut rx, mut tx] = [0, 1].map(|index| Ring::new(&guest, index, SIZE, BASIC));
     for ring in [&rx, &tx] {
         ring.set_up(&client, &guest, 0);

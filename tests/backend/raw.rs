@@ -16,7 +16,7 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 pub(crate) const VERSION: u32 = Header::FLAG_VERSION;
 pub(crate) const NEED_REPLY: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
 
-pub(crate) struct Client {
+pub(crate) struct RawFrontend {
     pub(crate) socket: UnixStream,
 }
 
@@ -26,11 +26,11 @@ pub(crate) fn ring_message(code: Code, flags: u32, state: VringState) -> Vec<u8>
     [header.as_bytes(), state.as_bytes()].concat()
 }
 
-impl Client {
-    pub(crate) fn connect(path: &Path) -> Client {
+impl RawFrontend {
+    pub(crate) fn connect(path: &Path) -> RawFrontend {
         let socket = UnixStream::connect(path).unwrap();
         socket.set_read_timeout(Some(DEADLINE)).unwrap();
-        Client { socket }
+        RawFrontend { socket }
     }
 
     /// Any header, any payload, any fds.
@@ -79,23 +79,23 @@ impl Client {
     }
 
     /// A request that has a reply of its own.
-    pub(crate) fn ask(&self, code: Code, payload: &[u8]) -> Vec<u8> {
+    pub(crate) fn request(&self, code: Code, payload: &[u8]) -> Vec<u8> {
         self.send(code, VERSION, payload, &[]);
         self.reply(code)
     }
 
     /// The same, with fds.
-    pub(crate) fn ask_with(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Vec<u8> {
+    pub(crate) fn request_with_fds(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Vec<u8> {
         self.send(code, VERSION, payload, fds);
         self.reply(code)
     }
 
-    pub(crate) fn ask_number(&self, code: Code) -> u64 {
-        u64::read_from_bytes(&self.ask(code, &[])).unwrap()
+    pub(crate) fn request_u64(&self, code: Code) -> u64 {
+        u64::read_from_bytes(&self.request(code, &[])).unwrap()
     }
 
     /// A request without a reply.
-    pub(crate) fn tell(&self, code: Code, body: &(impl IntoBytes + Immutable)) {
+    pub(crate) fn send_body(&self, code: Code, body: &(impl IntoBytes + Immutable)) {
         self.send(code, VERSION, body.as_bytes(), &[]);
     }
 
@@ -105,12 +105,12 @@ impl Client {
         u64::read_from_bytes(&self.reply(code)).unwrap()
     }
 
-    pub(crate) fn done(&self, code: Code, body: &(impl IntoBytes + Immutable), fds: &[BorrowedFd<'_>]) {
+    pub(crate) fn send_acknowledged(&self, code: Code, body: &(impl IntoBytes + Immutable), fds: &[BorrowedFd<'_>]) {
         assert_eq!(self.acknowledged(code, body.as_bytes(), fds), 0, "{code} was refused");
     }
 
     pub(crate) fn ring_base(&self, index: u32) -> u32 {
-        self.tell(Code::GET_VRING_BASE, &VringState { index, num: 0 });
+        self.send_body(Code::GET_VRING_BASE, &VringState { index, num: 0 });
         self.ring_base_reply(index)
     }
 
@@ -121,8 +121,8 @@ impl Client {
     }
 
     /// Everything sent so far is done when this returns (rule F4.4).
-    pub(crate) fn barrier(&self) {
-        self.ask_number(Code::GET_FEATURES);
+    pub(crate) fn wait_until_processed(&self) {
+        self.request_u64(Code::GET_FEATURES);
     }
 
     /// Whether the back-end has hung up, after all it had to say.
@@ -143,7 +143,7 @@ impl Client {
     }
 }
 
-impl AsFd for Client {
+impl AsFd for RawFrontend {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }

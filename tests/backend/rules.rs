@@ -17,12 +17,12 @@ use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight;
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::drain::Held;
+use crate::drain::GatedDevice;
 use crate::guest::{
-    BIT_30, Guest, LOG_ALL, PACKED, PROTOCOL, Ring, SPLIT, begin, inflight_kind, inflight_region, places, send_log,
-    status,
+    Guest, LOG_ALL, PACKED, PROTOCOL, PROTOCOL_FEATURES_BIT, Ring, SPLIT, inflight_kind, inflight_region, negotiate,
+    request_addresses, send_log, status,
 };
-use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
+use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::Server;
 
 const DISK: u64 = 1 << 20;
@@ -31,10 +31,10 @@ fn disk() -> (Server, Guest) {
     (Server::disk(DISK, |_| {}), Guest::new())
 }
 
-fn running(client: &Client, guest: &Guest, features: u64) -> Ring {
-    begin(client, guest, features);
+fn running(client: &RawFrontend, guest: &Guest, features: u64) -> Ring {
+    negotiate(client, guest, features);
     let ring = Ring::new(guest, 0, 256, features);
-    ring.set_up(client, guest, ring.start());
+    ring.set_up(client, guest, ring.initial_base());
     ring.enable(client, true);
     ring
 }
@@ -44,20 +44,20 @@ fn read_one(guest: &Guest, ring: &mut Ring, sector: u64) {
     ring.kick();
     assert_eq!(ring.completion(), (head, 513));
     assert_eq!(status(guest, 0), 0);
-    assert_eq!(guest.bytes(places(0).2, 8), sector.to_le_bytes());
+    assert_eq!(guest.bytes(request_addresses(0).2, 8), sector.to_le_bytes());
 }
 
 #[test]
 fn the_offered_features_are_those_of_the_protocol_rules() {
     let (server, _) = disk();
     let client = server.connect();
-    let features = client.ask_number(Code::GET_FEATURES);
+    let features = client.request_u64(Code::GET_FEATURES);
     let rings = [VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_F_RING_PACKED];
     let transport = [VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES];
     for number in rings.into_iter().chain(transport) {
         assert_ne!(features & bit(number), 0, "bit {number}");
     }
-    let offered = client.ask_number(Code::GET_PROTOCOL_FEATURES);
+    let offered = client.request_u64(Code::GET_PROTOCOL_FEATURES);
     let expected = [
         protocol_feature::MQ,
         protocol_feature::LOG_SHMFD,
@@ -74,8 +74,8 @@ fn the_offered_features_are_those_of_the_protocol_rules() {
     // Only of an image on a file system with extended attributes.
     let offered = offered & !bit(own::F_DISK_GENERATION);
     assert_eq!(offered, expected.into_iter().fold(0, |all, number| all | bit(number)));
-    assert_eq!(client.ask_number(Code::GET_QUEUE_NUM), 2);
-    assert!(client.ask_number(Code::GET_MAX_MEM_SLOTS) >= 509);
+    assert_eq!(client.request_u64(Code::GET_QUEUE_NUM), 2);
+    assert!(client.request_u64(Code::GET_MAX_MEM_SLOTS) >= 509);
 }
 
 /// Rules F1.1 to F1.3.
@@ -83,7 +83,7 @@ fn the_offered_features_are_those_of_the_protocol_rules() {
 fn a_message_may_come_byte_by_byte_with_its_fds_on_the_first() {
     let (server, guest) = disk();
     let client = server.connect();
-    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
     let (_, fd) = Log::create(guest.memory.end()).unwrap();
     let header = Header { request: Code::SET_LOG_BASE.0, flags: VERSION, size: 16 };
     let body = LogDescription { mmap_size: 8, mmap_offset: 0 };
@@ -96,7 +96,7 @@ fn a_message_may_come_byte_by_byte_with_its_fds_on_the_first() {
 fn need_reply_adds_no_second_reply_to_a_request_with_its_own_reply() {
     let (server, _) = disk();
     let client = server.connect();
-    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
     client.send(Code::GET_QUEUE_NUM, NEED_REPLY, &[], &[]);
     client.send(Code::GET_STATUS, VERSION, &[], &[]);
     assert_eq!(client.reply(Code::GET_QUEUE_NUM), 2u64.as_bytes());
@@ -108,10 +108,10 @@ fn need_reply_adds_no_second_reply_to_a_request_with_its_own_reply() {
 fn the_message_that_acknowledges_reply_ack_is_itself_acknowledged() {
     let (server, _) = disk();
     let client = server.connect();
-    client.done(Code::SET_PROTOCOL_FEATURES, &PROTOCOL, &[]);
+    client.send_acknowledged(Code::SET_PROTOCOL_FEATURES, &PROTOCOL, &[]);
     let without = PROTOCOL & !bit(protocol_feature::REPLY_ACK);
     client.send(Code::SET_PROTOCOL_FEATURES, NEED_REPLY, without.as_bytes(), &[]);
-    client.barrier(); // switched off again: nothing else is answered
+    client.wait_until_processed(); // switched off again: nothing else is answered
 }
 
 /// Rule F4.3.
@@ -120,8 +120,8 @@ fn need_reply_is_ignored_before_reply_ack_is_acknowledged() {
     let (server, _) = disk();
     let client = server.connect();
     client.send(Code::SET_OWNER, NEED_REPLY, &[], &[]);
-    client.barrier();
-    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    client.wait_until_processed();
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
     assert_eq!(client.acknowledged(Code::SET_OWNER, &[], &[]), 0);
 }
 
@@ -130,7 +130,7 @@ fn need_reply_is_ignored_before_reply_ack_is_acknowledged() {
 fn a_memory_table_payload_may_be_longer_than_its_regions() {
     let (server, guest) = disk();
     let client = server.connect();
-    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
     // User-mode Linux: always 72 bytes, one region, one fd.
     let mut payload = MemoryHeader { nregions: 1, padding: 0 }.as_bytes().to_vec();
     payload.extend(Guest::describe(&guest.memory.regions()[0]).as_bytes());
@@ -144,14 +144,14 @@ fn a_memory_table_payload_may_be_longer_than_its_regions() {
 fn set_log_base_has_its_own_reply_also_with_need_reply() {
     let (server, guest) = disk();
     let client = server.connect();
-    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
     let (log, fd) = Log::create(guest.memory.end()).unwrap();
     send_log(&client, &log, &fd);
     let body = LogDescription { mmap_size: log.size(), mmap_offset: 0 };
     client.send(Code::SET_LOG_BASE, NEED_REPLY, body.as_bytes(), &[fd.as_fd()]);
     assert_eq!(client.reply(Code::SET_LOG_BASE), body.as_bytes());
     // Without LOG_SHMFD it has none.
-    client.tell(Code::SET_PROTOCOL_FEATURES, &(PROTOCOL & !bit(protocol_feature::LOG_SHMFD)));
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &(PROTOCOL & !bit(protocol_feature::LOG_SHMFD)));
     assert_eq!(client.acknowledged(Code::SET_LOG_BASE, body.as_bytes(), &[fd.as_fd()]), 0);
 }
 
@@ -162,7 +162,7 @@ fn a_call_fd_may_be_a_socket_and_gets_eight_bytes_per_signal(#[values(SPLIT, PAC
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-    client.done(Code::SET_VRING_CALL, &0u64, &[theirs.as_fd()]);
+    client.send_acknowledged(Code::SET_VRING_CALL, &0u64, &[theirs.as_fd()]);
     drop(theirs);
     ring.read(&guest, 0, 0, 512);
     ring.kick();
@@ -189,9 +189,9 @@ fn read_polled(guest: &Guest, ring: &mut Ring) {
 fn without_bit_30_a_ring_runs_as_soon_as_it_is_kicked(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    begin(&client, &guest, features & !BIT_30);
+    negotiate(&client, &guest, features & !PROTOCOL_FEATURES_BIT);
     let mut ring = Ring::new(&guest, 1, 64, features);
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     read_one(&guest, &mut ring, 7);
 }
 
@@ -200,12 +200,12 @@ fn without_bit_30_a_ring_runs_as_soon_as_it_is_kicked(#[values(SPLIT, PACKED)] f
 fn requests_available_before_the_ring_starts_are_served_without_a_kick(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.read(&guest, 0, 3, 512);
     let _ = ring.driver.publish();
     ring.enable(&client, true);
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     ring.completion();
     assert_eq!(status(&guest, 0), 0);
 }
@@ -215,11 +215,11 @@ fn requests_available_before_the_ring_starts_are_served_without_a_kick(#[values(
 fn a_ring_runs_once_its_setup_is_complete_in_any_order(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
-    client.done(Code::SET_FEATURES, &features, &[]);
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.read(&guest, 0, 3, 512);
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     // Refused, as there is no memory: but it is kept in mind.
     let enable = VringState { index: 0, num: 1 };
     assert_eq!(client.acknowledged(Code::SET_VRING_ENABLE, enable.as_bytes(), &[]), 1);
@@ -238,13 +238,13 @@ fn set_vring_addr_on_a_running_ring_changes_only_its_logging(#[values(SPLIT, PAC
     for sector in 0..20 {
         read_one(&guest, &mut ring, sector);
         ring.log_at = if sector % 2 == 0 { Some(0x30_0000) } else { None };
-        client.done(Code::SET_VRING_ADDR, &ring.addr(&guest), &[]);
+        client.send_acknowledged(Code::SET_VRING_ADDR, &ring.addr(&guest), &[]);
     }
     let mut moved = ring.addr(&guest);
     moved.desc_user_addr += 4096;
     assert_eq!(client.acknowledged(Code::SET_VRING_ADDR, moved.as_bytes(), &[]), 1);
     read_one(&guest, &mut ring, 20);
-    assert_eq!(client.ring_base(0), ring.drained());
+    assert_eq!(client.ring_base(0), ring.drained_base());
 }
 
 /// Rule R2.6.
@@ -267,8 +267,8 @@ fn a_stopped_ring_resumes_at_its_base(#[values(SPLIT, PACKED)] features: u64) {
     let mut ring = running(&client, &guest, features);
     for round in 0..5 {
         read_one(&guest, &mut ring, round);
-        assert_eq!(client.ring_base(0), ring.drained());
-        ring.set_up(&client, &guest, ring.drained());
+        assert_eq!(client.ring_base(0), ring.drained_base());
+        ring.set_up(&client, &guest, ring.drained_base());
     }
     read_one(&guest, &mut ring, 0);
 }
@@ -280,19 +280,19 @@ fn a_reset_stops_the_rings_and_keeps_the_memory(#[values(SPLIT, PACKED)] feature
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
     read_one(&guest, &mut ring, 0);
-    client.done(Code::SET_STATUS, &4u64, &[]);
-    assert_eq!(client.ask_number(Code::GET_STATUS), 4);
+    client.send_acknowledged(Code::SET_STATUS, &4u64, &[]);
+    assert_eq!(client.request_u64(Code::GET_STATUS), 4);
     for reset in [Code::SET_STATUS, Code::RESET_DEVICE] {
-        client.done(reset, &0u64, &[]);
-        assert_eq!(client.ask_number(Code::GET_STATUS), 0);
+        client.send_acknowledged(reset, &0u64, &[]);
+        assert_eq!(client.request_u64(Code::GET_STATUS), 0);
         ring.read(&guest, 0, 0, 512);
         let _ = ring.driver.publish();
         ring.kick.write(1).unwrap();
-        client.barrier();
+        client.wait_until_processed();
         assert!(ring.driver.pop_used().unwrap().is_none(), "a request was served after the reset");
-        client.done(Code::SET_FEATURES, &features, &[]);
+        client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
         ring = Ring::new(&guest, 0, 256, features);
-        ring.set_up(&client, &guest, ring.start());
+        ring.set_up(&client, &guest, ring.initial_base());
         ring.enable(&client, true);
         read_one(&guest, &mut ring, 1);
     }
@@ -305,11 +305,11 @@ fn reset_owner_disables_all_rings(#[values(SPLIT, PACKED)] features: u64) {
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
     read_one(&guest, &mut ring, 0);
-    client.done(Code::RESET_OWNER, &[0u8; 0], &[]);
+    client.send_acknowledged(Code::RESET_OWNER, &[0u8; 0], &[]);
     ring.read(&guest, 0, 0, 512);
     let _ = ring.driver.publish();
     ring.kick.write(1).unwrap();
-    client.barrier();
+    client.wait_until_processed();
     assert!(ring.driver.pop_used().unwrap().is_none(), "a request was served without an owner");
     // Where it goes on is not forgotten.
     client.send(Code::SET_VRING_KICK, NEED_REPLY, &0u64.to_ne_bytes(), &[ring.kick.as_fd()]);
@@ -330,33 +330,33 @@ fn the_next_front_end_inherits_only_the_disk_contents(#[values(SPLIT, PACKED)] f
     // A second front-end waits until the first is gone.
     let next = server.connect();
     drop(client);
-    begin(&next, &guest, features);
-    next.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+    negotiate(&next, &guest, features);
+    next.send_body(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     assert_eq!(next.ring_base_reply(0), 0);
     let mut ring = Ring::new(&guest, 0, 256, features);
-    ring.set_up(&next, &guest, ring.start());
+    ring.set_up(&next, &guest, ring.initial_base());
     ring.enable(&next, true);
     ring.read(&guest, 0, 9, 512);
     ring.kick();
     ring.completion();
-    assert_eq!(guest.bytes(places(0).2, 512), [0x77; 512]);
+    assert_eq!(guest.bytes(request_addresses(0).2, 512), [0x77; 512]);
 }
 
 /// Rule C1.1.
 #[test]
 fn get_config_echoes_offset_and_size() {
-    let (device, _gate) = Held::new();
+    let (device, _gate) = GatedDevice::new();
     let server = Server::new(device);
     let client = server.connect();
     for (offset, size, bytes) in [(0, 4, &[1, 2, 3, 4][..]), (2, 2, &[3, 4]), (0, 8, &[1, 2, 3, 4, 0, 0, 0, 0])] {
         let header = ConfigHeader { offset, size, flags: 0 };
         let mut question = header.as_bytes().to_vec();
         question.resize(12 + size as usize, 0xaa);
-        let answer = client.ask(Code::GET_CONFIG, &question);
+        let answer = client.request(Code::GET_CONFIG, &question);
         assert_eq!(answer, [header.as_bytes(), bytes].concat());
     }
     let beyond = ConfigHeader { offset: 250, size: 7, flags: 0 };
-    assert!(client.ask(Code::GET_CONFIG, beyond.as_bytes()).is_empty(), "no payload is how this request says no");
+    assert!(client.request(Code::GET_CONFIG, beyond.as_bytes()).is_empty(), "no payload is how this request says no");
 }
 
 /// Rules I1.1, I1.3.
@@ -364,15 +364,15 @@ fn get_config_echoes_offset_and_size() {
 fn get_inflight_fd_creates_the_requested_region_and_set_inflight_fd_accepts_it(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    client.tell(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
-    client.done(Code::SET_FEATURES, &features, &[]);
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
+    client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
     let wanted = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: 2, queue_size: 256, padding: [0; 4] };
     client.send(Code::GET_INFLIGHT_FD, VERSION, wanted.as_bytes(), &[]);
     let (_, answer, fd) = client.receive();
     let answer = InflightDescription::read_from_bytes(&answer).unwrap();
     assert_eq!(answer.mmap_size, inflight::InflightRegion::bytes_for(inflight_kind(features), 2, 256).unwrap());
     assert_eq!((answer.mmap_offset, answer.num_queues, answer.queue_size), (0, 2, 256));
-    client.done(Code::SET_INFLIGHT_FD, &answer, &[fd.unwrap().as_fd()]);
+    client.send_acknowledged(Code::SET_INFLIGHT_FD, &answer, &[fd.unwrap().as_fd()]);
     let mut ring = running(&client, &guest, features);
     read_one(&guest, &mut ring, 0);
     // It can't be changed under a running ring.
@@ -394,15 +394,15 @@ fn a_fresh_inflight_region_on_a_used_ring_marks_no_request(#[values(SPLIT, PACKE
     }
     let base = client.ring_base(0);
     let (region, fd, description) = inflight_region(features, 1, 256);
-    client.done(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
     ring.set_up(&client, &guest, base);
     read_one(&guest, &mut ring, 6);
-    assert_eq!(client.ring_base(0), ring.drained());
+    assert_eq!(client.ring_base(0), ring.drained_base());
     assert_eq!(ring.in_flight(&guest, &region), Some(0));
     let version = |region: &inflight::InflightRegion| region.copy(0).unwrap()[8];
     assert_eq!(version(&region), 1);
     // Rule I7.1: a reset makes it fresh again.
-    client.done(Code::RESET_DEVICE, &[0u8; 0], &[]);
+    client.send_acknowledged(Code::RESET_DEVICE, &[0u8; 0], &[]);
     assert_eq!(version(&region), 0);
 }
 
@@ -421,15 +421,15 @@ fn only_log_all_may_change_while_a_ring_runs(#[values(SPLIT, PACKED)] features: 
         read_one(&guest, &mut ring, changed.into());
     }
     for same in [features, features | LOG_ALL, features] {
-        client.done(Code::SET_FEATURES, &same, &[]);
+        client.send_acknowledged(Code::SET_FEATURES, &same, &[]);
         read_one(&guest, &mut ring, 1);
     }
     // A ring that is stopped takes what is acknowledged since, here the other kind of ring.
-    assert_eq!(client.ring_base(0), ring.drained());
+    assert_eq!(client.ring_base(0), ring.drained_base());
     let other = features ^ bit(VIRTIO_F_RING_PACKED);
-    client.done(Code::SET_FEATURES, &other, &[]);
+    client.send_acknowledged(Code::SET_FEATURES, &other, &[]);
     let mut ring = Ring::new(&guest, 0, 256, other);
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     read_one(&guest, &mut ring, 2);
 }
 
@@ -439,7 +439,7 @@ fn a_ring_without_a_kick_fd_is_served_by_polling(#[values(SPLIT, PACKED)] featur
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
-    client.done(Code::SET_VRING_KICK, &0x100u64, &[]);
+    client.send_acknowledged(Code::SET_VRING_KICK, &0x100u64, &[]);
     ring.read(&guest, 0, 2, 512);
     let _ = ring.driver.publish();
     ring.completion();
@@ -470,7 +470,7 @@ fn a_stale_socket_file_is_replaced_and_other_files_are_reported() {
 fn a_refused_get_vring_base_replies_with_an_invalid_ring_index() {
     let server = Server::disk(DISK, |_| {});
     let client = server.connect();
-    begin(&client, &Guest::new(), SPLIT);
+    negotiate(&client, &Guest::new(), SPLIT);
     client.send(Code::GET_VRING_BASE, NEED_REPLY, VringState { index: 9, num: 0 }.as_bytes(), &[]);
     assert_eq!(client.reply(Code::GET_VRING_BASE), [0xff; 8]);
 }
@@ -480,15 +480,15 @@ fn a_refused_get_vring_base_replies_with_an_invalid_ring_index() {
 fn a_reset_keeps_the_call_fd(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let mut ring = Ring::new(&guest, 0, 64, features);
     let index = ring.index;
     client.send(Code::SET_VRING_CALL, VERSION, u64::from(index).as_bytes(), &[ring.call.as_fd()]);
-    client.done(Code::RESET_DEVICE, &[0u8; 0], &[]);
-    client.done(Code::SET_FEATURES, &features, &[]);
-    client.tell(Code::SET_VRING_NUM, &VringState { index, num: 64 });
-    client.tell(Code::SET_VRING_BASE, &VringState { index, num: ring.start() });
-    client.tell(Code::SET_VRING_ADDR, &ring.addr(&guest));
+    client.send_acknowledged(Code::RESET_DEVICE, &[0u8; 0], &[]);
+    client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
+    client.send_body(Code::SET_VRING_NUM, &VringState { index, num: 64 });
+    client.send_body(Code::SET_VRING_BASE, &VringState { index, num: ring.initial_base() });
+    client.send_body(Code::SET_VRING_ADDR, &ring.addr(&guest));
     client.send(Code::SET_VRING_KICK, VERSION, u64::from(index).as_bytes(), &[ring.kick.as_fd()]);
     ring.enable(&client, true);
     ring.read(&guest, 0, 1, 512);
@@ -504,18 +504,18 @@ fn a_notification_without_a_call_fd_is_signalled_after_the_ring_restarts(
 ) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let mut ring = Ring::new(&guest, 0, 64, features);
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     let (index, no_fd) = (u64::from(ring.index), VRING_NOFD_MASK);
-    client.tell(Code::SET_VRING_CALL, &(index | no_fd));
+    client.send_body(Code::SET_VRING_CALL, &(index | no_fd));
     ring.enable(&client, true);
     ring.read(&guest, 0, 1, 512);
     ring.kick();
-    while !ring.is_answered(&guest) {
-        client.barrier();
+    while !ring.has_completion(&guest) {
+        client.wait_until_processed();
     }
-    let call = |client: &Client| client.done(Code::SET_VRING_CALL, &index, &[ring.call.as_fd()]);
+    let call = |client: &RawFrontend| client.send_acknowledged(Code::SET_VRING_CALL, &index, &[ring.call.as_fd()]);
     if stopped {
         ring.enable(&client, false);
         call(&client);

@@ -11,7 +11,7 @@ use nix::sys::eventfd::EventFd;
 use vhost_migrate::backend::blk::{BlkDevice, BlkOptions};
 use vhost_migrate::backend::{BackendListener, VirtioDevice, serve};
 
-use crate::raw::Client;
+use crate::raw::RawFrontend;
 
 /// A device served by a thread of this process until it is dropped.
 pub(crate) struct Server {
@@ -45,12 +45,12 @@ impl Server {
         self.folder.path().join("image")
     }
 
-    pub(crate) fn connect(&self) -> Client {
-        Client::connect(&self.folder.path().join("socket"))
+    pub(crate) fn connect(&self) -> RawFrontend {
+        RawFrontend::connect(&self.folder.path().join("socket"))
     }
 
     /// Ends it; everything it had under way is then done, or never will be.
-    pub(crate) fn end(&mut self) {
+    pub(crate) fn stop(&mut self) {
         self.stop.write(1).unwrap();
         if let Some(thread) = self.thread.take() {
             thread.join().unwrap();
@@ -61,7 +61,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         if self.thread.is_some() {
-            self.end();
+            self.stop();
         }
     }
 }
@@ -119,7 +119,7 @@ impl Process {
     }
 
     /// What it said on stderr, after it has ended.
-    pub(crate) fn errors(&mut self) -> String {
+    pub(crate) fn stderr(&mut self) -> String {
         let mut said = String::new();
         self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
         said

@@ -16,58 +16,58 @@ use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{DEVICE_STATE_LOAD, DeviceStateTransfer, Request as Code, protocol_feature};
 use zerocopy::IntoBytes;
 
-use crate::guest::{BASIC, Guest, PACKED, Ring, SPLIT, begin, begin_with};
-use crate::hostile::works;
-use crate::raw::{Client, DEADLINE};
+use crate::guest::{BASIC, Guest, PACKED, Ring, SPLIT, negotiate, negotiate_with};
+use crate::hostile::assert_ring_works;
+use crate::raw::{DEADLINE, RawFrontend};
 use crate::server::{Process, disk_options};
 
 /// A disk of two queues in a process.
-struct Rig {
+struct BackendProcess {
     _folder: tempfile::TempDir,
     socket: PathBuf,
     process: Process,
     guest: Guest,
 }
 
-impl Rig {
-    fn new(more: &[&str]) -> Rig {
+impl BackendProcess {
+    fn new(more: &[&str]) -> BackendProcess {
         let folder = tempfile::tempdir().unwrap();
         let image = disk_options(folder.path(), 1 << 20, |_| {}).image;
         let socket = folder.path().join("socket");
         let process = Process::start(&socket, &image, &[&["--queues", "2"], more].concat());
-        Rig { _folder: folder, socket, process, guest: Guest::new() }
+        BackendProcess { _folder: folder, socket, process, guest: Guest::new() }
     }
 
-    fn interface() -> Rig {
+    fn interface() -> BackendProcess {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("socket");
         let process = Process::net(&socket, &["--loopback"]);
-        Rig { _folder: folder, socket, process, guest: Guest::new() }
+        BackendProcess { _folder: folder, socket, process, guest: Guest::new() }
     }
 
-    fn begin(&self, features: u64) -> Client {
-        let client = Client::connect(&self.socket);
-        begin(&client, &self.guest, features);
+    fn begin(&self, features: u64) -> RawFrontend {
+        let client = RawFrontend::connect(&self.socket);
+        negotiate(&client, &self.guest, features);
         client
     }
 
-    fn ring(&self, client: &Client, index: u32, features: u64) -> Ring {
+    fn ring(&self, client: &RawFrontend, index: u32, features: u64) -> Ring {
         let ring = Ring::new(&self.guest, index, 256, features);
-        ring.set_up(client, &self.guest, ring.start());
+        ring.set_up(client, &self.guest, ring.initial_base());
         ring.enable(client, true);
         ring
     }
 
     /// The front-end that has behaved so hangs up; the next one is served, and the process ends when told to.
-    fn goes_on(mut self, client: Client) {
+    fn assert_serves_next_front_end(mut self, client: RawFrontend) {
         drop(client);
         let client = self.begin(SPLIT);
         let mut ring = self.ring(&client, 1, SPLIT);
-        works(&self.guest, &mut ring);
-        self.ends(true);
+        assert_ring_works(&self.guest, &mut ring);
+        self.assert_ends(true);
     }
 
-    fn ends(&mut self, in_good_order: bool) {
+    fn assert_ends(&mut self, in_good_order: bool) {
         self.terminate();
         let end = Instant::now() + DEADLINE;
         loop {
@@ -92,18 +92,18 @@ fn set_blocking(fd: BorrowedFd<'_>, blocking: bool) {
 
 /// What takes signals, and does not block yet: one end for the back-end, and the other, which must stay open.
 #[derive(Debug, Clone, Copy)]
-enum Kind {
+enum SignalFd {
     EventFd,
     Socket,
     Pipe,
 }
 
-impl Kind {
+impl SignalFd {
     fn open(self) -> (OwnedFd, Option<OwnedFd>) {
         let (theirs, ours) = match self {
-            Kind::EventFd => (EventFd::new().unwrap().into(), None),
-            Kind::Socket => UnixStream::pair().map(|(theirs, ours)| (theirs.into(), Some(ours.into()))).unwrap(),
-            Kind::Pipe => pipe().map(|(ours, theirs)| (theirs, Some(ours))).unwrap(),
+            SignalFd::EventFd => (EventFd::new().unwrap().into(), None),
+            SignalFd::Socket => UnixStream::pair().map(|(theirs, ours)| (theirs.into(), Some(ours.into()))).unwrap(),
+            SignalFd::Pipe => pipe().map(|(ours, theirs)| (theirs, Some(ours))).unwrap(),
         };
         set_blocking(theirs.as_fd(), false);
         (theirs, ours)
@@ -119,14 +119,14 @@ fn fill(fd: BorrowedFd<'_>) {
 
 #[rstest]
 fn a_full_blocking_call_fd_stops_no_ring(
-    #[values(Kind::EventFd, Kind::Socket, Kind::Pipe)] kind: Kind,
+    #[values(SignalFd::EventFd, SignalFd::Socket, SignalFd::Pipe)] kind: SignalFd,
     #[values(SPLIT, PACKED)] features: u64,
 ) {
-    let rig = Rig::new(&[]);
+    let rig = BackendProcess::new(&[]);
     let client = rig.begin(features);
     let mut ring = rig.ring(&client, 0, features);
     let (call, _other) = kind.open();
-    client.done(Code::SET_VRING_CALL, &0u64, &[call.as_fd()]);
+    client.send_acknowledged(Code::SET_VRING_CALL, &0u64, &[call.as_fd()]);
     fill(call.as_fd());
     for _ in 0..3 {
         ring.read(&rig.guest, 0, 1, 512);
@@ -138,29 +138,31 @@ fn a_full_blocking_call_fd_stops_no_ring(
         }
     }
     client.ring_base(0);
-    rig.goes_on(client);
+    rig.assert_serves_next_front_end(client);
 }
 
 #[rstest]
-fn a_full_blocking_error_fd_stops_no_ring(#[values(Kind::EventFd, Kind::Socket, Kind::Pipe)] kind: Kind) {
-    let rig = Rig::new(&[]);
+fn a_full_blocking_error_fd_stops_no_ring(
+    #[values(SignalFd::EventFd, SignalFd::Socket, SignalFd::Pipe)] kind: SignalFd,
+) {
+    let rig = BackendProcess::new(&[]);
     let client = rig.begin(SPLIT);
     let (error, _other) = kind.open();
-    client.done(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
+    client.send_acknowledged(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
     fill(error.as_fd());
     let ring = Ring::new(&rig.guest, 0, 256, SPLIT);
     // An index that ran away.
     rig.guest.memory.write(ring.layout.avail, [0u16, 9999].as_bytes()).unwrap();
-    ring.set_up(&client, &rig.guest, ring.start());
+    ring.set_up(&client, &rig.guest, ring.initial_base());
     ring.enable(&client, true);
     client.ring_base(0);
-    rig.goes_on(client);
+    rig.assert_serves_next_front_end(client);
 }
 
 /// A kick that a poll says is there and that can't be read: for ever, or as long as nobody sends the other 7 bytes.
 #[rstest]
 fn a_kick_fd_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "epoll")] what: &str) {
-    let rig = Rig::new(&[]);
+    let rig = BackendProcess::new(&[]);
     let client = rig.begin(SPLIT);
     let mut ring = rig.ring(&client, 0, SPLIT);
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -184,18 +186,18 @@ fn a_kick_fd_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "e
     };
     assert_ne!(client.acknowledged(Code::SET_VRING_KICK, 0u64.as_bytes(), &[kick]), 0, "a {what} was taken");
     // It changes nothing.
-    works(&rig.guest, &mut ring);
-    rig.goes_on(client);
+    assert_ring_works(&rig.guest, &mut ring);
+    rig.assert_serves_next_front_end(client);
 }
 
 #[rstest]
 fn one_blocking_kick_eventfd_serves_two_rings(#[values(SPLIT, PACKED)] features: u64) {
-    let rig = Rig::new(&[]);
+    let rig = BackendProcess::new(&[]);
     let client = rig.begin(features);
     let kick = EventFd::from_flags(EfdFlags::empty()).unwrap();
     let mut rings = [0, 1].map(|index| rig.ring(&client, index, features));
     for index in [0u64, 1] {
-        client.done(Code::SET_VRING_KICK, &index, &[kick.as_fd()]);
+        client.send_acknowledged(Code::SET_VRING_KICK, &index, &[kick.as_fd()]);
     }
     for round in 0..2000 {
         for ring in &mut rings {
@@ -213,21 +215,21 @@ fn one_blocking_kick_eventfd_serves_two_rings(#[values(SPLIT, PACKED)] features:
             rings.iter_mut().for_each(|ring| _ = ring.completion());
         }
     }
-    rig.goes_on(client);
+    rig.assert_serves_next_front_end(client);
 }
 
 /// A back-end that has read the first bytes waits for the next ones, and for nothing else.
 #[rstest]
 fn an_incomplete_device_state_transfer_blocks_no_other_front_end(#[values("pipe", "socket")] kind: &str) {
-    let mut rig = Rig::interface();
-    let client = Client::connect(&rig.socket);
-    begin_with(&client, &rig.guest, BASIC, bit(protocol_feature::REPLY_ACK) | bit(protocol_feature::DEVICE_STATE));
+    let mut rig = BackendProcess::interface();
+    let client = RawFrontend::connect(&rig.socket);
+    negotiate_with(&client, &rig.guest, BASIC, bit(protocol_feature::REPLY_ACK) | bit(protocol_feature::DEVICE_STATE));
     let (theirs, ours): (OwnedFd, OwnedFd) = match kind {
         "pipe" => pipe().unwrap(),
         _ => UnixStream::pair().map(|(theirs, ours)| (theirs.into(), ours.into())).unwrap(),
     };
     let transfer = DeviceStateTransfer { direction: DEVICE_STATE_LOAD, phase: 0 };
-    let answer = client.ask_with(Code::SET_DEVICE_STATE_FD, transfer.as_bytes(), &[theirs.as_fd()]);
+    let answer = client.request_with_fds(Code::SET_DEVICE_STATE_FD, transfer.as_bytes(), &[theirs.as_fd()]);
     assert_eq!(answer, 0x100u64.to_le_bytes());
     for _ in 0..3 {
         write(&ours, &[1]).unwrap();
@@ -239,8 +241,8 @@ fn an_incomplete_device_state_transfer_blocks_no_other_front_end(#[values("pipe"
         set_blocking(theirs.as_fd(), true);
     }
     drop(client);
-    rig.begin(BASIC).barrier();
-    rig.ends(true);
+    rig.begin(BASIC).wait_until_processed();
+    rig.assert_ends(true);
 }
 
 fn unread(fd: BorrowedFd<'_>) -> i32 {
@@ -253,10 +255,10 @@ fn unread(fd: BorrowedFd<'_>) -> i32 {
 /// A thread that can't go on for any reason, here because it is held by ptrace.
 #[test]
 fn sigterm_ends_a_process_with_a_hanging_thread() {
-    let mut rig = Rig::new(&["--stop-timeout", "1"]);
+    let mut rig = BackendProcess::new(&["--stop-timeout", "1"]);
     let client = rig.begin(SPLIT);
     let mut ring = rig.ring(&client, 0, SPLIT);
-    works(&rig.guest, &mut ring);
+    assert_ring_works(&rig.guest, &mut ring);
     let tasks = std::fs::read_dir(format!("/proc/{}/task", rig.process.child.id())).unwrap();
     let thread = tasks.map(|task| task.unwrap().path()).find(|task| {
         let name = std::fs::read_to_string(task.join("comm"));

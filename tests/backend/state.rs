@@ -18,24 +18,24 @@ use vhost_migrate::backend::{BackendError, Queue, VirtioDevice};
 use vhost_migrate::frontend::{Device as _, FrontendError, UserDevice, UserOptions};
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::drain::Held;
-use crate::guest::{BASIC, Guest, Ring, begin};
-use crate::raw::{Client, DEADLINE, NEED_REPLY, VERSION};
+use crate::drain::GatedDevice;
+use crate::guest::{BASIC, Guest, Ring, negotiate};
+use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::Server;
 
 const NO_FD: u64 = 0x100;
 const REFUSED: u64 = 0x101;
 
 /// A device that has nothing but a state.
-struct Keeper {
+struct StatefulDevice {
     kind: &'static str,
     state: Mutex<Vec<u8>>,
-    rings: Arc<Held>,
+    rings: Arc<GatedDevice>,
 }
 
-impl Keeper {
-    fn new(kind: &'static str, state: &[u8]) -> Arc<Keeper> {
-        Arc::new(Keeper { kind, state: Mutex::new(state.to_vec()), rings: Held::new().0 })
+impl StatefulDevice {
+    fn new(kind: &'static str, state: &[u8]) -> Arc<StatefulDevice> {
+        Arc::new(StatefulDevice { kind, state: Mutex::new(state.to_vec()), rings: GatedDevice::new().0 })
     }
 
     fn state(&self) -> Vec<u8> {
@@ -43,7 +43,7 @@ impl Keeper {
     }
 }
 
-impl VirtioDevice for Keeper {
+impl VirtioDevice for StatefulDevice {
     fn features(&self) -> u64 {
         self.rings.features()
     }
@@ -86,38 +86,38 @@ impl VirtioDevice for Keeper {
 }
 
 /// A front-end that has agreed on everything that is offered.
-fn greeted(server: &Server) -> Client {
+fn connect_negotiated(server: &Server) -> RawFrontend {
     let client = server.connect();
-    client.tell(Code::SET_PROTOCOL_FEATURES, &client.ask_number(Code::GET_PROTOCOL_FEATURES));
-    client.done(Code::SET_FEATURES, &BASIC, &[]);
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &client.request_u64(Code::GET_PROTOCOL_FEATURES));
+    client.send_acknowledged(Code::SET_FEATURES, &BASIC, &[]);
     client
 }
 
-fn transfer(client: &Client, direction: u32, phase: u32, fd: BorrowedFd<'_>) -> u64 {
+fn transfer(client: &RawFrontend, direction: u32, phase: u32, fd: BorrowedFd<'_>) -> u64 {
     let body = DeviceStateTransfer { direction, phase };
     client.send(Code::SET_DEVICE_STATE_FD, VERSION, body.as_bytes(), &[fd]);
     u64::read_from_bytes(&client.reply(Code::SET_DEVICE_STATE_FD)).unwrap()
 }
 
-fn save(client: &Client) -> Vec<u8> {
+fn save(client: &RawFrontend) -> Vec<u8> {
     let (mut reader, writer) = std::io::pipe().unwrap();
     assert_eq!(transfer(client, DEVICE_STATE_SAVE, 0, writer.as_fd()), NO_FD);
     drop(writer);
     let mut state = Vec::new();
     reader.read_to_end(&mut state).unwrap();
-    assert_eq!(client.ask_number(Code::CHECK_DEVICE_STATE), 0);
+    assert_eq!(client.request_u64(Code::CHECK_DEVICE_STATE), 0);
     state
 }
 
 /// What CHECK_DEVICE_STATE says to these bytes.
-fn load(client: &Client, bytes: &[u8]) -> u64 {
+fn load(client: &RawFrontend, bytes: &[u8]) -> u64 {
     let (reader, mut writer) = std::io::pipe().unwrap();
     assert_eq!(transfer(client, DEVICE_STATE_LOAD, 0, reader.as_fd()), NO_FD);
     drop(reader);
     // It reads no further than it has to.
     let _ = writer.write_all(bytes);
     drop(writer);
-    client.ask_number(Code::CHECK_DEVICE_STATE)
+    client.request_u64(Code::CHECK_DEVICE_STATE)
 }
 
 fn driver(server: &Server) -> UserDevice {
@@ -128,37 +128,37 @@ fn driver(server: &Server) -> UserDevice {
 #[test]
 fn a_device_state_larger_than_a_pipe_is_transferred_intact() {
     let state: Vec<u8> = (0..3 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-    let (from, to) = (Keeper::new("keeper", &state), Keeper::new("keeper", b"other"));
+    let (from, to) = (StatefulDevice::new("keeper", &state), StatefulDevice::new("keeper", b"other"));
     let (source, destination) = (Server::new(from), Server::new(to.clone()));
     let saved = driver(&source).save_state().unwrap().unwrap();
     driver(&destination).load_state(&saved).unwrap();
     assert!(to.state() == state);
     // And through plain messages, from a device that never had a ring.
-    assert_eq!(save(&greeted(&destination)), saved);
+    assert_eq!(save(&connect_negotiated(&destination)), saved);
 }
 
 #[test]
 fn an_invalid_or_foreign_device_state_is_refused_and_changes_nothing() {
-    let device = Keeper::new("keeper", b"as it was");
+    let device = StatefulDevice::new("keeper", b"as it was");
     let server = Server::new(device.clone());
-    let client = greeted(&server);
+    let client = connect_negotiated(&server);
     let good = save(&client);
-    let other = Server::new(Keeper::new("another", b"state"));
-    let mut bad = vec![vec![], save(&greeted(&other)), vec![0; 17 << 20], [&good[..], &[0]].concat()];
+    let other = Server::new(StatefulDevice::new("another", b"state"));
+    let mut bad = vec![vec![], save(&connect_negotiated(&other)), vec![0; 17 << 20], [&good[..], &[0]].concat()];
     bad.extend((0..good.len()).map(|end| good[..end].to_vec()));
     bad.extend((0..good.len()).map(|at| {
         let mut bytes = good.clone();
         bytes[at] ^= 0x10;
         bytes
     }));
-    let poisoned = Server::new(Keeper::new("keeper", b"poison"));
-    bad.push(save(&greeted(&poisoned)));
+    let poisoned = Server::new(StatefulDevice::new("keeper", b"poison"));
+    bad.push(save(&connect_negotiated(&poisoned)));
     device.reset();
     for bytes in bad {
         assert_eq!(load(&client, &bytes), 1, "{} bytes", bytes.len());
         assert_eq!(device.state(), b"");
     }
-    assert_eq!(client.ask_number(Code::CHECK_DEVICE_STATE), 1, "each transfer is asked about once");
+    assert_eq!(client.request_u64(Code::CHECK_DEVICE_STATE), 1, "each transfer is asked about once");
     assert_eq!(load(&client, &good), 0);
     assert_eq!(device.state(), b"as it was");
 }
@@ -166,9 +166,9 @@ fn an_invalid_or_foreign_device_state_is_refused_and_changes_nothing() {
 /// Cut short, without an fd, with two, with a phase that is not known.
 #[test]
 fn an_invalid_set_device_state_fd_does_not_end_the_current_transfer() {
-    let device = Keeper::new("keeper", b"as it was");
+    let device = StatefulDevice::new("keeper", b"as it was");
     let server = Server::new(device.clone());
-    let client = greeted(&server);
+    let client = connect_negotiated(&server);
     let good = save(&client);
     device.reset();
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -192,16 +192,16 @@ fn an_invalid_set_device_state_fd_does_not_end_the_current_transfer() {
     client.send(Code::CHECK_DEVICE_STATE, NEED_REPLY, &[1; 3], &[client.as_fd()]);
     assert_eq!(client.reply(Code::CHECK_DEVICE_STATE), [0; 8]);
     assert_eq!(device.state(), b"as it was", "the transfer was lost");
-    assert_eq!(client.ask_number(Code::CHECK_DEVICE_STATE), 1, "each transfer is asked about once");
+    assert_eq!(client.request_u64(Code::CHECK_DEVICE_STATE), 1, "each transfer is asked about once");
 }
 
 #[test]
 fn device_state_is_transferred_only_while_all_rings_are_stopped() {
-    let device = Keeper::new("keeper", b"as it was");
+    let device = StatefulDevice::new("keeper", b"as it was");
     let (server, guest) = (Server::new(device.clone()), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, BASIC);
-    client.tell(Code::SET_PROTOCOL_FEATURES, &client.ask_number(Code::GET_PROTOCOL_FEATURES));
+    negotiate(&client, &guest, BASIC);
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &client.request_u64(Code::GET_PROTOCOL_FEATURES));
     let good = save(&client);
     let (reader, mut writer) = std::io::pipe().unwrap();
     assert_eq!(transfer(&client, DEVICE_STATE_LOAD, 0, reader.as_fd()), NO_FD);
@@ -210,7 +210,7 @@ fn device_state_is_transferred_only_while_all_rings_are_stopped() {
     ring.enable(&client, true);
     writer.write_all(&good).unwrap();
     drop(writer);
-    assert_eq!(client.ask_number(Code::CHECK_DEVICE_STATE), 1, "it runs by now");
+    assert_eq!(client.request_u64(Code::CHECK_DEVICE_STATE), 1, "it runs by now");
     for direction in [DEVICE_STATE_SAVE, DEVICE_STATE_LOAD] {
         let (reader, writer) = std::io::pipe().unwrap();
         let fd = if direction == DEVICE_STATE_SAVE { writer.as_fd() } else { reader.as_fd() };
@@ -226,32 +226,32 @@ fn device_state_is_transferred_only_while_all_rings_are_stopped() {
 
 #[test]
 fn a_stalled_device_state_pipe_blocks_no_message() {
-    let device = Keeper::new("keeper", &vec![7; 1 << 20]);
+    let device = StatefulDevice::new("keeper", &vec![7; 1 << 20]);
     let (server, guest) = (Server::new(device.clone()), Guest::new());
     let (reader, writer) = std::io::pipe().unwrap();
     for _ in 0..3 {
-        let client = greeted(&server);
+        let client = connect_negotiated(&server);
         assert_eq!(transfer(&client, DEVICE_STATE_SAVE, 0, writer.as_fd()), NO_FD);
-        client.barrier();
+        client.wait_until_processed();
         guest.send_table(&client);
         // Another transfer takes its place.
         assert_eq!(transfer(&client, DEVICE_STATE_LOAD, 0, reader.as_fd()), NO_FD);
-        client.barrier();
+        client.wait_until_processed();
         // And the end of the connection ends it.
     }
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let client = greeted(&server);
+    let client = connect_negotiated(&server);
     assert_eq!(transfer(&client, DEVICE_STATE_SAVE, 0, theirs.as_fd()), NO_FD);
     drop((ours, theirs));
-    assert_eq!(client.ask_number(Code::CHECK_DEVICE_STATE), 1, "nobody has read it");
+    assert_eq!(client.request_u64(Code::CHECK_DEVICE_STATE), 1, "nobody has read it");
     assert_eq!(load(&client, &save(&client)), 0);
 }
 
 #[test]
 fn a_device_without_state_does_not_offer_device_state() {
-    let server = Server::new(Held::new().0);
-    let client = greeted(&server);
-    assert_eq!(client.ask_number(Code::GET_PROTOCOL_FEATURES) & bit(protocol_feature::DEVICE_STATE), 0);
+    let server = Server::new(GatedDevice::new().0);
+    let client = connect_negotiated(&server);
+    assert_eq!(client.request_u64(Code::GET_PROTOCOL_FEATURES) & bit(protocol_feature::DEVICE_STATE), 0);
     let (_, writer) = std::io::pipe().unwrap();
     let body = DeviceStateTransfer { direction: DEVICE_STATE_SAVE, phase: 0 };
     assert_eq!(client.acknowledged(Code::SET_DEVICE_STATE_FD, body.as_bytes(), &[writer.as_fd()]), 1);
@@ -263,7 +263,7 @@ fn a_device_without_state_does_not_offer_device_state() {
 
 #[test]
 fn a_refused_device_state_is_reported_by_check_device_state() {
-    let server = Server::new(Keeper::new("keeper", b""));
+    let server = Server::new(StatefulDevice::new("keeper", b""));
     let mut device = driver(&server);
     for bytes in [vec![], vec![0; 17 << 20]] {
         let error = device.load_state(&bytes).unwrap_err();
@@ -276,14 +276,14 @@ fn a_refused_device_state_is_reported_by_check_device_state() {
 /// A front-end that connects again before it has started a ring loads the state again.
 #[test]
 fn a_loaded_device_state_is_loaded_again_after_a_reconnect_until_a_ring_starts() {
-    let saved = driver(&Server::new(Keeper::new("keeper", b"of the guest"))).save_state().unwrap().unwrap();
-    let first = Server::new(Keeper::new("keeper", b""));
+    let saved = driver(&Server::new(StatefulDevice::new("keeper", b"of the guest"))).save_state().unwrap().unwrap();
+    let first = Server::new(StatefulDevice::new("keeper", b""));
     let mut device = driver(&first);
     device.load_state(&saved).unwrap();
-    let successor = Keeper::new("keeper", b"");
+    let successor = StatefulDevice::new("keeper", b"");
     let folder = {
         let mut first = first;
-        first.end();
+        first.stop();
         std::mem::replace(&mut first.folder, tempfile::tempdir().unwrap())
     };
     let _second = Server::at(folder, successor.clone());
@@ -300,24 +300,24 @@ fn network_driver_settings_are_transferred_and_kept_until_reset() {
     };
     let mac = [2, 0, 0, 0, 0, 9];
     let (_source, source_server) = net(None);
-    let client = greeted(&source_server);
+    let client = connect_negotiated(&source_server);
     let header = ConfigHeader { offset: 0, size: 6, flags: CONFIG_TYPE_MIGRATION };
     assert_eq!(client.acknowledged(Code::SET_CONFIG, &[header.as_bytes(), &mac].concat(), &[]), 0);
     let state = save(&client);
     let (_other, other_server) = net(Some(1400));
-    assert_eq!(load(&greeted(&other_server), &state), 1, "the driver was not told this MTU");
+    assert_eq!(load(&connect_negotiated(&other_server), &state), 1, "the driver was not told this MTU");
     let (destination, server) = net(None);
-    let (client, guest) = (greeted(&server), Guest::new());
+    let (client, guest) = (connect_negotiated(&server), Guest::new());
     assert_eq!(load(&client, &state), 0);
     guest.send_table(&client);
     let ring = Ring::new(&guest, 0, 256, BASIC);
     ring.set_up(&client, &guest, 0);
     ring.enable(&client, true);
-    client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+    client.send_body(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     client.ring_base_reply(0);
     assert_eq!(destination.config()[..6], mac);
     assert_eq!(destination.config()[6], VIRTIO_NET_S_LINK_UP as u8 | VIRTIO_NET_S_ANNOUNCE as u8);
-    client.done(Code::RESET_DEVICE, &[0u8; 0], &[]);
+    client.send_acknowledged(Code::RESET_DEVICE, &[0u8; 0], &[]);
     assert_ne!(destination.config()[..6], mac);
     assert_eq!(destination.config()[6], VIRTIO_NET_S_LINK_UP as u8);
 }

@@ -15,11 +15,12 @@ use vhost_migrate::inflight::{InflightRegion, RingKind};
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::drain::{Held, page};
+use crate::drain::{GatedDevice, page};
 use crate::guest::{
-    BASIC, Guest, PACKED, PROTOCOL, Ring, SPLIT, begin_with, harvest, inflight_kind as kind, install_log, start_logging,
+    BASIC, Guest, PACKED, PROTOCOL, Ring, SPLIT, harvest, inflight_kind as kind, install_log, negotiate_with,
+    start_logging,
 };
-use crate::raw::{Client, VERSION};
+use crate::raw::{RawFrontend, VERSION};
 use crate::server::Server;
 
 const COUNT: u64 = 10;
@@ -28,11 +29,11 @@ const IN_ORDER: u64 = bit(VIRTIO_F_IN_ORDER);
 const BOTH: [u64; 2] = [SPLIT, PACKED];
 
 /// A guest with requests in flight on ring 0 of a device that completes none until its gate is open.
-struct Scene {
+struct SuspendGuest {
     server: Server,
     gate: Arc<EventFd>,
     guest: Guest,
-    client: Client,
+    client: RawFrontend,
     ring: Ring,
     region: InflightRegion,
     fd: OwnedFd,
@@ -41,21 +42,21 @@ struct Scene {
     protocol: u64,
 }
 
-impl Scene {
-    fn new(features: u64, protocol: u64) -> Scene {
-        let (device, gate) = Held::new();
-        Scene::on(device, gate, features, protocol)
+impl SuspendGuest {
+    fn new(features: u64, protocol: u64) -> SuspendGuest {
+        let (device, gate) = GatedDevice::new();
+        SuspendGuest::on(device, gate, features, protocol)
     }
 
-    fn on(device: Arc<dyn VirtioDevice>, gate: Arc<EventFd>, features: u64, protocol: u64) -> Scene {
+    fn on(device: Arc<dyn VirtioDevice>, gate: Arc<EventFd>, features: u64, protocol: u64) -> SuspendGuest {
         let (server, guest) = (Server::new(device), Guest::new());
         let (region, fd) = InflightRegion::create(kind(features), 1, SIZE).unwrap();
         let client = server.connect();
-        begin_with(&client, &guest, features, PROTOCOL | protocol);
+        negotiate_with(&client, &guest, features, PROTOCOL | protocol);
         let log = install_log(&client, &guest);
         let ring = Ring::new(&guest, 0, SIZE, features);
-        let mut scene = Scene { server, gate, guest, client, ring, region, fd, log, features, protocol };
-        scene.give_region();
+        let mut scene = SuspendGuest { server, gate, guest, client, ring, region, fd, log, features, protocol };
+        scene.send_inflight_region();
         scene.ring.set_up(&scene.client, &scene.guest, RingBase::initial(features).bits());
         start_logging(&scene.client, &scene.guest, features, &mut [&mut scene.ring], 0x30_0000);
         scene.ring.enable(&scene.client, true);
@@ -63,11 +64,11 @@ impl Scene {
         scene
     }
 
-    fn give_region(&self) {
+    fn send_inflight_region(&self) {
         let mmap_size = InflightRegion::bytes_for(kind(self.features), 1, SIZE).unwrap();
         let description =
             InflightDescription { mmap_size, mmap_offset: 0, num_queues: 1, queue_size: SIZE, padding: [0; 4] };
-        self.client.done(Code::SET_INFLIGHT_FD, &description, &[self.fd.as_fd()]);
+        self.client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[self.fd.as_fd()]);
     }
 
     /// Adds requests of one page each, and waits until the device has written them.
@@ -77,16 +78,16 @@ impl Scene {
         }
         self.ring.kick();
         while slots.clone().any(|slot| self.guest.bytes(page(slot).gpa, 1) != [0x5a]) {
-            self.client.barrier();
+            self.client.wait_until_processed();
         }
     }
 
     fn stop(&self, code: Code) -> u32 {
         let state = VringState { index: 0, num: 0 };
-        VringState::read_from_bytes(&self.client.ask(code, state.as_bytes())).unwrap().num
+        VringState::read_from_bytes(&self.client.request(code, state.as_bytes())).unwrap().num
     }
 
-    fn marked(&self) -> u64 {
+    fn requests_marked(&self) -> u64 {
         let (header, entry) = if kind(self.features) == RingKind::Packed { (32, 32) } else { (16, 16) };
         let bytes = self.region.copy(0).unwrap();
         bytes[header..].chunks_exact(entry).take(SIZE.into()).filter(|entry| entry[0] == 1).count() as u64
@@ -94,7 +95,7 @@ impl Scene {
 
     /// Another back-end takes over, which knows nothing but the region and the base.
     fn move_to_another_back_end(&mut self, base: u32) {
-        let (device, gate) = Held::new();
+        let (device, gate) = GatedDevice::new();
         self.gate = gate;
         self.move_to(device, base);
     }
@@ -102,8 +103,8 @@ impl Scene {
     fn move_to(&mut self, device: Arc<dyn VirtioDevice>, base: u32) {
         self.server = Server::new(device);
         self.client = self.server.connect();
-        begin_with(&self.client, &self.guest, self.features, PROTOCOL | self.protocol);
-        self.give_region();
+        negotiate_with(&self.client, &self.guest, self.features, PROTOCOL | self.protocol);
+        self.send_inflight_region();
         self.ring.log_at = None;
         self.ring.set_up(&self.client, &self.guest, base);
         self.ring.enable(&self.client, true);
@@ -113,75 +114,75 @@ impl Scene {
 #[test]
 fn an_invalid_skip_drain_request_stops_no_ring() {
     for features in BOTH {
-        let mut scene = Scene::new(features, INFLIGHT_MIGRATION);
+        let mut scene = SuspendGuest::new(features, INFLIGHT_MIGRATION);
         let (code, none) = (Code::GET_VRING_BASE_SKIP_DRAIN, VringState { index: 9, num: 0 });
         for payload in [&[][..], &[0; 3], &[0; 7], none.as_bytes()] {
             assert_eq!(scene.client.acknowledged(code, payload, &[]), u64::MAX, "{} bytes", payload.len());
         }
-        assert_eq!(scene.marked(), COUNT);
+        assert_eq!(scene.requests_marked(), COUNT);
         scene.add(COUNT..COUNT + 3);
-        assert_eq!(scene.marked(), COUNT + 3);
+        assert_eq!(scene.requests_marked(), COUNT + 3);
         scene.gate.write(1).unwrap();
         assert_eq!(scene.ring.completions(COUNT as usize + 3).len(), COUNT as usize + 3);
         // Without need-reply there is no answer that says no.
         scene.client.send(code, VERSION, &[0; 3], &[]);
         assert!(scene.client.is_closed());
-        scene.server.connect().barrier();
+        scene.server.connect().wait_until_processed();
     }
 }
 
 #[test]
 fn suspended_requests_stay_marked_logged_and_unpublished_and_are_resubmitted_elsewhere() {
     for features in BOTH {
-        let mut scene = Scene::new(features, INFLIGHT_MIGRATION);
+        let mut scene = SuspendGuest::new(features, INFLIGHT_MIGRATION);
         // QEMU's order: a ring is disabled before it is known how it is to be stopped.
         scene.ring.enable(&scene.client, false);
         let base = scene.stop(Code::GET_VRING_BASE_SKIP_DRAIN);
-        assert_eq!(scene.marked(), COUNT);
+        assert_eq!(scene.requests_marked(), COUNT);
         assert!(scene.ring.driver.pop_used().unwrap().is_none(), "a request was published");
         // It has written these pages already.
         let marks = harvest(&scene.log);
         assert!((0..COUNT).all(|slot| marks.contains(&(page(slot).gpa >> 12))), "a page was not logged");
         let before = scene.guest.snapshot();
         scene.gate.write(1).unwrap();
-        scene.client.barrier();
-        scene.server.end();
+        scene.client.wait_until_processed();
+        scene.server.stop();
         assert!(before == scene.guest.snapshot(), "memory was written after the reply");
 
         scene.move_to_another_back_end(base);
         scene.gate.write(1).unwrap();
         scene.ring.completions(COUNT as usize);
-        assert_eq!(scene.marked(), 0);
+        assert_eq!(scene.requests_marked(), 0);
         scene.add(COUNT..2 * COUNT);
         scene.ring.completions(COUNT as usize);
-        assert_eq!(scene.client.ring_base(0), scene.ring.drained());
+        assert_eq!(scene.client.ring_base(0), scene.ring.drained_base());
     }
 }
 
 #[test]
 fn a_suspended_ring_resumes_its_requests_after_a_failed_migration() {
     for features in BOTH {
-        let mut scene = Scene::new(features, INFLIGHT_MIGRATION);
+        let mut scene = SuspendGuest::new(features, INFLIGHT_MIGRATION);
         let base = scene.stop(Code::GET_VRING_BASE_SKIP_DRAIN);
         scene.ring.set_up(&scene.client, &scene.guest, base);
         scene.ring.enable(&scene.client, true);
         scene.gate.write(1).unwrap();
         scene.ring.completions(COUNT as usize);
-        assert_eq!(scene.marked(), 0);
+        assert_eq!(scene.requests_marked(), 0);
     }
 }
 
 #[test]
 fn a_disabled_ring_keeps_its_requests_takes_no_new_ones_and_resumes_when_enabled() {
     for features in BOTH {
-        let mut scene = Scene::new(features, INFLIGHT_MIGRATION);
+        let mut scene = SuspendGuest::new(features, INFLIGHT_MIGRATION);
         scene.ring.enable(&scene.client, false);
         scene.ring.driver.add(&[], &[page(COUNT)], None).unwrap().unwrap();
         scene.ring.kick();
         scene.ring.kick.write(1).unwrap();
         scene.gate.write(1).unwrap();
         scene.ring.completions(COUNT as usize);
-        scene.client.barrier();
+        scene.client.wait_until_processed();
         assert_ne!(scene.guest.bytes(page(COUNT).gpa, 1), [0x5a], "a disabled ring took a request");
         scene.ring.enable(&scene.client, true);
         scene.ring.completion();
@@ -193,26 +194,26 @@ fn get_vring_base_drains_unless_only_the_inflight_feature_is_acknowledged() {
     let inflight = bit(protocol_feature::GET_VRING_BASE_INFLIGHT);
     for features in BOTH {
         for (protocol, left) in [(INFLIGHT_MIGRATION, 0), (0, 0), (inflight, COUNT)] {
-            let scene = Scene::new(features, protocol);
-            scene.client.tell(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
+            let scene = SuspendGuest::new(features, protocol);
+            scene.client.send_body(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
             if left == 0 {
                 scene.gate.write(1).unwrap();
             }
             scene.client.ring_base_reply(0);
-            assert_eq!(scene.marked(), left, "protocol features {protocol:#x}");
+            assert_eq!(scene.requests_marked(), left, "protocol features {protocol:#x}");
         }
     }
 }
 
 /// Keeps the first request it gets, and completes all others at once.
-struct KeepsOne;
+struct HoldsFirstRequest;
 
-struct KeepsOneQueue {
+struct HoldsFirstRequestQueue {
     kept: Option<Request>,
     done: Vec<Request>,
 }
 
-impl VirtioDevice for KeepsOne {
+impl VirtioDevice for HoldsFirstRequest {
     fn features(&self) -> u64 {
         RING_FEATURES | IN_ORDER
     }
@@ -226,11 +227,11 @@ impl VirtioDevice for KeepsOne {
     }
 
     fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
-        Ok(Box::new(KeepsOneQueue { kept: None, done: Vec::new() }))
+        Ok(Box::new(HoldsFirstRequestQueue { kept: None, done: Vec::new() }))
     }
 }
 
-impl Queue for KeepsOneQueue {
+impl Queue for HoldsFirstRequestQueue {
     fn submit(&mut self, mut request: Request) {
         request.write(0, &[0x5a]).unwrap();
         match self.kept {
@@ -251,10 +252,10 @@ impl Queue for KeepsOneQueue {
 #[test]
 fn suspend_leaves_requests_completed_behind_an_open_one_with_in_order() {
     for features in BOTH {
-        let (device, gate) = Held::new();
-        let mut scene = Scene::on(Arc::new(KeepsOne), gate, features | IN_ORDER, INFLIGHT_MIGRATION);
+        let (device, gate) = GatedDevice::new();
+        let mut scene = SuspendGuest::on(Arc::new(HoldsFirstRequest), gate, features | IN_ORDER, INFLIGHT_MIGRATION);
         let base = scene.stop(Code::GET_VRING_BASE_SKIP_DRAIN);
-        assert_eq!(scene.marked(), COUNT);
+        assert_eq!(scene.requests_marked(), COUNT);
         let marks = harvest(&scene.log);
         assert!((0..COUNT).all(|slot| marks.contains(&(page(slot).gpa >> 12))), "a page was not logged");
         scene.move_to(device, base);
@@ -265,12 +266,12 @@ fn suspend_leaves_requests_completed_behind_an_open_one_with_in_order() {
 
 #[test]
 fn skip_drain_drains_without_a_region_and_is_unsupported_without_the_feature() {
-    let (device, gate) = Held::new();
+    let (device, gate) = GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
-    begin_with(&client, &guest, BASIC, PROTOCOL | INFLIGHT_MIGRATION);
-    let mut ring = crate::drain::held(&client, &guest, BASIC, COUNT);
-    client.tell(Code::GET_VRING_BASE_SKIP_DRAIN, &VringState { index: 0, num: 0 });
+    negotiate_with(&client, &guest, BASIC, PROTOCOL | INFLIGHT_MIGRATION);
+    let mut ring = crate::drain::start_with_requests_in_flight(&client, &guest, BASIC, COUNT);
+    client.send_body(Code::GET_VRING_BASE_SKIP_DRAIN, &VringState { index: 0, num: 0 });
     gate.write(1).unwrap();
     client.reply(Code::GET_VRING_BASE_SKIP_DRAIN);
     let mut used = 0;
@@ -281,7 +282,7 @@ fn skip_drain_drains_without_a_region_and_is_unsupported_without_the_feature() {
     drop(client);
 
     let client = server.connect();
-    begin_with(&client, &guest, BASIC, PROTOCOL);
+    negotiate_with(&client, &guest, BASIC, PROTOCOL);
     client.send(Code::GET_VRING_BASE_SKIP_DRAIN, VERSION, VringState { index: 0, num: 0 }.as_bytes(), &[]);
     assert!(client.is_closed(), "it was answered without having been negotiated");
 }

@@ -24,12 +24,12 @@ pub(crate) struct Faults {
     /// Rings that were kicked after their start.
     pub(crate) kicked: AtomicU32,
     /// Where all disks of a guest wait for each other.
-    pub(crate) meeting: Meeting,
+    pub(crate) barrier: Barrier,
 }
 
 /// Has calls return only when all disks have been called.
 #[derive(Default)]
-pub(crate) struct Meeting {
+pub(crate) struct Barrier {
     /// Disks that must come; 0 waits for none.
     pub(crate) disks: AtomicU32,
     /// Disks that have come, by call.
@@ -37,8 +37,8 @@ pub(crate) struct Meeting {
     came: Condvar,
 }
 
-impl Meeting {
-    fn come(&self, call: &'static str) -> Result<(), FrontendError> {
+impl Barrier {
+    fn wait_for_all(&self, call: &'static str) -> Result<(), FrontendError> {
         let disks = self.disks.load(Ordering::Relaxed);
         let mut here = self.here.lock().unwrap();
         *here.entry(call).or_default() += 1;
@@ -82,7 +82,7 @@ impl RamDisk {
     }
 }
 
-fn once(fault: &AtomicU32) -> bool {
+fn take_one(fault: &AtomicU32) -> bool {
     fault.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
 }
 
@@ -117,7 +117,7 @@ fn serve(
             let mut at = header.sector.get() as usize * 512;
             let mut disk = bytes.lock().unwrap();
             let (kind, mut written) = (header.request_type.get(), 1);
-            if kind == virtio::VIRTIO_BLK_T_OUT && !once(&faults.lose_write) {
+            if kind == virtio::VIRTIO_BLK_T_OUT && !take_one(&faults.lose_write) {
                 for buffer in &chain.readable[1..] {
                     memory.read(buffer.gpa, &mut disk[at..at + buffer.len as usize]).unwrap();
                     at += buffer.len as usize;
@@ -131,12 +131,12 @@ fn serve(
                 }
             }
             drop(disk);
-            memory.write(status.gpa, &[u8::from(once(&faults.answer_ioerr))]).unwrap();
-            if once(&faults.forget) {
+            memory.write(status.gpa, &[u8::from(take_one(&faults.answer_ioerr))]).unwrap();
+            if take_one(&faults.forget) {
                 continue;
             }
             ring.push(&chain, written);
-            if once(&faults.complete_twice) {
+            if take_one(&faults.complete_twice) {
                 ring.push(&chain, written);
             }
             if ring.publish() {
@@ -189,7 +189,7 @@ impl Device for RamDisk {
     }
 
     fn set_memory(&mut self, memory: &Memory) -> Result<(), FrontendError> {
-        self.faults.meeting.come("set_memory")?;
+        self.faults.barrier.wait_for_all("set_memory")?;
         self.memory = memory.clone();
         Ok(())
     }
@@ -203,16 +203,16 @@ impl Device for RamDisk {
     }
 
     fn validate_ring(&mut self, index: u16, _: &RingSetup) -> Result<(), FrontendError> {
-        if index == 0 { self.faults.meeting.come("validate_ring") } else { Ok(()) }
+        if index == 0 { self.faults.barrier.wait_for_all("validate_ring") } else { Ok(()) }
     }
 
     fn save_state(&mut self) -> Result<Option<Vec<u8>>, FrontendError> {
-        self.faults.meeting.come("save_state").map(|()| None)
+        self.faults.barrier.wait_for_all("save_state").map(|()| None)
     }
 
     fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError> {
         if index == 0 {
-            self.faults.meeting.come("start_ring")?;
+            self.faults.barrier.wait_for_all("start_ring")?;
         }
         let layout = RingLayout::new(self.features, setup.size, setup.desc, setup.avail, setup.used);
         let ring = DeviceRing::new(&self.memory, layout, self.features, setup.base).unwrap();
@@ -228,7 +228,7 @@ impl Device for RamDisk {
 
     fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
         if index == 0 {
-            self.faults.meeting.come("stop_ring")?;
+            self.faults.barrier.wait_for_all("stop_ring")?;
         }
         let queue = self.queues[usize::from(index)].take().unwrap();
         queue.stop.store(true, Ordering::Release);

@@ -1,9 +1,9 @@
-//! What the thread of a running ring does.
+//! Main loop of the thread of a running ring.
 //!
-//! A ring belongs to its thread alone: nothing on the way of a request takes a lock.
+//! A ring belongs to its thread alone: the path of a request takes no lock.
 //!
-//! The way of a request, each arrow survivable by a successor that has the inflight region: taken from the ring →
-//! noted as in flight → served → marked in the log → staged → published → noted as done → notified (rules L10.1, I2.1, I2.2).
+//! A request passes these steps, and a successor with the inflight region can recover after each: taken from the ring,
+//! marked in flight, served, marked in the log, staged, published, unmarked, notified (rules L10.1, I2).
 
 #![forbid(unsafe_code)]
 
@@ -36,10 +36,10 @@ use in_order::InOrder;
 
 pub(super) use stop::{ParkedRing, StopReason};
 
-/// How often a ring without a kick is looked at, in milliseconds.
+/// Polling interval of a ring without a kick, in milliseconds (rule B3.7).
 const POLL_INTERVAL_MS: u8 = 1;
 
-/// What a session wants of a ring; it is told `done` when that is so.
+/// A command of the session. `done` is signalled once it has taken effect.
 pub(super) enum WorkerCommand {
     Logging(Logging, Sender<()>),
     Invalidate(RangeInclusive<u64>, Sender<()>),
@@ -48,41 +48,41 @@ pub(super) enum WorkerCommand {
         error: Option<Arc<Notifier>>,
         done: Sender<()>,
     },
-    /// Take no more requests, or take them again.
+    /// Take requests, or take no more.
     SetEnabled(bool, Sender<()>),
-    /// Finish, and publish what is finished.
+    /// Complete and publish all requests (rule R3.2).
     Stop,
-    /// Finish only what can't be left to a successor (rule I8.2).
+    /// Complete only what cannot be left to a successor (rule I8.2).
     Suspend,
-    /// Finish, and keep it.
+    /// Complete all requests without publishing them.
     Abandon,
 }
 
-/// What a ring's thread works with.
+/// The state of a ring's thread.
 pub(super) struct Worker {
     index: u16,
     ring: DeviceRing,
     queue: Box<dyn Queue>,
     setup: VringConfig,
     inflight: Option<InflightTracker>,
-    /// What a predecessor left to be done, and how much of it is under way.
+    /// Requests of a previous back-end, and the number already resubmitted.
     recovery: Option<(Recovered, usize)>,
-    /// Behind an IOMMU.
+    /// The translated ring, behind an IOMMU.
     iommu: Option<MappedRing>,
     commands: Receiver<WorkerCommand>,
     wake: Arc<EventFd>,
-    /// Heads in flight.
+    /// True for each head in flight.
     heads_in_flight: Vec<bool>,
     in_flight: usize,
-    /// With IN_ORDER negotiated: what is in flight, oldest first.
+    /// With IN_ORDER negotiated: the requests in flight, oldest first.
     in_order: Option<InOrder>,
-    /// Came back from the queue, to be published.
+    /// Completed requests to be published.
     completed: Vec<Request>,
-    /// Were dropped by the queue.
+    /// Requests that the queue dropped.
     dropped: Arc<DroppedRequests>,
-    /// To be used again.
+    /// Request objects for reuse.
     spare_requests: Vec<Request>,
-    /// No more requests are taken.
+    /// The ring is broken: no more requests are taken.
     broken: bool,
     /// No more requests are taken until the ring is enabled again.
     pub(super) held: bool,
@@ -128,7 +128,7 @@ impl Worker {
         worker
     }
 
-    /// Takes over from a predecessor: serves again what it had under way (rules I3.3, I4.5, I6.2).
+    /// Takes over from a previous back-end: resubmits its requests in flight (rules I3, I4, I6.2).
     pub(super) fn recover(&mut self, inflight: Option<(InflightTracker, Recovered)>) -> Result<(), BackendError> {
         let Some((inflight, found)) = inflight else { return Ok(()) };
         self.inflight = Some(inflight);
@@ -140,16 +140,16 @@ impl Worker {
             self.counters.resubmitted(found.len());
         }
         found.repair(&mut self.ring);
-        // A predecessor that was killed between a write to the ring and its mark has left no other trace.
+        // A previous back-end may have been killed between a write to the ring and its mark.
         self.ring.relog_used();
         self.recovery = Some((found, 0));
         self.resubmit()?;
-        // The last notification may have died with its sender.
+        // The last notification may not have been sent.
         self.notify();
         Ok(())
     }
 
-    /// Serves what a predecessor left, as far as it can be translated.
+    /// Submits requests of a previous back-end as far as they can be translated.
     fn resubmit(&mut self) -> Result<(), BackendError> {
         let Some((found, next)) = self.recovery.take() else { return Ok(()) };
         for number in next..found.len() {
@@ -158,7 +158,7 @@ impl Worker {
                 Ok(name) => request.inflight_slot = name,
                 Err(source) => {
                     self.spare_requests.push(request);
-                    // It stays marked whatever becomes of this ring.
+                    // The request stays marked in the inflight region.
                     self.recovery = Some((found, number));
                     return self.request_translation(source);
                 }
@@ -168,7 +168,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Asks for what a request lacks.
+    /// Requests a missing translation from the front-end (rule T1.2).
     fn request_translation(&mut self, source: RingError) -> Result<(), BackendError> {
         match (source.miss(), &mut self.iommu) {
             (Some(miss), Some(in_use)) => in_use.misses.ask(miss),
@@ -180,10 +180,10 @@ impl Worker {
         self.iommu.as_ref().is_some_and(|in_use| in_use.misses.is_pending())
     }
 
-    /// Serves the ring until told to end; tells where it goes on.
+    /// Serves the ring until it is stopped.
     pub(super) fn run(mut self, recovered: Result<(), BackendError>) -> StopReason {
         recovered.unwrap_or_else(|error| self.break_ring(&error));
-        // Its call fd came while it did not run.
+        // The call descriptor was set while the ring was stopped (rule R10.2).
         if std::mem::take(&mut self.setup.call_changed) {
             self.repeat_notification();
         }
@@ -205,7 +205,7 @@ impl Worker {
                     }
                     WorkerCommand::Notifiers { call, error, done } => {
                         (self.setup.call, self.setup.error) = (call, error);
-                        // There may have been none, or nobody who heard it (rule R10.1).
+                        // A previous notification may have been lost (rule R10.1).
                         self.repeat_notification();
                         let _ = done.send(());
                     }
@@ -231,15 +231,15 @@ impl Worker {
         }
     }
 
-    /// Whether all of the ring lies where it did, behind an IOMMU that has invalidated these addresses, and all that is
-    /// logged is there.
+    /// Returns true if the ring's areas and its logged area are still mapped after an invalidation of `invalid`. Always
+    /// true without an IOMMU.
     fn is_mapped(&self, invalid: Option<&RangeInclusive<u64>>) -> bool {
         let Some(MappedRing { window, .. }) = &self.iommu else { return true };
         !invalid.is_some_and(|iovas| window.uses(iovas))
             && used_log_range(&self.setup).is_none_or(|(at, len)| window.holds(at, len))
     }
 
-    /// Ends the service of a ring that has to be found again; `done` is told when nothing is in the old place any more.
+    /// Stops a ring whose areas must be translated again. `done` is signalled once the former areas are unused.
     fn park(self, done: Sender<()>) -> StopReason {
         let mut left = ParkedRing { setup: self.setup.clone(), broken: self.broken, held: self.held };
         left.setup.base = self.drain(true);
@@ -248,7 +248,7 @@ impl Worker {
 
     fn invalidate(&mut self, iovas: RangeInclusive<u64>, done: Sender<()>) {
         if self.iommu.as_ref().is_some_and(|in_use| in_use.uses(&iovas)) {
-            // Those that wait for what is yet to come would be in use for ever.
+            // Buffers that wait for input would be in use without limit (rule T3.3).
             self.put_back();
         }
         if let Some(in_use) = &mut self.iommu {
@@ -256,7 +256,7 @@ impl Worker {
         }
     }
 
-    /// Takes what requests there are, and publishes what is complete; false if there was neither.
+    /// Takes available requests and publishes completed ones. Returns false if there were none.
     fn process_ring(&mut self) -> Result<bool, BackendError> {
         let mut taken = 0;
         let resubmitted = if self.recovery.is_some() && !self.broken { self.resubmit() } else { Ok(()) };
@@ -267,7 +267,7 @@ impl Worker {
             if self.recovery.is_some() {
                 break Ok(false);
             }
-            // A batch is bounded by the ring: the next turn looks for orders.
+            // A batch is bounded by the ring size, so that commands are received in between.
             if self.broken || self.held || taken == self.setup.layout.size() {
                 break Ok(true);
             }
@@ -285,7 +285,7 @@ impl Worker {
         if taken > 0 || published || self.broken || self.held || !wanting {
             return Ok(taken > 0 || published);
         }
-        // Nothing to do, it seems: from here on the driver must kick.
+        // Idle: from here on the driver must kick.
         Ok(self.ring.enable_notifications())
     }
 
@@ -334,7 +334,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Collects what is complete and, if so wanted, publishes it; false if there was nothing.
+    /// Collects completed requests and publishes them if `publish` is set. Returns false if there were none.
     fn collect_completions(&mut self, publish: bool) -> bool {
         self.queue.completions(&mut self.completed);
         self.dropped.take(&mut self.completed);
@@ -353,7 +353,7 @@ impl Worker {
         true
     }
 
-    /// What is done is not in flight any more.
+    /// Removes the completed requests from those in flight.
     fn mark_not_in_flight(&mut self) {
         self.in_flight -= self.completed.len();
         for request in &self.completed {
@@ -370,7 +370,7 @@ impl Worker {
     fn publish(&mut self) {
         self.counters.completed(&self.completed, self.setup.logging.data.is_some());
         if let Some(log) = &self.setup.logging.data {
-            // One fence for all data of the batch, which is written by now (rule L10.2).
+            // One fence for all data of the batch, which has been written (rule L10.2).
             let burst = log.burst();
             for request in &self.completed {
                 request.for_each_written(|gpa, len| burst.mark(gpa, len));
@@ -392,7 +392,7 @@ impl Worker {
         }
     }
 
-    /// Once per batch, whatever it marked (rule L12.1).
+    /// Signals the log descriptor, at most once per batch (rule L12.1), and reports pages outside the log (rule L6.2).
     fn signal_log(&mut self) {
         let Logging { data, used, signal, .. } = &self.setup.logging;
         let Some(log) = data.as_ref().or(used.as_ref().map(|(log, _)| log)) else { return };
@@ -400,7 +400,7 @@ impl Worker {
             debug!("ring {}: {error}", self.index);
         }
         let lost = log.out_of_range();
-        // All rings of a device share the log: whoever sees the figure first counts it.
+        // All rings of a device share the log and this figure: the first ring to see it counts it.
         let known = self.setup.logging.out_of_range_pages.fetch_max(lost, Ordering::Relaxed);
         if lost > known {
             self.counters.unlogged(lost - known);
@@ -414,7 +414,7 @@ impl Worker {
         }
     }
 
-    /// Notifies the driver if there ever was something to notify: nobody may have heard it (rule R10.1).
+    /// Notifies the driver again if the ring has ever notified it (rule R10.1).
     fn repeat_notification(&mut self) {
         if self.setup.has_notified.load(Ordering::Relaxed) {
             self.notify();
@@ -434,7 +434,7 @@ impl Worker {
         self.setup.logging = logging;
     }
 
-    /// Only this ring ends; what is under way is still completed.
+    /// Marks the ring as broken. Requests in flight are still completed, and other rings continue.
     fn break_ring(&mut self, error: &BackendError) {
         limited!(warn, "{error}");
         self.counters.ring_broken();
@@ -446,13 +446,13 @@ impl Worker {
         }
     }
 
-    /// Waits until there may be something to do.
+    /// Waits until there may be work.
     fn wait_for_work(&mut self) {
         let polled = self.setup.is_polled && !self.broken;
         let patience = self.iommu.as_ref().and_then(|in_use| in_use.misses.poll_interval()).filter(|_| !self.broken);
         let timeout = if polled { PollTimeout::from(POLL_INTERVAL_MS) } else { poll_timeout(patience) };
         let kick = self.setup.kick.clone();
-        // A broken ring takes nothing more: only what it still has can move it.
+        // A broken ring takes no requests; it only waits for those in flight.
         let completions = self.queue.completion_fd().filter(|_| !self.broken || self.in_flight > 0);
         let fds = [Some(self.wake.as_fd()), completions, kick.as_ref().map(|kick| kick.as_fd())];
         let [woken, _, kicked] = poll_readable(fds, timeout);
@@ -468,7 +468,7 @@ impl Worker {
         match kick.take(self.index, &self.wake) {
             Ok(true) => self.ring.disable_notifications(),
             Ok(false) => {}
-            // Polling it would always return at once.
+            // Polling the descriptor would return immediately every time.
             Err(error) => self.break_ring(&error),
         }
     }
@@ -482,7 +482,7 @@ pub(super) fn poll_timeout(patience: Option<Duration>) -> PollTimeout {
     patience.map_or(PollTimeout::NONE, |patience| PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX))
 }
 
-/// Waits until one of the fds has something to say; tells which.
+/// Polls descriptors for input. Returns which of them are ready.
 pub(super) fn poll_readable<const N: usize>(fds: [Option<BorrowedFd<'_>>; N], timeout: PollTimeout) -> [bool; N] {
     let mut polled: Vec<_> = fds.iter().flatten().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
     if let Err(errno) = poll(&mut polled, timeout)

@@ -1,4 +1,4 @@
-//! How a ring ends: what it has goes back, is waited for, or is left to a successor (rules R3.2, R3.6, I8.2).
+//! Stopping a ring: its requests are put back, completed, or left to a successor (rules R3, I8).
 #![forbid(unsafe_code)]
 
 use std::os::fd::AsFd;
@@ -11,17 +11,17 @@ use super::{Worker, WorkerCommand, poll_readable};
 use crate::ring::{Chain, RingBase};
 use crate::sys::log_limit::limited;
 
-/// How long a drain waits before it asks the device's queue again, in milliseconds.
+/// Interval in milliseconds at which a drain polls the device's queue.
 const RETRY_MS: u8 = 100;
 
-/// Why a ring is not served any more, and where it goes on.
+/// The reason for which a ring is not served any more, with the state to resume.
 pub(in crate::backend) enum StopReason {
     Commanded(RingBase),
-    /// Its areas have gone, or are needed elsewhere.
+    /// The ring's areas were invalidated or must be mapped elsewhere.
     Unmapped(Box<ParkedRing>, Sender<()>),
 }
 
-/// What is known of a ring that is not served.
+/// The state of a ring that is not served for now.
 pub(in crate::backend) struct ParkedRing {
     pub(in crate::backend) setup: VringConfig,
     pub(in crate::backend) broken: bool,
@@ -38,7 +38,7 @@ impl StopReason {
 }
 
 impl Worker {
-    /// Puts the requests back into the ring that the queue has no use for: they are as if never taken.
+    /// Puts unused requests back into the ring, as if they had never been taken.
     pub(super) fn put_back(&mut self) {
         let mut unused = Vec::new();
         self.queue.put_back(&mut unused);
@@ -48,7 +48,7 @@ impl Worker {
         }
         let chains: Vec<&Chain> = unused.iter().map(Request::chain).collect();
         if !self.ring.put_back(&chains) {
-            // Others were taken after them: all that is left is to use them with nothing in them.
+            // Later requests are still in flight, so these are used with a length of 0.
             self.completed.append(&mut unused);
             if let Some(order) = &mut self.in_order {
                 order.release_in_order(&mut self.completed);
@@ -78,8 +78,8 @@ impl Worker {
         self.spare_requests.append(&mut unused);
     }
 
-    /// Waits for everything under way. If it is not to be published, or the front-end has gone meanwhile, what the queue
-    /// need not complete is left to a successor.
+    /// Waits for all requests in flight. If they are not to be published, or the front-end hangs up, requests that need
+    /// not be completed are left to a successor (rule I10.3).
     pub(super) fn drain(mut self, mut publish: bool) -> RingBase {
         let mut unserved = Vec::new();
         if publish {
@@ -91,7 +91,7 @@ impl Worker {
             let count = found.len() - next;
             limited!(
                 warn,
-                "ring {}: {count} requests of a predecessor can't be translated and stay marked (rule I3.3)",
+                "ring {}: {count} requests of the previous back-end can't be translated and stay marked (rule I3.3)",
                 self.index
             );
         }
@@ -109,22 +109,22 @@ impl Worker {
         self.ring.base()
     }
 
-    /// Whether what is complete is not to be published any more: the front-end has gone.
+    /// Returns true if the front-end has hung up, so nothing may be published any more.
     fn is_abandoned(&self) -> bool {
         self.commands.try_iter().any(|order| matches!(order, WorkerCommand::Abandon))
     }
 
-    /// How many requests wait for their turn, which does not come if those before them are left to a successor.
+    /// Number of completed requests whose turn will not come, because earlier ones are left to a successor.
     fn completed_early(&self, publish: bool) -> usize {
         self.in_order.as_ref().filter(|_| !publish).map_or(0, |order| order.completed_early.len())
     }
 
-    /// Waits for what can't be left to a successor. The rest stays marked in the inflight region, and unpublished, but
-    /// what was written of it already is in the log: the successor may write other bytes.
+    /// Waits for requests that cannot be left to a successor (rule I8.2). The others stay marked in the inflight region and
+    /// unpublished. Their writes so far are marked in the log, because the successor may write different bytes.
     pub(super) fn suspend(mut self) -> RingBase {
         self.put_back();
         let (mut unserved, mut publish) = (Vec::new(), true);
-        // With IN_ORDER, what is complete behind a request that is not is left to the successor too.
+        // With IN_ORDER, requests completed behind an open one are left to the successor too.
         while self.in_flight > unserved.len() + self.completed_early(false) {
             let before = unserved.len();
             publish = publish && !self.is_abandoned();
@@ -143,8 +143,8 @@ impl Worker {
         self.ring.base()
     }
 
-    /// Waits for completions or dropped requests. Looks again after a while even if nothing comes: what the system had no
-    /// memory for is passed on once more.
+    /// Waits for completions or dropped requests, at most `RETRY_MS`: work that failed for lack of memory is then
+    /// submitted again.
     fn wait_for_queue(&self) {
         poll_readable([self.queue.completion_fd(), Some(self.wake.as_fd())], PollTimeout::from(RETRY_MS));
         let _ = self.wake.read();
