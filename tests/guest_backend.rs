@@ -287,10 +287,10 @@ fn signal(backend: &Backend, signal: Signal) {
 }
 
 #[rstest]
-#[case::the_first_answers_later(0, false, false)]
-#[case::the_last_answers_later(1, false, false)]
-#[case::cancelled_before_it_is_asked(0, false, true)]
-#[case::the_first_dies(0, true, false)]
+#[case::first_disk_replies_late(0, false, false)]
+#[case::last_disk_replies_late(1, false, false)]
+#[case::cancelled_before_the_stop(0, false, true)]
+#[case::first_back_end_dies(0, true, false)]
 fn a_switchover_cancelled_while_a_disk_hangs_resumes_cpus_and_other_disks_at_once(
     #[case] hung: usize,
     #[case] dies: bool,

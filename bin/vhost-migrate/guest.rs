@@ -456,7 +456,7 @@ impl GuestOwner {
     fn watch(&self, seconds: f64, client: &ControlClient<'_>) -> Result<(), String> {
         let for_long = Duration::try_from_secs_f64(seconds).ok().filter(|time| *time <= MAX_WATCH);
         let deadline = Instant::now() + for_long.ok_or(format!("{seconds} seconds: watch for 0 to 86400"))?;
-        let mut told = Vec::new();
+        let mut reported = Vec::new();
         loop {
             let mut connections = lock(&self.view).as_ref().map(GuestView::connections).unwrap_or_default();
             for (number, connection) in connections.iter_mut().enumerate() {
@@ -464,11 +464,11 @@ impl GuestOwner {
                 event["event"] = "device".into();
                 // A longer unavailability alone is not reported.
                 connection.away_ms = connection.away_ms.map(|_| 0);
-                if told.get(number) != Some(connection) {
+                if reported.get(number) != Some(connection) {
                     client.send_event(&event);
                 }
             }
-            told = connections;
+            reported = connections;
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || client.has_disconnected() {
                 return Ok(());
@@ -478,19 +478,19 @@ impl GuestOwner {
     }
 
     fn migrate(&self, arguments: &MigrateArguments, emit: &mut dyn FnMut(Value)) -> Result<(), String> {
-        let told = |error: &dyn std::error::Error| error.to_string();
-        let uri: Uri = arguments.uri.parse().map_err(|error| told(&error))?;
+        let text_of = |error: &dyn std::error::Error| error.to_string();
+        let uri: Uri = arguments.uri.parse().map_err(|error| text_of(&error))?;
         if let Uri::Fd(number) = &uri
             && is_close_on_exec(*number)
         {
             let advice = "pass a descriptor to the guest's process at its start, not to this command";
             return Err(format!("{uri}: the guest's process has opened this descriptor for itself: {advice}"));
         }
-        let codec = arguments.codec.parse().map_err(|error| told(&error))?;
+        let codec = arguments.codec.parse().map_err(|error| text_of(&error))?;
         let options = StreamOptions {
             channels: if uri.is_single_channel() { 1 } else { arguments.channels },
             one_way: arguments.one_way,
-            ..StreamOptions::new().map_err(|error| told(&error))?
+            ..StreamOptions::new().map_err(|error| text_of(&error))?
         };
         options.limiter.set(arguments.bandwidth);
         let policy = ConvergencePolicy {
@@ -511,7 +511,7 @@ impl GuestOwner {
                 return Err(state.refusal_message());
             }
             let vm = GuestSourceVm::new(&self.guest).ok_or("there is no guest here")?;
-            let connection = connect(&uri, &options).map_err(|error| told(&error))?;
+            let connection = connect(&uri, &options).map_err(|error| text_of(&error))?;
             // A one-way stream may be kept and restored at any time.
             let mut vm = vm.with_cancel(&options.cancel).with_disk_generations(connection.one_way);
             *lock(&self.unknown) = Some((uri, connection.id));
@@ -529,7 +529,7 @@ impl GuestOwner {
                 *lock(&self.view) = None;
                 tracing::info!("the guest has moved to {}", arguments.uri);
             }
-            left.map(drop).map_err(|failure| told(&failure))
+            left.map(drop).map_err(|failure| text_of(&failure))
         })
     }
 

@@ -112,9 +112,9 @@ impl LinePrinter {
 
 /// Opens a file of finite size.
 fn open(file: &Path) -> Result<File, String> {
-    let told = |error| format!("{}: {error}", file.display());
-    let open = File::open(file).map_err(told)?;
-    if open.metadata().map_err(told)?.file_type().is_char_device() {
+    let with_path = |error| format!("{}: {error}", file.display());
+    let open = File::open(file).map_err(with_path)?;
+    if open.metadata().map_err(with_path)?.file_type().is_char_device() {
         return Err(format!("{}: this is a character device, which has no end", file.display()));
     }
     Ok(open)

@@ -565,9 +565,10 @@ mod tests {
         nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
         std::thread::scope(|scope| {
             // More than there is room for.
-            let asked: Vec<_> = (0..4).map(|_| scope.spawn(|| call(&path, &ControlCommand::Cancel, |_| ()))).collect();
-            for asked in asked {
-                let error = asked.join().unwrap().unwrap_err();
+            let callers: Vec<_> =
+                (0..4).map(|_| scope.spawn(|| call(&path, &ControlCommand::Cancel, |_| ()))).collect();
+            for callers in callers {
+                let error = callers.join().unwrap().unwrap_err();
                 assert!(error.to_string().contains("may be stuck"), "{error}");
             }
         });

@@ -135,7 +135,7 @@ impl Driver {
     ) -> Result<Driver, GuestError> {
         let ring = DriverRing::restore(memory, layout.ring, disk.features, &state.ring);
         let ring = ring.map_err(|source| GuestError::Ring { queue, source })?;
-        let bad = |what: &str| Err(GuestError::State(format!("queue {queue}: {what}")));
+        let mismatch = |what: &str| Err(GuestError::State(format!("queue {queue}: {what}")));
         let sectors = state.versions.len() as u64;
         let buffer = BUFFER_BYTES / SECTOR_BYTES;
         let fits = |sector: u64, count: u64, offset: u64| {
@@ -146,20 +146,20 @@ impl Driver {
         let request_fits = |r: &RequestState| fits(r.sector, r.sectors.into(), r.offset);
         let held_fits = |h: &RetainedState| fits(h.sector, h.versions.len() as u64, h.offset);
         if state.slots.len() != layout.slots.len() {
-            return bad(&format!("{} slots in the state, {} here", state.slots.len(), layout.slots.len()));
+            return mismatch(&format!("{} slots in the state, {} here", state.slots.len(), layout.slots.len()));
         }
         let mut slots = state.slots.iter();
         if !slots.all(|s| s.request.iter().all(request_fits) && s.retained.iter().all(held_fits)) {
-            return bad("a request that is not on its disk");
+            return mismatch("a request that is not on its disk");
         }
         let outstanding = state.slots.iter().filter(|slot| slot.request.is_some()).count();
         if outstanding != usize::from(ring.outstanding()) {
-            return bad(&format!("{outstanding} requests in the state, {} in its ring", ring.outstanding()));
+            return mismatch(&format!("{outstanding} requests in the state, {} in its ring", ring.outstanding()));
         }
         let end = state.first_sector.checked_add(sectors);
         if sectors == 0 || end.is_none_or(|end| end > disk.capacity / SECTOR_BYTES) {
             let (first, disk) = (state.first_sector, disk.capacity / SECTOR_BYTES);
-            return bad(&format!("its {sectors} sectors from {first} are not on the disk, which has {disk}"));
+            return mismatch(&format!("its {sectors} sectors from {first} are not on the disk, which has {disk}"));
         }
         let driver = Driver {
             queue,

@@ -186,29 +186,29 @@ pub(super) struct GuestLayout {
 
 impl GuestLayout {
     pub(super) fn new(config: &GuestConfig) -> Result<GuestLayout, GuestError> {
-        let bad = |what: &str| Err(GuestError::Config(what.into()));
+        let impossible = |what: &str| Err(GuestError::Config(what.into()));
         if config.memory == 0 || !config.memory.is_multiple_of(LOG_PAGE) || !config.high.is_multiple_of(LOG_PAGE) {
-            return bad("memory comes in whole pages of 4 KiB, of which there is at least one");
+            return impossible("memory comes in whole pages of 4 KiB, of which there is at least one");
         }
         if config.memory > MAX_MEMORY {
-            return bad("no machine has more than 4 PiB of memory");
+            return impossible("no machine has more than 4 PiB of memory");
         }
         if config.disks > 256 || config.cpus > 4096 {
-            return bad("it has more than 256 disks or 4096 CPUs");
+            return impossible("it has more than 256 disks or 4096 CPUs");
         }
         if config.high > config.memory {
-            return bad("it has less memory than it shall have above 4 GiB");
+            return impossible("it has less memory than it shall have above 4 GiB");
         }
         if config.disks > 0 && (config.queues == 0 || config.depth == 0) {
-            return bad("a disk needs a queue and a depth of at least 1");
+            return impossible("a disk needs a queue and a depth of at least 1");
         }
         if config.disks > 0
             && (!config.queue_size.is_power_of_two() || config.queue_size < MAX_CHAIN.next_power_of_two())
         {
-            return bad("a queue has 8 entries or more, a power of two");
+            return impossible("a queue has 8 entries or more, a power of two");
         }
         if config.cpus > 0 && config.cpu_pages() == 0 {
-            return bad("every CPU needs at least one page of working set");
+            return impossible("every CPU needs at least one page of working set");
         }
         GuestLayout::divide(config).ok_or_else(|| GuestError::Config(too_little_memory(config)))
     }

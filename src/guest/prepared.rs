@@ -95,25 +95,25 @@ impl PreparedDevice {
         expected: Option<&DeviceState>,
     ) -> Result<PreparedDevice, GuestError> {
         let name = device.name().to_owned();
-        let bad = |why: String| Err(GuestError::Unusable { name: name.clone(), why });
+        let unusable = |why: String| Err(GuestError::Unusable { name: name.clone(), why });
         if device.queues() < config.queues {
             let (has, wants) = (device.queues(), config.queues);
             // The number of queues of an arriving guest is fixed.
             let or = if expected.is_none() { format!(", or the guest with --queues {has}") } else { String::new() };
-            return bad(format!(
+            return unusable(format!(
                 "it has {has} queues, and the guest wants {wants}: start the back-end with --queues {wants}{or}"
             ));
         }
         let ring_features = config.ring_features();
         if ring_features & !device.features() != 0 {
-            return bad("it has no packed rings".into());
+            return unusable("it has no packed rings".into());
         }
         if config.inflight_migration && !device.can_suspend_rings() {
-            return bad("it can't leave requests in flight: start it with --inflight-migration".into());
+            return unusable("it can't leave requests in flight: start it with --inflight-migration".into());
         }
         let offered = FEATURES.iter().fold(ring_features, |all, number| all | bit(*number)) & device.features();
         if device.features() & bit(VIRTIO_BLK_F_RO) != 0 {
-            return bad("it is read-only, and the guest writes".into());
+            return unusable("it is read-only, and the guest writes".into());
         }
         let features = expected.map_or(offered, |state| state.features);
         let missing = features & !device.features();
@@ -123,7 +123,7 @@ impl PreparedDevice {
             return Err(GuestError::State(what));
         }
         if features & bit(VIRTIO_F_VERSION_1) == 0 {
-            return bad("it does not offer VIRTIO_F_VERSION_1".into());
+            return unusable("it does not offer VIRTIO_F_VERSION_1".into());
         }
         device.set_features(features)?;
         let [acknowledge, driver] = [virtio::VIRTIO_CONFIG_S_ACKNOWLEDGE, virtio::VIRTIO_CONFIG_S_DRIVER];

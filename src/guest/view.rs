@@ -80,7 +80,7 @@ impl GuestView {
 
     /// Returns the state of the devices' connections, in order of the disks.
     pub fn connections(&self) -> Vec<DeviceConnection> {
-        let of = |disk: Arc<Disk>| DeviceConnection {
+        let connection_of = |disk: Arc<Disk>| DeviceConnection {
             name: disk.name.clone(),
             away_ms: disk.away_for().map(|time| time.as_millis() as u64),
             refused: disk.refusal_reason(),
@@ -92,7 +92,7 @@ impl GuestView {
                 .map(|(index, _)| index)
                 .collect(),
         };
-        self.live_disks().map(of).collect()
+        self.live_disks().map(connection_of).collect()
     }
 
     /// Returns the error that has stopped the guest, if there is one.

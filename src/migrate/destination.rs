@@ -203,13 +203,13 @@ fn receive_until_commit(
     start_time_limit: &dyn Fn() -> io::Result<TimeLimit>,
     take_ownership: &dyn Fn() -> Result<CancelToken, MigrateError>,
 ) -> Result<CommittedMigration, MigrateError> {
-    let asked = |doing| move |cause| MigrateError::Vm { doing, cause };
+    let vm_error = |doing| move |cause| MigrateError::Vm { doing, cause };
     let layout = next_message(readers, "the memory layout", |message| match message {
         ToDestination::Layout(layout) => Some(layout),
         _ => None,
     })?;
     layout.check_regions()?;
-    let memory = vm.prepare(&layout.regions).map_err(asked("making guest memory"))?;
+    let memory = vm.prepare(&layout.regions).map_err(vm_error("making guest memory"))?;
     MemoryLayout::check_matches(&layout, &memory)?;
     replies.send(&ToSource::Accepted)?;
     if !replies.one_way {
@@ -226,7 +226,7 @@ fn receive_until_commit(
         }
         Ok(())
     };
-    let mut prepare = |devices: &[u8]| vm.prepare_devices(devices).map_err(asked("preparing the devices"));
+    let mut prepare = |devices: &[u8]| vm.prepare_devices(devices).map_err(vm_error("preparing the devices"));
     let target = Arc::new(IncomingMemory::zeroed(memory));
     let (pages, compared) = receive_pages(&target, readers, &mut on_channel_end, &mut prepare)?;
     check_comparison(&compared, guest_pages)?;
@@ -235,7 +235,7 @@ fn receive_until_commit(
         ToDestination::State(state) => Some(state),
         _ => None,
     })?;
-    vm.restore(&state).map_err(asked("restoring the guest"))?;
+    vm.restore(&state).map_err(vm_error("restoring the guest"))?;
     if !replies.one_way {
         // From here on the source decides: it may already have committed when a cancellation arrives here.
         cancel.disarm()?;

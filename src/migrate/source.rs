@@ -180,12 +180,12 @@ fn begin(
 ) -> Result<Box<dyn DirtySource>, MigrateError> {
     stream.open(memory)?;
     // A hint: the rounds find pages written from now on.
-    let told = stream.send_message(&ToDestination::DataRuns(DataRuns::from_memory(memory)));
-    told.map_err(|error| stream.peer_reason(error))?;
+    let sent = stream.send_message(&ToDestination::DataRuns(DataRuns::from_memory(memory)));
+    sent.map_err(|error| stream.peer_reason(error))?;
     let devices = vm.devices().map_err(|cause| MigrateError::Vm { doing: "describing the devices", cause });
     if let Some(devices) = devices? {
-        let told = stream.send_message(&ToDestination::Devices(devices));
-        told.map_err(|error| stream.peer_reason(error))?;
+        let sent = stream.send_message(&ToDestination::Devices(devices));
+        sent.map_err(|error| stream.peer_reason(error))?;
     }
     let dirty = vm.dirty_source().map_err(|cause| MigrateError::Vm { doing: "tracking dirty pages", cause });
     dirty.and_then(|mut dirty| Ok(dirty.start().map(|()| dirty)?))
@@ -358,15 +358,15 @@ impl OutgoingMigration<'_> {
     }
 
     fn hand_over(&mut self, vm: &mut dyn SourceVm, round: u32, verify: bool) -> Result<(), (Stage, MigrateError)> {
-        let asked = |doing| move |cause| MigrateError::Vm { doing, cause };
+        let vm_error = |doing| move |cause| MigrateError::Vm { doing, cause };
         self.stopped_at = Some(Instant::now());
         let paused = (|| {
-            vm.pause().map_err(asked(STOPPING_GUEST))?;
+            vm.pause().map_err(vm_error(STOPPING_GUEST))?;
             self.limiter.set(None);
             self.dirty.harvest_stopped(&mut self.pending)?;
             self.send_round(round, true, verify)?;
             self.report.rounds = round + 1;
-            let state = vm.state().map_err(asked("saving the guest's state"))?;
+            let state = vm.state().map_err(vm_error("saving the guest's state"))?;
             vm.warnings().into_iter().for_each(|message| (self.tell)(MigrationEvent::Warning { message }));
             self.stream.send_message(&ToDestination::State(state))?;
             if !self.stream.one_way {
@@ -463,9 +463,9 @@ impl OutgoingMigration<'_> {
         (self.tell)(MigrationEvent::Asking { message: error.to_string() });
         // The old connection must not deliver an answer any more.
         connection.channels.iter().for_each(StreamChannel::shutdown);
-        let asked = loop {
+        let vm_error = loop {
             let left = timeout.saturating_sub(begun.elapsed());
-            let (asked, last) = match connection.query_outcome(left.min(QUERY_ATTEMPT_TIMEOUT)) {
+            let (vm_error, last) = match connection.query_outcome(left.min(QUERY_ATTEMPT_TIMEOUT)) {
                 Ok(ToSource::Started(started)) => {
                     self.record_observed_downtime(started);
                     return Ok(());
@@ -481,11 +481,11 @@ impl OutgoingMigration<'_> {
                 Err(error) => (error.to_string(), false),
             };
             if last || begun.elapsed() >= timeout {
-                break asked;
+                break vm_error;
             }
             std::thread::sleep(QUERY_RETRY_DELAY);
         };
-        Err((Stage::Committed, MigrateError::OutcomeUnknown { error: error.into(), reason: asked }))
+        Err((Stage::Committed, MigrateError::OutcomeUnknown { error: error.into(), reason: vm_error }))
     }
 
     fn report_failure(&mut self, error: MigrateError, location: GuestLocation) -> MigrationFailure {
@@ -519,7 +519,7 @@ impl OutgoingMigration<'_> {
                 });
             }
             drop(done);
-            let (mut told, mut when) = (0, Instant::now());
+            let (mut reported, mut reported_at) = (0, Instant::now());
             let mut idle = IdleDetector::default();
             loop {
                 match ended.recv_timeout(PROGRESS_INTERVAL) {
@@ -545,10 +545,10 @@ impl OutgoingMigration<'_> {
                     Err(RecvTimeoutError::Timeout) => {
                         let now: u64 = counters.iter().map(|counter| counter.load(Ordering::Relaxed)).sum();
                         let so_far = now - before;
-                        let bytes_per_second = ((so_far - told) * LOG_PAGE) as f64 / when.elapsed().as_secs_f64();
+                        let bytes_per_second = ((so_far - reported) * LOG_PAGE) as f64 / reported_at.elapsed().as_secs_f64();
                         let pages_left = total.saturating_sub(so_far);
                         tell(MigrationEvent::Progress { round, pages_left, bytes_per_second });
-                        (told, when) = (so_far, Instant::now());
+                        (reported, reported_at) = (so_far, Instant::now());
                         if idle.starts_idle(siblings.iter().map(StreamChannel::bytes_sent).sum()) {
                             let message = format!(
                                 "nothing was read by the destination for {IDLE_WARNING_TIME:?}: it or the network may be stuck. The guest \

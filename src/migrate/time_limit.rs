@@ -28,10 +28,10 @@ impl TimeLimit {
     pub(super) fn start(limit: Duration, then: impl FnOnce() + Send + 'static) -> io::Result<TimeLimit> {
         let (begun, passed) = (Instant::now(), Arc::new(AtomicBool::new(false)));
         let (ended, end) = bounded(1);
-        let its = passed.clone();
+        let thread_passed = passed.clone();
         let wait = move || {
             if let Err(RecvTimeoutError::Timeout) = end.recv_timeout(limit) {
-                its.store(true, Ordering::SeqCst);
+                thread_passed.store(true, Ordering::SeqCst);
                 then();
             }
         };

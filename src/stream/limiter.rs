@@ -94,10 +94,10 @@ impl CancelToken {
         let end = |left: &[Weak<dyn CancelTarget>]| {
             left.iter().filter_map(Weak::upgrade).for_each(|target| target.force_end())
         };
-        let its = left.clone();
+        let targets_to_end = left.clone();
         let later = move || {
             std::thread::sleep(GRACE_PERIOD);
-            end(&its);
+            end(&targets_to_end);
         };
         if std::thread::Builder::new().name("cancel".into()).spawn(later).is_err() {
             end(&left);

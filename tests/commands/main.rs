@@ -821,12 +821,12 @@ fn inspect_inflight_lists_the_requests_to_resubmit() {
 
 /// Rule I7.1: a part of zeros has version 0 and holds no request, but not its size either.
 #[rstest]
-#[case::no_part(0, &[], Err("0 bytes are no inflight region"))]
-#[case::no_whole_part(100, &[], Err("100 bytes are no inflight region"))]
-#[case::no_queue_has_that(448, &[], Err("no queue size makes a region of 448 bytes with --queues 1"))]
+#[case::empty_file(0, &[], Err("0 bytes are no inflight region"))]
+#[case::not_a_multiple_of_the_part_size(100, &[], Err("100 bytes are no inflight region"))]
+#[case::no_matching_queue_size(448, &[], Err("no queue size makes a region of 448 bytes with --queues 1"))]
 #[case::eight_entries(192, &[], Ok("room for 8 entries"))]
 #[case::two_queues(384, &["--queues", "2"], Ok("room for 8 entries"))]
-#[case::told(448, &["--queue-size", "16"], Ok("room for 16 entries"))]
+#[case::given_queue_size(448, &["--queue-size", "16"], Ok("room for 16 entries"))]
 #[case::packed(192, &["--packed"], Ok("room for 5 entries"))]
 #[case::too_small(192, &["--queue-size", "16"], Err("pass --queues and --queue-size"))]
 fn inspect_inflight_distinguishes_an_unused_region_from_other_files(
@@ -967,8 +967,8 @@ fn a_migration_cancelled_while_a_hanging_disk_starts_logging_reports_cancelled()
 }
 
 #[rstest]
-#[case::it_comes_back(true)]
-#[case::it_is_cancelled(false)]
+#[case::back_end_returns(true)]
+#[case::migration_is_cancelled(false)]
 fn a_guest_is_not_paused_while_a_back_end_is_unavailable(#[case] returns: bool) {
     let mut host = Host::new();
     let (source, destination, unix) = host.pair();
@@ -1009,7 +1009,7 @@ fn a_migration_ends_a_dirty_rate_measurement() {
 }
 
 #[rstest]
-#[case::one_signal_and_no_answer(1)]
+#[case::one_signal_without_reply(1)]
 #[case::two_signals(2)]
 fn migrate_ends_at_signals_while_the_guest_process_hangs(#[case] signals: u32) {
     let mut host = Host::new();

@@ -272,9 +272,9 @@ fn fill(host: &Host) -> Vec<u8> {
 }
 
 #[rstest]
-#[case::assert_ends_by_sigterm(Signal::SIGTERM, false)]
-#[case::interrupted_from_the_terminal(Signal::SIGINT, true)]
-#[case::its_terminal_has_gone(Signal::SIGHUP, true)]
+#[case::sigterm(Signal::SIGTERM, false)]
+#[case::sigint_from_the_terminal(Signal::SIGINT, true)]
+#[case::terminal_hangup(Signal::SIGHUP, true)]
 fn sigterm_makes_check_restore_the_disk_and_end_its_back_end(#[case] signal: Signal, #[case] whole_group: bool) {
     let host = Host::new();
     let socket = host.path("socket");

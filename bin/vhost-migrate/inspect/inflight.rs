@@ -84,8 +84,8 @@ impl RequestList {
 
 fn split(bytes: &RegionFile, region: &RegionArguments, lines: &LinePrinter) -> Result<Vec<Value>, String> {
     let (mut list, mut listed) = (Vec::new(), RequestList { left: region.requests });
-    let told = bytes.read_header::<SplitHeader>()?.desc_num.get();
-    let queue_size = bytes.queue_size(RingKind::Split, region, told)?;
+    let size_in_header = bytes.read_header::<SplitHeader>()?.desc_num.get();
+    let queue_size = bytes.queue_size(RingKind::Split, region, size_in_header)?;
     for queue in 0..region.queues {
         let part = bytes.read_queue(RingKind::Split, queue, queue_size)?;
         let header: SplitHeader = parse_header(&part)?;
@@ -125,8 +125,8 @@ fn split(bytes: &RegionFile, region: &RegionArguments, lines: &LinePrinter) -> R
 
 fn packed(bytes: &RegionFile, region: &RegionArguments, lines: &LinePrinter) -> Result<Vec<Value>, String> {
     let (mut list, mut listed) = (Vec::new(), RequestList { left: region.requests });
-    let told = bytes.read_header::<PackedHeader>()?.desc_num.get();
-    let queue_size = bytes.queue_size(RingKind::Packed, region, told)?;
+    let size_in_header = bytes.read_header::<PackedHeader>()?.desc_num.get();
+    let queue_size = bytes.queue_size(RingKind::Packed, region, size_in_header)?;
     for queue in 0..region.queues {
         let part = bytes.read_queue(RingKind::Packed, queue, queue_size)?;
         let header: PackedHeader = parse_header(&part)?;
@@ -200,11 +200,11 @@ impl RegionFile {
         }
     }
 
-    /// Returns the size of each queue. `told` is the size in the first queue's header, or 0 if it was not used.
-    fn queue_size(&self, kind: RingKind, region: &RegionArguments, told: u16) -> Result<u16, String> {
+    /// Returns the size of each queue. `size_in_header` is the size in the first queue's header, or 0 if it was not used.
+    fn queue_size(&self, kind: RingKind, region: &RegionArguments, size_in_header: u16) -> Result<u16, String> {
         let mut sizes = (1..=MAX_QUEUE_SIZE as u16).filter(|size| kind == RingKind::Packed || size.is_power_of_two());
         let fits = |size: &u16| kind.queue_bytes(*size) * u64::from(region.queues) == self.len;
-        match (region.queue_size, told) {
+        match (region.queue_size, size_in_header) {
             (Some(size), _) => Ok(size),
             (None, 0) => sizes.rfind(fits).ok_or_else(|| {
                 let RegionFile { len, .. } = self;
@@ -214,7 +214,7 @@ impl RegionFile {
                     region.queues
                 )
             }),
-            (None, told) => Ok(told),
+            (None, size_in_header) => Ok(size_in_header),
         }
     }
 

@@ -74,15 +74,15 @@ pub(super) fn inspect(
     memory: Option<u64>,
     lines: &LinePrinter,
 ) -> Result<Inspection, String> {
-    let told = |what: &dyn std::fmt::Display| format!("{}: {what}", file.display());
+    let with_path = |what: &dyn std::fmt::Display| format!("{}: {what}", file.display());
     let mut bytes = BufReader::with_capacity(CHUNK_BYTES, open(file)?);
-    let head = bytes.fill_buf().map_err(|error| told(&error))?;
+    let head = bytes.fill_buf().map_err(|error| with_path(&error))?;
     if let Some(other) = other_format(head) {
-        return Err(told(&format_args!("this is no log but {other}")));
+        return Err(with_path(&format_args!("this is no log but {other}")));
     }
     let mut marks = MarkedPages::default();
     loop {
-        let piece = bytes.fill_buf().map_err(|error| told(&error))?;
+        let piece = bytes.fill_buf().map_err(|error| with_path(&error))?;
         let length = piece.len();
         if length == 0 {
             break;
@@ -94,11 +94,13 @@ pub(super) fn inspect(
     if let Some(memory) = memory {
         let beyond = marks.last.filter(|last| last * LOG_PAGE >= memory);
         if covers < memory {
-            return Err(told(&format_args!("this is no log of {memory:#x} bytes of memory: it ends at {covers:#x}")));
+            return Err(with_path(&format_args!(
+                "this is no log of {memory:#x} bytes of memory: it ends at {covers:#x}"
+            )));
         }
         if let Some(page) = beyond {
             let gpa = page * LOG_PAGE;
-            return Err(told(&format_args!("this is no log of {memory:#x} bytes of memory: it marks {gpa:#x}")));
+            return Err(with_path(&format_args!("this is no log of {memory:#x} bytes of memory: it marks {gpa:#x}")));
         }
     }
     let MarkedPages { bytes, pages, runs, first, .. } = marks;
@@ -117,7 +119,9 @@ pub(super) fn inspect(
     let list: Vec<Value> =
         first.iter().map(|run| json!({"gpa": run.start * LOG_PAGE, "pages": run.end - run.start})).collect();
     let doubt = (memory.is_none() && !is_named_log(file)).then(|| {
-        told(&"whether this is a log can't be told from its bytes. Say how much memory it is for: --memory SIZE")
+        with_path(
+            &"whether this is a log can't be told from its bytes. Say how much memory it is for: --memory SIZE",
+        )
     });
     let json = json!({
         "log_bytes": bytes, "pages": pages, "bytes": dirty, "runs": runs, "first": list, "is_log": doubt.is_none(),

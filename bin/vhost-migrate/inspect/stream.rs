@@ -37,10 +37,10 @@ impl ExpectedFrame {
 }
 
 pub(super) fn inspect(file: &Path, lines: &LinePrinter) -> Result<Inspection, String> {
-    let told = |error: StreamError| format!("{}: {error}", file.display());
+    let with_path = |error: StreamError| format!("{}: {error}", file.display());
     let lacks = |what: &str| format!("{}: {what}: no guest can be restored from it", file.display());
     let mut bytes = BufReader::with_capacity(1 << 20, open(file)?);
-    let header = ConnectionHeader::read(&mut bytes).map_err(told)?;
+    let header = ConnectionHeader::read(&mut bytes).map_err(with_path)?;
     let mut reader = FrameReader::new(bytes, ChannelId { migration: header.id, channel: header.channel });
     lines.print(format_args!("migration {}, channel {} of {}", header.id, header.channel, header.channels));
     let mut due = ExpectedFrame::Layout;
@@ -53,7 +53,7 @@ pub(super) fn inspect(file: &Path, lines: &LinePrinter) -> Result<Inspection, St
         let frame = match reader.next_frame() {
             Ok(frame) => frame,
             Err(StreamError::Ended) => return Err(lacks(&format!("it ends without a {}", due.name()))),
-            Err(error) => return Err(told(error)),
+            Err(error) => return Err(with_path(error)),
         };
         frames += 1;
         let wanted = match frame.kind {
@@ -70,23 +70,23 @@ pub(super) fn inspect(file: &Path, lines: &LinePrinter) -> Result<Inspection, St
         }
         match frame.kind {
             FrameKind::Pages => {
-                reader.body(&frame, &mut body).map_err(told)?;
-                let batch = PageBatch::parse(&body).map_err(told)?;
+                reader.body(&frame, &mut body).map_err(with_path)?;
+                let batch = PageBatch::parse(&body).map_err(with_path)?;
                 if let Some(entry) = batch.entries.iter().find(|entry| !layout.contains(&entry.pages)) {
                     let (first, end) = (entry.pages.start, entry.pages.end);
-                    return Err(told(StreamError::OutsideMemory { first, end }));
+                    return Err(with_path(StreamError::OutsideMemory { first, end }));
                 }
                 round.data_pages += batch.data_pages();
                 round.zero_pages += batch.zero_pages();
                 continue;
             }
             FrameKind::Hashes => {
-                reader.body(&frame, &mut body).map_err(told)?;
-                hashed_pages += count_pages(&body).map_err(told)?;
+                reader.body(&frame, &mut body).map_err(with_path)?;
+                hashed_pages += count_pages(&body).map_err(with_path)?;
                 continue;
             }
             FrameKind::State => {
-                reader.beginning(&frame, &mut body).map_err(told)?;
+                reader.beginning(&frame, &mut body).map_err(with_path)?;
                 state_bytes = frame.length;
                 lines.print(format_args!("  state of {state_bytes} bytes"));
                 disks = decode_saved_disks(&body);
@@ -106,7 +106,7 @@ pub(super) fn inspect(file: &Path, lines: &LinePrinter) -> Result<Inspection, St
             }
             _ => {}
         }
-        match ToDestination::read(&frame, &mut reader).map_err(told)? {
+        match ToDestination::read(&frame, &mut reader).map_err(with_path)? {
             ToDestination::Layout(found) => {
                 for region in &found.regions {
                     lines.print(format_args!("  region {:#x}, {}", region.gpa, format_bytes(region.size as f64)));
@@ -122,7 +122,7 @@ pub(super) fn inspect(file: &Path, lines: &LinePrinter) -> Result<Inspection, St
                 lines.print(format_args!("  devices described in {} bytes", devices.len()));
             }
             ToDestination::RoundEnd(end) => {
-                end.check_received(&round).map_err(told)?;
+                end.check_received(&round).map_err(with_path)?;
                 pages += std::mem::take(&mut round);
                 rounds += 1;
                 let last = if end.last { ", the last" } else { "" };
