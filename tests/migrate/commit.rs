@@ -1,4 +1,4 @@
-//! The guest runs in one place, also when something fails after the commit and when it is called off at any moment.
+//! The guest runs in exactly one place, also after failures behind the commit and a cancellation at any time.
 
 use std::time::{Duration, Instant};
 
@@ -34,7 +34,7 @@ fn migrate_through(fault: Fault, setup: &MigrationSetup) -> (Guest, SourceOutcom
 const HEADER: u64 = FRAME_HEADER_BYTES as u64;
 const COMMIT_BYTES: u64 = HEADER + 3;
 
-/// A migration that is committed and whose connection then fails: the source asks, and lets go.
+/// A committed migration whose connection then fails: the source queries the outcome and releases the guest.
 fn assert_resolved_by_outcome_query(fault: Fault, setup: &MigrationSetup) {
     let (guest, left, destination, _relay) = migrate_through(fault, setup);
     assert!(left.events.iter().any(|event| matches!(event, MigrationEvent::Asking { .. })), "{:?}", left.events);
@@ -56,7 +56,7 @@ fn a_source_that_misses_started_queries_the_outcome_and_releases_the_guest() {
     assert_resolved_by_outcome_query(started(0, FaultAction::Hold), &hasty);
 }
 
-/// A commit that does not arrive: the destination gives the guest up for good, and it goes on at its source.
+/// A commit that does not arrive: the destination gives up for good, and the guest resumes at its source.
 fn assert_commit_has_no_effect(fault: Fault, setup: &MigrationSetup) {
     let (guest, left, destination, _relay) = migrate_through(fault, setup);
     let failure = left.failure();
@@ -93,7 +93,7 @@ fn a_source_that_cannot_query_the_outcome_keeps_the_guest_paused() {
         assert_eq!(failure.location, GuestLocation::OutcomeUnknown, "{failure}");
         assert!(matches!(failure.error, MigrateError::OutcomeUnknown { .. }), "{failure}");
     };
-    // The operator finds that the destination runs the guest, and lets go of it here.
+    // The operator finds that the destination runs the guest, and releases it here.
     let fault = Fault::new(Direction::ToSource, FaultPosition::Frame(FrameKind::Started, 0), FaultAction::CutForGood);
     let (mut guest, left, destination, _relay) = migrate_through(fault, &brief);
     unknown(&left.failure());
@@ -150,7 +150,7 @@ fn a_failed_start_is_retried() {
     destination.join().guest();
 }
 
-/// The source's side by hand, up to READY.
+/// Plays the source up to READY.
 fn until_ready(uri: &Uri) -> (StreamConnection, FrameWriter<StreamChannel>, FrameReader<StreamChannel>) {
     let connection = transport::connect(uri, &options()).unwrap();
     let mut writer = connection.writers().remove(0);
@@ -217,7 +217,7 @@ fn an_unknown_migration_id_leaves_the_guest_paused_at_its_source() {
     assert_eq!(answer, ToSource::Unknown);
     destination.cancel().expect_failure();
 
-    // Another process listens where the first one did, which was killed after the commit.
+    // Another process listens at the address of the first, which was killed after the commit.
     let mut guest = Guest::running(PAGES);
     let at = folder.unix("killed");
     let listener = StreamListener::bind(&at).unwrap();
@@ -265,8 +265,7 @@ fn a_guest_that_cannot_resume_is_reported_as_paused_here() {
     guest.wait_for_write();
 }
 
-/// A migration that is called off after `moment`, at the source or at the destination. Returns the guest, wherever it
-/// runs.
+/// Migrates and cancels after `moment`, at the source or at the destination. Returns the guest, wherever it runs.
 fn migrate_and_cancel_after(mut guest: Guest, moment: Duration, at_destination: bool) -> Guest {
     let folder = TempFolder::new();
     let setup = MigrationSetup::new().channels(2);
@@ -274,7 +273,7 @@ fn migrate_and_cancel_after(mut guest: Guest, moment: Duration, at_destination: 
     let (there, here) = (destination.canceller(), setup.options.cancel.clone());
     let (left, effective) = std::thread::scope(|scope| {
         let caller = scope.spawn(move || {
-            // A moment, not an event, is what is wanted here.
+            // The test needs arbitrary times, not events.
             std::thread::sleep(moment);
             if at_destination { there() } else { here.cancel() }
         });
@@ -302,13 +301,13 @@ fn migrate_and_cancel_after(mut guest: Guest, moment: Duration, at_destination: 
     }
 }
 
-/// Calls migrations off at moments spread over the time that one takes, and migrates in between.
+/// Cancels migrations at times spread over the duration of one, with a successful migration after each.
 fn cancel_at_many_times(at_destination: bool) {
     const TIMES: u32 = 40;
     let mut guest = Guest::running(PAGES);
     let mut typical = Duration::from_millis(20);
     for time in 0..TIMES {
-        // In an order that is not the order of the steps.
+        // In an order different from the order of the steps.
         let moment = typical * (time * 13 % TIMES) / TIMES * 5 / 4;
         guest = migrate_and_cancel_after(guest, moment, at_destination);
         let folder = TempFolder::new();

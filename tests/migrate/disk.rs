@@ -1,4 +1,4 @@
-//! Files and commands that can't take a guest: it goes on, and no half file is left.
+//! Files and commands that fail: the guest continues, and no partial file is left.
 
 use std::process::Command;
 
@@ -10,7 +10,7 @@ use crate::harness::{Destination, MigrationSetup, TempFolder, assert_source_unha
 
 const PAGES: u64 = 512;
 
-/// A migration to `to` fails, and is as if it had not been. Returns the error's words.
+/// Migrates to `to`, which fails and leaves the guest unharmed. Returns the error text.
 fn failing_migration_error(to: &str, setup: &MigrationSetup) -> String {
     let mut guest = Guest::running(PAGES);
     let failure = migrate_out(&mut guest, &uri(to), setup).failure();
@@ -58,15 +58,15 @@ fn a_command_that_fails_after_the_commit_leaves_an_unknown_outcome() {
     }
 }
 
-/// Runs itself again with no file allowed to be larger than 1.5 MiB, as on a file system that fills up half-way: the
-/// memory of the guest is in two files of 1 MiB.
+/// Runs itself again with a file size limit of 1.5 MiB, like a file system that fills up: the memory of the guest is in
+/// two files of 1 MiB.
 #[test]
 fn a_disk_that_fills_up_during_a_save_leaves_no_file_and_a_running_guest() {
     const LIMITED: &str = "VHOST_MIGRATE_TEST_LIMITED";
     if std::env::var_os(LIMITED).is_none() {
         let name = "disk::a_disk_that_fills_up_during_a_save_leaves_no_file_and_a_running_guest";
         let mut again = Command::new("sh");
-        // In units of 512 bytes. The signal would end the process before the error comes.
+        // In units of 512 bytes. The signal would end the process before the error occurs.
         again.args(["-c", "trap '' XFSZ; ulimit -f 3072; exec \"$0\" --exact \"$1\""]);
         let output = again.arg(std::env::current_exe().unwrap()).arg(name).env(LIMITED, "1").output().unwrap();
         let words = String::from_utf8_lossy(&output.stdout);
@@ -115,7 +115,7 @@ fn a_snapshot_can_be_restored_and_its_guest_goes_on() {
         assert_eq!(guest.calls, Calls { pauses: times, resumes: times, releases: 0 });
         Destination::at(&file).join().guest();
     }
-    // Over anything else it would run twice.
+    // Over other transports the guest would run twice.
     let destination = Destination::at(&folder.unix("socket"));
     let failure = migrate_out(&mut guest, &destination.uri, &setup).failure();
     assert!(matches!(failure.error, MigrateError::NotAFile), "{failure}");

@@ -1,5 +1,5 @@
-//! The connection breaks, hangs or is damaged at any step before the commit: the guest goes on at the source, nothing
-//! runs at the destination, and the next migration works.
+//! The connection breaks, hangs or is damaged at any step before the commit: the guest continues at its source, nothing
+//! runs at the destination, and the next migration succeeds.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use crate::relay::{Direction, Fault, FaultAction, FaultPosition, Relay};
 
 use Direction::{ToDestination, ToSource};
 
-/// Every step of the handshake, by the byte that gets lost.
+/// Every step of the handshake, as the position of the lost byte.
 const STEPS: [(Direction, FaultPosition); 14] = [
     (ToDestination, FaultPosition::Byte(20)),
     (ToSource, FaultPosition::Byte(0)),
@@ -30,8 +30,8 @@ const STEPS: [(Direction, FaultPosition); 14] = [
     (ToSource, FaultPosition::Frame(FrameKind::Ready, 11)),
 ];
 
-/// Migrates through a relay with a fault. The guest must be none the worse for it, and is returned with the failure
-/// after another migration.
+/// Migrates through a relay with a fault. The guest must be unharmed. Returns it, after another migration, and the
+/// failure.
 fn migrate_with_fault(mut guest: Guest, fault: Fault, setup: &MigrationSetup) -> (Guest, MigrationFailure) {
     let mut setup = setup.clone();
     loop {
@@ -45,7 +45,7 @@ fn migrate_with_fault(mut guest: Guest, fault: Fault, setup: &MigrationSetup) ->
         if triggered {
             return (assert_source_unharmed(guest, &failure), failure);
         }
-        // On a busy machine a short timeout may end a migration before it gets to the fault.
+        // On a busy machine a short timeout may end a migration before it reaches the fault.
         guest.assert_runs_unharmed();
         let longer = 2 * setup.options.timeout.unwrap();
         setup = setup.timeout(longer);
@@ -150,7 +150,7 @@ fn the_source_reports_why_the_destination_closed_the_connection() {
     assert!(words.contains("checksum"), "{words}");
 }
 
-/// A switchover that is never at rest and takes minutes.
+/// A switchover that is never idle and takes minutes.
 const SLOW_START: FaultAction = FaultAction::Trickle(Duration::from_secs(1));
 
 #[test]
@@ -201,7 +201,7 @@ fn the_destination_stops_waiting_for_the_commit_at_its_timeout() {
 
 #[test]
 fn a_broken_channel_ends_the_channels_that_hang() {
-    // More than the buffers hold: a channel that hangs blocks its writer, for a minute if nothing ends it.
+    // More data than the buffers hold: a hanging channel blocks its writer, for a minute if nothing ends it.
     let folder = TempFolder::new();
     let mut guest = Guest::running(6144);
     let destination = Destination::at(&folder.unix("destination"));

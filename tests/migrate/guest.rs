@@ -1,9 +1,7 @@
-//! A small guest that writes all the time and can tell whether every byte of it has arrived. It knows nothing of
-//! connections.
+//! A small guest that writes continuously and verifies every byte of its memory. It knows nothing of connections.
 //!
-//! Memory is two regions, one above 4 GiB. Every page says what it is: its contents follow from its address and its
-//! version. The table of versions is the guest's "CPU state", so that memory is checked against what does not travel
-//! as memory.
+//! Memory is two regions, one above 4 GiB. The contents of a page follow from its address and version. The table of
+//! versions is the guest's "CPU state", so that memory is checked against data that does not move as memory.
 
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
@@ -15,9 +13,9 @@ use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{IncomingVm, RegionLayout, SourceVm, VmError};
 use vhost_migrate::stream::CancelToken;
 
-/// Where the second region begins.
+/// Start of the second region.
 pub(crate) const HIGH: u64 = 4 << 30;
-/// The longest that anything here may take before a test fails.
+/// Time limit of every wait in these tests.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 const PAGE: usize = LOG_PAGE as usize;
@@ -28,7 +26,7 @@ pub(crate) fn layout(pages: u64) -> [RegionLayout; 2] {
     [RegionLayout { gpa: 0, size }, RegionLayout { gpa: HIGH, size }]
 }
 
-/// What was asked of a [`Guest`].
+/// Calls made to a [`Guest`].
 #[derive(Clone, Copy, Default, Debug, PartialEq)]
 pub(crate) struct Calls {
     pub(crate) pauses: u32,
@@ -36,23 +34,23 @@ pub(crate) struct Calls {
     pub(crate) releases: u32,
 }
 
-/// What a machine, its devices or its dirty log can be made to do wrong.
+/// Faults of a VM, its devices or its dirty log.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum GuestFault {
     None,
-    /// The dirty log is switched off: nothing written is reported.
+    /// The dirty log is off: no write is reported.
     LogOff,
-    /// Every harvest finds that all pages were written again.
+    /// Every harvest finds all pages dirty.
     AlwaysDirty,
-    /// The third harvest fails half-way.
+    /// The third harvest fails halfway.
     HarvestFails,
-    /// Tracking can't be switched on.
+    /// Tracking cannot be started.
     NoTracking,
     PauseFails,
     StateFails,
-    /// Neither is it paused, nor does it go on.
+    /// Neither pausing nor resuming succeeds.
     ResumeFails,
-    /// A device is away for this long from when it is first asked about.
+    /// A device is unavailable for this long after the first check.
     Away(Duration),
 }
 
@@ -62,7 +60,7 @@ pub(crate) struct Guest {
     tracker: Arc<Mutex<Tracker>>,
     fault: GuestFault,
     pub(crate) calls: Calls,
-    /// Whether the last pause has stopped it.
+    /// True if the last pause has stopped the CPU.
     paused: bool,
     away_since: OnceLock<Instant>,
     vcpu: Vcpu,
@@ -75,13 +73,13 @@ enum Vcpu {
 
 enum VcpuCommand {
     Stop,
-    /// Answer after the next write.
+    /// Reply after the next write.
     WriteOnce(Sender<()>),
-    /// Write every page once, then answer.
+    /// Write every page once, then reply.
     WriteAll(Sender<()>),
 }
 
-/// The thread that writes, and its state.
+/// The writing thread and its state.
 struct Writer {
     memory: Memory,
     log: Arc<Log>,
@@ -105,12 +103,12 @@ impl Guest {
         for page in 0..pages as usize {
             writer.write(page);
         }
-        // All of that was before anybody tracked anything.
+        // These writes were before tracking.
         writer.log.harvest_stopped(&mut PageSet::default());
         guest
     }
 
-    /// The same with something wrong.
+    /// Sets a fault.
     pub(crate) fn with_fault(mut self, fault: GuestFault) -> Guest {
         self.fault = fault;
         self
@@ -183,8 +181,8 @@ impl Guest {
         self.writer().check()
     }
 
-    /// The end of every migration that failed before its commit: the guest runs here as if nothing had been, nobody
-    /// tracks it, and pages that were found dirty but not sent are found again (rule L14.1).
+    /// Asserts the result of a migration that failed before its commit: the guest runs here unharmed, tracking is off,
+    /// and pages that were found dirty but not sent are found again (rule L14.1).
     pub(crate) fn assert_runs_unharmed(&mut self) {
         assert!(self.is_running());
         self.wait_for_write();
@@ -211,15 +209,14 @@ impl Guest {
         self.fault = GuestFault::None;
     }
 
-    /// The end of every migration that was committed: the guest has stopped here, for good.
+    /// Asserts the result of a committed migration: the guest has stopped here for good.
     pub(crate) fn assert_released(&self) {
         assert!(!self.is_running());
         assert_eq!(self.calls, Calls { pauses: 1, resumes: 0, releases: 1 });
         assert!(!self.tracker.lock().unwrap().tracking);
     }
 
-    /// The end of every migration whose outcome is not known: the guest is here, paused and whole, and goes on if it is
-    /// told to.
+    /// Asserts the result of a migration of unknown outcome: the guest is paused here, intact, and can resume.
     pub(crate) fn assert_kept_paused(&mut self) {
         assert!(!self.is_running());
         assert_eq!(self.calls, Calls { pauses: 1, resumes: 0, releases: 0 });
@@ -227,7 +224,7 @@ impl Guest {
         self.check().unwrap();
     }
 
-    /// What an operator tells a guest that was kept.
+    /// Resumes a kept guest like an operator.
     pub(crate) fn resume_unharmed(&mut self) {
         self.resume().unwrap();
         self.assert_runs_unharmed();
@@ -339,7 +336,7 @@ impl Writer {
             self.random = mix(self.random);
             let page = (self.random >> 16) as usize % self.versions.len();
             self.write(page);
-            // The migration is what is tested here, and there may be few CPUs.
+            // The migration is tested here, and there may be few CPUs.
             std::thread::yield_now();
             if let Some(answer) = answer {
                 answer.send(()).unwrap();
@@ -379,7 +376,7 @@ impl Writer {
     }
 }
 
-/// The bytes of a page: every fifth version is zeros; of the others, one page of four can't be compressed.
+/// Returns the contents of a page: every fifth version is zeros; of the others, one page of four is incompressible.
 fn contents(gpa: u64, version: u32) -> [u8; PAGE] {
     let mut page = [0; PAGE];
     if version.is_multiple_of(5) {
@@ -406,7 +403,7 @@ fn mix(state: u64) -> u64 {
 }
 
 fn make_memory(regions: &[RegionLayout]) -> Memory {
-    // A memfd for each region: no file is as large as all of memory.
+    // One memfd per region: no file is as large as all of memory.
     Memory::new(regions.iter().map(|region| {
         let fd = sealed_memfd("test-guest", region.size).unwrap();
         Arc::new(Region::share(fd, region.gpa, region.size, 0).unwrap())
@@ -414,12 +411,12 @@ fn make_memory(regions: &[RegionLayout]) -> Memory {
     .unwrap()
 }
 
-/// What is written down about a guest's dirty sources. It outlives the migrations.
+/// Records about a guest's dirty sources. They outlive the migrations.
 struct Tracker {
     union: UnionSource,
-    /// What was found dirty and may not have been sent yet.
+    /// Pages found dirty that may not have been sent.
     unsent: PageSet,
-    /// What was put back.
+    /// Pages that were put back.
     returned: PageSet,
     tracking: bool,
     starts: u32,
@@ -427,7 +424,7 @@ struct Tracker {
     put_backs: u32,
 }
 
-/// The sources as one migration sees them.
+/// The dirty source of one migration.
 struct Tracked {
     tracker: Arc<Mutex<Tracker>>,
     memory: Memory,
@@ -478,7 +475,7 @@ impl DirtySource for Tracked {
 
     fn harvest(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
         if let Some(commands) = &self.commands {
-            // However short the round was, the guest has written in it.
+            // The guest writes in every round, however short.
             ask(
                 commands,
                 if self.fault == GuestFault::AlwaysDirty { VcpuCommand::WriteAll } else { VcpuCommand::WriteOnce },
@@ -509,37 +506,37 @@ impl DirtySource for Tracked {
     }
 }
 
-/// A guest on its way in. Everything is checked before it may run.
+/// A guest at the destination. Everything is checked before it may run.
 #[derive(Default)]
 pub(crate) struct IncomingGuest {
-    /// The guest, once its state is restored; it runs once it was started.
+    /// The guest after the restore; it runs after the start.
     pub(crate) guest: Option<Guest>,
     memory: Option<Memory>,
     refuse: Option<RefusalPoint>,
 }
 
-/// When a destination refuses.
+/// Step at which a destination refuses the guest.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum RefusalPoint {
     Prepare,
     OtherMemory,
     Devices,
     Restore,
-    /// At every try.
+    /// At every attempt.
     Start,
-    /// At the first try.
+    /// At the first attempt.
     FirstStart,
-    /// Not at all, but it takes longer than any source waits.
+    /// The start succeeds, but takes longer than the source waits.
     SlowStart,
 }
 
-/// What the guest says of its devices.
+/// The description of the guest's devices.
 const DEVICES: &[u8] = b"a writer";
 
-/// How long a slow start takes.
+/// Duration of a slow start.
 pub(crate) const SLOW_START: Duration = Duration::from_secs(2);
 
-/// What a destination says when it refuses.
+/// The reason of a refusal.
 pub(crate) const REFUSAL_REASON: &str = "no memory left in this test";
 
 impl IncomingGuest {

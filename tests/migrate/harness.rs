@@ -1,4 +1,4 @@
-//! One migration with both its ends in this process, over any transport.
+//! Migrations with both ends in this process, over any transport.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -13,7 +13,7 @@ use vhost_migrate::stream::{Codec, StreamError, StreamListener, StreamOptions, U
 
 use crate::guest::{Guest, IncomingGuest, PATIENCE, RefusalPoint};
 
-/// How to migrate.
+/// Parameters and options of a migration.
 #[derive(Clone)]
 pub(crate) struct MigrationSetup {
     pub(crate) parameters: MigrationParameters,
@@ -21,7 +21,7 @@ pub(crate) struct MigrationSetup {
 }
 
 impl MigrationSetup {
-    /// Patient, and with a downtime that any writer here allows.
+    /// Long time limits, and a downtime that every writer here meets.
     pub(crate) fn new() -> MigrationSetup {
         let policy = ConvergencePolicy { downtime_limit: PATIENCE, max_rounds: 100 };
         MigrationSetup {
@@ -72,7 +72,7 @@ pub(crate) fn options() -> StreamOptions {
     StreamOptions { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..StreamOptions::new().unwrap() }
 }
 
-/// How a migration ended at the source.
+/// Result of a migration at the source.
 pub(crate) struct SourceOutcome {
     pub(crate) outcome: Result<MigrationReport, MigrationFailure>,
     pub(crate) events: Vec<MigrationEvent>,
@@ -84,12 +84,12 @@ impl SourceOutcome {
     }
 }
 
-/// Sends `guest` to `uri`.
+/// Migrates `guest` to `uri`.
 pub(crate) fn migrate_out(guest: &mut Guest, uri: &Uri, setup: &MigrationSetup) -> SourceOutcome {
     migrate_out_with_events(guest, uri, setup, |_| {})
 }
 
-/// The same, and `tell` hears of every event as it happens.
+/// Migrates `guest` to `uri` and calls `tell` for every event.
 pub(crate) fn migrate_out_with_events(
     guest: &mut Guest,
     uri: &Uri,
@@ -116,7 +116,7 @@ pub(crate) fn migrate_out_with_events(
     SourceOutcome { outcome, events }
 }
 
-/// What came out of a destination.
+/// Result of a migration at the destination.
 pub(crate) struct DestinationOutcome {
     pub(crate) outcome: Result<IncomingReport, MigrateError>,
     /// Bytes of frames read from the wire.
@@ -129,7 +129,7 @@ impl DestinationOutcome {
         DestinationOutcome { outcome: Err(error), bytes: 0, guest: None }
     }
 
-    /// The guest, which runs here.
+    /// Returns the guest, which runs here.
     pub(crate) fn guest(self) -> Guest {
         self.outcome.unwrap();
         let guest = self.guest.unwrap();
@@ -137,7 +137,7 @@ impl DestinationOutcome {
         guest
     }
 
-    /// The guest, which is here and does not run.
+    /// Returns the guest, which is paused here.
     pub(crate) fn paused(self) -> Guest {
         assert!(matches!(self.outcome, Ok(IncomingReport { running: false, .. }) | Err(MigrateError::NotStarted(_))));
         let mut guest = self.guest.unwrap();
@@ -146,14 +146,14 @@ impl DestinationOutcome {
         guest
     }
 
-    /// Nothing runs here.
+    /// Asserts that nothing runs here. Returns the error.
     pub(crate) fn expect_failure(self) -> MigrateError {
         assert!(!self.guest.is_some_and(|guest| guest.is_running()), "the guest runs where it must not");
         self.outcome.expect_err("the destination should have failed")
     }
 }
 
-/// A destination in a thread of its own, which takes in one guest and answers sources that ask until it is joined.
+/// A destination in a separate thread. It receives one guest and answers outcome queries until it is joined.
 pub(crate) struct Destination {
     pub(crate) uri: Uri,
     pub(crate) outcomes: Outcomes,
@@ -170,7 +170,7 @@ impl Destination {
         Destination::limited(uri, refuse, PATIENCE)
     }
 
-    /// The same with a limit to the switchover.
+    /// Starts a destination with a switchover timeout.
     pub(crate) fn limited(uri: &Uri, refuse: Option<RefusalPoint>, switchover_timeout: Duration) -> Destination {
         let listener = StreamListener::bind(uri).unwrap();
         let (uri, outcomes) = (listener.uri().clone(), Outcomes::default());
@@ -196,7 +196,7 @@ impl Destination {
         self.thread.join().unwrap()
     }
 
-    /// What calls it off, wherever it is. False says that it was too late.
+    /// Returns a function that cancels the migration at any step. It returns false if it was too late.
     pub(crate) fn canceller(&self) -> impl FnOnce() -> bool + Send + use<> {
         let (outcomes, incoming) = (self.outcomes.clone(), self.incoming.clone());
         move || {
@@ -205,7 +205,7 @@ impl Destination {
         }
     }
 
-    /// Calls it off, wherever it is, and waits for the end.
+    /// Cancels the migration at any step and waits for the end.
     pub(crate) fn cancel(self) -> DestinationOutcome {
         self.canceller()();
         self.join()
@@ -237,7 +237,7 @@ pub(crate) fn uri(text: &str) -> Uri {
     text.parse().unwrap()
 }
 
-/// Moves a running guest to a good destination and returns it as it goes on there.
+/// Migrates a running guest to a faultless destination and returns it running there.
 pub(crate) fn migrate_to(mut guest: Guest, to: &Uri, setup: &MigrationSetup) -> (Guest, MigrationReport) {
     let destination = Destination::at(to);
     let left = migrate_out(&mut guest, &destination.uri, setup);
@@ -247,8 +247,8 @@ pub(crate) fn migrate_to(mut guest: Guest, to: &Uri, setup: &MigrationSetup) -> 
     (arrived.guest(), report)
 }
 
-/// What must hold after every migration that failed before its commit: the guest is here, whole, and goes elsewhere
-/// the next time, where it is returned from.
+/// Asserts the result of a migration that failed before its commit: the guest is here, intact, and can migrate. Returns
+/// it from the next destination.
 pub(crate) fn assert_source_unharmed(mut guest: Guest, failure: &MigrationFailure) -> Guest {
     assert_eq!(failure.location, GuestLocation::RunningHere, "{failure}");
     guest.assert_runs_unharmed();

@@ -1,4 +1,4 @@
-//! Migrations of a guest that writes all the time, over every transport and through every failure: its data is right
+//! Migrations of a guest that writes continuously, over every transport and through every failure: its data is right
 //! wherever it runs, and it runs in exactly one place.
 //!
 //! | file | promise |

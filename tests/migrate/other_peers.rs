@@ -1,4 +1,4 @@
-//! What connects to a destination and is no migration: it keeps no source out, however it goes about it.
+//! Other peers that connect to a destination: they do not block a migration.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -19,7 +19,7 @@ fn header(id: u128, channels: u16) -> ConnectionHeader {
     ConnectionHeader { id: MigrationId(id), channel: 0, channels, one_way: false, outcome_query: false }
 }
 
-/// A memory layout as a source sends it.
+/// Returns the frame of a memory layout.
 fn opening(id: u128) -> Vec<u8> {
     let mut writer = FrameWriter::new(Vec::new(), ChannelId { migration: MigrationId(id), channel: 0 });
     let regions = layout(PAGES).to_vec();
@@ -27,14 +27,14 @@ fn opening(id: u128) -> Vec<u8> {
     writer.into_inner()
 }
 
-/// Connects so often, sends each time what `bytes` makes of its number, and hangs on; then a guest migrates.
+/// Connects `strangers` peers that each send `bytes` of their number and stay connected; then migrates a guest.
 fn assert_migrates_despite_peers(strangers: u128, channels: u16, bytes: impl Fn(u128) -> Vec<u8>) {
     let folder = TempFolder::new();
     let destination = Destination::at(&folder.unix("destination"));
     let Uri::Unix(path) = &destination.uri else { panic!() };
     let connect = |number| {
         let mut stranger = UnixStream::connect(path).unwrap();
-        // It may have been dropped for another by now.
+        // The destination may have dropped it for another.
         let _ = stranger.write_all(&bytes(number));
         stranger
     };
@@ -66,7 +66,7 @@ fn a_peer_that_sends_a_partial_memory_layout_does_not_block_a_migration() {
     assert_migrates_despite_peers(3, 2, |id| [&header(id, 1).encode()[..], &[0xff; 24]].concat());
 }
 
-/// It is the one that is taken in, as its layout has come.
+/// The destination receives this peer first, because its layout has arrived.
 #[test]
 fn a_peer_that_stops_after_its_accepted_layout_does_not_block_a_migration() {
     let folder = TempFolder::new();
@@ -84,10 +84,10 @@ fn a_peer_that_stops_after_its_accepted_layout_does_not_block_a_migration() {
     };
     std::thread::scope(|scope| {
         let destination = scope.spawn(|| (take_in(), take_in()));
-        // The answers to header and layout.
+        // The replies to header and layout.
         stranger.read_exact(&mut [0; HEADER_BYTES + FRAME_HEADER_BYTES]).unwrap();
         let mut guest = Guest::running(PAGES);
-        // As long as a source waits unless it is told otherwise.
+        // With the default time limits of a source.
         let setup = MigrationSetup { options: StreamOptions::new().unwrap(), ..MigrationSetup::new() };
         migrate_out(&mut guest, &uri, &setup).outcome.unwrap();
         guest.assert_released();

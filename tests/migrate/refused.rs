@@ -1,5 +1,5 @@
-//! One side says no, says something out of turn, is of another version, or is no migration at all: a clear error on
-//! both sides, and the guest goes on at the source.
+//! One side refuses, breaks the order of the handshake, has another version, or is no migration at all: both sides
+//! report a clear error, and the guest continues at its source.
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -46,7 +46,7 @@ fn devices_that_do_not_fit_fail_the_migration_while_the_guest_runs() {
     let mut guest = Guest::running(PAGES).with_fault(GuestFault::AlwaysDirty);
     let destination = Destination::new(&folder.unix("socket"), Some(RefusalPoint::Devices));
     let mut setup = MigrationSetup::new();
-    // Nothing else ends it.
+    // No other limit ends the migration.
     setup.parameters.policy = ConvergencePolicy { downtime_limit: Duration::ZERO, max_rounds: u32::MAX };
     let failure = migrate_out(&mut guest, &destination.uri, &setup).failure();
     assert!(failure.to_string().contains(REFUSAL_REASON), "{failure}");
@@ -55,7 +55,7 @@ fn devices_that_do_not_fit_fail_the_migration_while_the_guest_runs() {
     assert_source_unharmed(guest, &failure);
 }
 
-/// They are prepared once.
+/// Devices are prepared once.
 #[test]
 fn a_second_devices_message_is_refused() {
     let folder = TempFolder::new();
@@ -87,7 +87,7 @@ fn a_source_vm_that_fails_resumes_and_sends_the_reason() {
             let destination = Destination::at(&folder.unix("socket"));
             let mut setup = MigrationSetup::new().channels(channels);
             if fault == GuestFault::HarvestFails {
-                // So that there are enough rounds.
+                // Ensures enough rounds.
                 setup.parameters.policy.downtime_limit = Duration::ZERO;
             }
             let failure = migrate_out(&mut guest, &destination.uri, &setup).failure();
@@ -99,7 +99,7 @@ fn a_source_vm_that_fails_resumes_and_sends_the_reason() {
     }
 }
 
-/// A destination that answers the layout with `first`, and the state with `second`.
+/// Migrates to a destination that replies to the layout with `first` and to the state with `second`.
 fn failure_with_replies(first: ToSource, second: Option<ToSource>) -> MigrationFailure {
     let folder = TempFolder::new();
     let listener = StreamListener::bind(&folder.unix("socket")).unwrap();
@@ -121,7 +121,7 @@ fn failure_with_replies(first: ToSource, second: Option<ToSource>) -> MigrationF
             }
         }
         second.write(&mut writer).unwrap();
-        // Whether the source commits is seen here.
+        // A commit would be received here.
         assert!(reader.next_frame().is_err());
     });
     let mut guest = Guest::running(PAGES);
@@ -169,7 +169,7 @@ fn a_source_that_breaks_the_handshake_order_is_refused() {
         let connection = transport::connect(&destination.uri, &options()).unwrap();
         let mut writer = connection.writers().remove(0);
         for message in &script {
-            // It may have had enough before the end.
+            // The destination may have failed before the end.
             let _ = message.write(&mut writer);
         }
         let mut reader = connection.readers().remove(0);
@@ -185,7 +185,7 @@ fn a_source_that_breaks_the_handshake_order_is_refused() {
     }
 }
 
-/// A header of the next version.
+/// Returns a header of the next version.
 fn next_version_header() -> [u8; HEADER_BYTES] {
     let header = ConnectionHeader { id: MigrationId(1), channel: 0, channels: 1, one_way: false, outcome_query: false };
     let mut bytes = header.encode();
@@ -194,7 +194,7 @@ fn next_version_header() -> [u8; HEADER_BYTES] {
     bytes
 }
 
-/// A peer that answers a connection with these bytes.
+/// Migrates to a peer that replies with these bytes.
 fn failure_with_reply_bytes(bytes: &[u8]) -> MigrationFailure {
     let folder = TempFolder::new();
     let at = folder.unix("socket");
@@ -234,7 +234,7 @@ fn a_destination_drops_other_connections_and_accepts_the_migration() {
         stranger.write_all(bytes).unwrap();
         strangers.push(stranger);
     }
-    // A source of another version is told which one this is.
+    // A source of another version receives this version.
     let mut answer = [0; HEADER_BYTES];
     strangers[2].read_exact(&mut answer).unwrap();
     ConnectionHeader::decode(&answer).unwrap();
@@ -270,15 +270,15 @@ fn an_incomplete_or_damaged_file_is_refused() {
         damaged[at] ^= 0x80;
         restore(&damaged)
     };
-    // A byte of the state, which nothing looks at before its checksum fits.
+    // A byte of the state, which is not parsed before its checksum matches.
     let damaged = damaged_at(last - 100);
     assert!(matches!(damaged, StreamError::Checksum { .. }), "{damaged}");
-    // Elsewhere it may be a header that makes no sense, or pages that can't be decompressed: refused in any case.
+    // Elsewhere the damage may be in a header or in compressed pages: it is refused in any case.
     for part in 0..16 {
         damaged_at(length * part / 16);
     }
 
-    // The whole one is good, all this time.
+    // The undamaged file is still valid.
     let (guest, _) = migrate_to(Destination::at(&saved).join().guest(), &folder.unix("on"), &MigrationSetup::new());
     guest.wait_for_write();
 }

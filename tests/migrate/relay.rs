@@ -1,5 +1,5 @@
-//! Something between source and destination that knows the frames and can cut, hold or damage the stream at any byte
-//! of any of them, either way.
+//! A relay between source and destination that parses frames and can cut, hold or damage the stream at any byte in
+//! either direction.
 
 use std::convert::Infallible;
 use std::io::{ErrorKind, Read, Write};
@@ -13,34 +13,34 @@ use std::time::Duration;
 use vhost_migrate::stream::Uri;
 use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, FrameKind, HEADER_BYTES};
 
-/// A direction.
+/// Direction of a stream.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Direction {
     ToDestination,
     ToSource,
 }
 
-/// A place in the stream of one channel.
+/// Position in the stream of one channel.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum FaultPosition {
-    /// So many bytes after its beginning.
+    /// Bytes after the start of the stream.
     Byte(u64),
-    /// So many bytes after the beginning of the first frame of this kind.
+    /// Bytes after the start of the first frame of this kind.
     Frame(FrameKind, u64),
 }
 
-/// What happens there, to this byte and, but for a flip, to all that follow.
+/// Action on this byte and, except for a flip, on all that follow.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum FaultAction {
     /// One bit of the byte changes.
     Flip,
     /// The connection is closed on both sides.
     Cut,
-    /// The same, and nobody gets through any more.
+    /// The connection is closed on both sides, and no further connection is relayed.
     CutForGood,
-    /// Nothing goes on in this direction.
+    /// No more bytes are relayed in this direction.
     Hold,
-    /// One byte at a time goes on in this direction, with a pause before each.
+    /// Bytes are relayed one at a time in this direction, with a pause before each.
     Trickle(Duration),
 }
 
@@ -58,7 +58,7 @@ impl Fault {
     }
 }
 
-/// Takes connections at one socket and makes them to another, until it is dropped.
+/// Accepts connections at one socket and relays them to another, until it is dropped.
 pub(crate) struct Relay {
     pub(crate) uri: Uri,
     shared: Arc<Shared>,
@@ -95,7 +95,7 @@ impl Relay {
                         (Some(open), Ok(destination)) => {
                             open.extend([source.try_clone().unwrap(), destination.try_clone().unwrap()]);
                         }
-                        // It listens no more: this is the source's business.
+                        // The destination does not listen any more, which the source notices.
                         (Some(_), Err(_)) => continue,
                     }
                     let destination = destination.unwrap();
@@ -106,7 +106,7 @@ impl Relay {
         Relay { uri, shared, thread: Some(thread) }
     }
 
-    /// Whether the stream came to the place of the fault.
+    /// Returns true if the fault was triggered.
     pub(crate) fn triggered(&self) -> bool {
         self.shared.triggered.load(Ordering::SeqCst)
     }
@@ -136,7 +136,7 @@ fn carry<'scope>(
         return;
     }
     let channel = ConnectionHeader::decode(&header).unwrap().channel;
-    // It strikes once: what comes later gets through.
+    // A fault is triggered once: later streams are relayed unchanged.
     let triggered = shared.triggered.load(Ordering::SeqCst);
     let here = |fault: &&Fault, direction| !triggered && fault.channel == channel && fault.direction == direction;
     let fault = |direction| shared.faults.iter().find(|fault| here(fault, direction)).copied();
@@ -146,7 +146,7 @@ fn carry<'scope>(
     pump(source, destination, Some(header), forth, shared);
 }
 
-/// Passes on one direction of one channel until it ends.
+/// Relays one direction of one channel until it ends.
 fn pump(
     mut from: UnixStream,
     mut to: UnixStream,
@@ -177,7 +177,7 @@ fn pump(
             }
         }
     })();
-    // An end is passed on too, but not what the other direction still has to say.
+    // The end is relayed too, but the other direction stays open.
     if end.is_err_and(|error| error.kind() != std::io::ErrorKind::WouldBlock) {
         let _ = to.shutdown(Shutdown::Write);
         let _ = from.shutdown(Shutdown::Read);
@@ -187,10 +187,10 @@ fn pump(
 struct FaultInjector<'a> {
     to: &'a mut UnixStream,
     offset: u64,
-    /// Kinds of frames seen, and where they began.
+    /// Kinds of frames seen, and their offsets.
     seen: Vec<(u16, u64)>,
     fault: Option<Fault>,
-    /// The pause before each byte, once it trickles.
+    /// Pause before each byte after a trickle fault.
     trickle: Option<Duration>,
     shared: &'a Shared,
     ends: &'a [UnixStream; 2],
@@ -206,7 +206,7 @@ impl FaultInjector<'_> {
         Ok(())
     }
 
-    /// Passes on `bytes`, which begin a frame if it has a kind here.
+    /// Relays `bytes`, which start a frame if `kind` is given.
     fn on(&mut self, kind: Option<u16>, bytes: &mut [u8]) -> std::io::Result<()> {
         if let Some(kind) = kind.filter(|kind| self.seen.iter().all(|(seen, _)| seen != kind)) {
             self.seen.push((kind, self.offset));

@@ -1,4 +1,4 @@
-//! When a migration ends by itself, when it does not, and how fast it may go.
+//! Convergence of migrations and the bandwidth limit.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use crate::harness::{Destination, MigrationSetup, TempFolder, assert_source_unha
 
 const PAGES: u64 = 512;
 
-/// A limit that a guest of this size takes about 50 ms to get through.
+/// A bandwidth limit at which a round of this guest takes about 50 ms.
 fn limited(policy: ConvergencePolicy) -> MigrationSetup {
     let mut setup = MigrationSetup::new();
     setup.parameters.policy = policy;
@@ -98,7 +98,7 @@ fn the_expected_downtime_ignores_the_bandwidth_limit() {
     let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES).with_fault(GuestFault::AlwaysDirty);
     let destination = Destination::at(&folder.unix("socket"));
-    // All pages are dirty all the time: 2 s within the limit, some milliseconds without.
+    // All pages are always dirty: 2 s with the limit, milliseconds without.
     let mut setup = MigrationSetup::new();
     setup.parameters.policy = ConvergencePolicy { downtime_limit: Duration::from_secs(1), max_rounds: 2 };
     setup.options.limiter = RateLimiter::new(Some(1 << 20));
@@ -124,7 +124,7 @@ fn the_bandwidth_limit_bounds_the_send_rate() {
         else {
             panic!("no round in {:?}", left.events);
         };
-        // What is written at once, a tenth of a second's worth at the most, is waited for afterwards.
+        // A single write of up to a tenth of a second is waited for afterwards.
         let least = (round.wire_bytes - RATE / 10) as f64 / RATE as f64;
         assert!(round.wire_bytes > 5 << 20 && round.ms >= least * 1e3, "{round:?}, at least {least} s");
         destination.join().paused();

@@ -1,4 +1,4 @@
-//! A guest that writes all the time arrives byte for byte, whatever carries it.
+//! A guest that writes continuously arrives byte for byte over every transport.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -14,7 +14,7 @@ use crate::harness::{
 /// 6 MiB. The fifth of five channels has none of it.
 const PAGES: u64 = 1536;
 
-/// There and back again, every byte checked on each arrival.
+/// Migrates there and back; every byte is checked on each arrival.
 fn migrate_there_and_back(to: &Uri, setup: &MigrationSetup) {
     let (guest, _) = migrate_to(Guest::running(PAGES), to, setup);
     migrate_to(guest, to, setup);
@@ -61,7 +61,7 @@ fn a_writing_guest_arrives_over_bidirectional_commands() {
     for pipe in [&up, &down] {
         nix::unistd::mkfifo(pipe.as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
     }
-    // A command in the background has no input but what it is given.
+    // A command in the background has no input except the given one.
     let carry = |write: &str, read: &str| uri(&format!("exec:exec 3<&0; cat <&3 >{write} & exec cat <{read}"));
     for setup in [MigrationSetup::new(), MigrationSetup::new().codec("zstd:1")] {
         let mut guest = Guest::running(PAGES);
@@ -73,7 +73,7 @@ fn a_writing_guest_arrives_over_bidirectional_commands() {
     }
 }
 
-/// Sends a guest where it does not run, and has it restored from there.
+/// Saves a guest and restores it.
 fn save_and_restore(to: &Uri, from: &Uri, setup: &MigrationSetup) -> DestinationOutcome {
     let mut guest = Guest::running(PAGES);
     migrate_out(&mut guest, to, setup).outcome.unwrap();
@@ -99,7 +99,7 @@ fn a_writing_guest_is_saved_by_a_command_and_restored_by_another() {
     let (to, from) = (uri(&format!("exec:cat >{}", folder.path("guest"))), folder.path("guest"));
     for setup in [MigrationSetup::new(), MigrationSetup::new().codec("zstd:1")] {
         let mut guest = Guest::running(PAGES);
-        // That the command has ended well says nothing of what it has done with the guest.
+        // A successful command does not prove where the guest is.
         let failure = migrate_out(&mut guest, &to, &setup.one_way()).failure();
         assert_eq!(failure.location, GuestLocation::OutcomeUnknown, "{failure}");
         guest.assert_kept_paused();
@@ -134,7 +134,7 @@ fn a_paused_guest_whose_migration_fails_stays_paused() {
     guest.check().unwrap();
 }
 
-/// What is sent one way may run at the other end, or not: the source keeps the guest, and decides nothing.
+/// A guest sent one way may run at the other end: the source keeps it and decides nothing.
 #[test]
 fn a_one_way_migration_has_an_unknown_outcome() {
     let (ours, theirs) = UnixStream::pair().unwrap();

@@ -1,5 +1,4 @@
-//! Memory is compared before the guest is handed over, if that was asked for: a writer that no dirty source sees then
-//! fails the migration instead of the guest.
+//! Verification: a writer without a dirty source fails the migration instead of the guest.
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -49,7 +48,7 @@ fn verification_fails_a_migration_whose_dirty_source_misses_writes() {
     assert_source_unharmed(guest, &failure);
 }
 
-/// A guest that nothing writes but the test.
+/// A guest whose memory only the test writes.
 struct StaticVm {
     memory: Memory,
     sources: Vec<Box<dyn DirtySource>>,
@@ -57,7 +56,7 @@ struct StaticVm {
 }
 
 impl StaticVm {
-    /// All pages but every fourth have contents.
+    /// All pages except every fourth have contents.
     fn new() -> StaticVm {
         let memory = Memory::new([0, HIGH].map(|gpa| {
             let size = PAGES / 2 * LOG_PAGE;
@@ -71,8 +70,8 @@ impl StaticVm {
         StaticVm { memory, sources: Vec::new(), paused: false }
     }
 
-    /// Leaves for a destination, and is written by `write` after its first round. Returns the pages that are different
-    /// there, and what the source says of it.
+    /// Migrates, with `write` called after the first round. Returns the pages that differ at the destination, and the
+    /// source's error text.
     fn differences(mut self, mut write: impl FnMut(&Memory)) -> Option<(u64, Vec<u64>, String)> {
         let folder = TempFolder::new();
         let destination = Destination::new(&folder.unix("socket"), Some(RefusalPoint::Restore));
@@ -93,7 +92,7 @@ impl StaticVm {
                 assert!(failure.location == GuestLocation::RunningHere && !self.paused, "{failure}");
                 Some((pages, named, failure.to_string()))
             }
-            // It always refuses the state, and gets as far as that if memory is right.
+            // The destination always refuses the state, which it receives if memory matches.
             Err(MigrateError::Vm { .. }) => None,
             other => panic!("{other:?}"),
         }
@@ -129,26 +128,26 @@ impl SourceVm for StaticVm {
 #[test]
 fn verification_lists_the_pages_of_an_untracked_writer() {
     let first = HIGH / LOG_PAGE;
-    // One with contents, one that was a hole, and one of each region's ends.
+    // Pages with contents, pages that were holes, and both ends of the regions.
     let written = [0, 5, 8, PAGES / 2 - 1, first, first + 600];
     let (pages, named, words) = StaticVm::new()
         .differences(|memory| written.iter().for_each(|page| memory.write(page * LOG_PAGE + 200, &[7]).unwrap()))
         .unwrap();
     assert_eq!((pages, named.as_slice()), (6, written.as_slice()));
     assert!(words.contains("6 pages differ") && words.contains("at 0x0, 0x5000, 0x8000, "), "{words}");
-    // Many are counted, and the first are named.
+    // All are counted, and the first are listed.
     let (pages, named, words) = StaticVm::new()
         .differences(|memory| (0..600).for_each(|page| memory.write(page * LOG_PAGE, &[9]).unwrap()))
         .unwrap();
     assert_eq!((pages, named), (600, (0..16).collect()));
     assert!(words.contains(", …"), "{words}");
-    // A page that was given back is zero, and the destination still has its contents.
+    // A page that was zeroed here still has contents at the destination.
     let found = StaticVm::new().differences(|memory| memory.write(LOG_PAGE, &[0; 100]).unwrap()).unwrap();
     assert_eq!((found.0, found.1), (1, vec![1]));
     assert_eq!(StaticVm::new().differences(|_| ()), None);
 }
 
-/// A device that reads into guest memory through pages which the kernel has pinned for it.
+/// A device that writes guest memory through pages pinned by the kernel.
 struct PinnedDevice {
     ring: IoUring,
     file: std::fs::File,
@@ -177,7 +176,7 @@ impl PinnedDevice {
     }
 }
 
-/// The page that it writes.
+/// The page written by the pinned device.
 const PINNED: u64 = 9;
 
 #[test]
@@ -214,7 +213,7 @@ fn verification_finds_writes_through_pinned_pages() {
     let mut device = PinnedDevice::new(&memory, PINNED * LOG_PAGE);
     let (pages, named, _) = guest.differences(|_| device.write()).unwrap();
     assert_eq!((pages, named), (1, vec![PINNED]));
-    // The same with the log of the device beside it.
+    // With the device's log as another source.
     let mut guest = StaticVm::new();
     let memory = guest.memory.clone();
     let log = Arc::new(Log::create(memory.end()).unwrap().0);

@@ -119,9 +119,7 @@ pub(super) fn inspect(
     let list: Vec<Value> =
         first.iter().map(|run| json!({"gpa": run.start * LOG_PAGE, "pages": run.end - run.start})).collect();
     let doubt = (memory.is_none() && !is_named_log(file)).then(|| {
-        with_path(
-            &"whether this is a log can't be told from its bytes. Say how much memory it is for: --memory SIZE",
-        )
+        with_path(&"whether this is a log can't be told from its bytes. Say how much memory it is for: --memory SIZE")
     });
     let json = json!({
         "log_bytes": bytes, "pages": pages, "bytes": dirty, "runs": runs, "first": list, "is_log": doubt.is_none(),
