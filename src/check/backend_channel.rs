@@ -30,16 +30,21 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "B1",
         what: "a second SET_BACKEND_REQ_FD replaces the channel",
         run_on: RingSelection::Once,
-        run: replaced,
+        run: replaced_channel,
     },
     Check {
         rule: "B1",
         what: "a closed channel, or noise on it, affects neither rings nor connection",
         run_on: RingSelection::Once,
-        run: lost,
+        run: lost_channel,
     },
-    Check { rule: "B1", what: "an unread channel does not stall rings", run_on: RingSelection::Once, run: unread },
-    Check { rule: "B3", what: "in-band kicks and calls work", run_on: RingSelection::Main, run: messages },
+    Check {
+        rule: "B1",
+        what: "an unread channel does not stall rings",
+        run_on: RingSelection::Once,
+        run: unread_channel,
+    },
+    Check { rule: "B3", what: "in-band kicks and calls work", run_on: RingSelection::Main, run: in_band_notifications },
     Check {
         rule: "B3",
         what: "an in-band kick starts a ring without SET_VRING_KICK and SET_VRING_CALL",
@@ -53,7 +58,7 @@ pub(super) struct BackendChannel(UnixStream);
 
 impl BackendChannel {
     /// Sends SET_BACKEND_REQ_FD.
-    pub(super) fn install(harness: &Harness) -> Result<BackendChannel, CheckAbort> {
+    pub(super) fn set_backend_req_fd(harness: &Harness) -> Result<BackendChannel, CheckAbort> {
         let (ours, theirs) = UnixStream::pair()?;
         BackendChannel::install_pair(harness, ours, &theirs)
     }
@@ -176,7 +181,7 @@ fn kick(harness: &Harness, index: u32, acknowledged: bool) -> Result<(), CheckAb
 }
 
 /// Publishes a batch of requests and sends an in-band kick.
-fn ask(harness: &mut Harness, acknowledged: bool) -> Result<(), CheckAbort> {
+fn publish_and_kick(harness: &mut Harness, acknowledged: bool) -> Result<(), CheckAbort> {
     harness.add(BATCH, RequestSize::Mixed)?;
     let _ = harness.ring.driver.publish();
     kick(harness, harness.ring.index, acknowledged)
@@ -184,7 +189,7 @@ fn ask(harness: &mut Harness, acknowledged: bool) -> Result<(), CheckAbort> {
 
 /// Runs a batch of requests with in-band kick and calls. Returns the number of calls.
 fn serve(harness: &mut Harness, channel: &BackendChannel) -> Result<u64, CheckAbort> {
-    ask(harness, true)?;
+    publish_and_kick(harness, true)?;
     finish(harness, channel)
 }
 
@@ -229,14 +234,14 @@ fn poll(harness: &mut Harness) -> Result<(), CheckAbort> {
     Err(CheckAbort::Violation(format!("{} requests are in flight after {timeout:?}", harness.outstanding())))
 }
 
-fn replaced(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn replaced_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut names, mut kept_open) = (Vec::new(), false);
     for method in NotifyMethod::offered(target) {
         let mut harness = method.harness(target)?;
-        let first = BackendChannel::install(&harness)?;
+        let first = BackendChannel::set_backend_req_fd(&harness)?;
         method.start(&harness)?;
         method.serve(&mut harness, &first)?;
-        let second = BackendChannel::install(&harness)?;
+        let second = BackendChannel::set_backend_req_fd(&harness)?;
         method.serve(&mut harness, &second)?;
         kept_open |= !first.closes_before(&harness.deadline(harness.short_wait()));
         if second.closes_before(&harness.deadline(Duration::ZERO)) {
@@ -251,11 +256,11 @@ fn replaced(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn lost(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn lost_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut names, mut ignored) = (Vec::new(), false);
     for (method, noise) in NotifyMethod::offered(target).flat_map(|method| [(method, false), (method, true)]) {
         let mut harness = method.harness(target)?;
-        let channel = BackendChannel::install(&harness)?;
+        let channel = BackendChannel::set_backend_req_fd(&harness)?;
         method.start(&harness)?;
         method.serve(&mut harness, &channel)?;
         if noise {
@@ -270,12 +275,12 @@ fn lost(target: &mut Target) -> Result<Outcome, CheckAbort> {
         match method {
             NotifyMethod::Fds => harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?,
             NotifyMethod::Messages => {
-                ask(&mut harness, true)?;
+                publish_and_kick(&mut harness, true)?;
                 poll(&mut harness)?;
             }
         }
         // A new channel must work after the loss of the first.
-        let channel = BackendChannel::install(&harness)?;
+        let channel = BackendChannel::set_backend_req_fd(&harness)?;
         method.serve(&mut harness, &channel)?;
         names.push(format!("{} with {}", if noise { "noise" } else { "closed" }, method.name()));
     }
@@ -283,7 +288,7 @@ fn lost(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("{}: requests are served, also with another channel; {heard}", names.join(", "))))
 }
 
-fn unread(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn unread_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::BACKEND_REQ)?;
     let mut harness = NotifyMethod::Messages.harness(target)?;
     let (ours, theirs) = UnixStream::pair()?;
@@ -295,7 +300,7 @@ fn unread(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for _ in 0..UNREAD {
         // Each completion needs a call.
         let _ = harness.ring.driver.enable_notifications();
-        ask(&mut harness, true)?;
+        publish_and_kick(&mut harness, true)?;
         poll(&mut harness)?;
     }
     let (deadline, mut calls) = (harness.deadline(harness.timeout), 0);
@@ -311,13 +316,13 @@ fn unread(target: &mut Target) -> Result<Outcome, CheckAbort> {
     )))
 }
 
-fn messages(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn in_band_notifications(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = NotifyMethod::Messages.harness(target)?;
-    let channel = BackendChannel::install(&harness)?;
+    let channel = BackendChannel::set_backend_req_fd(&harness)?;
     start(&harness, true)?;
     let mut calls = 0;
     for batch in 0..BATCHES {
-        ask(&mut harness, batch % 2 == 0)?;
+        publish_and_kick(&mut harness, batch % 2 == 0)?;
         calls += finish(&mut harness, &channel)?;
     }
     let (base, made) = (harness.stop()?, harness.ring.end_base());
@@ -335,7 +340,7 @@ fn messages(target: &mut Target) -> Result<Outcome, CheckAbort> {
 
 fn kick_without_vring_kick(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = NotifyMethod::Messages.harness(target)?;
-    let channel = BackendChannel::install(&harness)?;
+    let channel = BackendChannel::set_backend_req_fd(&harness)?;
     start(&harness, false)?;
     for _ in 0..2 {
         serve(&mut harness, &channel)?;

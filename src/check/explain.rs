@@ -451,13 +451,13 @@ impl Explanation {
         let section = PROTOCOL.split_once(&heading).map_or("", |(_, section)| section);
         let section = section.split("\n\nTests:").next().unwrap_or_default();
         let bullets = section.split("\n- **").skip(1);
-        let obligations = bullets.map(|bullet| plain(bullet.split("\n\n").next().unwrap_or_default()));
+        let obligations = bullets.map(|bullet| strip_markdown(bullet.split("\n\n").next().unwrap_or_default()));
         obligations.collect::<Vec<_>>().join("\n")
     }
 }
 
 /// Joins lines and removes Markdown emphasis.
-fn plain(markdown: &str) -> String {
+fn strip_markdown(markdown: &str) -> String {
     let words: Vec<&str> = markdown.split_whitespace().collect();
     let line = words.join(" ").replace("**", "").replace("*(seen)*", "(seen)").replace(" *", " ");
     line.trim_end_matches('*').to_owned()

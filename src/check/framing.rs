@@ -26,7 +26,12 @@ pub(super) const CHECKS: &[Check] = &[
         run_on: RingSelection::Once,
         run: segments,
     },
-    Check { rule: "F2", what: "replies of all kinds have the flags 0x5", run_on: RingSelection::Once, run: flags },
+    Check {
+        rule: "F2",
+        what: "replies of all kinds have the flags 0x5",
+        run_on: RingSelection::Once,
+        run: reply_flags,
+    },
     Check {
         rule: "F3",
         what: "need-reply adds no second reply; replies have the specified lengths",
@@ -39,30 +44,35 @@ pub(super) const CHECKS: &[Check] = &[
         run_on: RingSelection::Once,
         run: acknowledgements,
     },
-    Check { rule: "F4", what: "messages are processed strictly in order", run_on: RingSelection::Once, run: order },
+    Check {
+        rule: "F4",
+        what: "messages are processed strictly in order",
+        run_on: RingSelection::Once,
+        run: message_order,
+    },
     Check {
         rule: "F5",
         what: "an unknown request with need-reply is refused and the connection continues",
         run_on: RingSelection::Once,
-        run: refused,
+        run: unknown_with_need_reply,
     },
     Check {
         rule: "F5",
         what: "an unknown request without need-reply is ignored",
         run_on: RingSelection::Once,
-        run: passed_over,
+        run: unknown_without_need_reply,
     },
     Check {
         rule: "F6",
         what: "a memory table with padding is accepted",
         run_on: RingSelection::Once,
-        run: roomy_table,
+        run: padded_memory_table,
     },
     Check {
         rule: "F8",
         what: "a socket as call fd is written with 8 bytes",
         run_on: RingSelection::Main,
-        run: socket_call,
+        run: socket_as_call_fd,
     },
 ];
 
@@ -78,7 +88,7 @@ fn segments(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 /// Returns the offered requests that have a reply of their own: payload, and length of the reply.
-fn own_replies(target: &Target) -> Vec<(Code, Vec<u8>, usize)> {
+fn requests_with_reply(target: &Target) -> Vec<(Code, Vec<u8>, usize)> {
     let config = ConfigHeader { offset: 0, size: 8, flags: 0 };
     let inflight = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: 1, queue_size: 64, padding: [0; 4] };
     let state = VringState { index: 0, num: 0 }.as_bytes().to_vec();
@@ -97,10 +107,10 @@ fn own_replies(target: &Target) -> Vec<(Code, Vec<u8>, usize)> {
     all.map(|(_, code, payload, length)| (code, payload, length)).collect()
 }
 
-fn flags(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn reply_flags(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     let asked = target.offered.has_protocol(protocol_feature::REPLY_ACK).then_some(NEED_REPLY);
-    for (code, payload, _) in own_replies(target) {
+    for (code, payload, _) in requests_with_reply(target) {
         for flags in [VERSION].into_iter().chain(asked) {
             harness.connection.send(code, flags, &payload, &[])?;
             // Rule F3.1 covers which reply it is.
@@ -114,7 +124,7 @@ fn replies(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     let flags = if target.offered.has_protocol(protocol_feature::REPLY_ACK) { NEED_REPLY } else { VERSION };
     let (mut names, mut odd) = (Vec::new(), Vec::new());
-    for (code, payload, length) in own_replies(target) {
+    for (code, payload, length) in requests_with_reply(target) {
         harness.connection.send(code, flags, &payload, &[])?;
         let got = harness.connection.reply(code)?.payload.len();
         if got != length {
@@ -159,7 +169,7 @@ fn acknowledgements(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("{count} messages with one reply each")))
 }
 
-fn order(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn message_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     let codes = [Code::GET_FEATURES, Code::GET_PROTOCOL_FEATURES, Code::GET_FEATURES, Code::GET_FEATURES];
     let sent: Vec<Code> = codes.into_iter().cycle().take(64).collect();
@@ -172,7 +182,7 @@ fn order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("{} requests sent before the first reply was read", sent.len())))
 }
 
-fn refused(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn unknown_with_need_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
     let harness = target.harness(0)?;
     // The other end of the pipe shows if the back-end closed the fd.
@@ -197,14 +207,14 @@ fn closed(harness: &Harness, mut pipe: std::io::PipeReader) -> bool {
         && pipe.read(&mut [0]).is_ok_and(|count| count == 0)
 }
 
-fn passed_over(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn unknown_without_need_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     harness.connection.send(UNKNOWN, VERSION, &[1; 100], &[])?;
     harness.connection.barrier()?;
     Ok(Outcome::pass("the next request was served"))
 }
 
-fn roomy_table(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn padded_memory_table(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     let Some((region, fd)) = harness.memory.regions().first().and_then(|region| Some((region, region.shared()?.0)))
     else {
@@ -217,7 +227,7 @@ fn roomy_table(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("{} bytes with one region", table.len())))
 }
 
-fn socket_call(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn socket_as_call_fd(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
     let (ours, theirs) = UnixStream::pair()?;

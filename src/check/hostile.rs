@@ -31,17 +31,37 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "F1",
         what: "hostile: invalid headers and truncated messages",
         run_on: RingSelection::Once,
-        run: frames,
+        run: invalid_headers,
     },
-    Check { rule: "F6", what: "hostile: payloads truncated to 3 bytes", run_on: RingSelection::Once, run: cut },
-    Check { rule: "M1", what: "hostile: invalid memory tables", run_on: RingSelection::Once, run: memory },
-    Check { rule: "R2", what: "hostile: invalid ring parameters", run_on: RingSelection::Once, run: rings },
+    Check {
+        rule: "F6",
+        what: "hostile: payloads truncated to 3 bytes",
+        run_on: RingSelection::Once,
+        run: truncated_payloads,
+    },
+    Check { rule: "M1", what: "hostile: invalid memory tables", run_on: RingSelection::Once, run: memory_tables },
+    Check { rule: "R2", what: "hostile: invalid ring parameters", run_on: RingSelection::Once, run: ring_parameters },
     Check { rule: "L2", what: "hostile: invalid logs", run_on: RingSelection::Once, run: logs },
-    Check { rule: "C1", what: "hostile: invalid configuration ranges", run_on: RingSelection::Once, run: config },
-    Check { rule: "D1", what: "hostile: mutated device states", run_on: RingSelection::Once, run: state::mutated },
-    Check { rule: "I1", what: "hostile: invalid inflight regions", run_on: RingSelection::Once, run: regions },
-    Check { rule: "I3", what: "hostile: inflight regions filled with noise", run_on: RingSelection::Main, run: noise },
-    Check { rule: "R9", what: "hostile: invalid descriptors", run_on: RingSelection::Main, run: descriptors },
+    Check {
+        rule: "C1",
+        what: "hostile: invalid configuration ranges",
+        run_on: RingSelection::Once,
+        run: configuration_ranges,
+    },
+    Check {
+        rule: "D1",
+        what: "hostile: mutated device states",
+        run_on: RingSelection::Once,
+        run: state::mutated_states,
+    },
+    Check { rule: "I1", what: "hostile: invalid inflight regions", run_on: RingSelection::Once, run: inflight_regions },
+    Check {
+        rule: "I3",
+        what: "hostile: inflight regions filled with noise",
+        run_on: RingSelection::Main,
+        run: inflight_noise,
+    },
+    Check { rule: "R9", what: "hostile: invalid descriptors", run_on: RingSelection::Main, run: invalid_descriptors },
 ];
 
 /// A message that must be refused. Its fds are of a memfd of 1 MiB.
@@ -159,7 +179,7 @@ fn send(target: &Target, all: Vec<HostileMessage>) -> Result<Outcome, CheckAbort
     )
 }
 
-fn frames(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn invalid_headers(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let header = |request, flags, size| Header { request, flags, size }.as_bytes().to_vec();
     let frames = [
         ("version 0", header(1, 0, 0)),
@@ -183,7 +203,7 @@ fn frames(target: &mut Target) -> Result<Outcome, CheckAbort> {
     )
 }
 
-fn cut(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn truncated_payloads(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let codes = [
         Code::SET_FEATURES,
         Code::SET_PROTOCOL_FEATURES,
@@ -211,7 +231,7 @@ fn region(guest_phys_addr: u64, memory_size: u64, userspace_addr: u64, mmap_offs
     MemoryRegion { guest_phys_addr, memory_size, userspace_addr, mmap_offset }
 }
 
-fn memory(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn memory_tables(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let table = |count: u32, regions: &[MemoryRegion]| {
         [MemoryHeader { nregions: count, padding: 0 }.as_bytes(), regions.as_bytes()].concat()
     };
@@ -254,7 +274,7 @@ fn memory(target: &mut Target) -> Result<Outcome, CheckAbort> {
     send(target, all)
 }
 
-fn rings(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn ring_parameters(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let state = |index, num| VringState { index, num };
     let harness = target.harness(0)?;
     let fine = harness.vring_addr(&harness.ring, None);
@@ -309,7 +329,7 @@ fn logs(target: &mut Target) -> Result<Outcome, CheckAbort> {
     )
 }
 
-fn config(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn configuration_ranges(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::CONFIG)?;
     let config = |offset, size| ConfigHeader { offset, size, flags: 0 };
     let with = |header: ConfigHeader, bytes: usize| [header.as_bytes(), &vec![0; bytes]].concat();
@@ -329,7 +349,7 @@ fn describe_region(mmap_size: u64, mmap_offset: u64, num_queues: u16, queue_size
     InflightDescription { mmap_size, mmap_offset, num_queues, queue_size, padding: [0; 4] }
 }
 
-fn regions(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn inflight_regions(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     let set = Code::SET_INFLIGHT_FD;
     send(
@@ -351,7 +371,7 @@ fn regions(target: &mut Target) -> Result<Outcome, CheckAbort> {
     )
 }
 
-fn noise(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn inflight_noise(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     attack_rings(
         target,
@@ -399,7 +419,7 @@ fn noise(target: &mut Target) -> Result<Outcome, CheckAbort> {
     )
 }
 
-fn descriptors(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn invalid_descriptors(target: &mut Target) -> Result<Outcome, CheckAbort> {
     const NEXT: u16 = DESC_F_NEXT;
     const WRITE: u16 = DESC_F_WRITE;
     let packed = target.variant.packed;

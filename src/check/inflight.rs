@@ -35,7 +35,7 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "I2",
         what: "requests are marked while in flight, and the region of a stopped ring is consistent",
         run_on: RingSelection::Main,
-        run: contents,
+        run: region_contents,
     },
     Check {
         rule: "I3",
@@ -53,16 +53,16 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "I5",
         what: "a fresh region on a used ring starts at the ring's used index",
         run_on: RingSelection::Main,
-        run: fresh,
+        run: fresh_region,
     },
-    Check { rule: "I6", what: "request counters keep increasing", run_on: RingSelection::Main, run: counters },
+    Check { rule: "I6", what: "request counters keep increasing", run_on: RingSelection::Main, run: request_counters },
     Check {
         rule: "I8",
         what: "requests in flight can migrate instead of being drained",
         run_on: RingSelection::Once,
-        run: unstable,
+        run: inflight_migration,
     },
-    Check { rule: "I7", what: "RESET_DEVICE resets the region", run_on: RingSelection::Main, run: reset },
+    Check { rule: "I7", what: "RESET_DEVICE resets the region", run_on: RingSelection::Main, run: region_after_reset },
 ];
 
 /// An inflight region of the back-end, for all rings up to the one that is checked.
@@ -89,7 +89,7 @@ struct RegionContents {
 
 impl TrackedRegion {
     /// Requests a region with GET_INFLIGHT_FD.
-    pub(super) fn ask(harness: &Harness) -> Result<TrackedRegion, CheckAbort> {
+    pub(super) fn get_inflight_fd(harness: &Harness) -> Result<TrackedRegion, CheckAbort> {
         harness.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
         let queue_size = harness.ring.layout.size();
         let num_queues = harness.ring.index as u16 + 1;
@@ -119,7 +119,7 @@ impl TrackedRegion {
     }
 
     /// Sends SET_INFLIGHT_FD.
-    pub(super) fn install(&self, harness: &Harness) -> Result<(), CheckAbort> {
+    pub(super) fn set_inflight_fd(&self, harness: &Harness) -> Result<(), CheckAbort> {
         harness.send_acked(Code::SET_INFLIGHT_FD, self.description.as_bytes(), &[self.fd.as_fd()])
     }
 
@@ -181,20 +181,21 @@ fn packed(bytes: &[u8], size: u16) -> Option<RegionContents> {
 fn harness_with_region(target: &Target) -> Result<(Harness, TrackedRegion), CheckAbort> {
     target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     let harness = target.harness(0)?;
-    let region = TrackedRegion::ask(&harness)?;
-    region.install(&harness)?;
+    let region = TrackedRegion::get_inflight_fd(&harness)?;
+    region.set_inflight_fd(&harness)?;
     harness.start()?;
     Ok((harness, region))
 }
 
 fn region_size(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
-    let InflightDescription { mmap_size, mmap_offset, num_queues, .. } = TrackedRegion::ask(&harness)?.description;
+    let InflightDescription { mmap_size, mmap_offset, num_queues, .. } =
+        TrackedRegion::get_inflight_fd(&harness)?.description;
     let size = harness.ring.layout.size();
     Ok(Outcome::pass(format!("{mmap_size} bytes at {mmap_offset} for {num_queues} queues of {size} entries")))
 }
 
-fn contents(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn region_contents(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, region) = harness_with_region(target)?;
     let mut most = 0;
     for round in 0..MAX_ROUNDS {
@@ -250,7 +251,7 @@ fn recover_repeatedly(
         open += u32::from(harness.outstanding());
         marked += region.read()?.marked;
         harness.reconnect(target.connect()?)?;
-        region.install(&harness)?;
+        region.set_inflight_fd(&harness)?;
         // QEMU sends this base. The region takes precedence (rules I3.4, I4.5).
         if !target.variant.packed {
             harness.ring.base = harness.ring.current_base();
@@ -279,13 +280,13 @@ fn recover_repeatedly(
 }
 
 /// Gives the back-end a short time, different in every round.
-fn let_work(round: u32) {
+fn wait_briefly(round: u32) {
     thread::sleep(Duration::from_micros(u64::from((round - 1) % ROUNDS) * 150));
 }
 
 fn hang_ups(target: &mut Target) -> Result<Outcome, CheckAbort> {
     recover_repeatedly(target, |target, harness, round| {
-        let_work(round);
+        wait_briefly(round);
         harness.connection.close();
         // The next connection shows that this one has ended.
         target.check_served()
@@ -297,18 +298,18 @@ fn kills(target: &mut Target) -> Result<Outcome, CheckAbort> {
         return Ok(Outcome::not_tested("needs --restart"));
     }
     recover_repeatedly(target, |target, _, round| {
-        let_work(round);
+        wait_briefly(round);
         target.replace()
     })
 }
 
-fn fresh(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn fresh_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     let mut harness = target.harness(0)?;
-    let region = TrackedRegion::ask(&harness)?;
+    let region = TrackedRegion::get_inflight_fd(&harness)?;
     // One more than the region's own index: the difference that loses a request (rule I3.2).
     harness.move_to(1)?;
-    region.install(&harness)?;
+    region.set_inflight_fd(&harness)?;
     harness.start()?;
     let touched =
         wait_until(&harness.deadline(harness.short_wait()), || region.read().map(|found| found.version != 0))?;
@@ -327,7 +328,7 @@ fn fresh(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn counters(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn request_counters(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, region) = harness_with_region(target)?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     let first = region.read()?.counter;
@@ -339,7 +340,7 @@ fn counters(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn unstable(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn inflight_migration(target: &mut Target) -> Result<Outcome, CheckAbort> {
     const BASE_INFLIGHT: u32 = 20;
     const SKIP_DRAIN: u32 = 23;
     match [BASE_INFLIGHT, SKIP_DRAIN].into_iter().find(|bit| target.offered.has_protocol(*bit)) {
@@ -348,7 +349,7 @@ fn unstable(target: &mut Target) -> Result<Outcome, CheckAbort> {
     }
 }
 
-fn reset(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn region_after_reset(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::RESET_DEVICE)?;
     let (mut harness, region) = harness_with_region(target)?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;

@@ -11,7 +11,7 @@ use super::harness::{
     HIGH, Harness, MAX_REQUESTS, Pages, RequestSize, SLOT_BYTES, Scatter, UNUSED_AREA, changed, harvest, noise, pages,
     wait_until,
 };
-use super::log::{MarkComparison, missing};
+use super::log::{MarkComparison, missing_marks};
 use super::queue::RING_SLOT_BYTES;
 use super::{Check, CheckAbort, Flow, Outcome, RingSelection, Target, Verdict};
 use crate::abi::bit;
@@ -35,69 +35,74 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "T1",
         what: "every address is translated, and unknown translations are requested",
         run_on: RingSelection::All,
-        run: translated,
+        run: translations,
     },
     Check {
         rule: "T1",
         what: "denied pages are not accessed, and break one ring at most",
         run_on: RingSelection::All,
-        run: forbidden,
+        run: denied_pages,
     },
     Check {
         rule: "T1",
         what: "GET_VRING_BASE is answered while a translation is outstanding",
         run_on: RingSelection::All,
-        run: unanswered,
+        run: outstanding_translation,
     },
-    Check { rule: "T2", what: "invalid IOTLB messages have no effect", run_on: RingSelection::Main, run: impossible },
+    Check {
+        rule: "T2",
+        what: "invalid IOTLB messages have no effect",
+        run_on: RingSelection::Main,
+        run: invalid_iotlb_messages,
+    },
     Check {
         rule: "T3",
         what: "data is moved under load: the old pages are not accessed after the acknowledgement",
         run_on: RingSelection::Data,
-        run: moved,
+        run: moved_data,
     },
-    Check { rule: "T3", what: "a ring continues after it is moved", run_on: RingSelection::All, run: ring_moved },
-    Check { rule: "T4", what: "a ring with scattered pages runs", run_on: RingSelection::All, run: scattered },
-    Check { rule: "T5", what: "ACCESS_PLATFORM is offered", run_on: RingSelection::Once, run: offered },
+    Check { rule: "T3", what: "a ring continues after it is moved", run_on: RingSelection::All, run: moved_ring },
+    Check { rule: "T4", what: "a ring with scattered pages runs", run_on: RingSelection::All, run: scattered_ring },
+    Check { rule: "T5", what: "ACCESS_PLATFORM is offered", run_on: RingSelection::Once, run: access_platform_offered },
     Check {
         rule: "L5",
         what: "guest-physical pages are marked, and log_guest_addr is translated",
         run_on: RingSelection::All,
-        run: marked,
+        run: guest_physical_marks,
     },
 ];
 
 /// Runs batches of requests one after the other.
-fn batches(harness: &mut Harness, sizes: &[RequestSize]) -> Result<(), CheckAbort> {
+fn run_batches(harness: &mut Harness, sizes: &[RequestSize]) -> Result<(), CheckAbort> {
     sizes.iter().try_for_each(|size| harness.run_batch(MAX_REQUESTS, *size))
 }
 
 /// Returns hashes of the data that a disk reads without an IOMMU. Frames carry a checksum of their own.
-fn expected(target: &Target, sizes: &[RequestSize]) -> Result<Vec<(u64, u64)>, CheckAbort> {
+fn expected_data(target: &Target, sizes: &[RequestSize]) -> Result<Vec<(u64, u64)>, CheckAbort> {
     if !target.device.is_stable() {
         return Ok(Vec::new());
     }
     let mut harness = target.harness(0)?;
     harness.start()?;
-    batches(&mut harness, sizes)?;
-    data(&harness)
+    run_batches(&mut harness, sizes)?;
+    data_hashes(&harness)
 }
 
 /// Returns hashes of all data pages, by I/O virtual page.
-fn data(harness: &Harness) -> Result<Vec<(u64, u64)>, CheckAbort> {
+fn data_hashes(harness: &Harness) -> Result<Vec<(u64, u64)>, CheckAbort> {
     Ok(harness.driver_view_hashes()?.into_iter().filter(|(page, _)| *page >= HIGH / LOG_PAGE).collect())
 }
 
 /// Returns the number of pages with unexpected contents.
-fn wrong(harness: &Harness, expected: &[(u64, u64)]) -> Result<usize, CheckAbort> {
-    Ok(changed(expected, &data(harness)?).len())
+fn wrong_pages(harness: &Harness, expected: &[(u64, u64)]) -> Result<usize, CheckAbort> {
+    Ok(changed(expected, &data_hashes(harness)?).len())
 }
 
-fn translated(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn translations(target: &mut Target) -> Result<Outcome, CheckAbort> {
     served(target, Scatter::Rings)
 }
 
-fn scattered(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn scattered_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
     served(target, Scatter::Pages)
 }
 
@@ -105,18 +110,18 @@ fn served(target: &Target, scatter: Scatter) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     let mut sizes = [RequestSize::Mixed; BATCHES];
     sizes.iter_mut().step_by(4).for_each(|size| *size = RequestSize::Large);
-    let expected = expected(target, &sizes)?;
+    let expected = expected_data(target, &sizes)?;
     let mut harness = target.harness_behind_iommu(0, scatter, 1)?;
     let before = harness.hashes()?;
     harness.start()?;
-    batches(&mut harness, &sizes)?;
+    run_batches(&mut harness, &sizes)?;
     let base = harness.stop()?;
     let (own, used) = (harness.driver_pages(), harness.device_pages());
     let mut stray = changed(&before, &harness.hashes()?);
     stray.retain(|page| !own.contains(page) && !used.contains(page) && !harness.writable_pages.contains(page));
     // The driver has written the frames to transmit.
     let stray = if target.variant.flow == Flow::Transmit { 0 } else { stray.len() };
-    let (wrong, misses) = (wrong(&harness, &expected)?, harness.iommu()?.misses()?);
+    let (wrong, misses) = (wrong_pages(&harness, &expected)?, harness.iommu()?.misses()?);
     let made = BATCHES as u64 * MAX_REQUESTS;
     let same = harness.ring.is_same_base(base, harness.ring.end_base());
     Ok(match (stray, wrong, misses, same) {
@@ -133,19 +138,19 @@ fn served(target: &Target, scatter: Scatter) -> Result<Outcome, CheckAbort> {
 }
 
 /// Returns a data page of a slot that no batch uses, as I/O virtual address.
-fn fresh(slot: u64, number: u64) -> u64 {
+fn unused_page(slot: u64, number: u64) -> u64 {
     HIGH + slot * SLOT_BYTES + SLOT_BYTES / 2 + number * LOG_PAGE
 }
 
 /// Waits until the device has requested a translation of the page.
-fn asked(harness: &mut Harness, iova: u64) -> Result<bool, CheckAbort> {
+fn wait_for_miss(harness: &mut Harness, iova: u64) -> Result<bool, CheckAbort> {
     wait_until(&harness.deadline(harness.timeout), || {
         harness.inject_frames()?;
         Ok(harness.iommu()?.asked(iova / LOG_PAGE) > 0)
     })
 }
 
-fn forbidden(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn denied_pages(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     // The ring on which a frame arrives cannot be chosen.
     let rings = if target.variant.flow == Flow::Receive { 1 } else { target.max_rings().min(2) };
@@ -154,18 +159,18 @@ fn forbidden(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     let too_little = if target.variant.flow == Flow::Transmit { VHOST_ACCESS_WO } else { VHOST_ACCESS_RO };
     for (number, permission) in (0..).zip([0, too_little]) {
-        let iova = fresh(0, number);
+        let iova = unused_page(0, number);
         let page = iova / LOG_PAGE;
         harness.iommu()?.permit(page, permission);
         harness.add_at(0, iova, LOG_PAGE)?;
         let others = rings as u16 - 1;
         if others > 0 {
-            harness.add_at(1, fresh(1, number), LOG_PAGE)?;
+            harness.add_at(1, unused_page(1, number), LOG_PAGE)?;
         }
         let place: Pages = harness.guest_pages([page].into_iter()).collect();
         let before = harness.hashes()?;
         harness.publish();
-        if !asked(&mut harness, iova)? {
+        if !wait_for_miss(&mut harness, iova)? {
             return Ok(Outcome::fail(format!("no translation miss for the page at {iova:#x}")));
         }
         let with = format!("with permission {permission}");
@@ -194,16 +199,16 @@ fn forbidden(target: &mut Target) -> Result<Outcome, CheckAbort> {
     )))
 }
 
-fn unanswered(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn outstanding_translation(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     let mut harness = target.harness_behind_iommu(0, Scatter::Rings, 1)?;
     harness.start()?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
-    let iova = fresh(0, 0);
+    let iova = unused_page(0, 0);
     harness.iommu()?.hold_answers([iova / LOG_PAGE]);
     harness.add_at(0, iova, LOG_PAGE)?;
     harness.publish();
-    if !asked(&mut harness, iova)? {
+    if !wait_for_miss(&mut harness, iova)? {
         return Ok(Outcome::fail(format!("no translation miss for the page at {iova:#x}")));
     }
     let base = harness.stop()?;
@@ -219,7 +224,7 @@ fn unanswered(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 /// Returns invalid messages about addresses in use.
-fn refusals(harness: &Harness) -> Vec<(String, IotlbMsg)> {
+fn invalid_messages(harness: &Harness) -> Vec<(String, IotlbMsg)> {
     let in_use = IotlbMsg { iova: HIGH, size: SLOT_BYTES, perm: VHOST_ACCESS_RW, ..IotlbMsg::new_zeroed() };
     let user = harness.memory.regions().first().map_or(0, |region| region.user_addr());
     // Regions may be adjacent in this address space.
@@ -241,15 +246,15 @@ fn refusals(harness: &Harness) -> Vec<(String, IotlbMsg)> {
     messages
 }
 
-fn impossible(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn invalid_iotlb_messages(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
     let sizes = [RequestSize::Mixed; 2];
-    let expected = expected(target, &sizes)?;
+    let expected = expected_data(target, &sizes)?;
     let mut harness = target.harness_behind_iommu(0, Scatter::Rings, 1)?;
     harness.start()?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
-    let messages = refusals(&harness);
+    let messages = invalid_messages(&harness);
     let mut taken = Vec::new();
     for (name, message) in &messages {
         let answer = harness.connection.request_ack(Code::IOTLB_MSG, message.as_bytes(), &[]);
@@ -266,7 +271,7 @@ fn impossible(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if let Err(abort) = harness.run_batch(MAX_REQUESTS, RequestSize::Mixed) {
         return Ok(Outcome::fail(format!("{says}; then {abort}")));
     }
-    Ok(match (wrong(&harness, &expected)?, taken.len()) {
+    Ok(match (wrong_pages(&harness, &expected)?, taken.len()) {
         (0, 0) => Outcome::pass(format!("{} messages, {says}", messages.len())),
         (0, _) => Outcome::warning(format!("{says}; they had no effect")),
         (pages, _) => Outcome::fail(format!("{says}; {pages} pages then had other data")),
@@ -274,24 +279,24 @@ fn impossible(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 /// Returns the pages of the first half of every slot, each with a page of the second half to swap with.
-fn halves() -> Vec<(u64, u64)> {
+fn first_halves() -> Vec<(u64, u64)> {
     let half = SLOT_BYTES / 2 / LOG_PAGE;
     let firsts = (0..MAX_REQUESTS).flat_map(|slot| pages(HIGH + slot * SLOT_BYTES, SLOT_BYTES / 2));
     firsts.map(|page| (page, page + half)).collect()
 }
 
 /// Adds one request per slot, in its first half.
-fn add_halves(harness: &mut Harness) -> Result<(), CheckAbort> {
+fn add_first_halves(harness: &mut Harness) -> Result<(), CheckAbort> {
     (0..MAX_REQUESTS).try_for_each(|slot| harness.add_at(slot as usize, HIGH + slot * SLOT_BYTES, SLOT_BYTES / 2))
 }
 
-fn moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn moved_data(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     let mut harness = target.harness_behind_iommu(0, Scatter::Rings, 1)?;
     harness.start()?;
-    let (halves, mut open) = (halves(), 0);
+    let (halves, mut open) = (first_halves(), 0);
     for round in 1..=MOVES {
-        add_halves(&mut harness)?;
+        add_first_halves(&mut harness)?;
         harness.publish();
         if round % 2 == 0 {
             // With the first request complete, the others are in progress.
@@ -306,23 +311,23 @@ fn moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
         harness.swap_pages(halves.iter().copied())?;
         harness.invalidate(HIGH, MAX_REQUESTS * SLOT_BYTES)?;
         // The old pages must not change: they hold data of completed requests, or the initial contents of the buffers.
-        let left = harness.hashes_of(&old)?;
+        let at_acknowledgement = harness.hashes_of(&old)?;
         harness.refresh_view()?;
         harness.finish()?;
         harness.connection.barrier()?;
-        let late = changed(&left, &harness.hashes_of(&old)?).len();
+        let late = changed(&at_acknowledgement, &harness.hashes_of(&old)?).len();
         if late > 0 {
             return Ok(Outcome::fail(format!("round {round}: {late} pages were written at their old place")));
         }
         for page in &old {
             harness.memory.write(page * LOG_PAGE, &noise(round * 1_000_000 + page, LOG_PAGE as u32))?;
         }
-        let left = harness.hashes_of(&old)?;
-        add_halves(&mut harness)?;
+        let at_acknowledgement = harness.hashes_of(&old)?;
+        add_first_halves(&mut harness)?;
         harness.publish();
         harness.finish()?;
         harness.connection.barrier()?;
-        let stale = changed(&left, &harness.hashes_of(&old)?).len();
+        let stale = changed(&at_acknowledgement, &harness.hashes_of(&old)?).len();
         if stale > 0 {
             return Ok(Outcome::fail(format!(
                 "round {round}: requests after the acknowledgement wrote {stale} pages at the old place"
@@ -335,7 +340,7 @@ fn moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("{MOVES} moves of {pages} pages, with {open} requests in flight in total")))
 }
 
-fn ring_moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn moved_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     let mut harness = target.harness_behind_iommu(0, Scatter::Rings, 1)?;
     harness.start()?;
@@ -355,13 +360,13 @@ fn ring_moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
         harness.view().write(UNUSED_AREA, &noise(u64::from(round), RING_SLOT_BYTES as u32))?;
         let view = harness.view().clone();
         harness.ring.remap(&view)?;
-        let left = harness.hashes_of(&old)?;
+        let at_acknowledgement = harness.hashes_of(&old)?;
         harness.release()?;
         harness
             .run_batch(MAX_REQUESTS, RequestSize::Mixed)
             .map_err(|abort| CheckAbort::Violation(format!("move {round}: {abort}")))?;
         harness.connection.barrier()?;
-        let late = changed(&left, &harness.hashes_of(&old)?).len();
+        let late = changed(&at_acknowledgement, &harness.hashes_of(&old)?).len();
         if late > 0 {
             return Ok(Outcome::fail(format!("move {round}: {late} pages were written at the ring's old place")));
         }
@@ -373,12 +378,12 @@ fn ring_moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn offered(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn access_platform_offered(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     Ok(Outcome::not_tested("it is offered; whether it should be cannot be checked from outside"))
 }
 
-fn marked(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn guest_physical_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     let packed = target.variant.packed;
     let mut harness = target.harness_behind_iommu(bit(VIRTIO_RING_F_EVENT_IDX), Scatter::Rings, 1)?;
@@ -403,7 +408,7 @@ fn marked(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let marked = harvest(&log);
     let lost = if !packed {
         let iommu = harness.iommu()?;
-        missing(&marked, at, |page| iommu.guest_page(page))
+        missing_marks(&marked, at, |page| iommu.guest_page(page))
     } else if harness.guest_pages(harness.ring.completed_pages(from)).any(|page| !marked.contains(&page)) {
         "used descriptors".into()
     } else if event(&harness)? != idle && !logged.is_subset(&marked) {

@@ -25,62 +25,72 @@ use crate::sys::nonblocking;
 const ROUNDS: u64 = 8;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "F7", what: "SET_LOG_BASE is answered once", run_on: RingSelection::Once, run: reply },
-    Check { rule: "L1", what: "every page that a request changed is marked", run_on: RingSelection::Data, run: data },
+    Check { rule: "F7", what: "SET_LOG_BASE is answered once", run_on: RingSelection::Once, run: set_log_base_reply },
+    Check {
+        rule: "L1",
+        what: "every page that a request changed is marked",
+        run_on: RingSelection::Data,
+        run: data_marks,
+    },
     Check {
         rule: "L2",
         what: "a log with an offset and an odd size is used correctly",
         run_on: RingSelection::Data,
-        run: placed,
+        run: log_at_offset,
     },
-    Check { rule: "L3", what: "the used ring is marked at log_guest_addr", run_on: RingSelection::AllSplit, run: used },
+    Check {
+        rule: "L3",
+        what: "the used ring is marked at log_guest_addr",
+        run_on: RingSelection::AllSplit,
+        run: used_ring_marks,
+    },
     Check {
         rule: "L3",
         what: "data follows LOG_ALL, the used ring follows F_LOG",
         run_on: RingSelection::AllSplit,
-        run: switches,
+        run: logging_switches,
     },
     Check {
         rule: "L3",
         what: "the avail event word is marked at log_guest_addr",
         run_on: RingSelection::AllSplit,
-        run: avail_event,
+        run: avail_event_marks,
     },
     Check {
         rule: "L4",
         what: "used descriptors are marked where the ring lies",
         run_on: RingSelection::AllPacked,
-        run: descriptors,
+        run: descriptor_marks,
     },
     Check {
         rule: "L4",
         what: "the event area is marked at log_guest_addr",
         run_on: RingSelection::AllPacked,
-        run: event_area,
+        run: event_area_marks,
     },
     Check {
         rule: "L7",
         what: "nothing is marked before logging is on, nor after it is off",
         run_on: RingSelection::DataOrMain,
-        run: off,
+        run: no_marks_while_off,
     },
     Check {
         rule: "L8",
         what: "no page is lost when QEMU reconnects while logging",
         run_on: RingSelection::DataOrMain,
-        run: reconnecting,
+        run: reconnect_while_logging,
     },
     Check {
         rule: "L9",
         what: "a log is replaced under load: no page is lost, the old log gets no marks",
         run_on: RingSelection::Data,
-        run: switched,
+        run: replaced_log,
     },
     Check {
         rule: "L12",
         what: "SET_LOG_FD is signalled after logging, and only then",
         run_on: RingSelection::DataOrMain,
-        run: signalled,
+        run: log_fd_signals,
     },
 ];
 
@@ -89,7 +99,7 @@ pub(super) const DESTRUCTIVE: &[Check] = &[Check {
     rule: "L6",
     what: "writes to pages outside the log are survived",
     run_on: RingSelection::DataOrMain,
-    run: too_small,
+    run: log_too_small,
 }];
 
 /// The pages that a batch of requests changed, compared with the log.
@@ -137,14 +147,14 @@ impl MarkComparison {
 }
 
 /// Returns a running ring with a log installed. Logging is off.
-pub(super) fn ready(target: &Target, features: u64) -> Result<(Harness, Log), CheckAbort> {
+pub(super) fn harness_with_log(target: &Target, features: u64) -> Result<(Harness, Log), CheckAbort> {
     let harness = target.harness(features)?;
     harness.start()?;
     let log = harness.install_log()?;
     Ok((harness, log))
 }
 
-fn reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn set_log_base_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     let (log, fd) = Log::create(harness.memory.end())?;
     let plain = harness.send_log(&fd, log.size(), 0)?;
@@ -163,8 +173,8 @@ fn reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn data(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = ready(target, 0)?;
+fn data_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = harness_with_log(target, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
     let mut worst = Outcome::not_tested("no round was run");
     for round in 0..ROUNDS {
@@ -186,20 +196,20 @@ fn data(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 /// Creates a file for a log, and maps it as memory.
-fn file(bytes: u64) -> Result<(OwnedFd, Memory), CheckAbort> {
+fn log_file(bytes: u64) -> Result<(OwnedFd, Memory), CheckAbort> {
     let fd = sealed_memfd("log", bytes)?;
     let region = Region::map(fd.as_fd(), 0, bytes, 0, 0)?;
     Ok((fd, Memory::new([Arc::new(region)])?))
 }
 
-fn placed(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn log_at_offset(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
     let at = 2 * LOG_PAGE;
     // The last needed page has its bit in the last byte. The file continues behind the log.
     let size = (harness.memory.end() / LOG_PAGE - 1) / 8 + 1;
     let odd = size | 1;
-    let (fd, seen) = file((at + odd).next_multiple_of(LOG_PAGE) + LOG_PAGE)?;
+    let (fd, seen) = log_file((at + odd).next_multiple_of(LOG_PAGE) + LOG_PAGE)?;
     harness.send_log(&fd, odd, at)?;
     harness.enable_logging(harness.ring.device_area())?;
     harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
@@ -220,8 +230,8 @@ fn placed(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn used(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = ready(target, 0)?;
+fn used_ring_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = harness_with_log(target, 0)?;
     // Flags and index of the used ring are alone on their page; the elements are on later ones.
     let at = UNUSED_AREA + LOG_PAGE - 4;
     harness.enable_logging(at)?;
@@ -229,7 +239,7 @@ fn used(target: &mut Target) -> Result<Outcome, CheckAbort> {
     // The index may be marked after it was seen, but before the ring is stopped (rule R3.2).
     harness.stop()?;
     let marked = harvest(&log);
-    let missed = missing(&marked, at, |page| page);
+    let missed = missing_marks(&marked, at, |page| page);
     let at_ring = harness.ring.device_pages().intersection(&marked).count();
     Ok(match (missed.is_empty(), at_ring) {
         (true, 0) => Outcome::pass(format!("index and elements at {at:#x}")),
@@ -241,15 +251,15 @@ fn used(target: &mut Target) -> Result<Outcome, CheckAbort> {
 
 /// Returns the parts of a used ring that are not marked at `at`, after one batch from index 0. `place` maps a page to
 /// its page in the log.
-pub(super) fn missing(marked: &Pages, at: u64, place: impl Fn(u64) -> u64) -> String {
+pub(super) fn missing_marks(marked: &Pages, at: u64, place: impl Fn(u64) -> u64) -> String {
     let parts = [("index", RING_IDX_OFFSET, 2), ("elements", RING_ELEMENTS_OFFSET, 8 * MAX_REQUESTS)];
     let lost =
         |(_, offset, len): &(&str, u64, u64)| pages(at + offset, *len).any(|page| !marked.contains(&place(page)));
     parts.into_iter().filter(lost).map(|(name, ..)| name).collect::<Vec<_>>().join(" and ")
 }
 
-fn switches(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = ready(target, 0)?;
+fn logging_switches(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = harness_with_log(target, 0)?;
     let at = UNUSED_AREA + LOG_PAGE - 4;
     let ring: Pages = pages(at, used_ring_bytes(harness.ring.layout.size().into())).collect();
     harness.set_ring_logging(Some(at))?;
@@ -263,7 +273,7 @@ fn switches(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.connection.barrier()?;
     let log_all = harvest(&log);
     let mut odd = Vec::new();
-    if !missing(&f_log, at, |page| page).is_empty() {
+    if !missing_marks(&f_log, at, |page| page).is_empty() {
         odd.push("with F_LOG alone the used ring is not marked");
     }
     if f_log.iter().any(|page| harness.writable_pages.contains(page)) {
@@ -282,11 +292,11 @@ fn switches(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn avail_event(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn avail_event_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if !target.offered.has(VIRTIO_RING_F_EVENT_IDX) {
         return Err(CheckAbort::NotOffered("EVENT_IDX".into()));
     }
-    let (mut harness, log) = ready(target, bit(VIRTIO_RING_F_EVENT_IDX))?;
+    let (mut harness, log) = harness_with_log(target, bit(VIRTIO_RING_F_EVENT_IDX))?;
     // Everything before the event word is on earlier pages.
     let word = avail_event_offset(harness.ring.layout.size().into());
     let at = UNUSED_AREA + 4 * LOG_PAGE - word;
@@ -311,8 +321,8 @@ fn avail_event(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn descriptors(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = ready(target, 0)?;
+fn descriptor_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = harness_with_log(target, 0)?;
     harness.set_log_all(true)?;
     harness.stop()?;
     // A ring of 256 entries spans more than one page: exactly the written ones must be marked.
@@ -343,8 +353,8 @@ fn descriptors(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn event_area(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = ready(target, bit(VIRTIO_RING_F_EVENT_IDX))?;
+fn event_area_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = harness_with_log(target, bit(VIRTIO_RING_F_EVENT_IDX))?;
     harness.enable_logging(UNUSED_AREA)?;
     let read = |harness: &Harness| {
         let mut event = [0; 4];
@@ -366,8 +376,8 @@ fn event_area(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn off(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = ready(target, 0)?;
+fn no_marks_while_off(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = harness_with_log(target, 0)?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     harness.connection.barrier()?;
     let early = harvest(&log).len();
@@ -387,7 +397,7 @@ fn off(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn reconnecting(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn reconnect_while_logging(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
     harness.publish();
@@ -418,8 +428,8 @@ fn reconnecting(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn switched(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, mut log) = ready(target, 0)?;
+fn replaced_log(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, mut log) = harness_with_log(target, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
     let mut worst = Outcome::not_tested("no round was run");
     for round in 1..=ROUNDS {
@@ -449,8 +459,8 @@ fn switched(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(worst)
 }
 
-fn signalled(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, _log) = ready(target, 0)?;
+fn log_fd_signals(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, _log) = harness_with_log(target, 0)?;
     let signal = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
     match harness.send_acked(Code::SET_LOG_FD, 0u64.as_bytes(), &[signal.as_fd()]) {
         Err(CheckAbort::Refused { .. }) => return Err(CheckAbort::NotOffered("SET_LOG_FD".into())),
@@ -488,13 +498,13 @@ fn signalled(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn too_small(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn log_too_small(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
     // Bits for the lower region only; data is beyond it.
     let size = LOW_BYTES / LOG_PAGE / 8;
     // The file has room for all bits, but the log does not.
-    let (fd, seen) = file((harness.memory.end() / LOG_PAGE / 8).next_multiple_of(LOG_PAGE))?;
+    let (fd, seen) = log_file((harness.memory.end() / LOG_PAGE / 8).next_multiple_of(LOG_PAGE))?;
     harness.send_log(&fd, size, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;

@@ -5,7 +5,7 @@ use std::thread;
 
 use super::harness::{HIGH, MAX_REQUESTS, Pages, RequestSize, SLOT_BYTES, changed, harvest, pages};
 use super::inflight::TrackedRegion;
-use super::log::{MarkComparison, ready};
+use super::log::{MarkComparison, harness_with_log};
 use super::{Check, CheckAbort, Outcome, RingSelection, Target, Verdict};
 use crate::abi::vhost_user::protocol_feature;
 use crate::dirty::Log;
@@ -18,24 +18,24 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "L10",
         what: "data is marked before its completion is seen",
         run_on: RingSelection::Data,
-        run: order,
+        run: mark_order,
     },
     Check {
         rule: "L11",
         what: "marks of concurrent writers in the same words are not lost",
         run_on: RingSelection::Data,
-        run: shared,
+        run: concurrent_marks,
     },
     Check {
         rule: "L15",
         what: "a continued ring with an empty log: its writes are marked, and all guest memory",
         run_on: RingSelection::Main,
-        run: successor,
+        run: successor_marks,
     },
 ];
 
-fn order(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = ready(target, 0)?;
+fn mark_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = harness_with_log(target, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
     let (mut early, mut late) = (0, 0);
     for _ in 0..ROUNDS {
@@ -68,8 +68,8 @@ fn order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn shared(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = ready(target, 0)?;
+fn concurrent_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = harness_with_log(target, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
     // Pages that no batch of mixed sizes uses, with bits in the same words.
     let ours: Pages =
@@ -121,17 +121,17 @@ fn mark_and_harvest(log: &Log, ours: &Pages, over: &AtomicBool) -> (Pages, usize
     (taken, lost, turns)
 }
 
-fn successor(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn successor_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     let mut harness = target.harness(0)?;
-    let region = TrackedRegion::ask(&harness)?;
-    region.install(&harness)?;
+    let region = TrackedRegion::get_inflight_fd(&harness)?;
+    region.set_inflight_fd(&harness)?;
     harness.start()?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     harness.connection.close();
     target.check_served()?;
     harness.reconnect(target.connect()?)?;
-    region.install(&harness)?;
+    region.set_inflight_fd(&harness)?;
     harness.ring.base = if target.variant.packed { harness.ring.base } else { harness.ring.current_base() };
     harness.add(1, RequestSize::Mixed)?;
     harness.publish();

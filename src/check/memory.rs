@@ -5,7 +5,7 @@ use std::sync::Arc;
 use zerocopy::IntoBytes;
 
 use super::harness::{HIGH, MAX_REQUESTS, RequestSize, describe, harvest};
-use super::log::{MarkComparison, ready};
+use super::log::{MarkComparison, harness_with_log};
 use super::{Check, CheckAbort, Outcome, RingSelection, Target, Verdict};
 use crate::abi::vhost_user::{MemRegMsg, Request as Code, VHOST_USER_MAX_RAM_SLOTS, protocol_feature};
 use crate::dirty::Log;
@@ -16,22 +16,22 @@ const ADDED: u64 = HIGH + (1 << 30);
 const ADDED_BYTES: u64 = 2 << 20;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "M1", what: "there are enough memory slots", run_on: RingSelection::Once, run: slots },
+    Check { rule: "M1", what: "there are enough memory slots", run_on: RingSelection::Once, run: slot_count },
     Check {
         rule: "M1",
         what: "a region is added and removed under load, and writes to it are marked",
         run_on: RingSelection::Data,
-        run: added,
+        run: added_region,
     },
     Check {
         rule: "L9",
         what: "a repeated memory table under load: no page is lost",
         run_on: RingSelection::Data,
-        run: repeated,
+        run: repeated_memory_table,
     },
 ];
 
-fn slots(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn slot_count(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::CONFIGURE_MEM_SLOTS)?;
     let slots = target.harness(0)?.connection.request_u64(Code::GET_MAX_MEM_SLOTS)?;
     Ok(match slots >= VHOST_USER_MAX_RAM_SLOTS as u64 {
@@ -40,7 +40,7 @@ fn slots(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn added(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn added_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::CONFIGURE_MEM_SLOTS)?;
     let mut harness = target.harness(0)?;
     harness.start()?;
@@ -78,8 +78,8 @@ fn added(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome(verdict, format!("in the added region: {found}")))
 }
 
-fn repeated(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = ready(target, 0)?;
+fn repeated_memory_table(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let (mut harness, log) = harness_with_log(target, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
     harness.add(MAX_REQUESTS, RequestSize::Large)?;
     let before = harness.hashes()?;

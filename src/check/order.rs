@@ -15,12 +15,17 @@ use crate::abi::vhost_user::{
 use crate::dirty::Log;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "R6", what: "a ring started in QEMU's order runs", run_on: RingSelection::Main, run: like_qemu },
+    Check {
+        rule: "R6",
+        what: "a ring started in QEMU's order runs",
+        run_on: RingSelection::Main,
+        run: qemu_start_order,
+    },
     Check {
         rule: "R7",
         what: "a ring started in UML's order runs, and stops when it is disabled",
         run_on: RingSelection::Main,
-        run: like_uml,
+        run: uml_start_order,
     },
     Check { rule: "R8", what: "RESET_OWNER has no effect on later use", run_on: RingSelection::Once, run: reset_owner },
     Check {
@@ -39,12 +44,12 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "R10",
         what: "completions without a call fd are signalled on the next call fd",
         run_on: RingSelection::All,
-        run: late_call,
+        run: late_call_fd,
     },
 ];
 
 /// Returns a guest with pending requests, on a new connection with only features negotiated.
-fn fresh(target: &Target, requests: u64) -> Result<Harness, CheckAbort> {
+fn unstarted_harness(target: &Target, requests: u64) -> Result<Harness, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.forget_session();
     harness.add(requests, RequestSize::Mixed)?;
@@ -54,11 +59,11 @@ fn fresh(target: &Target, requests: u64) -> Result<Harness, CheckAbort> {
     Ok(harness)
 }
 
-fn like_qemu(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = fresh(target, 4)?;
+fn qemu_start_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let mut harness = unstarted_harness(target, 4)?;
     let mut seen = "4 requests".to_string();
     if target.offered.has_protocol(protocol_feature::INFLIGHT_SHMFD) {
-        TrackedRegion::ask(&harness)?.install(&harness)?;
+        TrackedRegion::get_inflight_fd(&harness)?.set_inflight_fd(&harness)?;
         seen += ", the inflight region before the memory table";
     }
     for queue in harness.all() {
@@ -86,11 +91,11 @@ fn like_qemu(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn like_uml(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn uml_start_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if !target.offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
         return Err(CheckAbort::NotOffered("disabling a ring (PROTOCOL_FEATURES)".into()));
     }
-    let mut harness = fresh(target, 4)?;
+    let mut harness = unstarted_harness(target, 4)?;
     harness.send_memory()?;
     for queue in harness.all() {
         let index = u64::from(queue.index);
@@ -105,16 +110,16 @@ fn like_uml(target: &mut Target) -> Result<Outcome, CheckAbort> {
     // UML stops rings so, without GET_VRING_BASE.
     harness.enable(false)?;
     harness.connection.barrier()?;
-    let resting = rests(&mut harness)?;
+    let outcome = run_disabled(&mut harness)?;
     harness.enable(true)?;
     harness.kick();
     harness.finish()?;
-    Ok(resting.unwrap_or_else(|discarded| disabled(target, discarded)))
+    Ok(outcome.unwrap_or_else(|discarded| disabled_outcome(target, discarded)))
 }
 
 /// Adds 4 requests on a ring that is not enabled. Returns `Err` with the number that was served. Only data pages count,
 /// because the event word may be written late.
-fn rests(harness: &mut Harness) -> Result<Result<Outcome, u64>, CheckAbort> {
+fn run_disabled(harness: &mut Harness) -> Result<Result<Outcome, u64>, CheckAbort> {
     harness.add(4, RequestSize::Mixed)?;
     harness.publish();
     let before = harness.hashes()?;
@@ -130,7 +135,7 @@ fn rests(harness: &mut Harness) -> Result<Result<Outcome, u64>, CheckAbort> {
     })
 }
 
-fn disabled(target: &Target, served: u64) -> Outcome {
+fn disabled_outcome(target: &Target, served: u64) -> Outcome {
     match target.variant.flow {
         // The specification says that packets on a disabled transmit ring are discarded.
         Flow::Transmit => Outcome::warning(format!("{served} packets were discarded while the ring was disabled")),
@@ -145,12 +150,12 @@ fn reset_owner(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.connection.send(Code::RESET_OWNER, Header::FLAG_VERSION, &[], &[])?;
     harness.connection.barrier()?;
     harness.negotiate()?;
-    again(&mut harness)?;
+    start_again(&mut harness)?;
     Ok(Outcome::pass("rings started again on the same connection are served"))
 }
 
 /// Starts the rings again on the same connection at their current positions, and completes pending and new requests.
-fn again(harness: &mut Harness) -> Result<(), CheckAbort> {
+fn start_again(harness: &mut Harness) -> Result<(), CheckAbort> {
     harness.send_memory()?;
     // A reset need not stop the rings.
     harness.stop()?;
@@ -177,11 +182,11 @@ fn reset(target: &mut Target, send: impl FnOnce(&Harness) -> Result<(), CheckAbo
     send(&harness)?;
     harness.connection.barrier()?;
     harness.forget_session();
-    let rested = rests(&mut harness)?;
+    let outcome = run_disabled(&mut harness)?;
     // The owner is still set.
     harness.negotiate_features()?;
-    again(&mut harness)?;
-    Ok(match rested {
+    start_again(&mut harness)?;
+    Ok(match outcome {
         Ok(_) => Outcome::pass("4 requests waited until the rings were started again"),
         Err(served) => Outcome::fail(format!("{served} of 4 requests were served after the reset")),
     })
@@ -190,7 +195,7 @@ fn reset(target: &mut Target, send: impl FnOnce(&Harness) -> Result<(), CheckAbo
 /// Number of attempts. A back-end that publishes before it reads the call fd may see a late one in time by chance.
 const LATE_CALLS: usize = 5;
 
-fn late_call(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn late_call_fd(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for _ in 0..LATE_CALLS {
         let mut harness = target.harness(0)?;
         for queue in harness.all() {

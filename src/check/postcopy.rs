@@ -28,43 +28,43 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "F3",
         what: "need-reply adds no second reply in postcopy",
         run_on: RingSelection::Once,
-        run: answers,
+        run: need_reply_in_postcopy,
     },
     Check {
         rule: "M1",
         what: "postcopy is not offered together with memory slots",
         run_on: RingSelection::Once,
-        run: offered,
+        run: no_memory_slots,
     },
     Check {
         rule: "P1",
         what: "the reply to POSTCOPY_ADVISE is one userfaultfd and no payload",
         run_on: RingSelection::Once,
-        run: advised,
+        run: postcopy_advise_reply,
     },
     Check {
         rule: "P1",
         what: "pages can be placed at the addresses in the reply to the postcopy memory table",
         run_on: RingSelection::Once,
-        run: addresses,
+        run: memory_table_addresses,
     },
     Check {
         rule: "P1",
         what: "requests in missing memory are served as its pages arrive",
         run_on: RingSelection::All,
-        run: served,
+        run: requests_in_missing_memory,
     },
     Check {
         rule: "P1",
         what: "POSTCOPY_LISTEN without POSTCOPY_ADVISE is refused",
         run_on: RingSelection::Once,
-        run: unadvised,
+        run: listen_without_advise,
     },
     Check {
         rule: "P1",
         what: "POSTCOPY_ADVISE without PAGEFAULT is refused",
         run_on: RingSelection::Once,
-        run: unasked,
+        run: advise_without_pagefault,
     },
 ];
 
@@ -73,7 +73,7 @@ pub(super) const DESTRUCTIVE: &[Check] = &[Check {
     rule: "P1",
     what: "a disconnection before POSTCOPY_END has no effect on later front-ends",
     run_on: RingSelection::Once,
-    run: hung_up,
+    run: hang_ups,
 }];
 
 /// A point in the start of postcopy, and the function that gets there.
@@ -90,7 +90,7 @@ const STAGES: &[Stage] = &[
 ];
 
 /// Returns a guest with pending requests on a new connection, with PAGEFAULT negotiated.
-fn guest(target: &Target, requests: u64) -> Result<Harness, CheckAbort> {
+fn pending_harness(target: &Target, requests: u64) -> Result<Harness, CheckAbort> {
     target.offered.require_protocol(protocol_feature::PAGEFAULT)?;
     let mut harness = target.harness(0)?;
     fill(&harness)?;
@@ -112,15 +112,15 @@ fn fill(harness: &Harness) -> Result<(), CheckAbort> {
 }
 
 /// Sends a request that has a reply of its own, and receives the reply.
-fn ask(harness: &Harness, code: Code, flags: u32) -> Result<Reply, CheckAbort> {
+fn request(harness: &Harness, code: Code, flags: u32) -> Result<Reply, CheckAbort> {
     harness.connection.send(code, flags, &[], &[])?;
     let reply = harness.connection.reply(code)?;
-    settled(harness, flags)?;
+    check_single_reply(harness, flags)?;
     Ok(reply)
 }
 
 /// Fails if need-reply has caused a second reply (rule F3.2).
-fn settled(harness: &Harness, flags: u32) -> Result<(), CheckAbort> {
+fn check_single_reply(harness: &Harness, flags: u32) -> Result<(), CheckAbort> {
     if flags & Header::FLAG_NEED_REPLY != 0 {
         harness.connection.barrier()?;
     }
@@ -128,13 +128,13 @@ fn settled(harness: &Harness, flags: u32) -> Result<(), CheckAbort> {
 }
 
 /// Returns flags with need-reply if REPLY_ACK is offered.
-fn asking(harness: &Harness) -> u32 {
+fn need_reply_flags(harness: &Harness) -> u32 {
     if harness.offered.has_protocol(protocol_feature::REPLY_ACK) { ASKING } else { PLAIN }
 }
 
 /// Sends POSTCOPY_ADVISE. Returns the userfaultfd.
 fn advise(harness: &Harness, flags: u32) -> Result<Userfault, CheckAbort> {
-    let mut reply = ask(harness, Code::POSTCOPY_ADVISE, flags)?;
+    let mut reply = request(harness, Code::POSTCOPY_ADVISE, flags)?;
     let (bytes, count) = (reply.payload.len(), reply.fds.len());
     match reply.fds.pop() {
         None => Err(CheckAbort::NotPossible(
@@ -163,14 +163,14 @@ fn is_userfaultfd(fd: &OwnedFd) -> bool {
 /// Sends POSTCOPY_ADVISE and POSTCOPY_LISTEN.
 fn listen(harness: &Harness, flags: u32) -> Result<Userfault, CheckAbort> {
     let userfault = advise(harness, flags)?;
-    granted(harness, Code::POSTCOPY_LISTEN)?;
+    request_acknowledged(harness, Code::POSTCOPY_LISTEN)?;
     Ok(userfault)
 }
 
 /// Sends POSTCOPY_LISTEN or POSTCOPY_END, which must be acknowledged with 0. QEMU sends them with need-reply, and DPDK
 /// replies to POSTCOPY_LISTEN only then.
-fn granted(harness: &Harness, code: Code) -> Result<(), CheckAbort> {
-    match ask(harness, code, asking(harness))?.read()? {
+fn request_acknowledged(harness: &Harness, code: Code) -> Result<(), CheckAbort> {
+    match request(harness, code, need_reply_flags(harness))?.read()? {
         0 => Ok(()),
         answer => Err(CheckAbort::Refused { code, answer }),
     }
@@ -208,12 +208,12 @@ fn acknowledge(harness: &Harness, flags: u32) -> Result<(), CheckAbort> {
 }
 
 /// Fails if the next front-end is not served `after` an action.
-fn go_on(target: &Target, after: &str) -> Result<(), CheckAbort> {
+fn check_next_front_end(target: &Target, after: &str) -> Result<(), CheckAbort> {
     serves(target)
         .map_err(|abort| CheckAbort::Violation(format!("after {after} the next front-end is not served: {abort}")))
 }
 
-fn offered(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn no_memory_slots(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::PAGEFAULT)?;
     Ok(match target.offered.has_protocol(protocol_feature::CONFIGURE_MEM_SLOTS) {
         false => Outcome::pass("PAGEFAULT without CONFIGURE_MEM_SLOTS"),
@@ -224,23 +224,23 @@ fn offered(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn answers(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn need_reply_in_postcopy(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
-    let harness = guest(target, 0)?;
+    let harness = pending_harness(target, 0)?;
     let _userfault = listen(&harness, ASKING)?;
     send_table(&harness, ASKING)?;
     acknowledge(&harness, ASKING)?;
-    granted(&harness, Code::POSTCOPY_END)?;
+    request_acknowledged(&harness, Code::POSTCOPY_END)?;
     Ok(Outcome::pass("one reply to each of the four requests, and none to the acknowledgement of the memory table"))
 }
 
-fn advised(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    advise(&guest(target, 0)?, PLAIN)?;
+fn postcopy_advise_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    advise(&pending_harness(target, 0)?, PLAIN)?;
     Ok(Outcome::pass("one fd, no payload"))
 }
 
-fn addresses(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let harness = guest(target, 0)?;
+fn memory_table_addresses(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let harness = pending_harness(target, 0)?;
     let userfault = listen(&harness, PLAIN)?;
     let contents = MemoryContents::punch_out(&harness)?;
     let regions = send_table(&harness, PLAIN)?;
@@ -259,7 +259,7 @@ fn addresses(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if wrong > 0 {
         return Ok(Outcome::fail(format!("{wrong} pages differ from the placed ones: they were accessed before")));
     }
-    granted(&harness, Code::POSTCOPY_END)?;
+    request_acknowledged(&harness, Code::POSTCOPY_END)?;
     Ok(Outcome::pass(format!("{count} regions with every page placed")))
 }
 
@@ -270,10 +270,10 @@ fn differing(harness: &Harness, expected: &MemoryContents, aside: &Pages) -> Res
     Ok(pages.map(|((page, _), _)| page).filter(|page| !aside.contains(page)).collect())
 }
 
-fn served(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn requests_in_missing_memory(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::PAGEFAULT)?;
-    let known = if target.device.is_stable() { Some(answered(target)?) } else { None };
-    let mut harness = guest(target, MAX_REQUESTS)?;
+    let known = if target.device.is_stable() { Some(memory_after_requests(target)?) } else { None };
+    let mut harness = pending_harness(target, MAX_REQUESTS)?;
     let userfault = listen(&harness, PLAIN)?;
     let contents = MemoryContents::punch_out(&harness)?;
     let regions = send_table(&harness, PLAIN)?;
@@ -302,7 +302,7 @@ fn served(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 /// Returns guest memory after the requests have run with all pages present.
-fn answered(target: &Target) -> Result<MemoryContents, CheckAbort> {
+fn memory_after_requests(target: &Target) -> Result<MemoryContents, CheckAbort> {
     let mut harness = target.harness(0)?;
     fill(&harness)?;
     harness.start()?;
@@ -336,7 +336,7 @@ fn serve(
         let (pages, at) = (wrong.len(), first * LOG_PAGE);
         return Ok(Some(format!("{pages} pages have unexpected contents, the first at {at:#x}")));
     }
-    granted(harness, Code::POSTCOPY_END)?;
+    request_acknowledged(harness, Code::POSTCOPY_END)?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     let base = harness.stop()?;
     let (shown, same) = (harness.ring.format_base(base), harness.ring.is_same_base(base, harness.ring.end_base()));
@@ -369,15 +369,15 @@ fn complete(harness: &mut Harness) -> Result<Vec<Buffer>, CheckAbort> {
     Ok(filled)
 }
 
-fn hung_up(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn hang_ups(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for (what, come_to) in STAGES {
-        let harness = guest(target, 0)?;
+        let harness = pending_harness(target, 0)?;
         let userfault = come_to(&harness)?;
         harness.connection.close();
         drop(userfault);
-        go_on(target, what)?;
+        check_next_front_end(target, what)?;
     }
-    let harness = guest(target, MAX_REQUESTS)?;
+    let harness = pending_harness(target, MAX_REQUESTS)?;
     let userfault = listen(&harness, PLAIN)?;
     let contents = MemoryContents::punch_out(&harness)?;
     let regions = send_table(&harness, PLAIN)?;
@@ -396,7 +396,7 @@ fn hung_up(target: &mut Target) -> Result<Outcome, CheckAbort> {
     }
     // Closes the userfaultfd, as the death of a front-end does.
     drop(page_server);
-    go_on(target, "pages that never arrived")?;
+    check_next_front_end(target, "pages that never arrived")?;
     harness.wait_quiet();
     let data = harness.fds().pop().map(fstat).transpose()?;
     let made_up = data.map_or(0, |data| data.st_blocks) * 512;
@@ -412,7 +412,7 @@ fn hung_up(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 /// Evaluates the response to a request that must be refused.
-fn refused(answer: Result<Reply, CheckAbort>) -> Result<Outcome, CheckAbort> {
+fn refusal_outcome(answer: Result<Reply, CheckAbort>) -> Result<Outcome, CheckAbort> {
     match answer {
         Err(CheckAbort::HungUp { .. }) => Ok(Outcome::pass("refused by closing the connection")),
         Err(abort) => Err(abort),
@@ -424,24 +424,24 @@ fn refused(answer: Result<Reply, CheckAbort>) -> Result<Outcome, CheckAbort> {
     }
 }
 
-fn unadvised(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    advise(&guest(target, 0)?, PLAIN)?;
-    let harness = guest(target, 0)?;
-    let outcome = refused(ask(&harness, Code::POSTCOPY_LISTEN, asking(&harness)))?;
+fn listen_without_advise(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    advise(&pending_harness(target, 0)?, PLAIN)?;
+    let harness = pending_harness(target, 0)?;
+    let outcome = refusal_outcome(request(&harness, Code::POSTCOPY_LISTEN, need_reply_flags(&harness)))?;
     drop(harness);
-    go_on(target, "POSTCOPY_LISTEN without POSTCOPY_ADVISE")?;
+    check_next_front_end(target, "POSTCOPY_LISTEN without POSTCOPY_ADVISE")?;
     Ok(outcome)
 }
 
-fn unasked(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn advise_without_pagefault(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let offers = target.offered.has_protocol(protocol_feature::PAGEFAULT);
     if offers {
-        advise(&guest(target, 0)?, PLAIN)?;
+        advise(&pending_harness(target, 0)?, PLAIN)?;
     }
     let harness = target.harness(0)?;
-    let outcome = refused(ask(&harness, Code::POSTCOPY_ADVISE, PLAIN))?;
+    let outcome = refusal_outcome(request(&harness, Code::POSTCOPY_ADVISE, PLAIN))?;
     drop(harness);
-    go_on(target, "POSTCOPY_ADVISE without PAGEFAULT")?;
+    check_next_front_end(target, "POSTCOPY_ADVISE without PAGEFAULT")?;
     Ok(match outcome {
         Outcome(Verdict::Pass, seen) if !offers => {
             Outcome(Verdict::NotOffered, format!("PAGEFAULT is not offered; POSTCOPY_ADVISE is {seen}"))

@@ -18,20 +18,25 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "R1",
         what: "features that were not offered are refused",
         run_on: RingSelection::Once,
-        run: features,
+        run: unoffered_features,
     },
     Check {
         rule: "R1",
         what: "without bit 30 a ring runs as soon as it is started",
         run_on: RingSelection::Main,
-        run: plain,
+        run: without_protocol_features,
     },
-    Check { rule: "R2", what: "a ring that is not enabled is not served", run_on: RingSelection::All, run: disabled },
+    Check {
+        rule: "R2",
+        what: "a ring that is not enabled is not served",
+        run_on: RingSelection::All,
+        run: disabled_ring,
+    },
     Check {
         rule: "R2",
         what: "pending requests are served when the ring is enabled",
         run_on: RingSelection::All,
-        run: enabled,
+        run: enabled_ring,
     },
     Check {
         rule: "R3",
@@ -43,29 +48,29 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "R3",
         what: "all rings at once: their writes are marked, and each is drained",
         run_on: RingSelection::All,
-        run: everywhere,
+        run: drain_all_rings,
     },
     Check {
         rule: "R4",
         what: "a ring continues at its base, also across the wrap of the index",
         run_on: RingSelection::All,
-        run: base,
+        run: continue_at_base,
     },
     Check {
         rule: "R5",
         what: "SET_VRING_ADDR on a running ring does not change its position",
         run_on: RingSelection::All,
-        run: addr,
+        run: set_vring_addr,
     },
     Check {
         rule: "R9",
         what: "the next front-end is served, and the device is unchanged",
         run_on: RingSelection::Main,
-        run: reconnect,
+        run: next_front_end,
     },
 ];
 
-fn features(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn unoffered_features(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
     let harness = target.harness(0)?;
     let Some(number) = (0..64).rev().find(|number| !target.offered.has(*number)) else {
@@ -79,7 +84,7 @@ fn features(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn plain(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn without_protocol_features(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if !target.offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
         return Ok(Outcome::not_tested("bit 30 is not offered: every check is run without it"));
     }
@@ -97,7 +102,7 @@ fn plain(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn disabled(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn disabled_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     if !target.offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
         return Err(CheckAbort::NotOffered("disabling a ring (PROTOCOL_FEATURES)".into()));
@@ -120,7 +125,7 @@ fn disabled(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn enabled(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn enabled_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.add(4, RequestSize::Mixed)?;
     // Published before there is a kick fd.
@@ -225,7 +230,7 @@ fn late_frames(target: &Target) -> Result<Option<String>, CheckAbort> {
     }))
 }
 
-fn everywhere(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn drain_all_rings(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let rings = target.max_rings();
     if rings < 2 {
         return Ok(Outcome::not_tested("the device has one ring"));
@@ -281,7 +286,7 @@ fn everywhere(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn base(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn continue_at_base(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     // Indices of split rings wrap at 2^16, those of packed rings at the ring size.
     let from = if target.variant.packed { harness.ring.layout.size() - 6 } else { 65530 };
@@ -301,7 +306,7 @@ fn base(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("from {from} to {} with a stop in between", harness.ring.format_base(harness.ring.base))))
 }
 
-fn addr(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn set_vring_addr(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
     let rounds = 5;
@@ -318,7 +323,7 @@ fn addr(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn reconnect(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn next_front_end(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut seen = Vec::new();
     for _ in 0..3 {
         let mut harness = target.harness(0)?;

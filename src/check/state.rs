@@ -21,21 +21,31 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "D1",
         what: "the state of a device that never ran can be saved",
         run_on: RingSelection::Once,
-        run: never_ran,
+        run: state_before_start,
     },
     Check {
         rule: "D1",
         what: "the state of a stopped device can be loaded on the next connection",
         run_on: RingSelection::Main,
-        run: moved,
+        run: state_of_stopped_device,
     },
-    Check { rule: "D1", what: "a truncated state is refused without effect", run_on: RingSelection::Once, run: cut },
-    Check { rule: "D1", what: "invalid directions and phases are refused", run_on: RingSelection::Once, run: unknown },
+    Check {
+        rule: "D1",
+        what: "a truncated state is refused without effect",
+        run_on: RingSelection::Once,
+        run: truncated_states,
+    },
+    Check {
+        rule: "D1",
+        what: "invalid directions and phases are refused",
+        run_on: RingSelection::Once,
+        run: invalid_directions,
+    },
     Check {
         rule: "D1",
         what: "messages are answered during a state transfer",
         run_on: RingSelection::Once,
-        run: meanwhile,
+        run: messages_during_transfer,
     },
 ];
 
@@ -43,12 +53,17 @@ const SET: Code = Code::SET_DEVICE_STATE_FD;
 const CHECK: Code = Code::CHECK_DEVICE_STATE;
 
 /// Returns a harness with DEVICE_STATE negotiated and no ring started.
-fn ready(target: &Target) -> Result<Harness, CheckAbort> {
+fn state_harness(target: &Target) -> Result<Harness, CheckAbort> {
     target.harness_with_protocol(&[protocol_feature::DEVICE_STATE])
 }
 
 /// Sends SET_DEVICE_STATE_FD with one end of a pipe. Returns the fd of the reply, to be used instead of the other end.
-fn begin(harness: &Harness, direction: u32, phase: u32, end: BorrowedFd<'_>) -> Result<Option<OwnedFd>, CheckAbort> {
+fn begin_transfer(
+    harness: &Harness,
+    direction: u32,
+    phase: u32,
+    end: BorrowedFd<'_>,
+) -> Result<Option<OwnedFd>, CheckAbort> {
     let body = DeviceStateTransfer { direction, phase };
     harness.connection.send(SET, Header::FLAG_VERSION, body.as_bytes(), &[end])?;
     let reply = harness.connection.reply(SET)?;
@@ -66,7 +81,7 @@ fn begin(harness: &Harness, direction: u32, phase: u32, end: BorrowedFd<'_>) -> 
 /// Saves the device state.
 fn save(harness: &Harness) -> Result<Vec<u8>, CheckAbort> {
     let (reader, writer) = io::pipe()?;
-    let other = begin(harness, DEVICE_STATE_SAVE, DEVICE_STATE_PHASE_STOPPED, writer.as_fd())?;
+    let other = begin_transfer(harness, DEVICE_STATE_SAVE, DEVICE_STATE_PHASE_STOPPED, writer.as_fd())?;
     drop(writer);
     let from = other.unwrap_or_else(|| reader.into());
     let deadline = harness.deadline(harness.timeout);
@@ -81,7 +96,7 @@ fn save(harness: &Harness) -> Result<Vec<u8>, CheckAbort> {
 /// Loads a device state. Returns the result of CHECK_DEVICE_STATE.
 fn load(harness: &Harness, state: &[u8]) -> Result<u64, CheckAbort> {
     let (reader, writer) = io::pipe()?;
-    let other = begin(harness, DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, reader.as_fd())?;
+    let other = begin_transfer(harness, DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, reader.as_fd())?;
     drop(reader);
     let into = other.unwrap_or_else(|| writer.into());
     let deadline = harness.deadline(harness.timeout);
@@ -133,31 +148,31 @@ fn set_distinct_state(target: &Target, harness: &Harness) -> Result<Option<Vec<u
     Ok(if now != before && save(harness)? == now { Some(now) } else { None })
 }
 
-fn never_ran(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    Ok(Outcome::pass(format!("{} bytes", save(&ready(target)?)?.len())))
+fn state_before_start(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    Ok(Outcome::pass(format!("{} bytes", save(&state_harness(target)?)?.len())))
 }
 
-fn moved(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn state_of_stopped_device(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if !matches!(target.device, TestedDevice::Net) {
         return restore_on_next_connection(target);
     }
-    let good = save(&ready(target)?)?;
+    let good = save(&state_harness(target)?)?;
     let outcome = restore_on_next_connection(target);
     if outcome.is_err() {
-        put_back(target, &good);
+        restore_state(target, &good);
     }
     outcome
 }
 
 /// Restores the device state from before the check.
-fn put_back(target: &mut Target, good: &[u8]) {
-    if let Err(abort) = target.restore_changes(|target| load_accepted(&ready(target)?, good)) {
-        target.left.push(format!("the device state was not restored ({abort})"));
+fn restore_state(target: &mut Target, good: &[u8]) {
+    if let Err(abort) = target.restore_changes(|target| load_accepted(&state_harness(target)?, good)) {
+        target.unrestored.push(format!("the device state was not restored ({abort})"));
     }
 }
 
 fn restore_on_next_connection(target: &Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = ready(target)?;
+    let mut harness = state_harness(target)?;
     harness.start()?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     harness.stop()?;
@@ -180,19 +195,19 @@ fn restore_on_next_connection(target: &Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn cut(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let harness = ready(target)?;
+fn truncated_states(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let harness = state_harness(target)?;
     let good = save(&harness)?;
     if good.is_empty() {
         return Ok(Outcome::not_tested("the state is empty and cannot be truncated"));
     }
     let here = set_distinct_state(target, &harness)?;
-    let found = refuses(&harness, &good, here.as_deref());
+    let found = load_truncated(&harness, &good, here.as_deref());
     let back = load_accepted(&harness, &good);
     if back.is_err() {
         // Restore the state on a new connection.
         drop(harness);
-        put_back(target, &good);
+        restore_state(target, &good);
     }
     let Outcome(verdict, seen) = found.unwrap_or_else(Outcome::from);
     Ok(match back {
@@ -202,7 +217,7 @@ fn cut(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 /// Loads truncated states. The device must keep the state `here`.
-fn refuses(harness: &Harness, good: &[u8], here: Option<&[u8]>) -> Result<Outcome, CheckAbort> {
+fn load_truncated(harness: &Harness, good: &[u8], here: Option<&[u8]>) -> Result<Outcome, CheckAbort> {
     let bytes = good.len();
     for end in [bytes - 1, bytes / 2, 0] {
         let part = good.get(..end).unwrap_or_default();
@@ -221,13 +236,13 @@ fn refuses(harness: &Harness, good: &[u8], here: Option<&[u8]>) -> Result<Outcom
     Ok(Outcome::pass(format!("without the last byte, one half, and empty{whole}")))
 }
 
-fn unknown(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn invalid_directions(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut hung_up = 0;
     for (direction, phase) in [(2, 0), (u32::MAX, 0), (DEVICE_STATE_SAVE, 1), (DEVICE_STATE_LOAD, u32::MAX)] {
-        let harness = ready(target)?;
+        let harness = state_harness(target)?;
         let (reader, writer) = io::pipe()?;
         let end = if direction == DEVICE_STATE_LOAD { reader.as_fd() } else { writer.as_fd() };
-        match begin(&harness, direction, phase, end) {
+        match begin_transfer(&harness, direction, phase, end) {
             Ok(_) => return Ok(Outcome::fail(format!("direction {direction} in phase {phase} was accepted"))),
             Err(CheckAbort::Refused { .. }) => drop(harness.connection.barrier()?),
             // As for any request that the back-end does not support (rule F5.2).
@@ -241,10 +256,10 @@ fn unknown(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn meanwhile(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let harness = ready(target)?;
+fn messages_during_transfer(target: &mut Target) -> Result<Outcome, CheckAbort> {
+    let harness = state_harness(target)?;
     let (reader, writer) = io::pipe()?;
-    let other = begin(&harness, DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, reader.as_fd())?;
+    let other = begin_transfer(&harness, DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, reader.as_fd())?;
     harness.connection.send(Code::GET_FEATURES, Header::FLAG_VERSION, &[], &[])?;
     let answered = harness.connection.replies_within(harness.short_wait());
     drop((reader, writer, other));
@@ -260,7 +275,7 @@ fn meanwhile(target: &mut Target) -> Result<Outcome, CheckAbort> {
 type StateMutation = (&'static str, fn(&[u8]) -> Vec<u8>);
 
 /// Loads states that no device has saved (a hostile check).
-pub(super) fn mutated(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn mutated_states(target: &mut Target) -> Result<Outcome, CheckAbort> {
     fn flipped(good: &[u8], at: usize) -> Vec<u8> {
         let mut state = good.to_vec();
         state.get_mut(at).into_iter().for_each(|byte| *byte ^= 0x10);
@@ -274,7 +289,7 @@ pub(super) fn mutated(target: &mut Target) -> Result<Outcome, CheckAbort> {
         ("a state of noise", |good| noise(1, good.len().max(64) as u32)),
         ("a MiB of ones", |_| vec![0xff; 1 << 20]),
     ];
-    let good = save(&ready(target)?)?;
+    let good = save(&state_harness(target)?)?;
     let outcome = attack(
         target,
         changes,
@@ -290,9 +305,9 @@ pub(super) fn mutated(target: &mut Target) -> Result<Outcome, CheckAbort> {
         },
     )?;
     if target.options.stop.is_set() {
-        put_back(target, &good);
+        restore_state(target, &good);
     } else if outcome.0 != Verdict::Fail {
-        load_accepted(&ready(target)?, &good)?;
+        load_accepted(&state_harness(target)?, &good)?;
     }
     Ok(outcome)
 }

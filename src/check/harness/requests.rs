@@ -292,7 +292,7 @@ impl Harness {
                 self.view().read(STATUSES + slot as u64 * LOG_PAGE, &mut status)?;
                 match status {
                     [NO_STATUS] => Err(CheckAbort::Violation("a request was completed without a status".into())),
-                    [status] if BlkGeometry::worked(status) => Ok(true),
+                    [status] if BlkGeometry::is_success(status) => Ok(true),
                     [status] => Err(CheckAbort::Violation(format!("a read failed with status {status}"))),
                 }
             }
