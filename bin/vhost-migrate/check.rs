@@ -20,9 +20,9 @@ use crate::signals::{before_termination, interrupts_and_hangup};
 use crate::values;
 
 /// Exit status if nothing could be checked.
-const UNCHECKED: u8 = 3;
+const NOT_CHECKED: u8 = 3;
 /// Exit status with `--strict` for warnings without a failure.
-const WARNED: u8 = 4;
+const WARNINGS: u8 = 4;
 /// Maximum time from a signal to the end. Restoring changes takes less.
 const STOPPING: Duration = Duration::from_secs(20);
 
@@ -49,10 +49,10 @@ pub(crate) struct Arguments {
     #[arg(required_unless_present = "explain", value_parser = values::socket_path())]
     socket: Option<PathBuf>,
     /// Print a rule, the consequence of a violation, and advice
-    #[arg(long, value_name = "RULE", value_parser = explained, exclusive = true)]
+    #[arg(long, value_name = "RULE", value_parser = parse_explanation, exclusive = true)]
     explain: Option<Explanation>,
     /// Check only these rules: for example R3,L1
-    #[arg(long, value_name = "RULE,...", value_delimiter = ',', value_parser = known)]
+    #[arg(long, value_name = "RULE,...", value_delimiter = ',', value_parser = parse_rule)]
     only: Vec<&'static str>,
     /// Kind of the device, if it cannot be detected
     #[arg(long)]
@@ -66,7 +66,7 @@ pub(crate) struct Arguments {
     /// Source of incoming data. Network interface: 'loop' if it sends frames back, an interface of the host, or the
     /// socket of another vhost-user back-end whose frames arrive at this one. Vsock: the host's socket. Console: the
     /// TCP address of its input. Default: 'loop' if a frame returns
-    #[arg(long, value_name = "loop|INTERFACE|SOCKET|tcp:HOST:PORT", value_parser = frame_source)]
+    #[arg(long, value_name = "loop|INTERFACE|SOCKET|tcp:HOST:PORT", value_parser = parse_frame_source)]
     frame_source: Option<FrameSource>,
     /// Exit with status 4 if there are warnings and no failures. Default: status 0
     #[arg(long)]
@@ -118,16 +118,16 @@ enum RingKindArgument {
     Packed,
 }
 
-fn known(id: &str) -> Result<&'static str, String> {
+fn parse_rule(id: &str) -> Result<&'static str, String> {
     rule(id).map_err(|error| error.to_string())
 }
 
-fn explained(id: &str) -> Result<Explanation, String> {
+fn parse_explanation(id: &str) -> Result<Explanation, String> {
     explain(id).map_err(|error| error.to_string())
 }
 
 /// Parses a frame source. A path contains a slash.
-fn frame_source(text: &str) -> Result<FrameSource, String> {
+fn parse_frame_source(text: &str) -> Result<FrameSource, String> {
     match text {
         "" => Err("expected 'loop', an interface or a socket".into()),
         "loop" => Ok(FrameSource::Loop),
@@ -139,12 +139,12 @@ fn frame_source(text: &str) -> Result<FrameSource, String> {
     }
 }
 
-fn unwritable(path: &Path) -> impl Fn(io::Error) -> String {
+fn cannot_write(path: &Path) -> impl Fn(io::Error) -> String {
     move |error| format!("cannot write the findings to {}: {error}", path.display())
 }
 
 /// Returns true if stdout is a terminal and NO_COLOR is not set.
-fn wants_colours() -> bool {
+fn has_colour_terminal() -> bool {
     io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
@@ -171,7 +171,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     });
     if let Err(error) = signals {
         eprintln!("vhost-migrate: signals: {error}");
-        return ExitCode::from(UNCHECKED);
+        return ExitCode::from(NOT_CHECKED);
     }
     match arguments.run(stop) {
         Err(error) if matches!(error.downcast_ref(), Some(CheckError::Stopped { .. })) => {
@@ -179,14 +179,14 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
             drop(checking);
             // The signal is about to end this process.
             std::thread::sleep(2 * STOPPING);
-            ExitCode::from(UNCHECKED)
+            ExitCode::from(NOT_CHECKED)
         }
         Ok(report) if report.has_failures() => ExitCode::FAILURE,
-        Ok(report) if strict && report.count(Verdict::Warning) > 0 => ExitCode::from(WARNED),
+        Ok(report) if strict && report.count(Verdict::Warning) > 0 => ExitCode::from(WARNINGS),
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vhost-migrate: {error}");
-            ExitCode::from(UNCHECKED)
+            ExitCode::from(NOT_CHECKED)
         }
     }
 }
@@ -222,7 +222,7 @@ impl Arguments {
             ..CheckOptions::default()
         };
         // Created first: after a long run an error would lose the findings.
-        let junit = self.junit.map(|path| Ok::<_, String>((File::create(&path).map_err(unwritable(&path))?, path)));
+        let junit = self.junit.map(|path| Ok::<_, String>((File::create(&path).map_err(cannot_write(&path))?, path)));
         let junit = junit.transpose()?;
         let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {wide_msg}");
         // Shown on a terminal only.
@@ -237,11 +237,11 @@ impl Arguments {
         let report = report?;
         // Written before the table: printing may fail if the reader has closed the pipe.
         if let Some((mut file, path)) = junit {
-            file.write_all(report.junit().as_bytes()).map_err(unwritable(&path))?;
+            file.write_all(report.junit().as_bytes()).map_err(cannot_write(&path))?;
         }
         let printed = match self.json {
             true => json!({"report": report, "rules": report.rules(), "failed": report.has_failures()}).to_string(),
-            false => report.text(wants_colours()),
+            false => report.text(has_colour_terminal()),
         };
         match writeln!(io::stdout(), "{printed}") {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {

@@ -46,13 +46,13 @@ pub(super) const CHECKS: &[Check] = &[
         rule: "R3",
         what: "writes accepted before GET_VRING_BASE are on the disk",
         run_on: RingSelection::Once,
-        run: written,
+        run: writes_before_stop,
     },
     Check {
         rule: "I9",
         what: "writes of a killed back-end do not overwrite those of its successor",
         run_on: RingSelection::Once,
-        run: outlived,
+        run: writes_after_kill,
     },
 ];
 
@@ -114,7 +114,7 @@ impl BlkGeometry {
     }
 
     /// Returns true for the status of a successful read.
-    pub(super) fn worked(status: u8) -> bool {
+    pub(super) fn is_success(status: u8) -> bool {
         status == VIRTIO_BLK_S_OK
     }
 }
@@ -152,11 +152,11 @@ fn prepare(harness: &mut Harness, parts: &[(u64, Buffer)], contents: &[Vec<u8>])
     add_all(harness, parts, VIRTIO_BLK_T_OUT)
 }
 
-fn written(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn writes_before_stop(target: &mut Target) -> Result<Outcome, CheckAbort> {
     with_restore(target, |target, parts| overwrite(target, parts))
 }
 
-fn outlived(target: &mut Target) -> Result<Outcome, CheckAbort> {
+fn writes_after_kill(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if target.process.is_none() {
         return Ok(Outcome::not_tested("needs --restart and --write"));
     }
@@ -187,9 +187,9 @@ fn with_restore(
                 Ok(path) => format!("their old contents are in {}", path.display()),
                 Err(error) => format!("their old contents cannot be saved ({error})"),
             };
-            let left = format!("sectors {first} to {} of the disk were not restored ({abort}): {kept}", end - 1);
-            target.left.push(left.clone());
-            Ok(Outcome::fail(format!("{seen}; {left}")))
+            let unrestored = format!("sectors {first} to {} of the disk were not restored ({abort}): {kept}", end - 1);
+            target.unrestored.push(unrestored.clone());
+            Ok(Outcome::fail(format!("{seen}; {unrestored}")))
         }
     }
 }
@@ -256,11 +256,11 @@ fn overwrite_after_death(target: &mut Target, parts: &[(u64, Buffer)]) -> Result
             )));
         }
     }
-    Ok(none_came_late(round, open))
+    Ok(no_late_write(round, open))
 }
 
 /// Returns the outcome if no late write was seen after `kills` kills with `open` writes open in total.
-fn none_came_late(kills: u64, open: u64) -> Outcome {
+fn no_late_write(kills: u64, open: u64) -> Outcome {
     match open {
         0 => Outcome::not_tested(format!("killed {kills} times; all writes were complete each time")),
         open => Outcome::pass(format!("killed {kills} times with {open} writes in flight in total; none landed later")),
@@ -338,7 +338,7 @@ mod tests {
 
     #[test]
     fn no_open_writes_at_the_kills_is_not_tested() {
-        assert_eq!(none_came_late(10, 0).0, Verdict::NotTested);
-        assert_eq!(none_came_late(3, 1).0, Verdict::Pass);
+        assert_eq!(no_late_write(10, 0).0, Verdict::NotTested);
+        assert_eq!(no_late_write(3, 1).0, Verdict::Pass);
     }
 }

@@ -131,7 +131,7 @@ pub fn check_with_progress(
     options.only.iter().try_for_each(|id| rule(id).map(drop))?;
     let wanted = |rule: &str| options.only.is_empty() || options.only.contains(&rule);
     let mut target = prepare(socket, options).map_err(|error| match options.stop.is_set() {
-        true => CheckError::Stopped { left: Vec::new() },
+        true => CheckError::Stopped { unrestored: Vec::new() },
         false => error,
     })?;
     let mut runs = Vec::new();

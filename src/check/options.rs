@@ -124,7 +124,7 @@ pub enum CheckError {
     },
     /// The back-end does not complete the negotiation.
     #[error("{}: the vhost-user negotiation failed: {why}", path.display())]
-    Greeting {
+    Negotiation {
         /// Path of the socket.
         path: PathBuf,
         /// Cause.
@@ -144,7 +144,7 @@ pub enum CheckError {
          --restart",
         path.display()
     )]
-    Once {
+    NoSecondConnection {
         /// Path of the socket.
         path: PathBuf,
         /// Cause.
@@ -176,7 +176,7 @@ pub enum CheckError {
     /// Another process listens at the socket of the back-end that is to be started.
     #[error("{}: another process serves this socket. Give --kill-pid if the check may kill it, or another \
          socket", path.display())]
-    Served {
+    SocketInUse {
         /// Path of the socket.
         path: PathBuf,
     },
@@ -184,9 +184,9 @@ pub enum CheckError {
     #[error("cannot start the back-end: {0}")]
     Start(io::Error),
     /// [`CheckOptions::stop`] was set.
-    #[error("the check was stopped{}", .left.iter().map(|left| format!("; {left}")).collect::<String>())]
+    #[error("the check was stopped{}", .unrestored.iter().map(|change| format!("; {change}")).collect::<String>())]
     Stopped {
         /// Changes that could not be restored, in words; usually none.
-        left: Vec<String>,
+        unrestored: Vec<String>,
     },
 }

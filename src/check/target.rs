@@ -82,7 +82,7 @@ pub(super) struct Target {
     /// Last connection. It is closed before the next one, because many back-ends serve one at a time.
     last: RefCell<Option<UnixStream>>,
     /// Changes that could not be restored, in words.
-    pub(super) left: Vec<String>,
+    pub(super) unrestored: Vec<String>,
 }
 
 impl Target {
@@ -199,7 +199,7 @@ impl Target {
             Some(FrameSource::Backend(socket)) => {
                 let connect = || Connection::connect(socket, &self.options, Rc::default()).map_err(CheckAbort::Connect);
                 let connection = connect()?;
-                let offered = greet(&connection)?;
+                let offered = negotiate_protocol(&connection)?;
                 drop(connection);
                 let variant = RingVariant { packed: false, flow: Flow::Transmit };
                 let (device, size) = (TestedDevice::Net, MIN_RING_SIZE);
@@ -259,7 +259,7 @@ impl Target {
     /// Fails if the check was stopped.
     pub(super) fn check_stop(&mut self) -> Result<(), CheckError> {
         match self.options.stop.is_set() {
-            true => Err(CheckError::Stopped { left: std::mem::take(&mut self.left) }),
+            true => Err(CheckError::Stopped { unrestored: std::mem::take(&mut self.unrestored) }),
             false => Ok(()),
         }
     }
@@ -340,13 +340,13 @@ pub(super) fn prepare(socket: &Path, options: &CheckOptions) -> Result<Target, C
         })?,
     };
     let connection = Connection::from_stream(stream, options, replies.clone());
-    let greeted =
-        greet(&connection).and_then(|offered| Ok((offered, TestedDevice::of(&connection, offered, options.device)?)));
-    let greeting = |abort: CheckAbort| CheckError::Greeting { path: path(), why: abort.to_string() };
-    let (offered, device) = greeted.map_err(|abort| match abort {
+    let negotiated = negotiate_protocol(&connection)
+        .and_then(|offered| Ok((offered, TestedDevice::of(&connection, offered, options.device)?)));
+    let negotiation_error = |abort: CheckAbort| CheckError::Negotiation { path: path(), why: abort.to_string() };
+    let (offered, device) = negotiated.map_err(|abort| match abort {
         CheckAbort::Timeout { .. } if connection.is_unread() => busy(),
         CheckAbort::UnknownDevice(why) => CheckError::UnknownDevice { path: path(), why },
-        abort => greeting(abort),
+        abort => negotiation_error(abort),
     })?;
     drop(connection);
     if options.rings == Some(RingKind::Packed) && !offered.has(VIRTIO_F_RING_PACKED) {
@@ -356,10 +356,12 @@ pub(super) fn prepare(socket: &Path, options: &CheckOptions) -> Result<Target, C
     let flow = if device.has_requests() { Flow::Requests } else { Flow::Transmit };
     let variant = RingVariant { packed, flow };
     let (frame_source, size) = (options.frame_source.clone(), options.queue_size.unwrap_or(MAX_RING_SIZE));
-    let (socket, options, last, left) = (path(), options.clone(), RefCell::default(), Vec::new());
+    let (socket, options, last, unrestored) = (path(), options.clone(), RefCell::default(), Vec::new());
     let mut target =
-        Target { socket, options, replies, offered, device, frame_source, variant, size, process, last, left };
-    target.probe_second_connection().map_err(|abort| CheckError::Once { path: path(), why: abort.to_string() })?;
+        Target { socket, options, replies, offered, device, frame_source, variant, size, process, last, unrestored };
+    target
+        .probe_second_connection()
+        .map_err(|abort| CheckError::NoSecondConnection { path: path(), why: abort.to_string() })?;
     target.size = target.probe_ring_size()?;
     if target.device.has_requests() {
         return Ok(target);
@@ -370,7 +372,7 @@ pub(super) fn prepare(socket: &Path, options: &CheckOptions) -> Result<Target, C
             .map_err(|abort| CheckError::FrameSource { frame_source: frame_source.clone(), why: abort.to_string() })?,
         None => {
             target.frame_source = Some(FrameSource::Loop);
-            if !net::loops_back(&target).map_err(greeting)? {
+            if !net::loops_back(&target).map_err(negotiation_error)? {
                 target.frame_source = None;
             }
         }
@@ -384,7 +386,7 @@ pub(super) fn start(socket: &Path, options: &CheckOptions) -> Result<Option<Back
     let process = BackendProcess::new(command, socket, options);
     if options.kill_pid.is_none() {
         if connection::connect(socket, options.timeout, &options.stop).is_ok() {
-            return Err(CheckError::Served { path: socket.into() });
+            return Err(CheckError::SocketInUse { path: socket.into() });
         }
         process.start().map_err(CheckError::Start)?;
     }
@@ -392,7 +394,7 @@ pub(super) fn start(socket: &Path, options: &CheckOptions) -> Result<Option<Back
 }
 
 /// Negotiates protocol features and returns what the back-end offers.
-pub(super) fn greet(connection: &Connection) -> Result<BackendFeatures, CheckAbort> {
+pub(super) fn negotiate_protocol(connection: &Connection) -> Result<BackendFeatures, CheckAbort> {
     let features = connection.barrier()?;
     let mut offered = BackendFeatures { features, protocol: 0, queues: 1 };
     if offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {

@@ -52,7 +52,7 @@ struct FaultyBackend {
     code: Code,
     files: Arc<SharedFiles>,
     /// The log of data, and its substitute until the next message.
-    late: Option<(Arc<Log>, Arc<Log>)>,
+    substitute_log: Option<(Arc<Log>, Arc<Log>)>,
     translations: Translations,
 }
 
@@ -65,12 +65,12 @@ impl FaultyBackend {
             setups: BTreeMap::new(),
             code: Code(0),
             files,
-            late: None,
+            substitute_log: None,
             translations: Translations::default(),
         }
     }
 
-    fn bent(&mut self, index: u16, mut logging: Logging) -> Logging {
+    fn with_log_fault(&mut self, index: u16, mut logging: Logging) -> Logging {
         let Some(setup) = self.setups.get(&index) else { return logging };
         match self.fault {
             Fault::DoesNotLogData => logging.data = None,
@@ -95,11 +95,11 @@ impl FaultyBackend {
                 return Logging::default();
             }
             Fault::MarksLate | Fault::Iommu(IommuFault::MarksIova) => {
-                logging.data = logging.data.map(|log| match &self.late {
+                logging.data = logging.data.map(|log| match &self.substitute_log {
                     Some((known, late)) if Arc::ptr_eq(known, &log) => late.clone(),
                     _ => {
                         let late = Arc::new(Log::create(log.pages() * LOG_PAGE).unwrap().0);
-                        self.late = Some((log, late.clone()));
+                        self.substitute_log = Some((log, late.clone()));
                         late
                     }
                 });
@@ -110,8 +110,8 @@ impl FaultyBackend {
     }
 
     /// Copies the marks of the substitute log since the last message.
-    fn catch_up(&self, late: Option<&(Arc<Log>, Arc<Log>)>) {
-        if let Some((log, late)) = late {
+    fn copy_late_marks(&self, logs: Option<&(Arc<Log>, Arc<Log>)>) {
+        if let Some((log, late)) = logs {
             let mut pages = PageSet::new(late.pages());
             late.harvest(&mut pages);
             pages.runs().flatten().for_each(|page| log.mark(self.translations.marked(page) * LOG_PAGE, 1));
@@ -156,7 +156,7 @@ fn mark_ring(setup: &VringConfig) {
 impl VringController for FaultyBackend {
     fn start(&mut self, index: u16, mut setup: VringConfig) -> Result<(), BackendError> {
         self.setups.insert(index, setup.clone());
-        setup.logging = self.bent(index, setup.logging);
+        setup.logging = self.with_log_fault(index, setup.logging);
         let fresh = self.files.region(|region| region.is_fresh());
         match self.fault {
             Fault::DoesNotWriteInflight => setup.inflight = None,
@@ -211,14 +211,14 @@ impl VringController for FaultyBackend {
     }
 
     fn set_logging(&mut self, index: u16, logging: Logging) {
-        let before = self.late.clone();
-        let bent = self.bent(index, logging);
+        let before = self.substitute_log.clone();
+        let bent = self.with_log_fault(index, logging);
         if let Some(setup) = self.setups.get_mut(&index) {
             setup.logging = bent.clone();
         }
         self.workers.lock().unwrap().set_logging(index, bent);
         // Marks that went into the substitute of the old log meanwhile.
-        self.catch_up(before.as_ref());
+        self.copy_late_marks(before.as_ref());
         if self.fault == Fault::RewindsOnSetAddr && self.code == Code::SET_VRING_ADDR {
             self.start_over(index, |base| RingBase::split(base.split_index().saturating_sub(1)));
         }
@@ -261,7 +261,7 @@ fn serve(
         };
         let (code, flags, payload) = (message.code, message.flags, message.payload.clone());
         rings.code = code;
-        rings.catch_up(rings.late.as_ref());
+        rings.copy_late_marks(rings.substitute_log.as_ref());
         let number = || payload.first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
         // Refused messages are truncated.
         let mut refuse = false;
@@ -383,8 +383,8 @@ fn serve(
                 (StateFault::AcceptsAnything, _) => bytes[12] = 0,
                 (StateFault::HangsUpOnRefusal, true) => return ConnectionEnd::HungUp,
                 (StateFault::ResetsOnRefusal, true) => device.reset(),
-                (StateFault::RefusesAfterRefusal, true) => transfer.spoilt = true,
-                (StateFault::RefusesAfterRefusal, false) if transfer.loads() => bytes[12] = transfer.spoilt.into(),
+                (StateFault::RefusesAfterRefusal, true) => transfer.has_refused = true,
+                (StateFault::RefusesAfterRefusal, false) if transfer.loads() => bytes[12] = transfer.has_refused.into(),
                 (StateFault::ForgetsState, false) if transfer.loads() => device.reset(),
                 _ => {}
             },

@@ -145,7 +145,7 @@ fn named(starts: &str) -> Vec<&'static str> {
     RULES.iter().map(|(id, _)| *id).filter(|id| is(id)).collect()
 }
 
-fn broken(report: &CheckReport) -> BTreeSet<&'static str> {
+fn failed_rules(report: &CheckReport) -> BTreeSet<&'static str> {
     let rules = report.rules().into_iter();
     rules.filter(|(_, verdict)| *verdict == Verdict::Fail).map(|(rule, _)| rule).collect()
 }
@@ -168,7 +168,7 @@ fn each_injected_fault_fails_exactly_its_own_check(#[case] rows: &[Row], #[case]
         let usual = CheckOptions::default();
         let settle = if WATCHED.contains(fault) { usual.settle } else { Duration::from_millis(50) };
         let report = checked(*fault, CheckOptions { only: named(only), rings, settle, may_kill: true, ..usual });
-        assert_eq!(broken(&report), breaks.iter().copied().collect(), "{fault:?}\n{report}");
+        assert_eq!(failed_rules(&report), breaks.iter().copied().collect(), "{fault:?}\n{report}");
         for finding in report.findings.iter().filter(|finding| breaks.contains(&finding.rule)) {
             let checks = if finding.verdict == Verdict::Fail { &mut failed } else { &mut passed };
             checks.insert(finding.what);
@@ -181,7 +181,7 @@ fn each_injected_fault_fails_exactly_its_own_check(#[case] rows: &[Row], #[case]
 #[test]
 fn a_back_end_without_faults_passes_and_every_check_has_a_fault_that_fails_it() {
     let report = checked(Fault::None, CheckOptions::default());
-    assert_eq!(broken(&report), BTreeSet::new(), "{report}");
+    assert_eq!(failed_rules(&report), BTreeSet::new(), "{report}");
     let unchecked = |rule: &str| {
         let mut of = report.findings.iter().filter(|finding| finding.rule == rule);
         of.all(|finding| finding.what == RULES.iter().find(|(id, _)| *id == rule).unwrap().1)
@@ -257,7 +257,7 @@ fn a_back_end_that_floods_its_channel_does_not_block_the_check() {
     for (rule, only) in [("B1", vec!["B1"]), ("T2", vec!["T2"])] {
         let options = CheckOptions { only, rings: Some(RingKind::Split), ..CheckOptions::default() };
         let report = checked(Fault::BackendChannel(ChannelFault::Floods), options);
-        assert_eq!(broken(&report), BTreeSet::from([rule]), "{report}");
+        assert_eq!(failed_rules(&report), BTreeSet::from([rule]), "{report}");
         let why = |seen: &str| seen.contains("does not read them") || seen.contains("without an end");
         assert!(report.findings.iter().any(|finding| why(&finding.seen)), "{report}");
     }
@@ -267,7 +267,7 @@ fn a_back_end_that_floods_its_channel_does_not_block_the_check() {
 fn requests_to_a_disk_with_large_blocks_cover_whole_blocks() {
     let (only, rings) = (named("C L1 R3 R9"), Some(RingKind::Split));
     let report = checked(Fault::LargeBlocks, CheckOptions { only, rings, write: true, ..CheckOptions::default() });
-    assert_eq!(broken(&report), BTreeSet::new(), "{report}");
+    assert_eq!(failed_rules(&report), BTreeSet::new(), "{report}");
     let written = report.findings.iter().find(|finding| finding.what.starts_with("writes accepted")).unwrap();
     assert_eq!(written.verdict, Verdict::Pass, "{report}");
 }
@@ -278,17 +278,17 @@ fn destructive_checks_run_only_with_may_kill() {
     let fragile = Fault::DiesOf(Code::SET_LOG_BASE, &[128, 0, 0, 0, 0, 0, 0, 0]);
     let usual = CheckOptions { only: vec!["L6", "P1"], rings: Some(RingKind::Split), ..CheckOptions::default() };
     let report = checked(fragile, usual.clone());
-    assert_eq!(broken(&report), BTreeSet::new(), "{report}");
+    assert_eq!(failed_rules(&report), BTreeSet::new(), "{report}");
     let left_out = report.findings.iter().filter(|finding| finding.seen.starts_with("needs --may-kill"));
     assert_eq!(left_out.map(|finding| finding.rule).collect::<Vec<_>>(), ["L6", "P1"], "{report}");
     let report = checked(fragile, CheckOptions { may_kill: true, ..usual });
-    assert_eq!(broken(&report), BTreeSet::from(["L6", "R9"]), "{report}");
+    assert_eq!(failed_rules(&report), BTreeSet::from(["L6", "R9"]), "{report}");
 }
 
 #[test]
 fn a_back_end_that_dies_fails_r9_and_later_checks_are_not_tested() {
     let report = checked(Fault::DiesOfUnknownRequest, CheckOptions::default());
-    assert_eq!(broken(&report), BTreeSet::from(["F5", "R9"]), "{report}");
+    assert_eq!(failed_rules(&report), BTreeSet::from(["F5", "R9"]), "{report}");
     assert_eq!(report.rules().get("R3"), Some(&Verdict::NotTested), "{report}");
 }
 
@@ -316,14 +316,14 @@ fn hostile_messages_are_sent_only_with_hostile() {
         let usual = CheckOptions { only: vec![*rule], rings: Some(RingKind::Split), ..CheckOptions::default() };
         let usual = CheckOptions { settle: Duration::from_millis(50), ..usual };
         let report = checked(*fault, usual.clone());
-        assert_eq!(broken(&report), BTreeSet::new(), "{fault:?}\n{report}");
+        assert_eq!(failed_rules(&report), BTreeSet::new(), "{fault:?}\n{report}");
         let hostile = |report: &CheckReport| {
             let mut hostile = report.findings.iter().filter(|finding| finding.what.starts_with("hostile"));
             hostile.next().unwrap().clone()
         };
         assert_eq!(hostile(&report).seen, "needs --hostile", "{fault:?}\n{report}");
         let report = checked(*fault, CheckOptions { hostile: true, ..usual });
-        assert_eq!(broken(&report), BTreeSet::from([*rule, "R9"]), "{fault:?}\n{report}");
+        assert_eq!(failed_rules(&report), BTreeSet::from([*rule, "R9"]), "{fault:?}\n{report}");
         let death = hostile(&report);
         let named = death.verdict == Verdict::Fail && death.seen.starts_with(message);
         assert!(named, "the message that it died of is named, {message:?}: {report}");

@@ -33,7 +33,7 @@ pub(crate) enum StateFault {
 pub(crate) struct StateTransfer {
     loads: bool,
     /// True once a state was refused.
-    pub(crate) spoilt: bool,
+    pub(crate) has_refused: bool,
     thread: Option<JoinHandle<Vec<u8>>>,
 }
 
