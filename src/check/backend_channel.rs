@@ -86,13 +86,13 @@ impl BackendChannel {
 
     /// Returns true if the back-end closes the channel before `deadline`. Messages before that are ignored.
     fn closes_before(&self, deadline: &Deadline) -> bool {
-        let mut said = [0; 4096];
+        let mut buffer = [0; 4096];
         for _ in 0..MAX_READS {
             if !readable(&[self.0.as_fd()], deadline) {
                 return false;
             }
             // A socket closed with unread data fails with a reset.
-            if !(&self.0).read(&mut said).is_ok_and(|count| count > 0) {
+            if !(&self.0).read(&mut buffer).is_ok_and(|count| count > 0) {
                 return true;
             }
         }
@@ -202,8 +202,8 @@ fn finish(harness: &mut Harness, channel: &BackendChannel) -> Result<u64, CheckA
             continue;
         }
         // A back-end that keeps sending other messages must not extend the wait.
-        let heard = if !deadline.is_over() { channel.receive(&deadline)? } else { None };
-        let Some((code, body)) = heard else {
+        let message = if !deadline.is_over() { channel.receive(&deadline)? } else { None };
+        let Some((code, body)) = message else {
             let (left, waited) = (harness.outstanding(), harness.timeout);
             return Err(CheckAbort::Violation(format!(
                 "no BACKEND_VRING_CALL within {waited:?}; {left} requests are in flight"
@@ -284,8 +284,8 @@ fn lost_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
         method.serve(&mut harness, &channel)?;
         names.push(format!("{} with {}", if noise { "noise" } else { "closed" }, method.name()));
     }
-    let heard = if ignored { "noise is ignored" } else { "noise closes the channel" };
-    Ok(Outcome::pass(format!("{}: requests are served, also with another channel; {heard}", names.join(", "))))
+    let noise = if ignored { "noise is ignored" } else { "noise closes the channel" };
+    Ok(Outcome::pass(format!("{}: requests are served, also with another channel; {noise}", names.join(", "))))
 }
 
 fn unread_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {

@@ -73,8 +73,8 @@ impl BlkGeometry {
         }
         // Read from offset 0: some back-ends ignore the offset (rule C1.1).
         let mut config = BlkConfig::new_zeroed();
-        let told = read_config(connection, 0, CONFIG_BYTES)?;
-        config.as_mut_bytes().iter_mut().zip(told).for_each(|(byte, told)| *byte = told);
+        let received = read_config(connection, 0, CONFIG_BYTES)?;
+        config.as_mut_bytes().iter_mut().zip(received).for_each(|(byte, received)| *byte = received);
         let sectors = config.capacity.get();
         let block = match offered.has(VIRTIO_BLK_F_BLK_SIZE) {
             true => u64::from(config.blk_size.get()),

@@ -151,7 +151,7 @@ impl DeviceProperties {
             }
             DeviceKind::Rng => features == 0 && queues == Some(1) && config.iter().flatten().all(|byte| *byte == 0),
             DeviceKind::Fs => only(OF_FS) && number(2, u64::MAX) && (config.is_none() || self.has_tag()),
-            // Context ids below 3 are reserved. Excess configuration says nothing: some back-ends return bytes beyond
+            // Context ids below 3 are reserved. Excess configuration has no meaning: some back-ends return bytes beyond
             // their fields.
             DeviceKind::Vsock => {
                 let is_cid = len.is_some_and(|len| len >= 8) && (3..u64::from(u32::MAX)).contains(&start);

@@ -254,7 +254,7 @@ fn memory_tables(target: &mut Target) -> Result<Outcome, CheckAbort> {
             fds: 1,
         },
         HostileMessage {
-            what: "a table shorter than it says",
+            what: "a table shorter than its number of regions",
             code: Code::SET_MEM_TABLE,
             payload: table(2, &[good]),
             fds: 2,

@@ -264,17 +264,17 @@ fn invalid_iotlb_messages(target: &mut Target) -> Result<Outcome, CheckAbort> {
             Err(abort) => return Ok(Outcome::fail(format!("{name}: {abort}"))),
         }
     }
-    let says = match taken.is_empty() {
+    let answers = match taken.is_empty() {
         true => "all refused".into(),
         false => format!("acknowledged as done: {}", taken.join(", ")),
     };
     if let Err(abort) = harness.run_batch(MAX_REQUESTS, RequestSize::Mixed) {
-        return Ok(Outcome::fail(format!("{says}; then {abort}")));
+        return Ok(Outcome::fail(format!("{answers}; then {abort}")));
     }
     Ok(match (wrong_pages(&harness, &expected)?, taken.len()) {
-        (0, 0) => Outcome::pass(format!("{} messages, {says}", messages.len())),
-        (0, _) => Outcome::warning(format!("{says}; they had no effect")),
-        (pages, _) => Outcome::fail(format!("{says}; {pages} pages then had other data")),
+        (0, 0) => Outcome::pass(format!("{} messages, {answers}", messages.len())),
+        (0, _) => Outcome::warning(format!("{answers}; they had no effect")),
+        (pages, _) => Outcome::fail(format!("{answers}; {pages} pages then had other data")),
     })
 }
 

@@ -137,7 +137,7 @@ fn run_disabled(harness: &mut Harness) -> Result<Result<Outcome, u64>, CheckAbor
 
 fn disabled_outcome(target: &Target, served: u64) -> Outcome {
     match target.variant.flow {
-        // The specification says that packets on a disabled transmit ring are discarded.
+        // The specification wants packets on a disabled transmit ring discarded (rule R2.4).
         Flow::Transmit => Outcome::warning(format!("{served} packets were discarded while the ring was disabled")),
         _ => Outcome::fail(format!("{served} of 4 requests were served while the ring was disabled")),
     }

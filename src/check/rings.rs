@@ -116,9 +116,9 @@ fn disabled_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let touched = changed(&before, &harness.hashes()?);
     Ok(match (touched.len(), harness.pop_all()?) {
         (0, _) => Outcome::pass(format!("4 requests waited for {:?}", harness.settle)),
-        // The specification says that packets on a disabled transmit ring are discarded.
+        // The specification wants packets on a disabled transmit ring discarded (rule R2.4).
         (_, used) if target.variant.flow == Flow::Transmit => Outcome::warning(format!(
-            "{used} of 4 packets were discarded, as the specification says; their used entries are written \
+            "{used} of 4 packets were discarded, as the specification wants; their used entries are written \
          without a log"
         )),
         (pages, used) => Outcome::fail(format!("{used} of 4 requests were served, {pages} pages written")),

@@ -71,11 +71,13 @@ pub(crate) fn same(xml: &str, report: &Value) {
         assert_eq!(case.attribute("name"), Some(&*format!("{rule} {what}{rings}")));
         let inside: Vec<_> = case.children().filter(|node| node.is_element()).collect();
         assert_eq!(inside.len(), 1, "{finding}");
-        let (name, told) = (inside[0].tag_name().name(), inside[0].attribute("message"));
+        let (name, message) = (inside[0].tag_name().name(), inside[0].attribute("message"));
         let words = verdict.replace('-', " ");
         match verdict {
-            "fail" => assert_eq!((name, told), ("failure", Some(seen))),
-            "not-tested" | "not-offered" => assert_eq!((name, told), ("skipped", Some(&*format!("{words}: {seen}")))),
+            "fail" => assert_eq!((name, message), ("failure", Some(seen))),
+            "not-tested" | "not-offered" => {
+                assert_eq!((name, message), ("skipped", Some(&*format!("{words}: {seen}"))))
+            }
             _ => assert_eq!((name, inside[0].text()), ("system-out", Some(&*format!("{words}: {seen}")))),
         }
     }
@@ -151,29 +153,25 @@ fn an_unwritable_junit_path_is_reported_before_connecting_to_the_back_end() {
 #[test]
 fn exit_status_2_is_for_wrong_arguments_and_3_for_back_ends_that_cannot_be_checked() {
     let folder = tempfile::tempdir().unwrap();
-    let nobody = folder.path().join("nobody");
-    let nobody = nobody.to_str().unwrap();
-    let nothing_there = command(&[nobody]);
-    assert_eq!(nothing_there.status.code(), Some(3));
-    assert!(
-        text(&nothing_there.stderr).contains("Check that the back-end is running"),
-        "{}",
-        text(&nothing_there.stderr)
-    );
+    let no_socket = folder.path().join("nobody");
+    let no_socket = no_socket.to_str().unwrap();
+    let unreachable = command(&[no_socket]);
+    assert_eq!(unreachable.status.code(), Some(3));
+    assert!(text(&unreachable.stderr).contains("Check that the back-end is running"), "{}", text(&unreachable.stderr));
     for wrong in [
-        &[nobody, "--queue-size", "100"][..],
-        &[nobody, "--frame-source", ""],
-        &[nobody, "--kill-pid", "5"],
-        &[nobody, "--timeout", "0"],
+        &[no_socket, "--queue-size", "100"][..],
+        &[no_socket, "--frame-source", ""],
+        &[no_socket, "--kill-pid", "5"],
+        &[no_socket, "--timeout", "0"],
         &[],
     ] {
         assert_eq!(command(wrong).status.code(), Some(2), "{wrong:?}");
     }
-    let unknown = command(&[nobody, "--only", "R3,X1"]);
+    let unknown = command(&[no_socket, "--only", "R3,X1"]);
     assert_eq!(unknown.status.code(), Some(2));
-    let said = text(&unknown.stderr);
-    assert!(said.contains("there is no rule \"X1\"") && said.contains("R9, R10, R11, R12, T1"), "{said}");
-    assert_eq!(command(&[nobody, "--restart", "false"]).status.code(), Some(3));
+    let stderr = text(&unknown.stderr);
+    assert!(stderr.contains("there is no rule \"X1\"") && stderr.contains("R9, R10, R11, R12, T1"), "{stderr}");
+    assert_eq!(command(&[no_socket, "--restart", "false"]).status.code(), Some(3));
     // A back-end that accepts and does not reply, and one that closes the connection.
     for hold in [true, false] {
         let socket = folder.path().join(format!("mute-{hold}"));
@@ -194,10 +192,10 @@ fn exit_status_2_is_for_wrong_arguments_and_3_for_back_ends_that_cannot_be_check
 fn explain_prints_a_rule_without_a_back_end() {
     for id in ["R3", "r3"] {
         let output = command(&["--explain", id]);
-        let said = text(&output.stdout);
+        let stdout = text(&output.stdout);
         assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
         let parts = ["R3.1 GET_VRING_BASE stops the ring.", "If broken: live migration loses pages.", "Remedy: "];
-        assert!(parts.iter().all(|part| said.contains(part)), "{said}");
+        assert!(parts.iter().all(|part| stdout.contains(part)), "{stdout}");
     }
     let unknown = command(&["--explain", "X1"]);
     assert_eq!(unknown.status.code(), Some(2));
@@ -216,8 +214,8 @@ fn output_is_coloured_on_a_terminal_unless_no_color_is_set() {
         script.envs(no_color.map(|value| ("NO_COLOR", value)));
         let output = script.output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{}", text(&output.stdout));
-        let said = text(&output.stdout);
-        assert_eq!(said.contains("\x1b[31mfail"), coloured, "{no_color:?}: {said:?}");
+        let stdout = text(&output.stdout);
+        assert_eq!(stdout.contains("\x1b[31mfail"), coloured, "{no_color:?}: {stdout:?}");
     }
     let piped = command(&[backend.socket().to_str().unwrap(), "--only", "C1"]);
     assert!(!text(&piped.stdout).contains('\x1b'), "{}", text(&piped.stdout));
@@ -229,17 +227,20 @@ fn a_busy_back_end_is_reported_as_busy_and_not_as_speaking_another_protocol() {
     let socket = backend.socket();
     let front_end = UnixStream::connect(&socket).unwrap();
     let output = command(&[socket.to_str().unwrap(), "--timeout", "1"]);
-    let said = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(3), "{said}");
-    assert!(said.contains("It serves another front-end or is stuck") && !said.contains("negotiation failed"), "{said}");
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{stderr}");
+    assert!(
+        stderr.contains("It serves another front-end or is stuck") && !stderr.contains("negotiation failed"),
+        "{stderr}"
+    );
     drop(front_end);
     // A back-end that reads and does not reply.
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("mute");
     let listener = UnixListener::bind(&socket).unwrap();
     let mute = thread::spawn(move || listener.accept().unwrap().0.read_to_end(&mut Vec::new()));
-    let said = text(&command(&[socket.to_str().unwrap(), "--timeout", "1"]).stderr);
-    assert!(said.contains("the vhost-user negotiation failed"), "{said}");
+    let stderr = text(&command(&[socket.to_str().unwrap(), "--timeout", "1"]).stderr);
+    assert!(stderr.contains("the vhost-user negotiation failed"), "{stderr}");
     mute.join().unwrap().unwrap();
 }
 

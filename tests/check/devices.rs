@@ -361,8 +361,8 @@ fn an_ambiguous_device_kind_is_an_error_that_names_the_device_option() {
     for (device, may_be) in devices {
         let backend = Backend::serving(tempfile::tempdir().unwrap(), device, Arc::default(), Fault::None);
         let refused = check(&backend.socket(), &CheckOptions::default()).unwrap_err();
-        let said = refused.to_string();
-        assert!(matches!(refused, CheckError::UnknownDevice { .. }), "{said}");
-        assert!(said.contains(may_be) && said.ends_with("Name it with --device"), "{said}");
+        let text = refused.to_string();
+        assert!(matches!(refused, CheckError::UnknownDevice { .. }), "{text}");
+        assert!(text.contains(may_be) && text.ends_with("Name it with --device"), "{text}");
     }
 }

@@ -92,8 +92,9 @@ impl GuestIommu {
     pub(super) fn channel(&self, connection: UnixStream, timeout: Duration) -> Result<OwnedFd, CheckAbort> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_write_timeout(Some(timeout / 2))?;
-        let (heard, state) = (ours.try_clone()?, self.state.clone());
-        let thread = thread::Builder::new().name("iommu".into()).spawn(move || answer(&heard, &connection, &state))?;
+        let (channel, state) = (ours.try_clone()?, self.state.clone());
+        let thread =
+            thread::Builder::new().name("iommu".into()).spawn(move || answer(&channel, &connection, &state))?;
         *self.miss_thread.borrow_mut() = Some(MissThread { socket: ours, thread: Some(thread) });
         Ok(theirs.into())
     }

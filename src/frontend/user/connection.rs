@@ -606,8 +606,8 @@ mod tests {
         connection.send(Request::SET_VRING_ENABLE, &[0; 8], &[]).unwrap();
         let request = Request::GET_VRING_BASE;
         let replies_thread = std::thread::spawn(move || {
-            let mut heard = [0; 3 * (size_of::<Header>() + 8)];
-            back_end.read_exact(&mut heard).unwrap();
+            let mut received = [0; 3 * (size_of::<Header>() + 8)];
+            back_end.read_exact(&mut received).unwrap();
             // Longer than the connection's own timeout.
             std::thread::sleep(Duration::from_millis(100));
             let header = Header { request: request.0, flags: Header::REPLY_FLAGS, size: 8 };
