@@ -61,7 +61,7 @@ pub(super) const CHECKS: &[Check] = &[
 pub(super) struct BlkGeometry {
     sectors: u64,
     /// Sectors per block. Requests cover whole blocks.
-    block: u64,
+    block_sectors: u64,
 }
 
 impl BlkGeometry {
@@ -69,7 +69,7 @@ impl BlkGeometry {
     pub(super) fn of(connection: &Connection, offered: BackendFeatures) -> Result<BlkGeometry, CheckAbort> {
         if !offered.has_protocol(protocol_feature::CONFIG) {
             let sectors = MIN_DISK_BYTES / SECTOR_BYTES;
-            return Ok(BlkGeometry { sectors, block: sectors });
+            return Ok(BlkGeometry { sectors, block_sectors: sectors });
         }
         // Read from offset 0: some back-ends ignore the offset (rule C1.1).
         let mut config = BlkConfig::new_zeroed();
@@ -86,7 +86,7 @@ impl BlkGeometry {
         let block = block / SECTOR_BYTES;
         match sectors / block * block {
             0 => Err(CheckAbort::Violation(format!("the disk has {sectors} sectors and blocks of {block}"))),
-            sectors => Ok(BlkGeometry { sectors, block }),
+            sectors => Ok(BlkGeometry { sectors, block_sectors: block }),
         }
     }
 
@@ -96,10 +96,10 @@ impl BlkGeometry {
 
     /// Returns the header of read `number`, and its length: up to `len` bytes in whole blocks.
     pub(super) fn read(&self, number: u64, len: u64) -> (BlkRequestHeader, u32) {
-        let (blocks, block) = (self.sectors / self.block, self.block * SECTOR_BYTES);
+        let (blocks, block) = (self.sectors / self.block_sectors, self.block_sectors * SECTOR_BYTES);
         let count = (len.max(block) / block).min(blocks);
-        let sector = number.wrapping_mul(97) % (blocks - count + 1) * self.block;
-        let len = count * self.block;
+        let sector = number.wrapping_mul(97) % (blocks - count + 1) * self.block_sectors;
+        let len = count * self.block_sectors;
         let head = BlkRequestHeader { request_type: VIRTIO_BLK_T_IN.into(), ioprio: 0.into(), sector: sector.into() };
         (head, (len * SECTOR_BYTES) as u32)
     }
@@ -107,7 +107,7 @@ impl BlkGeometry {
     /// Splits the last MiB into parts: first sector and data buffer of each.
     fn tail_parts(&self) -> Vec<(u64, Buffer)> {
         let sectors = (WRITABLE_TAIL / SECTOR_BYTES / MAX_REQUESTS).min(self.sectors / MAX_REQUESTS);
-        let sectors = sectors / self.block * self.block;
+        let sectors = sectors / self.block_sectors * self.block_sectors;
         let first = self.sectors - sectors * MAX_REQUESTS;
         let len = (sectors * SECTOR_BYTES) as u32;
         (0..MAX_REQUESTS).map(|slot| (first + slot * sectors, Buffer { gpa: HIGH + slot * SLOT_BYTES, len })).collect()
@@ -183,11 +183,12 @@ fn with_restore(
         Err(abort) => {
             let (first, Outcome(_, seen)) = (parts.first().map_or(0, |(sector, _)| *sector), outcome);
             let end = parts.last().map_or(0, |(sector, data)| sector + u64::from(data.len) / SECTOR_BYTES);
-            let kept = match save_contents(&before) {
+            let old_contents = match save_contents(&before) {
                 Ok(path) => format!("their old contents are in {}", path.display()),
                 Err(error) => format!("their old contents cannot be saved ({error})"),
             };
-            let unrestored = format!("sectors {first} to {} of the disk were not restored ({abort}): {kept}", end - 1);
+            let unrestored =
+                format!("sectors {first} to {} of the disk were not restored ({abort}): {old_contents}", end - 1);
             target.unrestored.push(unrestored.clone());
             Ok(Outcome::fail(format!("{seen}; {unrestored}")))
         }

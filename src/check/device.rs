@@ -23,14 +23,14 @@ pub(super) enum TestedDevice {
 }
 
 impl TestedDevice {
-    /// Returns the device of a connection with negotiated protocol features: the `given` kind, or the only one that
+    /// Returns the device of a connection with negotiated protocol features: the `requested` kind, or the only one that
     /// matches.
     pub(super) fn of(
         connection: &Connection,
         offered: BackendFeatures,
-        given: Option<DeviceKind>,
+        requested: Option<DeviceKind>,
     ) -> Result<TestedDevice, CheckAbort> {
-        let kind = match given {
+        let kind = match requested {
             Some(kind) => kind,
             None => find(connection, offered)?,
         };

@@ -51,7 +51,7 @@ fn mark_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
                 thread::yield_now();
                 continue;
             }
-            for page in pages(harness.last.gpa, harness.last.len.into()) {
+            for page in pages(harness.last_data.gpa, harness.last_data.len.into()) {
                 early += 1;
                 if !log.is_marked(page * LOG_PAGE) {
                     unmarked.insert(page);

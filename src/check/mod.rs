@@ -206,8 +206,8 @@ pub fn check_with_progress(
     }
     for (rule, what) in RULES.iter().filter(|(rule, _)| wanted(rule)) {
         if !findings.iter().any(|finding| finding.rule == *rule) {
-            let aside = UNTESTABLE.iter().find(|(aside, _)| aside == rule);
-            let seen = aside.map_or("there is no check for it", |(_, why)| why).into();
+            let untestable = UNTESTABLE.iter().find(|(untestable, _)| untestable == rule);
+            let seen = untestable.map_or("there is no check for it", |(_, reason)| reason).into();
             findings.push(Finding { rule, what, rings: "", verdict: Verdict::NotTested, seen, seconds: 0.0 });
         }
     }

@@ -123,24 +123,24 @@ pub enum CheckError {
         waited: Duration,
     },
     /// The back-end does not complete the negotiation.
-    #[error("{}: the vhost-user negotiation failed: {why}", path.display())]
+    #[error("{}: the vhost-user negotiation failed: {reason}", path.display())]
     Negotiation {
         /// Path of the socket.
         path: PathBuf,
         /// Cause.
-        why: String,
+        reason: String,
     },
     /// The device kind cannot be detected.
-    #[error("{}: the device kind cannot be detected ({why}). Name it with --device", path.display())]
+    #[error("{}: the device kind cannot be detected ({reason}). Name it with --device", path.display())]
     UnknownDevice {
         /// Path of the socket.
         path: PathBuf,
         /// Properties of the device.
-        why: String,
+        reason: String,
     },
     /// The back-end does not serve a second front-end.
     #[error(
-        "{}: the back-end serves no second connection ({why}). Give a command that restarts it with \
+        "{}: the back-end serves no second connection ({reason}). Give a command that restarts it with \
          --restart",
         path.display()
     )]
@@ -148,7 +148,7 @@ pub enum CheckError {
         /// Path of the socket.
         path: PathBuf,
         /// Cause.
-        why: String,
+        reason: String,
     },
     /// The rule does not exist.
     #[error("there is no rule {0:?}; the rules are {known}", known = rules::ids())]
@@ -158,14 +158,14 @@ pub enum CheckError {
     NotPacked,
     /// No frame of the frame source arrives.
     #[error(
-        "no data from {frame_source:?}: {why}. Check that it is the other end of this back-end, and \
+        "no data from {frame_source:?}: {reason}. Check that it is the other end of this back-end, and \
          that it is up"
     )]
     FrameSource {
         /// The frame source.
         frame_source: FrameSource,
         /// Cause.
-        why: String,
+        reason: String,
     },
     /// The ring size is not valid for a split ring, or too small.
     #[error("ring size {0}: use a power of two from 64 to 1024")]

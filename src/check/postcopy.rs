@@ -353,7 +353,7 @@ fn complete(harness: &mut Harness) -> Result<Vec<Buffer>, CheckAbort> {
             // The value of the eventfd does not matter.
             harness.ring.ack_call();
             while harness.pop()? {
-                filled.push(harness.last);
+                filled.push(harness.last_data);
             }
             continue;
         }

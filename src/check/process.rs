@@ -31,7 +31,7 @@ pub(super) struct BackendProcess {
     /// True once the current process has accepted a connection.
     served: Cell<bool>,
     /// False until it is known if the back-end exits after each connection.
-    known: Cell<bool>,
+    exit_known: Cell<bool>,
     /// Exit status after each connection, if the back-end exits then.
     usual_exit: Cell<Option<ExitStatus>>,
     /// Number of restarts after such an exit.
@@ -49,7 +49,7 @@ impl BackendProcess {
             external_pid: Cell::new(external_pid),
             child: RefCell::default(),
             served: Cell::new(external_pid.is_some()),
-            known: Cell::default(),
+            exit_known: Cell::default(),
             usual_exit: Cell::default(),
             restarts: Cell::default(),
         }
@@ -66,15 +66,15 @@ impl BackendProcess {
         command.args(["-c", &shell]).stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
         *self.child.borrow_mut() = Some(command.spawn()?);
         self.served.set(false);
-        if self.known.get() && self.usual_exit.get().is_none() {
+        if self.exit_known.get() && self.usual_exit.get().is_none() {
             self.connect()?;
         }
         Ok(())
     }
 
     /// Records that a second connection was served. Another exit status is a crash from now on.
-    pub(super) fn mark_as_known(&self) {
-        self.known.set(true);
+    pub(super) fn mark_exit_known(&self) {
+        self.exit_known.set(true);
     }
 
     /// Returns the exit status if the process has ended. It is not known for a process that the user started.
@@ -105,7 +105,7 @@ impl BackendProcess {
                     *self.child.borrow_mut() = None;
                     return Err(io::Error::other(format!("'{}' exited with {status}", self.command)));
                 }
-                (Some(status), true) if self.usual_exit.get().is_some() || !self.known.get() => {
+                (Some(status), true) if self.usual_exit.get().is_some() || !self.exit_known.get() => {
                     self.start_again(status)?
                 }
                 (Some(status), true) => return Err(crash(status)),

@@ -132,7 +132,7 @@ struct FindingGroup<'a> {
     cause: String,
     rules: Vec<&'a str>,
     rings: Vec<&'a str>,
-    whats: Vec<&'a str>,
+    checks: Vec<&'a str>,
     seen: &'a str,
 }
 
@@ -145,7 +145,7 @@ impl<'a> FindingGroup<'a> {
             cause: String::new(),
             rules: vec![rule],
             rings: Vec::new(),
-            whats: vec![what],
+            checks: vec![what],
             seen,
         };
         group.rings.extend((!rings.is_empty()).then_some(rings));
@@ -157,7 +157,7 @@ impl<'a> FindingGroup<'a> {
         }
         // The effect of a check belongs to this check: the check is named, and the effect is the cause.
         if let Some((check, end)) = seen.strip_prefix(AFTER_PREFIX).and_then(|seen| seen.split_once("\": ")) {
-            (group.whats, group.seen) = (vec![check], end);
+            (group.checks, group.seen) = (vec![check], end);
         }
         // All numbers are treated as equal.
         let parts = group.seen.split(|c: char| c.is_ascii_digit()).filter(|part| !part.is_empty());
@@ -168,7 +168,7 @@ impl<'a> FindingGroup<'a> {
     /// Returns true if both have the same cause. Passed checks are grouped only by check.
     fn has_same_cause(&self, other: &FindingGroup<'_>) -> bool {
         let same = |one: &[&str], other: &[&str]| one.iter().any(|it| other.contains(it));
-        let same_check = same(&self.rules, &other.rules) && same(&self.whats, &other.whats);
+        let same_check = same(&self.rules, &other.rules) && same(&self.checks, &other.checks);
         let same_cause =
             self.verdict != Verdict::Pass && self.cause == other.cause && self.consequence == other.consequence;
         self.verdict == other.verdict && (same_check || same_cause)
@@ -176,7 +176,7 @@ impl<'a> FindingGroup<'a> {
 
     fn merge(&mut self, other: FindingGroup<'a>) {
         for (all, more) in
-            [(&mut self.rules, other.rules), (&mut self.rings, other.rings), (&mut self.whats, other.whats)]
+            [(&mut self.rules, other.rules), (&mut self.rings, other.rings), (&mut self.checks, other.checks)]
         {
             more.into_iter().for_each(|it| {
                 if !all.contains(&it) {
@@ -237,12 +237,12 @@ impl CheckReport {
             }
             let verdict = paint(colour(group.verdict), &format!("{:12}", group.verdict));
             let (rules, rings) = (group.rules.join(","), group.rings.join(", "));
-            let more = group.whats.len().saturating_sub(MAX_NAMED_CHECKS);
-            let mut whats = group.whats.iter().take(MAX_NAMED_CHECKS).copied().collect::<Vec<_>>().join("; ");
+            let more = group.checks.len().saturating_sub(MAX_NAMED_CHECKS);
+            let mut checks = group.checks.iter().take(MAX_NAMED_CHECKS).copied().collect::<Vec<_>>().join("; ");
             if more > 0 {
-                let _ = write!(whats, "; and {more} more checks");
+                let _ = write!(checks, "; and {more} more checks");
             }
-            let _ = writeln!(text, "{rules:5} {verdict} {rings:15} {whats}: {}", group.seen);
+            let _ = writeln!(text, "{rules:5} {verdict} {rings:15} {checks}: {}", group.seen);
         }
         let all = [Verdict::Fail, Verdict::Warning, Verdict::Pass, Verdict::NotOffered, Verdict::NotTested];
         let counts: Vec<String> = all.iter().map(|verdict| format!("{} {verdict}", self.count(*verdict))).collect();

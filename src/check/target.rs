@@ -80,7 +80,7 @@ pub(super) struct Target {
     /// Process of the back-end, if it may be killed and restarted.
     pub(super) process: Option<BackendProcess>,
     /// Last connection. It is closed before the next one, because many back-ends serve one at a time.
-    last: RefCell<Option<UnixStream>>,
+    last_connection: RefCell<Option<UnixStream>>,
     /// Changes that could not be restored, in words.
     pub(super) unrestored: Vec<String>,
 }
@@ -88,7 +88,7 @@ pub(super) struct Target {
 impl Target {
     /// Opens a connection on which only GET_FEATURES was sent.
     pub(super) fn connect(&self) -> Result<Connection, CheckAbort> {
-        if let Some(last) = self.last.take() {
+        if let Some(last) = self.last_connection.take() {
             // The connection may be closed already.
             let _ = last.shutdown(Shutdown::Both);
         }
@@ -106,7 +106,7 @@ impl Target {
                 Err(CheckAbort::HungUp { .. }) if !deadline.is_over() => thread::sleep(RETRY_INTERVAL),
                 answer => {
                     answer?;
-                    *self.last.borrow_mut() = Some(connection.try_clone()?);
+                    *self.last_connection.borrow_mut() = Some(connection.try_clone()?);
                     return Ok(connection);
                 }
             }
@@ -280,7 +280,7 @@ impl Target {
             }
             thread::sleep(RETRY_INTERVAL);
         }
-        self.process.iter().for_each(BackendProcess::mark_as_known);
+        self.process.iter().for_each(BackendProcess::mark_exit_known);
         Ok(())
     }
 
@@ -342,10 +342,10 @@ pub(super) fn prepare(socket: &Path, options: &CheckOptions) -> Result<Target, C
     let connection = Connection::from_stream(stream, options, replies.clone());
     let negotiated = negotiate_protocol(&connection)
         .and_then(|offered| Ok((offered, TestedDevice::of(&connection, offered, options.device)?)));
-    let negotiation_error = |abort: CheckAbort| CheckError::Negotiation { path: path(), why: abort.to_string() };
+    let negotiation_error = |abort: CheckAbort| CheckError::Negotiation { path: path(), reason: abort.to_string() };
     let (offered, device) = negotiated.map_err(|abort| match abort {
         CheckAbort::Timeout { .. } if connection.is_unread() => busy(),
-        CheckAbort::UnknownDevice(why) => CheckError::UnknownDevice { path: path(), why },
+        CheckAbort::UnknownDevice(reason) => CheckError::UnknownDevice { path: path(), reason },
         abort => negotiation_error(abort),
     })?;
     drop(connection);
@@ -356,20 +356,33 @@ pub(super) fn prepare(socket: &Path, options: &CheckOptions) -> Result<Target, C
     let flow = if device.has_requests() { Flow::Requests } else { Flow::Transmit };
     let variant = RingVariant { packed, flow };
     let (frame_source, size) = (options.frame_source.clone(), options.queue_size.unwrap_or(MAX_RING_SIZE));
-    let (socket, options, last, unrestored) = (path(), options.clone(), RefCell::default(), Vec::new());
-    let mut target =
-        Target { socket, options, replies, offered, device, frame_source, variant, size, process, last, unrestored };
+    let (socket, options, last_connection, unrestored) = (path(), options.clone(), RefCell::default(), Vec::new());
+    let mut target = Target {
+        socket,
+        options,
+        replies,
+        offered,
+        device,
+        frame_source,
+        variant,
+        size,
+        process,
+        last_connection,
+        unrestored,
+    };
     target
         .probe_second_connection()
-        .map_err(|abort| CheckError::NoSecondConnection { path: path(), why: abort.to_string() })?;
+        .map_err(|abort| CheckError::NoSecondConnection { path: path(), reason: abort.to_string() })?;
     target.size = target.probe_ring_size()?;
     if target.device.has_requests() {
         return Ok(target);
     }
     target.variant.flow = Flow::Receive;
     match &target.options.frame_source {
-        Some(frame_source) => net::wait_for_frame(&target)
-            .map_err(|abort| CheckError::FrameSource { frame_source: frame_source.clone(), why: abort.to_string() })?,
+        Some(frame_source) => net::wait_for_frame(&target).map_err(|abort| CheckError::FrameSource {
+            frame_source: frame_source.clone(),
+            reason: abort.to_string(),
+        })?,
         None => {
             target.frame_source = Some(FrameSource::Loop);
             if !net::loops_back(&target).map_err(negotiation_error)? {

@@ -62,7 +62,7 @@ pub enum FrontendError {
         request: Request,
     },
     /// The back-end was disconnected or silent for too long, or the wait for it has ended.
-    #[error("{device}: its back-end is away{}. Start it again, or wait until it replies", why(.reason))]
+    #[error("{device}: its back-end is away{}. Start it again, or wait until it replies", after_colon(.reason))]
     Unavailable {
         /// Name of the device.
         device: String,
@@ -213,7 +213,7 @@ const BUSY: &str = "It serves another front-end, and serves one at a time. End t
 const UNSERVED: &str = "It may be serving another front-end (it serves one at a time) or may be stuck; check its log before \
                         it is restarted";
 
-fn why(reason: &Option<String>) -> String {
+fn after_colon(reason: &Option<String>) -> String {
     reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default()
 }
 

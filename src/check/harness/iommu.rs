@@ -53,10 +53,10 @@ struct IommuState {
     /// Guest-physical page and permission, by I/O virtual page.
     map: BTreeMap<u64, (u64, u8)>,
     /// Pages whose misses are answered later, and those that have missed.
-    held: BTreeSet<u64>,
-    postponed: BTreeSet<u64>,
+    deferred_pages: BTreeSet<u64>,
+    deferred_misses: BTreeSet<u64>,
     /// Number of misses of each page.
-    asked: BTreeMap<u64, u64>,
+    miss_counts: BTreeMap<u64, u64>,
     /// A protocol violation of the device.
     violation: Option<String>,
 }
@@ -81,8 +81,9 @@ impl GuestIommu {
         let block = if scatter == Scatter::Rings { BLOCK_PAGES } else { 1 };
         let (low, high) = (shuffled(0, LOW_BYTES, block), shuffled(HIGH, HIGH_BYTES, 1));
         let map = low.chain(high).map(|(page, place)| (page, (place, VHOST_ACCESS_RW))).collect();
-        let (held, postponed, asked) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
-        let state = IommuState { memory: memory.clone(), map, held, postponed, asked, violation: None };
+        let (deferred_pages, deferred_misses, miss_counts) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
+        let state =
+            IommuState { memory: memory.clone(), map, deferred_pages, deferred_misses, miss_counts, violation: None };
         let view = state.view()?;
         Ok(GuestIommu { state: Arc::new(Mutex::new(state)), view, miss_thread: RefCell::default() })
     }
@@ -113,12 +114,12 @@ impl GuestIommu {
 
     /// Defers the replies to misses of these pages until [`release`](Harness::release).
     pub(in crate::check) fn hold_answers(&self, pages: impl IntoIterator<Item = u64>) {
-        self.lock().held.extend(pages);
+        self.lock().deferred_pages.extend(pages);
     }
 
     /// Returns the number of misses of a page.
     pub(in crate::check) fn asked(&self, page: u64) -> u64 {
-        self.lock().asked.get(&page).copied().unwrap_or_default()
+        self.lock().miss_counts.get(&page).copied().unwrap_or_default()
     }
 
     /// Returns the number of misses.
@@ -128,7 +129,7 @@ impl GuestIommu {
     pub(in crate::check) fn misses(&self) -> Result<u64, CheckAbort> {
         let state = self.lock();
         match &state.violation {
-            None => Ok(state.asked.values().sum()),
+            None => Ok(state.miss_counts.values().sum()),
             Some(violation) => Err(CheckAbort::Violation(violation.clone())),
         }
     }
@@ -185,8 +186,8 @@ impl Harness {
     /// Sends the deferred replies, and defers no more.
     pub(in crate::check) fn release(&self) -> Result<(), CheckAbort> {
         let mut state = self.iommu()?.lock();
-        state.held.clear();
-        for page in std::mem::take(&mut state.postponed) {
+        state.deferred_pages.clear();
+        for page in std::mem::take(&mut state.deferred_misses) {
             let message = state.update(page);
             self.connection.send(Code::IOTLB_MSG, Header::FLAG_VERSION, message.as_bytes(), &[])?;
         }
@@ -224,8 +225,8 @@ impl IommuState {
             // Not an IOTLB message.
             return Ok(0);
         }
-        let asked = match IotlbMsg::read_from_bytes(body) {
-            Ok(asked) if asked.kind == VHOST_IOTLB_MISS => asked,
+        let miss = match IotlbMsg::read_from_bytes(body) {
+            Ok(message) if message.kind == VHOST_IOTLB_MISS => message,
             Ok(IotlbMsg { kind: VHOST_IOTLB_ACCESS_FAIL, .. }) => return Ok(0),
             Ok(IotlbMsg { kind, .. }) => {
                 self.violation = Some(format!("it sent {code} of kind {kind}"));
@@ -236,10 +237,10 @@ impl IommuState {
                 return Ok(0);
             }
         };
-        let page = asked.iova / LOG_PAGE;
-        *self.asked.entry(page).or_default() += 1;
-        if self.held.contains(&page) {
-            self.postponed.insert(page);
+        let page = miss.iova / LOG_PAGE;
+        *self.miss_counts.entry(page).or_default() += 1;
+        if self.deferred_pages.contains(&page) {
+            self.deferred_misses.insert(page);
             return Ok(0);
         }
         let update = self.update(page);

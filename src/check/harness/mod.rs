@@ -86,9 +86,9 @@ pub(super) struct Harness {
     /// The first ring for requests.
     pub(super) ring: DriverQueue,
     /// Further rings for requests.
-    more: Vec<DriverQueue>,
+    more_rings: Vec<DriverQueue>,
     /// The other rings of the pairs of a network device.
-    others: Vec<DriverQueue>,
+    other_direction: Vec<DriverQueue>,
     /// Frame source.
     source: Option<FrameInjector>,
     /// Acknowledged features without LOG_ALL.
@@ -108,7 +108,7 @@ pub(super) struct Harness {
     /// Pages of data and status that the device may write.
     pub(super) writable_pages: Pages,
     /// Data of the last popped completion.
-    pub(super) last: Buffer,
+    pub(super) last_data: Buffer,
 }
 
 /// Configuration of a harness.
@@ -171,8 +171,8 @@ impl Harness {
             (Flow::Receive, _) => (0, 2, (0..rings).map(|pair| 2 * pair + 1).collect()),
             (Flow::Transmit, _) => (1, 2, (0..rings).map(|pair| 2 * pair).collect()),
         };
-        let more = (1..rings).map(|number| queue(main + number * step)).collect::<Result<_, _>>()?;
-        let others = others.into_iter().map(queue).collect::<Result<_, _>>()?;
+        let more_rings = (1..rings).map(|number| queue(main + number * step)).collect::<Result<_, _>>()?;
+        let other_direction = others.into_iter().map(queue).collect::<Result<_, _>>()?;
         let harness = Harness {
             connection,
             offered,
@@ -182,8 +182,8 @@ impl Harness {
             timeout: options.timeout,
             settle: options.settle,
             ring: queue(main)?,
-            more,
-            others,
+            more_rings,
+            other_direction,
             memory,
             iommu,
             source,
@@ -195,7 +195,7 @@ impl Harness {
             frames_received: 0,
             long_frames: false,
             writable_pages: Pages::new(),
-            last: Buffer { gpa: 0, len: 0 },
+            last_data: Buffer { gpa: 0, len: 0 },
         };
         harness.set_up_device()?;
         Ok(harness)
@@ -203,17 +203,18 @@ impl Harness {
 
     /// Returns the rings for requests.
     pub(super) fn rings(&self) -> impl Iterator<Item = &DriverQueue> {
-        std::iter::once(&self.ring).chain(&self.more)
+        std::iter::once(&self.ring).chain(&self.more_rings)
     }
 
     fn rings_mut(&mut self) -> impl Iterator<Item = &mut DriverQueue> {
-        std::iter::once(&mut self.ring).chain(&mut self.more)
+        std::iter::once(&mut self.ring).chain(&mut self.more_rings)
     }
 
     /// Returns all rings in start order.
     pub(super) fn all(&self) -> impl Iterator<Item = &DriverQueue> {
         let others_first = self.ring.index > 0;
-        let (first, last) = if others_first { (Some(&self.others), None) } else { (None, Some(&self.others)) };
+        let (first, last) =
+            if others_first { (Some(&self.other_direction), None) } else { (None, Some(&self.other_direction)) };
         first.into_iter().flatten().chain(self.rings()).chain(last.into_iter().flatten())
     }
 
@@ -275,7 +276,7 @@ impl Harness {
         self.stop()?;
         (self.submitted, self.writable_pages) = (made, lent);
         let view = self.view().clone();
-        for queue in std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others) {
+        for queue in std::iter::once(&mut self.ring).chain(&mut self.more_rings).chain(&mut self.other_direction) {
             queue.reinitialize(&view)?;
         }
         Ok(())
@@ -399,7 +400,7 @@ impl Harness {
 
     /// Sets the start position of all rings to the position of their drivers.
     pub(super) fn use_current_bases(&mut self) {
-        let all = std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others);
+        let all = std::iter::once(&mut self.ring).chain(&mut self.more_rings).chain(&mut self.other_direction);
         all.for_each(|queue| queue.base = queue.current_base());
     }
 
@@ -410,7 +411,7 @@ impl Harness {
 
     /// Stops the rings. Returns the base of the first (rule R3.1). They start again at the returned bases.
     pub(super) fn stop(&mut self) -> Result<RingBase, CheckAbort> {
-        for queue in std::iter::once(&mut self.ring).chain(&mut self.more).chain(&mut self.others) {
+        for queue in std::iter::once(&mut self.ring).chain(&mut self.more_rings).chain(&mut self.other_direction) {
             stop_ring(&self.connection, queue)?;
         }
         Ok(self.ring.base)

@@ -38,7 +38,7 @@ impl Harness {
 
     /// Returns the pages that are written to inject frames: frames and the other rings.
     pub(in crate::check) fn frame_source_pages(&self) -> Pages {
-        let rings = self.others.iter().flat_map(|queue| &queue.driver_pages() | &queue.device_pages());
+        let rings = self.other_direction.iter().flat_map(|queue| &queue.driver_pages() | &queue.device_pages());
         rings.chain(pages(FRAMES, FRAMES_BYTES)).collect()
     }
 

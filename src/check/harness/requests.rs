@@ -174,7 +174,7 @@ impl Harness {
         readable: &[Buffer],
         writable: &[Buffer],
     ) -> Result<(), CheckAbort> {
-        let turn = self.submitted as usize % (1 + self.more.len());
+        let turn = self.submitted as usize % (1 + self.more_rings.len());
         let Some(queue) = self.rings_mut().nth(turn) else { return Ok(()) };
         let ring = queue.index;
         let Some(head) = queue.driver.add(readable, writable, None)? else {
@@ -198,13 +198,13 @@ impl Harness {
     /// Injects the awaited frames.
     pub(in crate::check) fn inject_frames(&mut self) -> Result<(), CheckAbort> {
         let (view, device, long) = (self.view().clone(), self.device, self.long_frames);
-        let rings = std::iter::once(&mut self.ring).chain(&mut self.more);
+        let rings = std::iter::once(&mut self.ring).chain(&mut self.more_rings);
         for (number, queue) in rings.enumerate() {
             while queue.awaited_frames > 0 {
                 let payload = net::payload(self.frames_sent, self.long_frames);
                 let sent = match &mut self.source {
                     None => break,
-                    Some(FrameInjector::Loop) => match self.others.get_mut(number) {
+                    Some(FrameInjector::Loop) => match self.other_direction.get_mut(number) {
                         Some(other) => {
                             net::send(other, &view, self.frames_sent, &packet(device, self.frames_sent, long))?
                         }
@@ -251,7 +251,7 @@ impl Harness {
         let Some(slot) = self.slots.iter().position(is_it) else { return Ok(true) };
         let request = self.slots.get_mut(slot).and_then(Option::take);
         let data = request.map_or(Buffer { gpa: 0, len: 0 }, |request| request.data);
-        self.last = if self.flow == Flow::Receive { Buffer { len: used.len, ..data } } else { data };
+        self.last_data = if self.flow == Flow::Receive { Buffer { len: used.len, ..data } } else { data };
         match self.flow {
             Flow::Transmit => Ok(true),
             Flow::Receive => {
@@ -269,7 +269,7 @@ impl Harness {
                 Ok(true)
             }
             Flow::Requests if matches!(self.device, TestedDevice::Rng) => {
-                self.last.len = used.len;
+                self.last_data.len = used.len;
                 match (1..=data.len).contains(&used.len) {
                     true => Ok(true),
                     false => Err(CheckAbort::Violation(format!(

@@ -219,10 +219,10 @@ impl ChannelState {
             }
             if is_channel_ready {
                 let taken = if acks { self.send_acks(&mut read.acks) } else { self.receive(&mut read) };
-                channel = taken.map(|()| true).unwrap_or_else(|why| {
-                    if let Some(why) = why {
-                        limited!(warn, "the back-end channel is closed: {why} (rule B1.1)");
-                        self.events.add(DeviceEvent::ChannelBroken(why));
+                channel = taken.map(|()| true).unwrap_or_else(|reason| {
+                    if let Some(reason) = reason {
+                        limited!(warn, "the back-end channel is closed: {reason} (rule B1.1)");
+                        self.events.add(DeviceEvent::ChannelBroken(reason));
                     }
                     let _ = self.socket.shutdown(Shutdown::Both);
                     false

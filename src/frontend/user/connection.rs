@@ -270,11 +270,11 @@ impl Connection {
         sent: &mut dyn FnMut(),
     ) -> Result<Refusals, FrontendError> {
         self.flush()?;
-        let spent = time_of(sent);
+        let elapsed = time_of(sent);
         if !self.acks && !self.unacked.is_empty() {
             self.request_within(timeout, Request::GET_FEATURES, &[], &[])?;
         }
-        self.receive_replies(timeout, spent, &[], &mut Vec::new())
+        self.receive_replies(timeout, elapsed, &[], &mut Vec::new())
     }
 
     /// Returns the number of unacknowledged requests.
@@ -282,24 +282,24 @@ impl Connection {
         self.unacked.len()
     }
 
-    /// Receives the outstanding acknowledgements and then the replies to `asked`. Replies are added to `replies` also
-    /// if a later one does not arrive. Each may take `timeout`, of which `spent` has passed for the first. Returns the
+    /// Receives the outstanding acknowledgements and then the replies to `requests`. Replies are added to `replies` also
+    /// if a later one does not arrive. Each may take `timeout`, of which `elapsed` has passed for the first. Returns the
     /// refusals among the acknowledgements.
     fn receive_replies(
         &mut self,
         timeout: Duration,
-        spent: Duration,
-        asked: &[Request],
+        elapsed: Duration,
+        requests: &[Request],
         replies: &mut Vec<Reply>,
     ) -> Result<Refusals, FrontendError> {
         let unacked = std::mem::take(&mut self.unacked).into_iter().filter(|_| self.acks);
         let unacked = unacked.map(|request| PendingReply { request, is_ack: true });
-        let asked = asked.iter().map(|request| PendingReply { request: *request, is_ack: false });
-        let expected: Vec<PendingReply> = unacked.chain(asked).collect();
+        let requests = requests.iter().map(|request| PendingReply { request: *request, is_ack: false });
+        let expected: Vec<PendingReply> = unacked.chain(requests).collect();
         let mut refused = Vec::new();
-        let mut spent = spent;
+        let mut elapsed = elapsed;
         for (number, answer) in expected.iter().enumerate() {
-            let received = self.wait_for_reply(*answer, timeout, std::mem::take(&mut spent));
+            let received = self.wait_for_reply(*answer, timeout, std::mem::take(&mut elapsed));
             if self.has_pending_replies() {
                 self.pending.extend(expected.iter().skip(number + 1));
                 self.late_replies.refused = refused.into_iter().next().map(|(_, error)| error);
@@ -329,14 +329,14 @@ impl Connection {
         sent: &mut dyn FnMut(),
         replies: &mut Vec<Reply>,
     ) -> Result<Refusals, FrontendError> {
-        let mut asked = Vec::new();
+        let mut requests = Vec::new();
         for payload in payloads {
             self.buffer_message(request, Header::FLAG_VERSION, payload, None);
-            asked.push(request);
+            requests.push(request);
         }
         self.flush()?;
-        let spent = time_of(sent);
-        self.receive_replies(timeout, spent, &asked, replies)
+        let elapsed = time_of(sent);
+        self.receive_replies(timeout, elapsed, &requests, replies)
     }
 
     /// Evaluates an acknowledgement.
@@ -421,12 +421,12 @@ impl Connection {
         sent.map_err(|error| self.io_error(request, self.timeout, error))
     }
 
-    /// Waits for the next reply for `timeout`, of which `spent` has passed.
+    /// Waits for the next reply for `timeout`, of which `elapsed` has passed.
     fn wait_for_reply(
         &mut self,
         answer: PendingReply,
         timeout: Duration,
-        spent: Duration,
+        elapsed: Duration,
     ) -> Result<Reply, FrontendError> {
         let request = answer.request;
         if self.has_data() {
@@ -434,7 +434,7 @@ impl Connection {
         }
         match self.wait_readable(
             request,
-            Instant::now() + timeout.saturating_sub(spent),
+            Instant::now() + timeout.saturating_sub(elapsed),
             self.timeout_policy != TimeoutPolicy::KeepUninterruptible,
         ) {
             Ok(true) => self.receive_reply(request, timeout),

@@ -16,41 +16,41 @@ use crate::abi::vhost_user::{
 };
 use crate::sys::pipe::{WaitLimit, read_all, write_all};
 
-/// Reads the state that the back-end saves, for at most `patience`.
+/// Reads the state that the back-end saves, for at most `timeout`.
 pub(super) fn save(
     connection: &mut Connection,
-    patience: Duration,
+    timeout: Duration,
     interrupt: &Interrupt,
 ) -> Result<Vec<u8>, FrontendError> {
     let (reader, writer) = pipe()?;
     let own = begin(connection, DEVICE_STATE_SAVE, writer)?.unwrap_or(reader);
-    let state = read_all(own.as_fd(), &WaitLimit::DeadlineOrStop(Instant::now() + patience, interrupt.as_fd()));
+    let state = read_all(own.as_fd(), &WaitLimit::DeadlineOrStop(Instant::now() + timeout, interrupt.as_fd()));
     let state = state.map_err(|source| failed("save", source, interrupt))?;
     drop(own);
-    check(connection, patience)?;
+    check(connection, timeout)?;
     Ok(state)
 }
 
-/// Writes the state that the back-end loads, for at most `patience`.
+/// Writes the state that the back-end loads, for at most `timeout`.
 pub(super) fn load(
     connection: &mut Connection,
-    patience: Duration,
+    timeout: Duration,
     interrupt: &Interrupt,
     state: &[u8],
 ) -> Result<(), FrontendError> {
     let (reader, writer) = pipe()?;
     let own = begin(connection, DEVICE_STATE_LOAD, reader)?.unwrap_or(writer);
     let written =
-        write_all(own.as_fd(), state, &WaitLimit::DeadlineOrStop(Instant::now() + patience, interrupt.as_fd()));
+        write_all(own.as_fd(), state, &WaitLimit::DeadlineOrStop(Instant::now() + timeout, interrupt.as_fd()));
     drop(own);
     match written {
         // The back-end stopped reading; CHECK_DEVICE_STATE returns its reason.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-            check(connection, patience)?;
+            check(connection, timeout)?;
             Err(FrontendError::DeviceState { operation: "load", source: error })
         }
         Err(source) => Err(failed("load", source, interrupt)),
-        Ok(()) => check(connection, patience),
+        Ok(()) => check(connection, timeout),
     }
 }
 
@@ -84,9 +84,9 @@ fn begin(connection: &mut Connection, direction: u32, theirs: OwnedFd) -> Result
 }
 
 /// Requests the result of the transfer.
-fn check(connection: &mut Connection, patience: Duration) -> Result<(), FrontendError> {
+fn check(connection: &mut Connection, timeout: Duration) -> Result<(), FrontendError> {
     let request = Request::CHECK_DEVICE_STATE;
-    let reply = connection.request_within(patience, request, &[], &[])?;
+    let reply = connection.request_within(timeout, request, &[], &[])?;
     match reply.read("D1.4").inspect_err(|_| connection.close())? {
         0 => Ok(()),
         code => Err(FrontendError::Refused { request, code }),

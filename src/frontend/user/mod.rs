@@ -281,13 +281,13 @@ impl UserDevice {
         &mut self,
         rings: &[(u16, RingSetup)],
         sent: &mut dyn FnMut(),
-        post: impl Fn(&mut UserDevice, u16, &RingSetup) -> Result<(), FrontendError>,
+        send_ring: impl Fn(&mut UserDevice, u16, &RingSetup) -> Result<(), FrontendError>,
     ) -> Result<(), FrontendError> {
         self.check_pending_replies()?;
         rings.iter().try_for_each(|(index, setup)| self.check_ring(*index, setup))?;
         self.connection.wait_for_acks()?;
         for rings in rings.chunks(MAX_UNACKED / VALIDATE_MESSAGES) {
-            let result = rings.iter().try_for_each(|(index, setup)| post(self, *index, setup));
+            let result = rings.iter().try_for_each(|(index, setup)| send_ring(self, *index, setup));
             let acked = result.and_then(|()| self.connection.collect_acks(self.options.timeout, sent));
             let acked = acked.and_then(|refused| refused.into_iter().next().map_or(Ok(()), |(_, error)| Err(error)));
             acked.inspect_err(|_| rings.iter().for_each(|(index, _)| drop(self.sent_rings.remove(index))))?;
@@ -829,10 +829,10 @@ impl UserDevice {
 
     fn with_timeout_policy<T>(
         &mut self,
-        late: TimeoutPolicy,
+        policy: TimeoutPolicy,
         work: impl FnOnce(&mut UserDevice) -> Result<T, FrontendError>,
     ) -> Result<T, FrontendError> {
-        self.connection.set_timeout_policy(late);
+        self.connection.set_timeout_policy(policy);
         let done = work(self);
         self.connection.set_timeout_policy(TimeoutPolicy::Close);
         if done.as_ref().is_err_and(FrontendError::is_hang_up) && self.inflight.is_some() {
