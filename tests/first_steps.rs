@@ -1,4 +1,4 @@
-//! The first commands of a new user: the demo and how it ends, the commands of README and help, mistyped values.
+//! First commands of a new user: the demo and its end, the commands of README and help, and mistyped values.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // also in the helpers of these tests
 
 use std::io::Read;
@@ -39,7 +39,7 @@ fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// Killed when dropped.
+/// A child process, killed on drop.
 struct ChildProcess(Child);
 
 impl Drop for ChildProcess {
@@ -49,7 +49,7 @@ impl Drop for ChildProcess {
     }
 }
 
-/// A demo that goes on for minutes unless something ends it; its temporary folder is made in `folder`.
+/// Starts a demo that runs for minutes. Its temporary folder is in `folder`.
 fn long_demo(folder: &Path) -> ChildProcess {
     let mut demo = program();
     demo.args(["demo", "--memory", "64M", "--disk", "16M", "--seconds", "600", "--dirty-rate", "1M/s", "--json"]);
@@ -57,7 +57,7 @@ fn long_demo(folder: &Path) -> ChildProcess {
     ChildProcess(demo.spawn().unwrap())
 }
 
-/// The child of `parent` whose command line has all of `words`.
+/// Returns the child of `parent` whose command line contains all of `words`.
 fn child(parent: u32, words: &[&str]) -> Option<Pid> {
     let children = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).ok()?;
     let mut children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
@@ -80,7 +80,7 @@ fn is_in_state(control: &Path, state: &str) -> Option<()> {
     (status(control)?["state"] == state).then_some(())
 }
 
-/// Waits until the demo has failed; its message.
+/// Waits until the demo has failed. Returns its message.
 fn failure(demo: &mut ChildProcess) -> String {
     assert_eq!(demo.0.wait().unwrap().code(), Some(1));
     let (mut output, mut errors) = (String::new(), String::new());
@@ -150,7 +150,7 @@ fn mistyped_values_are_refused_with_an_example_of_a_right_one() {
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
         assert!(text(&output.stderr).contains(hint), "{arguments:?}: {}", text(&output.stderr));
     }
-    // Right values go on to what is not there.
+    // Valid values fail later, at missing files.
     for downtime in ["50", "50ms", "0.05s"] {
         let arguments =
             ["migrate", "--control", "/nonexistent/c", "unix:x", "--downtime", downtime, "--bandwidth", "1G/s"];
@@ -172,7 +172,8 @@ fn a_guest_command_detects_a_vhost_user_socket() {
     assert!(!output.status.success() && errors.contains("vhost-user socket of a back-end"), "{errors}");
 }
 
-/// The commands of the block of `document` that begins with `first`: indented or fenced lines up to an empty or other one.
+/// Returns the commands of the block of `document` that starts with `first`: indented or fenced lines up to an empty or
+/// other line.
 fn commands(document: &str, first: &str) -> Vec<String> {
     let block: Vec<&str> = document.lines().map(str::trim).skip_while(|line| !line.starts_with(first)).collect();
     let commands: Vec<_> = block.into_iter().take_while(|line| !line.is_empty() && *line != "```").collect();
@@ -180,8 +181,8 @@ fn commands(document: &str, first: &str) -> Vec<String> {
     commands.join("\n").replace("\\\n", " ").lines().map(Into::into).collect()
 }
 
-/// Runs commands in `folder` as a shell would; those that end with `&` go on. Before a command for a guest, the guest is
-/// waited for, as a person would.
+/// Runs commands in `folder` like a shell; commands that end with `&` run in the background. Before a command for a
+/// guest, the guest is waited for.
 fn run_commands(commands: &[String], folder: &Path) -> Vec<ChildProcess> {
     let mut running = Vec::new();
     let path = Path::new(env!("CARGO_BIN_EXE_vhost-migrate")).parent().unwrap().display().to_string();
@@ -211,7 +212,7 @@ fn the_readme_commands_migrate_a_guest() {
     wait_for("the guest at its destination", || is_in_state(&folder.path().join("destination.ctl"), "running"));
 }
 
-/// As a block that is pasted into a shell. To be quick, each check is of few rules.
+/// Like a block pasted into a shell. Each check is limited to few rules, to save time.
 #[test]
 fn the_readme_check_commands_run_in_order() {
     let folder = tempfile::tempdir().unwrap();

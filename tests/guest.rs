@@ -1,4 +1,4 @@
-//! The built-in guest: it goes on elsewhere exactly where it stopped, and no wrong byte escapes it.
+//! The built-in guest: it continues elsewhere exactly where it stopped, and detects every wrong byte.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod ram_disk;
@@ -65,7 +65,7 @@ fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Lets it make `requests` requests and write `pages` pages more.
+/// Waits until the guest has made `requests` more requests and written `pages` more pages.
 fn run_for(guest: &Guest, requests: u64, pages: u64) {
     let before = guest.stats();
     wait_for("the guest works", || {
@@ -160,7 +160,7 @@ fn a_switchover_stops_and_starts_all_devices_concurrently() {
     arrived.start_devices().unwrap();
     arrived.resume().unwrap();
     arrived.verify().unwrap();
-    // They are stopped one by one when they are dropped.
+    // They are stopped one by one on drop.
     disks.faults.barrier.disks.store(0, Ordering::Relaxed);
 }
 
@@ -179,7 +179,7 @@ fn a_cancelled_switchover_leaves_the_guest_unchanged(#[values(false, true)] pack
     guest.verify().unwrap();
 }
 
-/// A back-end may take a kick before it looks at the ring, as its disks do here.
+/// A back-end may consume a kick before it reads the ring, as these disks do.
 #[test]
 fn a_started_ring_is_kicked() {
     let (mut guest, disks) = booted(config(false));
@@ -197,12 +197,12 @@ fn guest_rings(config: &GuestConfig) -> usize {
     config.disks * usize::from(config.queues)
 }
 
-/// The first page that `is_it`.
+/// Returns the first page that matches `is_it`.
 fn page_of(guest: &Guest, is_it: impl Fn(u64, u64) -> bool) -> u64 {
     pages_of(guest, is_it, 1)[0]
 }
 
-/// Finds pages by what they begin with: their own address and their version.
+/// Finds pages by their first words: their address and version.
 fn pages_of(guest: &Guest, is_it: impl Fn(u64, u64) -> bool, most: usize) -> Vec<u64> {
     let pages = guest.memory().regions().iter().flat_map(|r| (r.gpa()..r.gpa() + r.size()).step_by(4096));
     let head = |gpa| {
@@ -219,11 +219,11 @@ fn a_flipped_byte_is_found_in_hot_cold_and_untouched_memory(#[values(false, true
     for which in 0..4 {
         let (mut guest, _disks) = booted(config(packed));
         guest.resume().unwrap();
-        // Every hot page is written at least once, so that version 0 is what cold pages have.
+        // Every hot page is written at least once, so that only cold pages have version 0.
         run_for(&guest, 1, 2 * 1024);
         guest.pause().unwrap();
         let high = guest.memory().regions()[1].gpa();
-        // Above 4 GiB nothing that came from the disk looks like a page: its places are too small.
+        // Above 4 GiB no data of the disk looks like a page: disk offsets are too small.
         let hot = page_of(&guest, |gpa, version| version > 0 && gpa >= high);
         let cold = page_of(&guest, |gpa, version| version == 0 && gpa >= high);
         let untouched = guest.memory().end() - 4096;
@@ -264,7 +264,7 @@ fn a_running_cpu_detects_a_wrong_byte(#[values(false, true)] packed: bool) {
     let (mut guest, _disks) = booted(config(packed));
     guest.resume().unwrap();
     run_for(&guest, 1, 2048);
-    // What lies behind them may be a ring.
+    // A ring may follow them.
     let hot = pages_of(&guest, |_, version| version > 0, 64);
     wait_for("the guest stops", || {
         hot.iter().for_each(|page| guest.memory().write(*page, b"garbage").unwrap());
@@ -297,10 +297,10 @@ fn a_wrong_byte_on_the_disk_is_found(#[values(false, true)] packed: bool) {
 fn an_acknowledged_but_lost_write_is_found(#[values(false, true)] packed: bool) {
     let (mut guest, disks) = booted(config(packed));
     disks.faults.lose_write.store(1, Ordering::Relaxed);
-    // It may have found it before it has resumed in full.
+    // The guest may detect it before the resume is complete.
     let _ = guest.resume();
     wait_for("a lost write", || disks.faults.lose_write.load(Ordering::Relaxed) == 0);
-    // Unless it is written over, which a guest can't know: one sector of a thousand is most unlikely so soon.
+    // Unless the sector is overwritten first, which is unlikely with one sector of a thousand.
     let _ = guest.pause();
     assert!(matches!(wrong_location(&guest.verify().unwrap_err()), ByteLocation::Buffer(..)));
 }
@@ -308,7 +308,7 @@ fn an_acknowledged_but_lost_write_is_found(#[values(false, true)] packed: bool) 
 #[rstest]
 fn a_read_buffer_is_verified_again_later(#[values(false, true)] packed: bool) {
     let (mut guest, _disks) = booted(config(packed));
-    // Until the first queue holds a buffer with something that had been written.
+    // Repeated until the first queue retains a buffer with written data.
     let (state, held, written) = loop {
         guest.resume().unwrap();
         run_for(&guest, 500, 1);

@@ -1,4 +1,4 @@
-//! The built-in guest on our back-end, a process of its own that is killed and started again.
+//! The built-in guest on this project's back-end, a separate process that is killed and restarted.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::fs::File;
@@ -36,7 +36,7 @@ const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
 const KILLS: u64 = 20;
 
-/// A back-end as a process, which ends with the test.
+/// A back-end process, which ends with the test.
 struct Backend {
     folder: TempDir,
     child: Child,
@@ -54,7 +54,7 @@ impl Backend {
         self.folder.path().join("s")
     }
 
-    /// SIGKILL, and another one in its place.
+    /// Kills the back-end and starts another one.
     fn crash(&mut self) {
         self.end();
         self.child = spawn(self.folder.path(), "s");
@@ -69,7 +69,7 @@ impl Backend {
         self.device_with(0)
     }
 
-    /// A front-end that uses more than the usual protocol features.
+    /// Connects a front-end with additional protocol features.
     fn device_with(&self, more: u64) -> UserDevice {
         let usual = UserOptions::default();
         let options = UserOptions { protocol_features: usual.protocol_features | more, ..usual };
@@ -133,7 +133,7 @@ fn wait_for(guest: &Guest, what: &str, mut condition: impl FnMut(&Guest) -> bool
     }
 }
 
-/// Lets it complete `requests` requests more.
+/// Waits until the guest has completed `requests` more requests.
 fn run_for(guest: &Guest, requests: u64) {
     let before = guest.stats().completions;
     wait_for(guest, "requests are answered", |guest| guest.stats().completions >= before + requests);
@@ -156,7 +156,7 @@ fn a_guest_does_not_overwrite_foreign_disk_contents() {
     guest.probe_disks(false).unwrap();
     assert!(guest.config().blank_disks);
     works(guest);
-    // What it has written itself, it may write again.
+    // The guest may overwrite its own data.
     let mut guest = booted();
     guest.probe_disks(false).unwrap();
     assert!(!guest.config().blank_disks);
@@ -184,7 +184,7 @@ fn a_guest_survives_repeated_kills_of_its_back_end(
     assert_eq!(device.protocol_features() & protocol_features, protocol_features);
     let mut guest = running_on(device, GuestConfig { packed, ..config() });
     for kill in 1..=KILLS {
-        // At some moment of some request: after another number of them each time.
+        // At varying times within requests: after a different number of requests each time.
         run_for(&guest, 50 + 7 * kill);
         backend.crash();
         wait_for(&guest, "the back-end is connected again", |guest| guest.stats().reconnects >= kill);
@@ -216,7 +216,7 @@ fn a_back_end_missing_beyond_the_reconnect_timeout_stops_the_guest() {
 #[test]
 fn a_guest_waits_without_limit_for_its_back_end_and_logs_it() {
     let mut backend = Backend::start();
-    // A request waits far longer than it may, but not for a back-end that is there.
+    // A request waits longer than its timeout, but its back-end is disconnected.
     let mut guest = running(&backend, GuestConfig { request_timeout: 1, ..config() });
     run_for(&guest, 100);
     assert_eq!(guest.connections()[0].away_ms, None);
@@ -236,10 +236,10 @@ fn a_guest_waits_for_the_right_back_end_while_others_answer() {
     let mut guest = running(&backend, config());
     run_for(&guest, 100);
     backend.end();
-    // One that speaks something else.
+    // A process with another protocol.
     std::fs::remove_file(backend.socket()).unwrap();
     let other = UnixListener::bind(backend.socket()).unwrap();
-    // They don't hang up: that would be another reason to wait.
+    // They do not disconnect, which would be another reason to wait.
     let answering = |_| {
         let (mut stranger, _) = other.accept().unwrap();
         stranger.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
@@ -250,7 +250,7 @@ fn a_guest_waits_for_the_right_back_end_while_others_answer() {
     wait_for(&guest, "it says what is wrong", |guest| refused(guest, "GET_FEATURES"));
     drop((other, strangers));
     std::fs::remove_file(backend.socket()).unwrap();
-    // One with other options.
+    // A back-end with other options.
     backend.child = spawn_with(backend.folder.path(), "s", 1);
     wait_for(&guest, "it says what is missing", |guest| refused(guest, "restart the back-end with the options it had"));
     assert!(guest.connections()[0].away_ms.is_some() && guest.failure().is_none());
@@ -320,7 +320,7 @@ fn a_switchover_cancelled_while_a_disk_hangs_resumes_cpus_and_other_disks_at_onc
     assert!(guest.is_running());
     let before = guest.stats().pages;
     wait_for(&guest, "CPUs go on", |guest| guest.stats().pages > before);
-    // Only the other disk answers, for longer than a request may take otherwise.
+    // Only the other disk replies, for longer than the request timeout.
     let away = guest.connections()[hung].clone();
     assert!(away.away_ms.is_some() && away.refused.is_some(), "{away:?}");
     wait_for(&guest, "the other disk is there", |guest| guest.connections()[1 - hung].away_ms.is_none());
@@ -338,10 +338,10 @@ fn a_switchover_cancelled_while_a_disk_hangs_resumes_cpus_and_other_disks_at_onc
     assert_eq!((guest.stats().lost, guest.stats().duplicates), (0, 0));
 }
 
-/// Copies pages as they are now, as a migration sends them.
+/// Copies pages like a migration.
 fn send(from: &Memory, to: &Memory, pages: &PageSet) {
     let mut bytes = [0; LOG_PAGE as usize];
-    // A log ends where QEMU's would, which may be a little after the guest's last page.
+    // The log ends like QEMU's, possibly after the guest's last page.
     for gpa in pages.runs().flatten().map(|page| page * LOG_PAGE).filter(|gpa| from.slice(*gpa, LOG_PAGE).is_ok()) {
         from.read(gpa, &mut bytes).unwrap();
         to.write(gpa, &bytes).unwrap();
@@ -352,8 +352,8 @@ fn regions(guest: &Guest) -> Vec<(u64, u64)> {
     guest.memory().regions().iter().map(|region| (region.gpa(), region.size())).collect()
 }
 
-/// Moves a running guest by its dirty pages alone; its back-end is killed in the middle. `trust_log`: what the device
-/// marked counts.
+/// Moves a running guest by its dirty pages alone, with its back-end killed meanwhile. With `trust_log` the pages
+/// marked by the device are copied.
 fn copy_and_restore(mut guest: Guest, backend: &mut Backend, trust_log: bool) -> Result<Guest, GuestError> {
     let memory = guest.memory().clone();
     let pages = memory.end() / LOG_PAGE;
@@ -440,7 +440,7 @@ fn devices_can_be_controlled_while_their_back_end_crashes(#[values(false, true)]
         });
         let mut kills = 0;
         while !toggle.is_finished() {
-            // Ever longer, so that a busy machine has time for what is asked of the device in between.
+            // Increasing delays, so that a busy machine has time for the calls in between.
             run_for(&guest, 20 + 5 * kills);
             backend.crash();
             kills += 1;
@@ -451,12 +451,12 @@ fn devices_can_be_controlled_while_their_back_end_crashes(#[values(false, true)]
     guest.verify().unwrap();
 }
 
-/// A disk with a state of its own, which it may refuse to take over.
+/// A disk with internal state, which it may refuse to load.
 struct StatefulDevice {
     disk: BlkDevice,
     state: Mutex<Vec<u8>>,
     refuses: AtomicBool,
-    /// Whether it can't serve its rings.
+    /// True if the device cannot serve its rings.
     idles: AtomicBool,
 }
 
@@ -501,7 +501,7 @@ impl backend::VirtioDevice for StatefulDevice {
     }
 }
 
-/// One of them, served by this process until it ends.
+/// Serves a stateful device in this process.
 fn stateful(folder: &Path, socket: &str, state: &[u8]) -> Arc<StatefulDevice> {
     let options = BlkOptions { queues: 2, aio: Aio::Threads, ..BlkOptions::new(folder.join("disk.img")) };
     let device = StatefulDevice {
@@ -529,7 +529,7 @@ fn connect_device(folder: &Path, socket: &str) -> Box<dyn Device> {
     Box::new(device.unwrap())
 }
 
-/// Moves a guest to the back-end at `to`, with both ends in this process.
+/// Migrates a guest to the back-end at `to`, with both ends in this process.
 fn move_to(
     folder: &Path,
     guest: &Mutex<Option<Guest>>,
@@ -540,12 +540,12 @@ fn move_to(
     (left, arrived, arrival)
 }
 
-/// Options that wait for as long as a test does.
+/// Returns options with the time limits of a test.
 fn migration_parameters() -> StreamOptions {
     StreamOptions { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..StreamOptions::new().unwrap() }
 }
 
-/// The same, with an arrival of the test's own and what its side of the connection goes by.
+/// Migrates a guest to the given [`IncomingVm`] and connection options.
 fn move_into(
     folder: &Path,
     guest: &Mutex<Option<Guest>>,
@@ -623,7 +623,7 @@ fn a_destination_back_end_refuses_rings_before_the_commit() {
     let size = 256;
     serve(folder, "a", disk("disk.img", size));
     serve(folder, "small", disk("disk.img", size / 2));
-    // It says so in its configuration: with fewer than 128 entries not all segments have room.
+    // As its configuration says: with fewer than 128 entries not all segments fit.
     serve(folder, "smaller", disk("disk.img", size / 4));
     serve(folder, "locked", disk("other.img", size));
     serve(folder, "b", disk("disk.img", size));
@@ -642,7 +642,7 @@ fn a_destination_back_end_refuses_rings_before_the_commit() {
         assert!(arrived.is_err() && arrival.into_guest().is_none());
         run_for(guest.lock().unwrap().as_ref().unwrap(), 100);
     }
-    // What was tried was not kept: the source's own image is free, and its successor takes it.
+    // The attempt was undone: the source's image is unlocked, and its successor locks it.
     let (left, arrived, arrival) = move_to(folder, &guest, "b");
     left.unwrap();
     arrived.unwrap();
@@ -651,12 +651,12 @@ fn a_destination_back_end_refuses_rings_before_the_commit() {
     guest.verify().unwrap();
 }
 
-/// An arrival whose back-end is stopped before a step of it.
+/// An incoming guest whose back-end is stopped before a step.
 struct StallingIncomingVm<'a> {
     arrival: GuestIncomingVm,
     backend: &'a Backend,
     before: Step,
-    /// Told when it is stopped.
+    /// Signalled when the back-end is stopped.
     stopped: Sender<()>,
     starts: u32,
 }
@@ -699,7 +699,7 @@ impl IncomingVm for StallingIncomingVm<'_> {
     }
 }
 
-/// Moves a guest to a back-end that is stopped before `step`, and has `cancel` called then.
+/// Migrates a guest to a back-end that is stopped before `step`, and calls `cancel` then.
 fn stalling_vm<'a>(
     source: &Backend,
     backend: &'a Backend,
@@ -709,7 +709,7 @@ fn stalling_vm<'a>(
 ) -> (Result<MigrationReport, MigrationFailure>, Result<IncomingReport, MigrateError>, StallingIncomingVm<'a>) {
     let (theirs, outcomes, (stopped, is_stopped)) = (migration_parameters(), Outcomes::default(), channel());
     let arrival = GuestIncomingVm::new(vec![backend.socket()]).unwrap().with_cancel(&theirs.cancel);
-    // Its disk is another one.
+    // It has another disk.
     let arrival = arrival.with_disk_checks(false, true);
     let mut arrival = StallingIncomingVm { arrival, backend, before, stopped, starts: 0 };
     let (left, arrived) = std::thread::scope(|scope| {
@@ -728,7 +728,7 @@ fn cancel_ends_a_destination_whose_back_end_hangs(#[values(Step::Prepare, Step::
     let backends = [Backend::start(), Backend::start()];
     let guest = Mutex::new(Some(running(&backends[0], config())));
     let (left, arrived, _) = stalling_vm(&backends[0], &backends[1], &guest, step, |cancel, _| cancel.cancel());
-    // Not because the back-end was silent for too long.
+    // The cause is not the back-end's timeout.
     let error = arrived.unwrap_err().to_string();
     assert!(error.contains("was ended"), "{error}");
     assert_eq!(left.unwrap_err().location, GuestLocation::RunningHere);
@@ -741,7 +741,7 @@ fn cancel_of_a_hanging_start_keeps_the_arrived_guest_and_resume_starts_it() {
     let mut backends = [Backend::start(), Backend::start()];
     let guest = Mutex::new(Some(running(&backends[0], config())));
     let image = |backend: &Backend| backend.folder.path().join("disk.img");
-    // One disk for both.
+    // Both sides use one disk.
     backends[1].end();
     std::fs::remove_file(image(&backends[1])).unwrap();
     std::fs::hard_link(image(&backends[0]), image(&backends[1])).unwrap();
@@ -803,7 +803,7 @@ fn refused_rings_are_retried_until_they_run() {
     guest.resume().unwrap();
     run_for(&guest, 100);
 
-    // As the end of a migration that has failed, which waits for no device.
+    // Like the end of a failed migration, which waits for no device.
     guest.pause().unwrap();
     guest.stop_devices().unwrap();
     device.idles.store(true, Ordering::Relaxed);
@@ -814,7 +814,7 @@ fn refused_rings_are_retried_until_they_run() {
     run_for(&guest, 100);
     guest.verify().unwrap();
 
-    // As an operator's order, which is answered when all runs.
+    // Like an operator's command, which is answered when everything runs.
     guest.pause().unwrap();
     guest.stop_devices().unwrap();
     device.idles.store(true, Ordering::Relaxed);
@@ -826,7 +826,7 @@ fn refused_rings_are_retried_until_they_run() {
     guest.verify().unwrap();
 }
 
-/// Runs itself again, alone: no file descriptor is to be had meanwhile.
+/// Runs itself again in a separate process without available file descriptors.
 #[test]
 fn a_guest_whose_threads_cannot_start_stays_paused_and_intact() {
     const ALONE: &str = "VHOST_MIGRATE_TEST_ALONE";

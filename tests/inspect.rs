@@ -1,5 +1,5 @@
-//! What `inspect` says of files: complete only what a guest can be restored from, a log only what is one, and memory that
-//! does not grow with the file.
+//! `inspect`: reports a stream as complete only if a guest can be restored from it, and a log only if it is one, with
+//! bounded memory.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs::{self, File};
@@ -19,7 +19,7 @@ fn inspect(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vhost-migrate")).arg("inspect").args(arguments).output().unwrap()
 }
 
-/// The same with so much address space as this program needs for itself, and a little more.
+/// Runs `inspect` with little more address space than the program needs.
 fn inspect_in_little_memory(arguments: &[&str]) -> Output {
     const KIB: u32 = 64 << 10;
     let mut command = Command::new("sh");
@@ -52,7 +52,7 @@ impl TempFolder {
         path.to_str().unwrap().into()
     }
 
-    /// A file of so many bytes of zeros that takes no room.
+    /// Creates a sparse file of zeros.
     fn zeros(&self, name: &str, bytes: u64) -> String {
         let path = self.path(name);
         File::create(&path).unwrap().set_len(bytes).unwrap();
@@ -67,7 +67,7 @@ const HEADER: ConnectionHeader =
 #[derive(Clone)]
 enum Frame {
     Message(ToDestination),
-    /// One page with contents.
+    /// One data page.
     Page(u64),
 }
 
@@ -84,7 +84,7 @@ fn state(bytes: usize) -> Frame {
     Frame::Message(ToDestination::State(vec![7; bytes]))
 }
 
-/// A stream that a guest can be restored from.
+/// Returns a stream from which a guest can be restored.
 fn complete_stream() -> Vec<Frame> {
     let commit = Frame::Message(ToDestination::Commit(Commit { run: true }));
     vec![
@@ -157,7 +157,7 @@ fn inspect_stream_requires_every_frame_that_a_restore_needs() {
     refused("cancelled", HEADER, &cancelled, "not today");
     refused("one of two channels", ConnectionHeader { channels: 2, ..HEADER }, &complete_stream(), "one of 2 channels");
 
-    // As on a device that was used before.
+    // Like on a device with older data.
     let longer = folder.file("longer", &[stream(HEADER, &complete_stream()), vec![9; 1000]].concat());
     let output = inspect(&["--json", "stream", &longer]);
     assert_eq!(
@@ -175,7 +175,7 @@ fn inspect_stream_requires_every_frame_that_a_restore_needs() {
 #[test]
 fn inspect_uses_bounded_memory_for_any_file() {
     let folder = TempFolder::new();
-    // Every second page: as many runs as there can be.
+    // Every second page: the maximum number of runs.
     let log = folder.file("log", &vec![0x55; 64 << 20]);
     let output = inspect_in_little_memory(&["--json", "log", &log, "--memory", "2TiB"]);
     assert_eq!(output.status.code(), Some(0), "{}", words(&output));
@@ -220,7 +220,7 @@ fn inspect_log_identifies_other_formats_and_reports_doubt() {
         assert!(output.status.code() == Some(1) && told.contains(hint), "{file}: {told}");
     }
 
-    // Bits that may be anything: shown, but not called a log.
+    // Arbitrary bits: shown, but not reported as a log.
     let file = folder.file("bits", &[0b0000_0110, 0, 0x80, 0, 0, 0, 0, 0]);
     let output = inspect(&["--json", "log", &file]);
     assert_eq!(output.status.code(), Some(4), "{}", words(&output));
@@ -239,7 +239,7 @@ fn inspect_log_identifies_other_formats_and_reports_doubt() {
     let short = inspect(&["log", &file, "--memory", "1GiB"]);
     assert!(short.status.code() == Some(1) && words(&short).contains("it ends at"), "{}", words(&short));
 
-    // The log of a front-end is known by its memfd.
+    // The log of a front-end is identified by its memfd.
     let (log, fd) = Log::create(1 << 30).unwrap();
     log.mark(0x5000, 1);
     let output = inspect(&["--json", "log", &format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd())]);

@@ -1,5 +1,5 @@
-//! What page batches promise: every page arrives as it was, whatever the memory, the runs, the codec and the pieces in
-//! which the bytes come; and damage of any kind is an error that leaves everything outside guest memory alone.
+//! Page batches: every page arrives unchanged for any memory, runs, codec and fragmentation; and any damage is an error
+//! that leaves everything outside guest memory unchanged.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::single_range_in_vec_init)]
 
 use std::collections::BTreeSet;
@@ -47,7 +47,7 @@ fn page(memory: &Memory, page: u64) -> Vec<u8> {
     bytes
 }
 
-/// Fills a page in one of the ways that matter: zero, its last byte only, text, noise.
+/// Fills a page with one of the relevant contents: zero, only the last byte, text, noise.
 fn fill(memory: &Memory, number: u64, how: u8) {
     let mut seed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut noise = || {
@@ -105,7 +105,7 @@ fn receive_on(
     }
 }
 
-/// A reader that hands out a few bytes at a time.
+/// A reader that returns a few bytes at a time.
 struct ChunkedReader<'a> {
     bytes: &'a [u8],
     sizes: Vec<usize>,
@@ -190,7 +190,7 @@ proptest! {
     fn random_bytes_yield_an_error_and_never_a_panic(noise in prop::collection::vec(any::<u8>(), 0..5000)) {
         let target = Arc::new(IncomingMemory::zeroed(memory(&[(0, 16)])));
         prop_assert!(receive(&target, noise.as_slice()).is_err() || noise.is_empty());
-        // With a valid frame around it and a likely head it gets as far as the table.
+        // A valid frame and a plausible head reach the table parser.
         let mut body = noise;
         if let Some(head) = body.first_chunk_mut() {
             *head = [head[0] % 9, 0, 0, 0, head[4] % 2, 0, 0, 0];
@@ -226,7 +226,7 @@ fn every_truncated_stream_is_an_error() {
         for length in 1..wire.len() {
             match receive(&target, &wire[..length]) {
                 Err(StreamError::Truncated(_)) => {}
-                // Between two frames the handshake notices what is missing.
+                // An end between two frames is detected by the handshake.
                 Ok(part) if part.batches < whole.batches => at_a_border += 1,
                 other => panic!("{codec} {length}: {other:?}"),
             }
@@ -347,7 +347,7 @@ fn a_received_page_that_is_sent_as_zero_becomes_zero() {
 
 #[test]
 fn a_zero_page_of_zeroed_memory_is_not_touched() {
-    // If it were written, the memfd would have to hold it.
+    // A write would allocate a page of the memfd.
     let fd = sealed_memfd("guest", 1 << 20).unwrap();
     let region = Region::map(fd.as_fd(), 0, 1 << 20, 0, 0).unwrap();
     let target = Arc::new(IncomingMemory::zeroed(Memory::new([Arc::new(region)]).unwrap()));
@@ -386,7 +386,7 @@ fn a_hole_is_sent_as_zero_and_not_allocated() {
         let sent = round(&[0..PAGES]);
         assert_eq!((sent.data_pages, sent.zero_pages), (5, PAGES - 5));
         assert_eq!(taken(), [5, 5], "pages in use here and there");
-        // Named again: one that was discarded, one that was filled, and a hole.
+        // Sent again: a page that was discarded, one that was filled, and a hole.
         fallocate(&files[0], discard, 3 * 4096, 4096).unwrap();
         fill(&source, 100, 3);
         let sent = round(&[3..4, 100..102]);
@@ -426,7 +426,7 @@ fn alternating_pages_arrive_in_several_batches() {
 
 #[test]
 fn the_zero_test_uses_the_bytes_that_are_sent() {
-    // A writer flips one word between zero and not. Judged by one read and sent by another, some page would be told as
+    // A writer flips one word between zero and non-zero. A page tested by one read and sent by another would be sent as
     // data and be zero.
     let source = memory(&[(0, 1)]);
     let target = Arc::new(IncomingMemory::zeroed(memory(&[(0, 1)])));
@@ -452,15 +452,15 @@ fn the_zero_test_uses_the_bytes_that_are_sent() {
     assert_eq!(send(&source, vec![0..1], Codec::None).1.data_pages, 1);
 }
 
-/// KiB of memory of this process that is no file's.
+/// Returns the anonymous memory of this process, KiB.
 fn anonymous_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// A source says in 50 bytes how much memory there is. What that costs is bounded before a page comes, also if all of them
-/// come as zero.
+/// A source announces any amount of memory in 50 bytes. The cost is bounded before pages arrive, also if all of them
+/// arrive as zero.
 #[test]
 fn memory_without_pages_costs_almost_nothing() {
     const GIB: u64 = (1 << 30) / LOG_PAGE;
@@ -471,6 +471,6 @@ fn memory_without_pages_costs_almost_nothing() {
     let target = Arc::new(IncomingMemory::zeroed(vast()));
     receive(&target, wire.as_slice()).unwrap();
     let grown = anonymous_kib().saturating_sub(before);
-    // A bit for each page would be 512 MiB.
+    // A complete bitmap would have 512 MiB.
     assert!(grown < 128 << 10, "{grown} KiB");
 }

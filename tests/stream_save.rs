@@ -1,5 +1,5 @@
-//! What a save to a file, a block device or an inherited descriptor promises: it is whole and on disk, or it is refused,
-//! whatever happened half-way and whatever was there before.
+//! Saves to a file, a block device or an inherited descriptor: a save is complete and durable, or it is refused, after
+//! any failure and over any earlier contents.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::single_range_in_vec_init)]
 
 mod page_cache;
@@ -26,7 +26,7 @@ use vhost_migrate::stream::{
 };
 
 const PAGES: u64 = 3072;
-/// Bytes of a save, and a little more.
+/// Upper bound of the size of a save, bytes.
 const SAVE_BYTES: u64 = PAGES * (LOG_PAGE + 8) + 4096;
 
 fn uri(text: impl AsRef<str>) -> Uri {
@@ -37,7 +37,7 @@ fn file(path: &Path) -> Uri {
     uri(format!("file:{}", path.display()))
 }
 
-/// A folder on a disk, which not every system's folder for temporary files is.
+/// Returns a folder on a disk, unlike some systems' temporary folder.
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
@@ -47,7 +47,7 @@ fn memory(pages: u64) -> Memory {
     Memory::new([Arc::new(Region::share(fd, 0, pages * LOG_PAGE, 0).unwrap())]).unwrap()
 }
 
-/// Memory whose every page says which memory it belongs to.
+/// Returns memory in which every page contains `name`.
 fn filled(pages: u64, name: u32) -> Memory {
     let memory = memory(pages);
     for page in 0..pages {
@@ -77,7 +77,7 @@ fn save(to: &Uri, memory: &Memory) -> Result<(), StreamError> {
     connection.finish()
 }
 
-/// Restores what was saved, at most `most` frames of it.
+/// Restores a save, at most `most` frames.
 fn restore(from: &Uri, most: usize) -> Result<Memory, StreamError> {
     let connection = StreamListener::bind(from)?.accept(&StreamOptions::new()?)?;
     let target = Arc::new(IncomingMemory::zeroed(memory(PAGES)));
@@ -99,7 +99,7 @@ fn restore(from: &Uri, most: usize) -> Result<Memory, StreamError> {
     Ok(target.memory().clone())
 }
 
-/// A loop device, until dropped.
+/// A loop device, detached on drop.
 struct LoopDevice(PathBuf);
 
 impl LoopDevice {
@@ -122,7 +122,7 @@ fn disk(folder: &Path) -> LoopDevice {
     LoopDevice::of(&image)
 }
 
-/// Set in a process that saves and is killed on the way: URI, number of the memory, bytes until it is killed.
+/// Set in a process that is killed during a save: URI, number of the memory, bytes until it is killed.
 const KILLED_SAVE_ENV: &str = "VHOST_MIGRATE_TEST_SAVE";
 
 /// The process that is killed.
@@ -163,17 +163,17 @@ fn a_save_onto_a_used_device_killed_at_any_byte_is_complete_or_refused() {
     let name = "a_save_onto_a_used_device_killed_at_any_byte_is_complete_or_refused";
     let (mut whole, mut refused) = (0, 0);
     for number in 0..KILLS {
-        // What an earlier save has left fits: every frame is where the new one's will be.
+        // The frames of the earlier save are at the same offsets as the new ones.
         let old = filled(PAGES, 2 * number as u32);
         save(&to, &old).unwrap();
         assert!(bytes(&restore(&to, usize::MAX).unwrap()) == bytes(&old));
-        // Not in the order of the bytes; the last ones are behind the end.
+        // Not in the order of the bytes; the last offsets are behind the end.
         let most = (number * 17 % KILLS) * SAVE_BYTES / (KILLS - 3);
         killed_save(name, &disk.0, 2 * number as u32 + 1, most);
         match restore(&to, usize::MAX) {
             Ok(found) => {
                 let found = bytes(&found);
-                // One that was killed before it began has changed nothing.
+                // A save killed before its start has changed nothing.
                 let untouched = most == 0 && found == bytes(&old);
                 assert!(
                     untouched || found == bytes(&filled(PAGES, 2 * number as u32 + 1)),
@@ -210,7 +210,7 @@ fn a_killed_save_to_a_file_leaves_no_file() {
     assert!(bytes(&restore(&file(&path), usize::MAX).unwrap()) == bytes(&filled(PAGES, 1)));
 }
 
-/// The header alone does not protect a save: what is under it may be another's.
+/// The header alone does not protect a save: the frames behind it may belong to another.
 #[test]
 fn frames_of_an_earlier_save_are_refused_behind_a_new_header() {
     let folder = folder();
@@ -255,7 +255,7 @@ fn an_abandoned_save_is_unfinished_and_the_next_one_is_complete() {
 
         rewind();
         save(&to, &filled(PAGES, 3)).unwrap();
-        // A restore that ends half-way takes nothing away.
+        // An interrupted restore changes nothing.
         restore(&from, 4).unwrap();
         assert!(bytes(&restore(&from, usize::MAX).unwrap()) == bytes(&filled(PAGES, 3)), "{from}");
     }
@@ -309,7 +309,7 @@ fn a_save_creates_a_file_readable_only_by_its_owner() {
     assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), before);
 
-    // A name that leads elsewhere is replaced, not followed.
+    // A symbolic link is replaced, not followed.
     fs::remove_file(&path).unwrap();
     symlink(&victim, &path).unwrap();
     save(&file(&path), &filled(64, 2)).unwrap();
@@ -320,7 +320,7 @@ fn a_save_creates_a_file_readable_only_by_its_owner() {
 #[test]
 fn an_impossible_file_name_is_refused_before_the_save() {
     let folder = folder();
-    // One that leaves no room for what is added to it meanwhile, too.
+    // Also a name that is too long with the temporary suffix.
     for name in ["name/", &"n".repeat(256), &"n".repeat(245)] {
         let refused = connect(&file(&folder.path().join(name)), &StreamOptions::new().unwrap());
         assert!(matches!(refused, Err(StreamError::Open { .. })), "{name}: {:?}", refused.err());
@@ -365,7 +365,7 @@ fn a_second_save_onto_a_device_that_is_being_saved_to_is_refused() {
 
 #[test]
 fn a_save_is_written_back_continuously_and_synced_at_its_end() {
-    /// Two pieces and what one write adds to each.
+    /// Two write-back parts and the last write of each.
     const MOST: u64 = 34 << 20;
     let folder = folder();
     let memory = filled(6144, 1);

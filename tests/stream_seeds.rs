@@ -1,5 +1,5 @@
-//! The inputs that the fuzz target `stream` begins with are streams of this version, with a frame of every kind: a fuzzer
-//! does not find the hashes of frames by itself.
+//! The seeds of the fuzz target `stream` are streams of the current version with a frame of every kind, because a
+//! fuzzer cannot find valid frame hashes.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashSet;
@@ -26,7 +26,7 @@ fn the_seeds_contain_complete_streams_of_the_current_version() {
     );
 }
 
-/// Of the valid frames after a valid connection header, as the target reads them.
+/// Returns the kinds of the valid frames behind a valid connection header, read like in the target.
 fn kinds_of_frames(mut stream: &[u8]) -> Vec<FrameKind> {
     let mut kinds = Vec::new();
     if ConnectionHeader::read(&mut stream).is_ok() {

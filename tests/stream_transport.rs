@@ -1,5 +1,5 @@
-//! What transports promise: every URI carries a migration, strangers and hanging peers do not stop one, cancelling ends
-//! every wait, and each mistake is told with what to do about it.
+//! Transports: every URI carries a migration, unrelated and hanging peers do not block one, cancellation ends every
+//! wait, and errors include advice.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::single_range_in_vec_init)]
 
 use std::fs;
@@ -38,7 +38,7 @@ fn memory(pages: u64) -> Memory {
     Memory::new([Arc::new(Region::map(fd.as_fd(), 0, pages * LOG_PAGE, 0, 0).unwrap())]).unwrap()
 }
 
-/// Pages of a text of their own, every third zero.
+/// Returns memory with a different text in each page; every third page is zero.
 fn filled(pages: u64) -> Memory {
     let memory = memory(pages);
     for page in (0..pages).filter(|page| page % 3 != 0) {
@@ -111,7 +111,7 @@ fn destination(connection: &StreamConnection, target: &Arc<IncomingMemory>) -> R
     Ok(())
 }
 
-/// Moves memory from a thread of its own to here.
+/// Sends memory from a separate thread to this one.
 fn migrate(listener: &StreamListener, to: &Uri, options: StreamOptions, codec: Codec) {
     let from = filled(700);
     let target = Arc::new(IncomingMemory::zeroed(memory(700)));
@@ -208,7 +208,7 @@ fn memory_arrives_through_filter_commands() {
 
 #[test]
 fn a_bidirectional_command_works_and_its_failure_is_reported() {
-    // `cat` sends the header back, as a destination does.
+    // `cat` returns the header like a destination.
     let connection = connect(&uri("exec:cat"), &options(1)).unwrap();
     assert!(!connection.one_way);
     connection.finish().unwrap();
@@ -265,7 +265,7 @@ fn unrelated_connections_are_dropped_and_the_migration_goes_on() {
     let to = unix(folder.path());
     let listener = StreamListener::bind(&to).unwrap();
     let Uri::Unix(path) = &to else { panic!() };
-    // One says nothing, one speaks HTTP, one is half a migration, one repeats a channel, one has gone.
+    // A silent peer, an HTTP client, half a migration, a repeated channel, and a disconnected peer.
     let _silent = UnixStream::connect(path).unwrap();
     let mut http = UnixStream::connect(path).unwrap();
     http.write_all(b"GET / HTTP/1.1\r\nHost: somebody.example\r\n\r\n").unwrap();
@@ -301,7 +301,7 @@ fn both_sides_report_which_version_is_older() {
     let to = unix(folder.path());
     let listener = StreamListener::bind(&to).unwrap();
     let Uri::Unix(path) = &to else { panic!() };
-    // A newer source finds our version in the answer.
+    // A newer source finds this version in the reply.
     let mut newer = UnixStream::connect(path).unwrap();
     let mut header =
         ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: false, outcome_query: false }.encode();
@@ -311,7 +311,7 @@ fn both_sides_report_which_version_is_older() {
     let mut answer = [0; HEADER_BYTES];
     newer.read_exact(&mut answer).unwrap();
     assert_eq!(answer[8..10], VERSION.to_le_bytes());
-    // Our source meets a newer destination.
+    // This source connects to a newer destination.
     let newer = UnixListener::bind(folder.path().join("newer")).unwrap();
     let source = thread::spawn(move || connect(&uri(format!("unix:{}/newer", folder.path().display())), &options(1)));
     let mut newer = newer.accept().unwrap().0;
@@ -398,7 +398,7 @@ fn cancelling_ends_accept_read_write_and_every_wait() {
         waiting.cancel.cancel();
         assert!(matches!(accept.join().unwrap(), Err(StreamError::Cancelled)));
     });
-    // Nobody answers the header, nobody reads, nobody writes.
+    // The peer does not reply to the header, read or write.
     let dialling = forever();
     thread::scope(|scope| {
         let dial = scope.spawn(|| connect(&to, &dialling));
@@ -470,14 +470,14 @@ fn an_idle_channel_does_not_time_out_while_another_receives() {
         let (silent, busy) = (read(0, 1), read(1, 20));
         let [mut first, mut second] = [0, 1].map(|number| source.channels[number].clone());
         for _ in 0..20 {
-            // A pause is what is wanted here: together they are longer than the timeout.
+            // The pauses are intended: together they are longer than the timeout.
             thread::sleep(TIMEOUT / 12);
             second.write_all(&[1]).unwrap();
         }
         busy.join().unwrap().unwrap();
         first.write_all(&[1]).unwrap();
         silent.join().unwrap().unwrap();
-        // When both are silent it is over.
+        // The timeout applies when both are silent.
         let timeout = read(0, 1).join().unwrap();
         assert!(matches!(timeout, Err(StreamError::Timeout(TIMEOUT))), "{timeout:?}");
     });

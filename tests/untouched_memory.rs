@@ -1,4 +1,4 @@
-//! Guest memory that was never used takes no memory, on either side, because its guest is migrated, saved or verified.
+//! Migration, save and verification allocate no untouched guest memory on either side.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // also in the helpers of these tests
 
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ use vhost_migrate::control;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
-/// Of the guest's memory; half of it is used, by CPUs, rings and what is written once.
+/// Size of the guest's memory, of which half is used.
 const MEMORY: u64 = 256 * MIB;
 const USED: u64 = 128 * MIB;
-/// Room for rings, buffers, inflight regions and dirty logs.
+/// Allowance for rings, buffers, inflight regions and dirty logs.
 const OVERHEAD: u64 = 16 * MIB;
 
 fn program() -> Command {
@@ -22,11 +22,11 @@ fn program() -> Command {
     command
 }
 
-/// Killed when dropped.
+/// A child process, killed on drop.
 struct ChildProcess(Child);
 
 impl ChildProcess {
-    /// Shared memory that the process has in its page tables, bytes.
+    /// Returns the shared memory in the process's page tables, bytes.
     fn shared_memory(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap();

@@ -96,7 +96,7 @@ struct Blk {
     /// How the image is read and written
     #[arg(long, value_name = "HOW", default_value = "io_uring")]
     aio: AioEngine,
-    /// Go past the page cache (O_DIRECT); the guest is told the block size that this needs
+    /// Bypass the page cache (O_DIRECT); the guest receives the block size that this requires
     #[arg(long)]
     direct: bool,
     /// Offer drivers to complete their requests in order; a slow one then holds up those after it
@@ -145,7 +145,7 @@ struct SocketArguments {
     /// again whenever the connection has ended
     #[arg(long, value_name = "PATH", value_parser = values::socket_path())]
     connect: Option<PathBuf>,
-    /// Inherited socket instead: one that listens, or one connection
+    /// Inherited socket instead: a listening one, or one connection
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
     fd: Option<i32>,
 }

@@ -7,7 +7,7 @@ use tracing_subscriber::EnvFilter;
 /// Selection of log messages.
 #[derive(Debug, clap::Args)]
 pub(crate) struct LogArguments {
-    /// Least level of messages on stderr: error, warn, info, debug; by default what RUST_LOG says, or info
+    /// Minimum level of messages on stderr: error, warn, info, debug; by default the value of RUST_LOG, or info
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<tracing::Level>,
 }

@@ -47,7 +47,7 @@ pub struct SavedGuest {
 pub struct DeviceSetup {
     /// [`STATE_VERSION`].
     pub version: u32,
-    /// What kind of guest it is.
+    /// Configuration of the guest.
     pub config: GuestConfig,
     /// The devices, without rings, requests in flight and internal state.
     pub devices: Vec<DeviceState>,

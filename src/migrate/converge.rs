@@ -322,7 +322,7 @@ mod tests {
         let zeros = RoundResult { data_pages: 0, zero_pages: 100_000, duration: MS * 20, left: 100_000 };
         assert!(matches!(rounds.next_step(zeros), NextStep::Round { .. }));
         assert!(matches!(rounds.next_step(zeros), NextStep::Switchover { expected } if expected < MS * 30));
-        // Once contents have gone out, they say how fast the rest goes.
+        // After a round with data, its rate applies.
         let mut rounds = Convergence::new(policy(300), 100_000);
         rounds.next_step(sent(10_000, MS * 1000, 100_000));
         assert!(matches!(rounds.next_step(zeros), NextStep::Round { expected, .. } if expected > MS * 9000));

@@ -294,7 +294,7 @@ fn receive_pages(
         // Capacity for all events: the end of each channel, and the devices on one of them.
         let (events, received_events) = bounded(readers.len() + 1);
         let (data_runs, announced) = bounded::<DataRuns>(1);
-        // Ends when all senders are gone.
+        // Ends when all senders are dropped.
         let arrived = &arrived;
         scope.spawn(move || announced.into_iter().for_each(|data| populate(target, &data.runs, arrived)));
         let mut hints = Some(HintSenders { data_runs: Some(data_runs), devices: Some(events.clone()) });

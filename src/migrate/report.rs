@@ -76,7 +76,7 @@ pub enum MigrationEvent {
     Failed {
         /// The reason and advice.
         message: String,
-        /// Where the guest is.
+        /// Location of the guest.
         location: GuestLocation,
     },
 }

@@ -9,11 +9,11 @@ pub type VmError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A guest at the source.
 ///
-/// Calls come in this order: [`memory`](SourceVm::memory), [`is_running`](SourceVm::is_running),
-/// [`dirty_source`](SourceVm::dirty_source), then [`pause`](SourceVm::pause), again only after [`resume`](SourceVm::resume). A migration that fails before
-/// its commit has it undone by [`resume`](SourceVm::resume), one whose destination has said that it runs the guest ends
-/// with [`release`](SourceVm::release). If what came of the commit stays unknown, neither is called: the guest stays
-/// paused, and whoever owns it decides.
+/// Order of the calls: [`memory`](SourceVm::memory), [`is_running`](SourceVm::is_running),
+/// [`dirty_source`](SourceVm::dirty_source), then [`pause`](SourceVm::pause), which is called again only after
+/// [`resume`](SourceVm::resume). A migration that fails before its commit ends with [`resume`](SourceVm::resume), a
+/// migration whose destination confirms that it runs the guest with [`release`](SourceVm::release). If the outcome of
+/// the commit is unknown, neither is called: the guest stays paused, and its owner decides.
 pub trait SourceVm {
     /// Returns the guest's memory. Its regions must not change until the migration has ended.
     ///
@@ -52,8 +52,8 @@ pub trait SourceVm {
     /// (rule R3.1). It must return after cancellation even if a device hangs.
     ///
     /// # Errors
-    /// If something can't be stopped; [`resume`](SourceVm::resume) is called then. If there is an
-    /// [`blocker`](SourceVm::blocker) by then, the migration goes on with further rounds and calls this again.
+    /// If something cannot be stopped; [`resume`](SourceVm::resume) is called then. If there is a
+    /// [`blocker`](SourceVm::blocker) at that time, the migration continues with further rounds and calls this again.
     fn pause(&mut self) -> Result<(), VmError>;
 
     /// Returns the state of CPUs and devices of a paused guest, in the format of the destination's [`IncomingVm`].
@@ -84,10 +84,10 @@ pub use crate::stream::record::RegionLayout;
 
 /// A guest at the destination.
 ///
-/// Calls come in this order: [`prepare`](IncomingVm::prepare), [`prepare_devices`](IncomingVm::prepare_devices) if the source has said
-/// something of them, [`restore`](IncomingVm::restore), [`start`](IncomingVm::start).
-/// Until `start` everything can still be dropped, and the source goes on. From then on the guest belongs here.
-/// A device that hangs must not keep any of them from returning once the migration is cancelled.
+/// Order of the calls: [`prepare`](IncomingVm::prepare), [`prepare_devices`](IncomingVm::prepare_devices) if the source
+/// has described its devices, [`restore`](IncomingVm::restore), [`start`](IncomingVm::start). Until `start` everything
+/// can be dropped, and the source resumes the guest. From then on the guest belongs to this side. All of them must
+/// return after cancellation even if a device hangs.
 pub trait IncomingVm {
     /// Creates the guest's memory, zeroed, with exactly these regions.
     ///

@@ -139,7 +139,7 @@ impl PageEncoder {
     /// The guest may write the memory meanwhile.
     ///
     /// # Errors
-    /// Errors of the transport. What was not sent then is not known: all of `runs` must be put back (rule L14.1).
+    /// Errors of the transport. It is unknown which pages were sent then: all of `runs` must be put back (rule L14.1).
     pub fn send<W: Write>(
         &mut self,
         memory: &Memory,

@@ -178,7 +178,7 @@ pub(super) fn duplicate_fd(number: RawFd) -> io::Result<OwnedFd> {
     if copy < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor was just made and nobody else knows it.
+    // SAFETY: the descriptor was just created and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 /// Renames a file. Without `replace`, an existing file yields EEXIST. Called by number: not every libc has the

@@ -488,7 +488,7 @@ impl ChannelState {
         self.in_frame.store(true, Ordering::Relaxed);
         self.rate_limited_ns.fetch_add(waited.as_nanos() as u64, Ordering::Relaxed);
         let count = self.retry_io(PollFlags::POLLOUT, || match self.kind {
-            // No SIGPIPE from a peer that is gone.
+            // No SIGPIPE after the peer has closed the connection.
             FdKind::Socket => {
                 let flags = MsgFlags::MSG_NOSIGNAL;
                 Ok(socket::sendmsg::<()>(self.fd.as_raw_fd(), from, &[], flags, None)?)
@@ -565,7 +565,7 @@ impl ChannelState {
 
     fn shutdown(&self, how: Shutdown) {
         if self.kind == FdKind::Socket {
-            // Fails when the peer is gone already, which is as good.
+            // Fails if the peer has already disconnected, with the same effect.
             let _ = socket::shutdown(self.fd.as_raw_fd(), how);
         }
     }

@@ -1,4 +1,4 @@
-//! The disks of a guest that is restored: they are what they were when it was saved, or the restore is refused (GET_DISK_GENERATION).
+//! Disks of a restored guest: a disk that has changed since the save is refused (GET_DISK_GENERATION).
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use super::{
     ChildProcess, Host, PATIENCE, assert_completed, events, migrate, program, run, status, text, verify, wait_for_state,
 };
 
-/// A paused guest, saved to a file, which is told as a URI. It is gone here unless `more` says otherwise.
+/// Pauses a guest and saves it to a file. Returns the URI. The guest is released here unless `more` says otherwise.
 fn saved(host: &Host, source: &Path, more: &[&str]) -> String {
     expect_ok(source, "pause");
     let file = format!("file:{}", host.path("guest.vhm").display());
@@ -41,7 +41,7 @@ fn copy(host: &Host, from: &str, to: &str, options: &[&str]) -> PathBuf {
     to
 }
 
-/// A restore that is to fail.
+/// Starts a restore that must fail.
 pub(super) fn refused(host: &Host, backend: &Path, file: &str) -> String {
     let control = host.path("refused.control");
     let mut command = program();
@@ -61,7 +61,7 @@ pub(super) fn refused(host: &Host, backend: &Path, file: &str) -> String {
     words
 }
 
-/// Restores it, has it write to its disk, and ends it.
+/// Restores a guest, waits until it has written to its disk, and ends it.
 fn restored(host: &mut Host, backend: &Path, name: &str, more: &[&str]) {
     let guest = host.guest_on(backend, name, more);
     wait_for_state(&guest, "paused");
@@ -81,7 +81,7 @@ fn a_restore_onto_a_changed_disk_needs_ignore_disk_generation() {
     assert!(generation.len() == 32 && found["disks"][0]["identity"].as_str().unwrap().len() == 32, "{found}");
 
     let backend = host.backend("again.vhost");
-    // One that does not get as far as to run changes nothing.
+    // A guest that never runs changes nothing.
     let unused = host.guest_on(&backend, "unused", &["--incoming", &file]);
     wait_for_state(&unused, "paused");
     expect_ok(&unused, "quit");
@@ -91,7 +91,7 @@ fn a_restore_onto_a_changed_disk_needs_ignore_disk_generation() {
     let words = refused(&host, &backend, &file);
     assert!(words.contains("again.vhost: it was written after the guest was saved"), "{words}");
     assert!(words.contains("--ignore-disk-generation"), "{words}");
-    // Nor by a back-end that was started since.
+    // Also with a newly started back-end.
     let later = host.backend("later.vhost");
     assert!(refused(&host, &later, &file).contains("was written after the guest was saved"));
     let forced = host.guest_on(&later, "forced", &["--incoming", &file, "--ignore-disk-generation"]);
@@ -133,7 +133,7 @@ fn a_snapshot_is_restored_onto_the_disk_copy_made_with_it_and_refused_on_the_liv
 fn save_inspect_and_restore_warn_of_a_disk_without_a_generation() {
     let mut host = Host::new();
     let image = host.path("disk");
-    // Others may write it at any time.
+    // Other processes may write it at any time.
     let shared = backend_on(&mut host, &image, "shared.vhost", &["--share-rw"]);
     let source = host.guest_on(&shared, "source", &["--memory", "64MiB", "--request-rate", "50"]);
     wait_for_state(&source, "running");
@@ -162,7 +162,7 @@ fn save_inspect_and_restore_warn_of_a_disk_without_a_generation() {
     assert!(said.contains("again.vhost: this disk is not compared"), "{said}");
 }
 
-/// A destination with this back-end.
+/// Starts a destination with this back-end.
 fn arriving_on(host: &mut Host, backend: &Path, name: &str, more: &[&str]) -> (PathBuf, String) {
     let uri = format!("unix:{}.incoming", host.path(name).display());
     let destination = host.guest_on(backend, name, &[&["--incoming", &uri], more].concat());
@@ -174,7 +174,7 @@ fn arriving_on(host: &mut Host, backend: &Path, name: &str, more: &[&str]) -> (P
 fn a_migration_to_another_disk_needs_ignore_disk_generation() {
     let mut host = Host::new();
     let source = host.source();
-    // Of the same size, and with the same contents as far as a copy of a disk in use has them.
+    // A disk of the same size with a copy of the contents.
     let other = copy(&host, "disk", "other", &[]);
     let backend = backend_on(&mut host, &other, "other.vhost", &[]);
     let (destination, uri) = arriving_on(&mut host, &backend, "refusing", &[]);
@@ -187,7 +187,7 @@ fn a_migration_to_another_disk_needs_ignore_disk_generation() {
     assert_eq!(status(&destination).unwrap()["state"], "absent");
     expect_ok(&destination, "quit");
 
-    // What it does not write is equal in both.
+    // Sectors that the guest has not written are equal on both disks.
     expect_ok(&source, "pause");
     let (destination, uri) = arriving_on(&mut host, &backend, "forced", &["--ignore-disk-generation"]);
     assert_completed(&migrate(&source, &uri, &[]));
@@ -204,7 +204,7 @@ fn a_migration_to_a_disk_of_the_same_or_unknown_identity_succeeds() {
     let (second, uri) = arriving_on(&mut host, &backend, "second", &[]);
     assert_completed(&migrate(&source, &uri, &[]));
     wait_for_state(&second, "paused");
-    // Others may write it at any time: it gets no identity.
+    // Other processes may write it at any time: it has no identity.
     let bare = host.path("bare");
     std::fs::File::create(&bare).unwrap().set_len(16 << 20).unwrap();
     let backend = backend_on(&mut host, &bare, "bare.vhost", &["--share-rw"]);

@@ -1,5 +1,5 @@
-//! A back-end that floods its front-end with calls, errors, messages on the back-end channel, refusals, and answers nobody asked
-//! for. The guest's process logs little, keeps no fds, and goes on as soon as the back-end behaves.
+//! A back-end that floods its front-end with calls, errors, messages on the back-end channel, refusals and unrequested
+//! replies. The guest's process logs little, leaks no descriptors, and continues as soon as the back-end behaves.
 
 use std::io::{IoSlice, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -18,21 +18,21 @@ use zerocopy::IntoBytes;
 use super::message::{has_reply, pass_on, receive};
 use super::{ChildProcess, Host, PATIENCE, program, status, verify, wait_for_state};
 
-/// What the back-end does wrong.
+/// Misbehaviour of the back-end.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Flood {
     Nothing,
-    /// Calls, errors and messages that nobody asked for; its disk has another size whenever that is read.
+    /// Unrequested calls, errors and messages; the size of the disk changes with every read.
     Events,
-    /// Everything that is acknowledged is refused, with another code each time.
+    /// Every request with a reply is refused, with a different code each time.
     Refusals,
-    /// Answers come before there is a request.
+    /// Replies without a request.
     Answers,
 }
 
 const FLOODS: [Flood; 4] = [Flood::Nothing, Flood::Events, Flood::Refusals, Flood::Answers];
 
-/// Between a front-end and its back-end.
+/// A proxy between a front-end and its back-end.
 struct FloodingProxy {
     socket: PathBuf,
     shared: Arc<FloodState>,
@@ -40,9 +40,9 @@ struct FloodingProxy {
 
 #[derive(Default)]
 struct FloodState {
-    /// Place in `FLOODS`.
+    /// Index in `FLOODS`.
     flood: AtomicU64,
-    /// Events, refusals and answers so far.
+    /// Number of events, refusals and replies so far.
     sent: AtomicU64,
 }
 
@@ -72,7 +72,7 @@ impl FloodingProxy {
         FloodingProxy { socket, shared }
     }
 
-    /// Floods the front-end `times` times; returns how long that took.
+    /// Floods the front-end `times` times. Returns the duration.
     fn flood(&self, flood: Flood, times: u64) -> Duration {
         let (begun, goal) = (Instant::now(), self.shared.sent.load(Ordering::Relaxed) + times);
         self.set(flood);
@@ -87,7 +87,7 @@ impl FloodingProxy {
         begun.elapsed()
     }
 
-    /// A connection goes on as it began: the next ones are like this.
+    /// Applies to new connections.
     fn set(&self, flood: Flood) {
         let place = FLOODS.iter().position(|other| *other == flood).unwrap();
         self.shared.flood.store(place as u64, Ordering::Relaxed);
@@ -98,17 +98,17 @@ struct ProxySession<'a> {
     frontend: UnixStream,
     backend: UnixStream,
     shared: &'a FloodState,
-    /// What the front-end has given the back-end to signal it.
+    /// Descriptors for signals to the front-end.
     fds: Vec<(Request, OwnedFd)>,
 }
 
 impl ProxySession<'_> {
-    /// Until one side hangs up, or the connection is no longer what is wanted.
+    /// Runs until one side disconnects, or the mode has changed.
     fn serve(mut self) -> Option<()> {
         let begun_as = self.shared.flood();
         loop {
             match self.shared.flood() {
-                // Events come on a connection that has begun well.
+                // Events are sent on an established connection.
                 Flood::Events if begun_as == Flood::Nothing => self.events(),
                 Flood::Answers => self.answer_unasked()?,
                 now if now == begun_as => {}
@@ -127,13 +127,13 @@ impl ProxySession<'_> {
         }
     }
 
-    /// Passes a message on, and its answer back.
+    /// Relays a message and its reply.
     fn pass(&mut self) -> Option<()> {
         let message = receive(&self.frontend)?;
         let request = Request(message.header.request);
         let signals = [Request::SET_VRING_CALL, Request::SET_VRING_ERR, Request::SET_BACKEND_REQ_FD];
         if let (true, Some(fd)) = (signals.contains(&request), message.fds.first()) {
-            // SAFETY: it came with the message, and is closed when that is passed on.
+            // SAFETY: the descriptor came with the message, and is closed when that is relayed.
             let fd = unsafe { BorrowedFd::borrow_raw(*fd) };
             self.fds.push((request, fd.try_clone_to_owned().ok()?));
         }
@@ -155,7 +155,7 @@ impl ProxySession<'_> {
         pass_on(&self.frontend, &reply)
     }
 
-    /// Everything that a back-end can say of itself, once or as often as there is room for it.
+    /// Sends every kind of back-end message, once or as often as the socket accepts.
     fn events(&mut self) {
         let file = std::fs::File::open("/dev/zero").unwrap();
         for (request, fd) in &self.fds {
@@ -184,13 +184,13 @@ impl ProxySession<'_> {
                     let _ = sendmsg::<()>(fd.as_raw_fd(), &[IoSlice::new(&bytes)], &control, flags, None);
                 }
             }
-            // Its acknowledgements are heard, so that more can be said.
+            // Reads the replies, so that more messages can be sent.
             let flags = MsgFlags::MSG_DONTWAIT;
             while nix::sys::socket::recv(fd.as_raw_fd(), &mut [0; 4096], flags).is_ok_and(|count| count > 0) {}
         }
     }
 
-    /// An answer to a request that was not made.
+    /// Sends a reply without a request.
     fn answer_unasked(&mut self) -> Option<()> {
         let request = self.shared.count() as u32 % 40;
         let header = Header { request, flags: Header::REPLY_FLAGS, size: 8 };
@@ -223,7 +223,7 @@ fn a_flooding_back_end_does_not_exhaust_log_or_fds_of_the_guest_process() {
     let mut took = Duration::ZERO;
     for (flood, times) in [(Flood::Events, 20_000), (Flood::Refusals, 20), (Flood::Answers, 200)] {
         took += flooder.flood(flood, times);
-        // The process answers, and its guest has not failed.
+        // The process replies, and its guest has not failed.
         let seen = status(&control).unwrap();
         assert_eq!(
             (&seen["state"], &seen["failure"]),

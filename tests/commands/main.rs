@@ -1,4 +1,4 @@
-//! The command as its users run it: real processes, sockets and files.
+//! Tests of the command with real processes, sockets and files.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // also in the helpers of these tests
 
 mod disks;
@@ -43,7 +43,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Killed when dropped.
+/// A child process, killed on drop.
 struct ChildProcess(Child);
 
 impl Drop for ChildProcess {
@@ -53,13 +53,13 @@ impl Drop for ChildProcess {
     }
 }
 
-/// One at a time: these tests start many processes that all work.
+/// Serializes the tests, which start many busy processes.
 fn serial_guard() -> MutexGuard<'static, ()> {
     static SERIAL: Mutex<()> = Mutex::new(());
     SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A folder with a disk, back-ends and guests of small memory.
+/// A folder with a disk, back-ends and small guests.
 struct Host {
     folder: tempfile::TempDir,
     running: Vec<ChildProcess>,
@@ -94,7 +94,7 @@ impl Host {
         socket
     }
 
-    /// Starts a guest with a back-end of its own; returns its control socket.
+    /// Starts a guest with its own back-end. Returns its control socket.
     fn guest(&mut self, name: &str, more: &[&str]) -> PathBuf {
         let backend = self.backend(&format!("{name}.vhost"));
         self.guest_on(&backend, name, more)
@@ -108,7 +108,7 @@ impl Host {
         control
     }
 
-    /// Starts the device of the guide on the disk of all; returns its socket.
+    /// Starts the device of the guide on the common disk. Returns its socket.
     fn file_disk(&mut self, name: &str) -> PathBuf {
         let socket = self.path(name);
         let here = std::env::current_exe().unwrap();
@@ -134,8 +134,8 @@ impl Host {
         self.guest(name, &["--incoming", uri])
     }
 
-    /// Starts a guest, and a process that waits for it; returns the control sockets of both and where it waits. Each has a back-end
-    /// that is started before it.
+    /// Starts a guest, and a destination that waits for it, each with its own back-end. Returns both control sockets
+    /// and the URI.
     fn pair(&mut self) -> (PathBuf, PathBuf, String) {
         let source = self.source();
         let unix = format!("unix:{}", self.path("incoming").display());
@@ -145,7 +145,7 @@ impl Host {
     }
 }
 
-/// Sends a control command; events and how it ended.
+/// Sends a control command. Returns its events, including the last.
 fn send_command(control: &Path, command: &Value) -> Option<Vec<Value>> {
     let stream = UnixStream::connect(control).ok()?;
     (&stream).write_all(format!("{command}\n").as_bytes()).ok()?;
@@ -179,8 +179,7 @@ fn wait_for_state(control: &Path, state: &str) -> Value {
     }
 }
 
-/// Waits until a destination listens for a migration, which is a moment after its control socket is there: then it says so
-/// when it is told to cancel.
+/// Waits until a destination listens for a migration, which `cancel` reports. This is later than its control socket.
 fn wait_until_listening(control: &Path) -> String {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -194,7 +193,7 @@ fn wait_until_listening(control: &Path) -> String {
     }
 }
 
-/// The guest answers, works, and every byte is right.
+/// Asserts that the guest makes progress and that every byte is right.
 fn verify(control: &Path) {
     let before = wait_for_state(control, "running");
     let deadline = Instant::now() + PATIENCE;
@@ -210,12 +209,12 @@ fn verify(control: &Path) {
 }
 
 fn migrate(control: &Path, uri: &str, more: &[&str]) -> Output {
-    // A downtime that a busy machine keeps too: how long it is, is not the question here.
+    // A downtime limit that a busy machine meets: its length is not tested here.
     let usual = ["migrate", "--control", control.to_str().unwrap(), uri, "--json", "--downtime", "3000"];
     run(&[&usual[..], more].concat())
 }
 
-/// A migration that has started and has so little bandwidth that it stays in the middle.
+/// Starts a migration with so little bandwidth that it does not end by itself.
 fn slow_migration(control: &Path, uri: &str) -> (ChildProcess, impl Iterator + use<>) {
     let mut slow = program();
     slow.args(["migrate", "--json", "--bandwidth", "1MiB/s", uri, "--control"]).arg(control);
@@ -225,7 +224,7 @@ fn slow_migration(control: &Path, uri: &str) -> (ChildProcess, impl Iterator + u
     (slow, lines)
 }
 
-/// Waits until it has failed; why.
+/// Waits until the migration has failed. Returns the error.
 fn expect_failure(migration: &mut ChildProcess) -> String {
     assert_eq!(migration.0.wait().unwrap().code(), Some(1));
     let mut why = String::new();
@@ -297,7 +296,7 @@ fn a_guest_migrates_over_unix_tcp_and_a_file(#[case] rings: &[&str]) {
     assert_eq!(status(&source).unwrap()["state"], "migrated");
     verify(&second);
 
-    // A free port, as far as one can know.
+    // Probably a free port.
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let tcp = format!("tcp:127.0.0.1:{port}");
     let third = host.destination("third", &tcp);
@@ -324,7 +323,7 @@ fn a_guest_migrates_over_unix_tcp_and_a_file(#[case] rings: &[&str]) {
     assert!(!inspected.status.success() && text(&inspected.stderr).contains("checksum"), "{}", text(&inspected.stderr));
 }
 
-/// Moves a guest that is made with `more` options from one back-end to another.
+/// Migrates a guest with the options `more` from one back-end to another.
 fn assert_migrates_between(mut host: Host, [here, there]: [PathBuf; 2], more: &[&str]) {
     let unix = format!("unix:{}", host.path("incoming").display());
     let source = host.guest_on(&here, "source", &[&["--memory", "64MiB"], more].concat());
@@ -372,7 +371,7 @@ fn a_guest_migrates_over_a_bidirectional_command() {
     let unix = format!("unix:{}", incoming.display());
     let destination = host.destination("destination", &unix);
     wait_for_state(&destination, "absent");
-    // What an `ssh … socat` would be: bytes between its standard streams and a socket.
+    // Like `ssh … socat`: relays bytes between its standard streams and a socket.
     let relay = "import os,socket,sys,threading
 s=socket.socket(socket.AF_UNIX);s.connect(sys.argv[1])
 def back():
@@ -426,7 +425,7 @@ fn a_guest_runs_after_a_failed_migration_and_the_next_one_succeeds() {
     let unix = format!("unix:{}", host.path("incoming").display());
     let destination = host.destination("destination", &unix);
     wait_for_state(&destination, "absent");
-    // Ctrl-C in the middle: so little bandwidth that it is the middle.
+    // Ctrl-C during the migration, which has little bandwidth.
     let (mut slow, _events) = slow_migration(&source, &unix);
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(slow.0.id() as i32), nix::sys::signal::Signal::SIGINT).unwrap();
     let why = expect_failure(&mut slow);
@@ -448,7 +447,7 @@ fn a_killed_destination_leaves_the_guest_at_its_source_for_another_destination()
     let why = expect_failure(&mut slow);
     assert!(why.contains("still runs here"), "{why}");
     verify(&source);
-    // Where the dead one has left its socket.
+    // At the stale socket of the dead destination.
     let next = host.destination("next", &unix);
     wait_for_state(&next, "absent");
     assert_completed(&migrate(&source, &unix, &[]));
@@ -469,13 +468,13 @@ fn dirty_rate_reports_cpus_and_disks_and_a_forecast() {
     }
     assert!(found["rate"]["working_set_bytes"].as_u64().unwrap() >= 1 << 20, "{found}");
     assert!(found["forecast"]["rounds"].is_u64(), "{found}");
-    // Measuring has left nothing switched on, and the guest as it was.
+    // The measurement has stopped all tracking and left the guest unchanged.
     let again = run(&["dirty-rate", "--control", source.to_str().unwrap(), "--seconds", "0.2"]);
     assert!(again.status.success() && text(&again.stdout).contains("cpus"), "{}", text(&again.stderr));
     verify(&source);
 }
 
-/// Only a disk looks at its image's size then.
+/// Only a disk handles SIGHUP, by reading its image's size.
 #[test]
 fn guest_and_backend_net_ignore_sighup() {
     let mut host = Host::new();
@@ -488,7 +487,7 @@ fn guest_and_backend_net_ignore_sighup() {
         assert!(Instant::now() < deadline, "the interface does not come up");
         std::thread::sleep(Duration::from_millis(10));
     }
-    // The guest and the interface; its disk is one that does.
+    // The guest and the interface; the disk handles it.
     for process in &host.running {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.0.id() as i32), nix::sys::signal::Signal::SIGHUP)
             .unwrap();
@@ -500,7 +499,7 @@ fn guest_and_backend_net_ignore_sighup() {
     }
 }
 
-/// What a Prometheus server would get.
+/// Fetches metrics like a Prometheus server.
 fn fetch_metrics(mut at: impl Read + Write) -> String {
     at.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
     let mut answer = String::new();
@@ -509,7 +508,7 @@ fn fetch_metrics(mut at: impl Read + Write) -> String {
     answer
 }
 
-/// The sum of a counter's series whose line contains `label`.
+/// Returns the sum of a counter's series whose line contains `label`.
 fn counter_value(metrics: &str, name: &str, label: &str) -> u64 {
     let lines = metrics.lines().filter(|line| line.starts_with(name) && line.contains(label));
     lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
@@ -560,7 +559,7 @@ fn back_end_and_front_end_serve_their_counters_to_prometheus() {
     assert_eq!(counter_value(&found, "vhost_frontend_messages_total", "request=\"SET_LOG_BASE\""), 1, "{found}");
     assert!(counter_value(&found, "vhost_frontend_harvested_pages_total", "") > 0, "{found}");
     assert_eq!(counter_value(&found, "vhost_frontend_refused_total", ""), 0, "{found}");
-    // What it has lost and found again.
+    // Lost and restored connections.
     drop(host.running.remove(0));
     host.running.push(ChildProcess(command.spawn().unwrap()));
     assert_eq!(send_command(&control, &json!({"command": "resume"})).unwrap()[0]["event"], "ok");
@@ -640,7 +639,7 @@ fn wrong_arguments_exit_with_2_and_an_example() {
     }
 }
 
-/// Each value is the only thing that is wrong, as far as the command line goes.
+/// Each value is the only error on its command line.
 #[test]
 fn an_impossible_value_is_refused_when_the_command_line_is_parsed() {
     let long = "x".repeat(108);
@@ -756,7 +755,7 @@ fn a_snapshot_runs_on_a_disk_copy_while_its_guest_goes_on() {
     assert_eq!(send_command(&source, &json!({"command": "resume"})).unwrap().last().unwrap()["event"], "ok");
     verify(&source);
 
-    // A path means what it means to who gives it.
+    // A relative path refers to the caller's folder.
     let file = folder.join("saved.vhm");
     std::fs::rename(host.path("copy"), host.path("other-disk")).unwrap();
     let backend = host.path("copy.vhost");
@@ -773,7 +772,7 @@ fn a_snapshot_runs_on_a_disk_copy_while_its_guest_goes_on() {
     assert!(moved.status.success(), "{}", text(&moved.stderr));
     assert!(text(&moved.stderr).contains("moves the guest into file:/"), "{}", text(&moved.stderr));
     assert_eq!(status(&source).unwrap()["state"], "migrated");
-    // There is none any more, nor where nobody listens.
+    // There is no guest any more, and no process listens there.
     let nowhere = run(&["migrate", "--control", "/nonexistent/control", "file:saved.vhm"]);
     for output in [save(&[]), nowhere] {
         assert!(
@@ -799,7 +798,7 @@ fn inspect_log_lists_the_dirty_pages() {
 fn inspect_inflight_lists_the_requests_to_resubmit() {
     let host = Host::new();
     let file = host.path("region");
-    // Two entries are marked; the later counter comes second whatever its head.
+    // Two entries are marked; the order follows the counters.
     let mut region = vec![0u8; 192];
     region[8..10].copy_from_slice(&1u16.to_le_bytes());
     region[10..12].copy_from_slice(&8u16.to_le_bytes());
@@ -819,7 +818,7 @@ fn inspect_inflight_lists_the_requests_to_resubmit() {
     assert_eq!(refused.status.code(), Some(1), "a version that nobody wrote");
 }
 
-/// Rule I7.1: a part of zeros has version 0 and holds no request, but not its size either.
+/// Rule I7.1: a zeroed part has version 0 and contains neither requests nor its size.
 #[rstest]
 #[case::empty_file(0, &[], Err("0 bytes are no inflight region"))]
 #[case::not_a_multiple_of_the_part_size(100, &[], Err("100 bytes are no inflight region"))]
@@ -870,7 +869,7 @@ fn a_back_end_with_too_few_queues_is_refused_with_the_options_of_both_commands()
 fn inspect_inflight_lists_the_packed_requests_to_resubmit() {
     let host = Host::new();
     let file = host.path("region");
-    // One request of two descriptors in a ring of 4; its completion was being published.
+    // One request of two descriptors in a ring of 4, whose completion was being published.
     let mut region = vec![0u8; 192];
     for (offset, value) in [(8, 1u16), (10, 4), (12, 0), (14, 2), (16, 2), (18, 0)] {
         region[offset..offset + 2].copy_from_slice(&value.to_le_bytes());
@@ -896,7 +895,7 @@ fn signal(process: &ChildProcess, signal: Signal) {
     kill(Pid::from_raw(process.0.id() as i32), signal).unwrap();
 }
 
-/// A migration that takes a few seconds until it stops the guest, and its events from the second on.
+/// Starts a migration that takes a few seconds before the switchover. Returns its events from the second on.
 fn migrating(control: &Path, uri: &str) -> (ChildProcess, impl Iterator<Item = Value>) {
     let mut command = program();
     command.args(["migrate", "--json", "--bandwidth", "20MiB/s", "--downtime", "3000", uri, "--control"]).arg(control);
@@ -907,7 +906,7 @@ fn migrating(control: &Path, uri: &str) -> (ChildProcess, impl Iterator<Item = V
     (migration, events)
 }
 
-/// Its CPUs write.
+/// Asserts that the guest's CPUs write.
 fn assert_guest_progresses(control: &Path) {
     let pages = |status: Option<Value>| status.unwrap()["pages"].as_u64().unwrap();
     let (before, deadline) = (pages(status(control)), Instant::now() + PATIENCE);
@@ -925,7 +924,7 @@ fn status_and_cancel_reply_while_a_disk_hangs_at_the_switchover() {
     let backend = Pid::from_raw(backend.0.id() as i32);
     let (mut migration, mut events) = migrating(&source, &unix);
     kill(backend, Signal::SIGSTOP).unwrap();
-    // It does not notice that the disk hangs before it stops it.
+    // The hanging disk is noticed only when its rings are stopped.
     assert!(events.any(|event| event["event"] == "switchover"));
     let seen = status(&source).unwrap();
     assert_eq!(seen["busy"], "a migration", "{seen}");
@@ -937,7 +936,7 @@ fn status_and_cancel_reply_while_a_disk_hangs_at_the_switchover() {
     assert!(seen["devices"][0]["away_ms"].is_u64() && seen["busy"].is_null(), "{seen}");
     kill(backend, Signal::SIGCONT).unwrap();
     verify(&source);
-    // What was owed is settled: the next one works.
+    // The late replies are handled: the next migration succeeds.
     assert_completed(&migrate(&source, &unix, &[]));
     verify(&destination);
 }
@@ -955,7 +954,7 @@ fn a_migration_cancelled_while_a_hanging_disk_starts_logging_reports_cancelled()
         while status(&source).unwrap()["busy"] != "a migration" {
             std::thread::yield_now();
         }
-        // It soon waits for the disk. One that is cancelled before says the same.
+        // It soon waits for the disk. An earlier cancellation gives the same result.
         std::thread::sleep(Duration::from_millis(300));
         assert_eq!(send_command(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
         migration.join().unwrap()
@@ -1020,13 +1019,13 @@ fn migrate_ends_at_signals_while_the_guest_process_hangs(#[case] signals: u32) {
     kill(guest, Signal::SIGSTOP).unwrap();
     for number in 0..signals {
         signal(&migration, [Signal::SIGTERM, Signal::SIGINT][number as usize]);
-        // Two that come at once may be one.
+        // Two signals at once may be delivered as one.
         std::thread::sleep(Duration::from_millis(200));
     }
     assert_eq!(migration.0.wait().unwrap().code(), Some(5));
     drop(events);
     kill(guest, Signal::SIGCONT).unwrap();
-    // Whether the word to cancel had left is up to chance.
+    // It is a matter of chance if the cancel command was sent.
     let deadline = Instant::now() + PATIENCE;
     while !status(&source).unwrap()["busy"].is_null() {
         assert!(Instant::now() < deadline);
@@ -1053,7 +1052,7 @@ fn a_guest_migrates_between_two_front_ends_of_one_back_end_and_stays_if_cancelle
     verify(&source);
     assert_completed(&migrate(&source, &unix, &[]));
     verify(&destination);
-    // A third guest's disk is not given away.
+    // The disk of a third guest is refused.
     let mut third = program();
     third.args(["guest", "--memory", "64MiB", "--backend"]).arg(&backend);
     let third = third.arg("--control").arg(host.path("third.control")).output().unwrap();

@@ -1,4 +1,4 @@
-//! Where the guest is after a migration, what the operator is told of it, and what the operator can do.
+//! Location of the guest after a migration, as reported to the operator, and the operator's commands.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::Shutdown;
@@ -21,8 +21,8 @@ use crate::{
     status, text, verify, wait_for_state, wait_until_listening,
 };
 
-/// A destination that is gone once it has read the commit, and another process in its place that answers questions, one
-/// after the other, with `answers`.
+/// Starts a destination that disappears after it has read the commit, and in its place another process that answers
+/// outcome queries with `answers` in turn.
 fn destination_gone_after_commit(
     uri: &str,
     answers: impl IntoIterator<Item = ToSource, IntoIter: Send> + 'static,
@@ -41,7 +41,7 @@ fn destination_gone_after_commit(
                     query.reply(&answer).unwrap();
                 }
                 IncomingConnection::Migration(connection) => {
-                    // All but channel 0 carry pages alone.
+                    // All channels except 0 carry only pages.
                     for mut reader in connection.readers().into_iter().skip(1) {
                         std::thread::spawn(move || {
                             while reader.next_frame().is_ok_and(|header| reader.body(&header, &mut Vec::new()).is_ok())
@@ -77,7 +77,7 @@ pub(super) fn command(name: &str, control: &Path) -> Output {
     run(&[name, "--control", control.to_str().unwrap()])
 }
 
-/// The control command fails; its words.
+/// Sends a control command that must fail. Returns the error message.
 pub(super) fn expect_error(control: &Path, command: Value) -> String {
     let answer = send_command(control, &command).unwrap().pop().unwrap();
     assert_eq!(answer["event"], "error", "{answer}");
@@ -89,7 +89,7 @@ pub(super) fn expect_ok(control: &Path, command: &str) {
     assert_eq!(answer.last().unwrap()["event"], "ok", "{answer:?}");
 }
 
-/// A source whose guest has been sent to a destination of which nothing is known.
+/// Starts a source and migrates its guest with unknown outcome.
 pub(super) fn source_of_unknown_outcome(
     host: &mut Host,
     answers: impl IntoIterator<Item = ToSource, IntoIter: Send> + 'static,
@@ -194,7 +194,7 @@ fn a_destination_killed_after_ready_leaves_an_unknown_outcome() {
         }
         sent.join().unwrap()
     });
-    // With SIGKILL, its back-end too.
+    // Kills the destination and its back-end.
     host.running.truncate(host.running.len() - 2);
     drop(relay);
     assert_eq!(sent.status.code(), Some(3), "{}", text(&sent.stderr));
@@ -224,7 +224,7 @@ fn a_commit_read_after_the_switchover_timeout_has_no_effect() {
     }
     let process = host.running.last().unwrap();
     signal(process, Signal::SIGSTOP);
-    // The source hears that it is ready and sends the commit meanwhile, and the destination's time passes.
+    // The source receives READY and sends the commit meanwhile, and the destination's timeout passes.
     std::thread::sleep(Duration::from_secs(2));
     signal(process, Signal::SIGCONT);
     let why = expect_failure(&mut migration);
@@ -319,13 +319,13 @@ fn migrate_exits_with_5_without_contact_to_the_guest_process() {
 
     let (source, destination, incoming) = host.pair();
     let (mut slow, _events) = slow_migration(&source, &incoming);
-    // Back-end and guest of the source, with SIGKILL.
+    // Kills back-end and guest of the source.
     host.running.drain(..2);
     assert_eq!(slow.0.wait().unwrap().code(), Some(5));
     assert_eq!(status(&destination).unwrap()["state"], "absent");
 }
 
-/// A way to the control socket that breaks, once, when an event of this kind passes.
+/// Starts a relay to the control socket that breaks once, at an event of this kind.
 fn migrate_with_broken_event_stream(host: &Host, control: &Path, event: &'static str) -> PathBuf {
     let path = host.path("fragile");
     let listener = UnixListener::bind(&path).unwrap();

@@ -1,4 +1,4 @@
-//! Files that a guest is being saved to when its process ends.
+//! Files of saves when the guest's process ends or the save fails.
 
 use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -10,7 +10,7 @@ use rstest::rstest;
 
 use super::{ChildProcess, Host, migrate, program, slow_migration, text, verify, wait_for_state};
 
-/// Has openat fail with O_TMPFILE in a program to be started, as on a file system that knows no unnamed files.
+/// Makes openat fail with O_TMPFILE in a child process, as on a file system without unnamed files.
 fn disable_unnamed_files(command: &mut Command) {
     use seccompiler::SeccompCmpArgLen::Dword;
     use seccompiler::SeccompCmpOp::MaskedEq;
@@ -22,7 +22,7 @@ fn disable_unnamed_files(command: &mut Command) {
     let arch = TargetArch::try_from(std::env::consts::ARCH).unwrap();
     let filter: BpfProgram =
         SeccompFilter::new(rules, SeccompAction::Allow, refused, arch).unwrap().try_into().unwrap();
-    // SAFETY: between fork and exec it makes system calls, and nothing else.
+    // SAFETY: only system calls are made between fork and exec.
     unsafe {
         command.pre_exec(move || seccompiler::apply_filter(&filter).map_err(|_| io::ErrorKind::Other.into()));
     }
@@ -47,7 +47,7 @@ fn a_guest_process_ended_during_a_save_leaves_no_partial_file(
     assert!(names().len() == 1 && names()[0].to_str().unwrap().ends_with(".partial"), "{:?}", names());
     kill(Pid::from_raw(guest.0.id() as i32), signal).unwrap();
     let ended = guest.0.wait().unwrap();
-    // By a code where the signal was ignored when this test was started.
+    // With an exit code if the signal was ignored at the start of this test.
     assert!(ended.signal() == Some(signal as i32) || ended.code() == Some(128 + signal as i32), "{ended:?}");
     assert_eq!(names(), Vec::<std::ffi::OsString>::new());
 }
@@ -62,7 +62,7 @@ fn a_save_is_refused_onto_own_descriptors_and_onto_a_disk_image() {
         let number: u32 = entry.unwrap().file_name().to_str().unwrap().parse().unwrap();
         if number > 2 {
             let refused = migrate(&source, &format!("fd:{number}"), &["--one-way"]);
-            // A connection to its control socket can have ended meanwhile.
+            // A connection to its control socket may have ended meanwhile.
             assert_eq!(refused.status.code(), Some(1), "{}", text(&refused.stderr));
             own += usize::from(text(&refused.stderr).contains("has opened this descriptor for itself"));
         }
@@ -81,7 +81,7 @@ fn a_file_size_limit_fails_a_save_and_the_guest_keeps_running() {
     let mut host = Host::new();
     let source = host.source();
     let guest = host.running.last().unwrap().0.id().to_string();
-    // 4 MB, of which the memory of a running guest takes no notice.
+    // 4 MB; the limit does not apply to the memory of a running guest.
     assert!(Command::new("prlimit").args(["--pid", &guest, "--fsize=4000000"]).status().unwrap().success());
     let output = migrate(&source, &format!("file:{}", host.path("guest.vhm").display()), &[]);
     let words = text(&output.stderr);

@@ -1,4 +1,4 @@
-//! SIGTERM ends every command soon, whatever it waits for: its peers are stopped, or never answer.
+//! SIGTERM ends every command soon, also while it waits for peers that are stopped or never reply.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -18,10 +18,10 @@ use super::{
     wait_until_listening,
 };
 
-/// Long enough for a busy machine, and shorter than any limit of a wait for a peer.
+/// Long enough for a busy machine, and shorter than any time limit for a peer.
 const END_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// How a process ends at SIGTERM, which must be soon.
+/// Sends SIGTERM and asserts that the process ends soon.
 fn assert_ends_by_sigterm(process: &mut ChildProcess, what: &str) -> ExitStatus {
     signal(process, Signal::SIGTERM);
     wait_for_end(process, what, END_TIMEOUT)
@@ -43,7 +43,7 @@ fn start(arguments: &[&str]) -> ChildProcess {
     ChildProcess(command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
 }
 
-/// It may do something until it waits; whenever the signal comes, it ends.
+/// Gives the command time to reach its wait; the result must not depend on it.
 fn wait_for_blocked_command() {
     std::thread::sleep(Duration::from_millis(300));
 }
@@ -56,7 +56,7 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// A back-end that accepts a connection and never answers is one whose queue of connections takes it.
+/// Like a back-end that accepts a connection and never replies: the connection stays in the backlog.
 fn silent_socket(host: &Host) -> (UnixListener, String) {
     let path = host.path("silent");
     let listener = UnixListener::bind(&path).unwrap();
@@ -109,7 +109,7 @@ fn sigterm_ends_a_guest_whose_back_end_hangs() {
     signal(backend, Signal::SIGCONT);
 }
 
-/// Its source has said half of what it has to say first, and then the back-end hangs when the guest arrives.
+/// First the source has sent half of its header, then the back-end hangs when the guest arrives.
 #[test]
 fn sigterm_ends_a_destination_that_waits_for_a_source_or_a_back_end() {
     let mut host = Host::new();
@@ -134,7 +134,7 @@ fn sigterm_ends_a_destination_that_waits_for_a_source_or_a_back_end() {
     kill(stopped, Signal::SIGCONT).unwrap();
 }
 
-/// Neither what hangs nor what it has of the guest's device keeps a back-end.
+/// A hanging front-end does not keep the back-end from ending.
 #[test]
 fn sigterm_ends_a_back_end_whose_front_end_hangs() {
     let mut host = Host::new();
@@ -166,20 +166,20 @@ fn sigterm_ends_a_back_end_that_waits_for_the_rest_of_a_message(#[case] device: 
     wait_for_blocked_command();
     assert_eq!(assert_ends_by_sigterm(&mut process, "backend").code(), Some(0));
 
-    // It connects, and nobody accepts.
+    // The connection is never accepted.
     let (listener, peer) = silent_socket(&host);
     nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
     let _filler = UnixStream::connect(&peer).unwrap();
     let mut command = program();
     command.args(&words).args(["--connect", &peer]).stdout(Stdio::piped());
     let mut process = ChildProcess(command.spawn().unwrap());
-    // Once it says so, it takes signals.
+    // After this output it handles signals.
     BufReader::new(process.0.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
     wait_for_blocked_command();
     assert_eq!(assert_ends_by_sigterm(&mut process, "backend --connect").code(), Some(0));
 }
 
-/// Logging can't be switched off while the back-end hangs.
+/// Logging cannot be stopped while the back-end hangs.
 #[test]
 fn sigterm_ends_a_migration_whose_back_end_hangs_and_the_guest_keeps_running() {
     let mut host = Host::new();
@@ -192,7 +192,7 @@ fn sigterm_ends_a_migration_whose_back_end_hangs_and_the_guest_keeps_running() {
     verify(&source);
 }
 
-/// The worst place: the guest's process has agreed to cancel, and then hangs.
+/// Worst case: the guest's process has accepted the cancellation and then hangs.
 #[test]
 fn sigterm_ends_a_migration_whose_guest_process_hangs_after_cancel() {
     let host = Host::new();
@@ -228,14 +228,14 @@ fn sigterm_ends_a_demo_and_its_hanging_processes() {
     }
 }
 
-/// A script that starts a back-end on the host's disk, and the pids of those that it has started.
+/// A script that starts a back-end on the host's disk and records its pid.
 struct Restarts {
     command: String,
     pids: PathBuf,
 }
 
 impl Restarts {
-    /// `before` is done before the back-end is started.
+    /// `before` runs before the back-end is started.
     fn new(host: &Host, socket: &Path, before: &str) -> Restarts {
         let (script, pids) = (host.path("restart"), host.path("pids"));
         let backend = format!("{} backend blk", env!("CARGO_BIN_EXE_vhost-migrate"));
@@ -250,13 +250,13 @@ impl Restarts {
         text.lines().map(|pid| pid.parse().unwrap()).collect()
     }
 
-    /// Ends those that run yet; how many they were.
+    /// Ends running back-ends. Returns their number.
     fn end(&self) -> usize {
         self.pids().into_iter().filter(|pid| kill(Pid::from_raw(*pid), Signal::SIGKILL).is_ok()).count()
     }
 }
 
-/// Starts `check --write --restart` with a process group of its own.
+/// Starts `check --write --restart` in its own process group.
 fn writes(host: &Host, socket: &Path, restarts: &Restarts) -> ChildProcess {
     let mut command = program();
     command.args(["check", "--write", "--only", "I9", "--timeout", "600", "--restart", &restarts.command]).arg(socket);
@@ -264,7 +264,7 @@ fn writes(host: &Host, socket: &Path, restarts: &Restarts) -> ChildProcess {
     ChildProcess(command.spawn().unwrap())
 }
 
-/// Fills the disk of the host, so that it can be seen what is written to it.
+/// Fills the disk of the host, so that writes can be detected.
 fn fill(host: &Host) -> Vec<u8> {
     let bytes: Vec<u8> = (0..16 << 20u32).map(|at: u32| (at / 512 % 251) as u8).collect();
     std::fs::write(host.path("disk"), &bytes).unwrap();
@@ -281,7 +281,7 @@ fn sigterm_makes_check_restore_the_disk_and_end_its_back_end(#[case] signal: Sig
     let before = fill(&host);
     let disk = || std::fs::read(host.path("disk")).unwrap();
     let deadline = Instant::now() + 2 * PATIENCE;
-    // Until the signal comes before the check has put its bytes back by itself.
+    // Repeated until the signal arrives before the check has restored the disk by itself.
     loop {
         let restarts = Restarts::new(&host, &socket, "");
         let mut check = writes(&host, &socket, &restarts);
@@ -301,7 +301,7 @@ fn sigterm_makes_check_restore_the_disk_and_end_its_back_end(#[case] signal: Sig
     }
 }
 
-/// The back-end was killed with writes on the disk, and its successor does not come up.
+/// The back-end was killed with writes on the disk, and its successor does not start.
 #[test]
 fn sigterm_makes_check_print_disk_contents_that_it_cannot_restore() {
     let host = Host::new();

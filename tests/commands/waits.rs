@@ -1,4 +1,4 @@
-//! Commands to a guest whose disk holds something else, or whose back-end hangs.
+//! Commands to a guest whose disk has wrong contents or whose back-end hangs.
 
 use std::fs::File;
 use std::io::Write;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::outcome::expect_ok;
 use super::{Host, PATIENCE, migrate, send_command, signal, status, verify, wait_for_state};
 
-/// Sends a command that is to take long, and waits until it is under way.
+/// Sends a command that takes long, and waits until it is under way.
 fn with_command_under_way<T>(
     control: &Path,
     command: Value,
@@ -36,7 +36,7 @@ fn a_wrong_byte_found_by_verify_fails_the_guest() {
     let mut host = Host::new();
     let source = host.source();
     expect_ok(&source, "pause");
-    // Nothing of the guest looks at its disk now.
+    // The guest does not read its disk now.
     File::options().write(true).open(host.path("disk")).unwrap().write_all(&vec![0xff; 16 << 20]).unwrap();
     let answer = send_command(&source, &json!({"command": "verify"})).unwrap().pop().unwrap();
     let words = answer["message"].as_str().unwrap();
@@ -77,7 +77,7 @@ fn quit_ends_a_verifying_and_a_booting_guest_whose_back_end_hangs() {
     signal(&host.running[0], Signal::SIGCONT);
 
     let silent = host.path("silent");
-    // It accepts nothing, so that the guest waits for the answer to its first message.
+    // The socket accepts no connection, so that the guest waits for the reply to its first message.
     let _listener = UnixListener::bind(&silent).unwrap();
     let booting = host.guest_on(&silent, "booting", &["--memory", "64MiB"]);
     wait_for_state(&booting, "absent");

@@ -1,4 +1,4 @@
-//! What a guest's process says of its guest, and what each side of a migration hears of the other.
+//! Messages of a guest's process about its guest, and of both sides of a migration about each other.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use super::{
     slow_migration, status, text, verify, wait_for_state, wait_until_listening,
 };
 
-/// A guest whose messages go to a file.
+/// Starts a guest that logs to a file.
 fn writing(host: &mut Host, name: &str, more: &[&str]) -> (PathBuf, PathBuf) {
     let backend = host.backend(&format!("{name}.vhost"));
     let (control, log) = (host.path(&format!("{name}.control")), host.path(&format!("{name}.log")));
@@ -58,7 +58,7 @@ fn the_guest_process_logs_start_departure_arrival_and_end() {
     wait_for_log(&there, "ends by SIGTERM");
 }
 
-/// Each may be too late for a busy machine, where the connection is closed half a second after it was cancelled.
+/// On a busy machine a message may be late: the connection is closed half a second after the cancellation.
 #[test]
 fn each_side_reports_a_cancellation_by_the_other() {
     let mut host = Host::new();
@@ -138,7 +138,7 @@ fn status_reports_starting_while_an_arrived_guest_starts() {
     while !relay.triggered() {
         std::thread::yield_now();
     }
-    // It is ready, and its back-end hangs when the guest is to be started.
+    // The destination is ready, and its back-end hangs when the guest is to be started.
     let [.., backend, _] = &host.running[..] else { panic!() };
     signal(backend, Signal::SIGSTOP);
     wait_for_state(&destination, "starting");
@@ -169,7 +169,7 @@ fn a_restore_onto_an_unusable_disk_names_the_disk_and_the_reason() {
 fn resume_of_an_unknown_outcome_advises_forget_when_the_disk_is_in_use() {
     let mut host = Host::new();
     let source = source_of_unknown_outcome(&mut host, [ToSource::Unknown, ToSource::Unknown]);
-    // In the place of the one that runs it.
+    // In place of the front-end that runs the guest.
     let other = host.guest("other", &["--memory", "64MiB", "--overwrite"]);
     wait_for_state(&other, "running");
     let output = command("resume", &source);

@@ -57,7 +57,7 @@ pub(super) struct Arguments {
     /// Refused with words: it is known from disks
     #[arg(long = "front-ends", hide = true, value_name = "N", default_value = "1", value_parser = one_front_end)]
     _front_ends: OneFrontEnd,
-    /// The largest IP packet in bytes, if the guest shall be told
+    /// MTU to report to the guest, bytes; by default none is reported
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(i64::from(MIN_MTU)..))]
     mtu: Option<u16>,
     /// Offer postcopy: a migrated guest runs before its memory has arrived. Front-ends then can't add memory in slots, so
@@ -74,7 +74,7 @@ pub(super) struct Arguments {
     messages: LogArguments,
 }
 
-/// The number of front-ends, which says nothing.
+/// The only valid number of front-ends.
 #[derive(Clone, Debug)]
 struct OneFrontEnd;
 
@@ -90,7 +90,7 @@ struct PeerArguments {
     /// Tap of the host; made if it doesn't exist, for which root or CAP_NET_ADMIN is needed
     #[arg(long, value_name = "NAME", value_parser = tap)]
     tap: Option<String>,
-    /// What the guest sends comes back to it
+    /// Return the guest's packets to the guest
     #[arg(long)]
     loopback: bool,
     /// Socket where another such process is met

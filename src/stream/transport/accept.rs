@@ -383,7 +383,7 @@ fn incoming_connection(header: ConnectionHeader, mut channels: Vec<StreamChannel
 fn send_own_version(to: &mut impl Write) {
     let id = MigrationId(0);
     let header = ConnectionHeader { id, channel: 0, channels: 1, one_way: false, outcome_query: false };
-    // The source may be gone, or be a file.
+    // The source may have disconnected, or be a file.
     let _ = to.write_all(&header.encode());
 }
 

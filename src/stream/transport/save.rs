@@ -290,7 +290,7 @@ mod tests {
         ALONE.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What a file system without unnamed files gets.
+    /// Creates a partial file as on a file system without unnamed files.
     fn named(path: &Path) -> io::Result<(OwnedFd, PartialFile)> {
         PartialFile::create_named(path, MigrationId(0xabc), file_identity(path)?)
     }
