@@ -151,7 +151,7 @@ fn the_source_reports_why_the_destination_closed_the_connection() {
 }
 
 /// A switchover that is never idle and takes minutes.
-const SLOW_START: FaultAction = FaultAction::Trickle(Duration::from_secs(1));
+const SLOW_TRICKLE: FaultAction = FaultAction::Trickle(Duration::from_secs(1));
 
 #[test]
 fn the_source_ends_a_trickling_switchover_at_its_timeout() {
@@ -163,7 +163,7 @@ fn the_source_ends_a_trickling_switchover_at_its_timeout() {
         let mut setup = MigrationSetup::new();
         setup.parameters.switchover_timeout = Some(Duration::from_millis(300));
         let failure;
-        (guest, failure) = migrate_with_fault(guest, Fault::new(direction, at, SLOW_START), &setup);
+        (guest, failure) = migrate_with_fault(guest, Fault::new(direction, at, SLOW_TRICKLE), &setup);
         assert!(matches!(failure.error, MigrateError::SwitchoverTimeout { .. }), "{direction:?}: {failure}");
         assert!(failure.to_string().contains("took longer than 300ms"), "{failure}");
     }
@@ -174,7 +174,7 @@ fn the_destination_ends_a_trickling_state_at_its_timeout() {
     let folder = TempFolder::new();
     let mut guest = Guest::running(128);
     let destination = Destination::limited(&folder.unix("destination"), None, Duration::from_millis(300));
-    let fault = Fault::new(ToDestination, FaultPosition::Frame(FrameKind::State, 0), SLOW_START);
+    let fault = Fault::new(ToDestination, FaultPosition::Frame(FrameKind::State, 0), SLOW_TRICKLE);
     let relay = Relay::new(folder.unix("relay"), &destination.uri, fault);
     let failure = migrate_out(&mut guest, &relay.uri, &MigrationSetup::new()).failure();
     drop(relay);
@@ -184,11 +184,24 @@ fn the_destination_ends_a_trickling_state_at_its_timeout() {
 }
 
 #[test]
+fn a_one_way_stream_may_take_longer_than_the_switchover_timeout() {
+    let folder = TempFolder::new();
+    let mut guest = Guest::running(64);
+    let destination = Destination::limited(&folder.unix("destination"), None, Duration::from_millis(300));
+    let action = FaultAction::Trickle(Duration::from_millis(5));
+    let fault = Fault::new(ToDestination, FaultPosition::Frame(FrameKind::State, 0), action);
+    let relay = Relay::new(folder.unix("relay"), &destination.uri, fault);
+    let failure = migrate_out(&mut guest, &relay.uri, &MigrationSetup::new().one_way()).failure();
+    assert!(matches!(failure.error, MigrateError::OneWay), "{failure}");
+    destination.join().guest();
+}
+
+#[test]
 fn the_destination_stops_waiting_for_the_commit_at_its_timeout() {
     let folder = TempFolder::new();
     let mut guest = Guest::running(128);
     let destination = Destination::limited(&folder.unix("destination"), None, Duration::from_millis(300));
-    let fault = Fault::new(ToSource, FaultPosition::Frame(FrameKind::Ready, 0), SLOW_START);
+    let fault = Fault::new(ToSource, FaultPosition::Frame(FrameKind::Ready, 0), SLOW_TRICKLE);
     let relay = Relay::new(folder.unix("relay"), &destination.uri, fault);
     let mut setup = MigrationSetup::new();
     setup.parameters.switchover_timeout = Some(Duration::from_secs(1));
