@@ -1,8 +1,8 @@
-//! The back-end channel: what a device and its rings have to tell the front-end without having been asked.
+//! Back-end side of the back-end channel, the socket passed with SET_BACKEND_REQ_FD.
 //!
-//! A message goes out at once if the socket has room. If not, what is to be told is kept, once however often it happened,
-//! and a thread passes it on when there is room again: nobody waits for a front-end that doesn't read. Whatever goes
-//! wrong here ends the channel, and not the connection.
+//! A request is sent at once if the socket has room. Otherwise it is queued, each pending notification once however
+//! often its cause occurs (rule B1.4), and a thread sends it later. Nothing blocks on a front-end that does not read
+//! (rule B1.2). An error ends the channel, not the connection (rule B1.5).
 
 #![forbid(unsafe_code)]
 
@@ -25,13 +25,13 @@ use crate::abi::vhost_user::{BackendRequest as Code, Header, VringState};
 use crate::sys::join::join;
 use crate::sys::log_limit::limited;
 
-/// Most messages that wait for room or for their acknowledgement.
+/// Maximum number of requests that wait for room or for their acknowledgement.
 const MAX_QUEUED: usize = 1024;
-/// Bytes of an acknowledgement.
+/// Size of an acknowledgement in bytes.
 const ACK_BYTES: usize = size_of::<Header>() + size_of::<u64>();
 
-/// The front-end of one connection, as its device and rings speak to it. Before it has given a channel what is to be told
-/// waits for one; after the connection has ended nobody hears it.
+/// Handle for requests of the device and its rings to the front-end of one connection. Notifications made before
+/// SET_BACKEND_REQ_FD are sent once there is a channel; those made after the connection has ended are dropped.
 #[derive(Debug, Default)]
 pub struct FrontendHandle {
     state: Mutex<ChannelState>,
@@ -40,19 +40,19 @@ pub struct FrontendHandle {
 #[derive(Debug, Default)]
 struct ChannelState {
     channel: Option<ChannelSocket>,
-    /// REPLY_ACK is agreed on.
+    /// REPLY_ACK is negotiated.
     reply_ack: bool,
-    /// The rest of a message that went out in part.
+    /// The rest of a request that was sent in part.
     unsent_bytes: Vec<u8>,
     queued: VecDeque<QueuedRequest>,
     ring_errors: BTreeSet<u16>,
     ring_calls: BTreeSet<u16>,
     config_changed: bool,
-    /// Sent, and to be acknowledged.
+    /// Sent requests that wait for their acknowledgement.
     unacknowledged: VecDeque<(Code, Sender<u64>)>,
 }
 
-/// The channel's socket, and what wakes its thread.
+/// The socket of the channel, and the eventfd that wakes its thread.
 #[derive(Debug, Clone)]
 struct ChannelSocket {
     socket: Arc<OwnedFd>,
@@ -66,7 +66,7 @@ struct QueuedRequest {
     reply: Option<Sender<u64>>,
 }
 
-/// What goes out next.
+/// The next request to send.
 enum NextRequest {
     Message,
     Error(u16),
@@ -74,7 +74,7 @@ enum NextRequest {
     Config,
 }
 
-/// A channel in use; it ends when this is dropped.
+/// An open channel, closed on drop.
 #[derive(Debug)]
 pub(super) struct BackendChannel {
     frontend: Arc<FrontendHandle>,
@@ -82,31 +82,31 @@ pub(super) struct BackendChannel {
 }
 
 impl FrontendHandle {
-    /// Tells the front-end that configuration space has changed, so that it reads it again.
+    /// Notifies the front-end that configuration space has changed (rule B2.1).
     pub fn config_changed(&self) {
         self.set_and_send(|state| !std::mem::replace(&mut state.config_changed, true));
     }
 
-    /// Tells it in-band that buffers of a ring were used.
+    /// Sends VRING_CALL: buffers of a ring were used (rule B3.2).
     pub(super) fn call(&self, ring: u16) {
         self.set_and_send(|state| state.ring_calls.insert(ring));
     }
 
-    /// Tells it in-band that a ring is broken.
+    /// Sends VRING_ERR: a ring is broken (rule B3.2).
     pub(super) fn error(&self, ring: u16) {
         self.set_and_send(|state| state.ring_errors.insert(ring));
     }
 
-    /// Sends a message without an fd.
+    /// Sends a request without a file descriptor.
     ///
     /// # Errors
-    /// [`BackendError::BackendChannel`] if there is no channel, or the front-end doesn't read it.
+    /// [`BackendError::BackendChannel`] if there is no channel, or too many requests are queued.
     pub fn send(&self, code: Code, body: &(impl IntoBytes + Immutable)) -> Result<(), BackendError> {
         self.enqueue(code, body.as_bytes(), None)
     }
 
-    /// Sends a message without an fd and asks for its acknowledgement, 0 for done. Whoever waits for it should do so with a
-    /// deadline; it is disconnected when the channel ends. `None` if this front-end acknowledges nothing.
+    /// Sends a request without a file descriptor and asks for its acknowledgement, 0 for success. Receive it with a
+    /// deadline; the receiver is disconnected when the channel ends. Returns `None` if REPLY_ACK is not negotiated.
     ///
     /// # Errors
     /// As [`FrontendHandle::send`].
@@ -122,10 +122,10 @@ impl FrontendHandle {
         self.enqueue(code, body.as_bytes(), Some(answer)).map(|()| Some(answered))
     }
 
-    /// Takes over the socket of SET_BACKEND_REQ_FD, once it is [`checked`].
+    /// Opens the channel on the socket of SET_BACKEND_REQ_FD, after [`check_socket`].
     ///
     /// # Errors
-    /// What the system says. There is no channel then.
+    /// The error of the system. There is no channel then.
     pub(super) fn attach(self: &Arc<FrontendHandle>, socket: OwnedFd) -> Result<BackendChannel, BackendError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?;
@@ -142,12 +142,12 @@ impl FrontendHandle {
         Ok(attached(Some(thread)))
     }
 
-    /// Whether there is a front-end that can be asked.
+    /// Returns true if there is a channel.
     pub(super) fn has_channel(&self) -> bool {
         self.lock().channel.is_some()
     }
 
-    /// Says whether REPLY_ACK is agreed on.
+    /// Sets whether REPLY_ACK is negotiated.
     pub(super) fn set_reply_ack(&self, acknowledges: bool) {
         self.lock().reply_ack = acknowledges;
     }
@@ -156,18 +156,18 @@ impl FrontendHandle {
         let mut state = self.lock();
         if state.channel.is_none() {
             return Err(BackendError::BackendChannel {
-                why: "there is none: the front-end has not sent SET_BACKEND_REQ_FD",
+                why: "not available: the front-end has not sent SET_BACKEND_REQ_FD",
             });
         }
         if state.queued.len() + state.unacknowledged.len() >= MAX_QUEUED {
-            return Err(BackendError::BackendChannel { why: "the front-end doesn't answer" });
+            return Err(BackendError::BackendChannel { why: "the front-end does not acknowledge requests" });
         }
         state.queued.push_back(QueuedRequest { code, body: body.to_vec(), reply: answer });
         state.send_or_wake();
         Ok(())
     }
 
-    /// Notes something to tell, and does if that is new.
+    /// Changes the state with `note`, and sends if that added a notification.
     fn set_and_send(&self, note: impl FnOnce(&mut ChannelState) -> bool) {
         let mut state = self.lock();
         if note(&mut state) {
@@ -175,12 +175,12 @@ impl FrontendHandle {
         }
     }
 
-    /// What a thread has left that panicked with the lock is whole: changes are made of plain stores.
+    /// Locks the state. A panic of a lock holder leaves it consistent, because changes are plain stores.
     fn lock(&self) -> MutexGuard<'_, ChannelState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hears acknowledgements, and passes on what found no room, as long as `line` is in use.
+    /// Thread of the channel: reads acknowledgements and sends queued requests while `line` is the current socket.
     fn run(&self, line: &ChannelSocket) {
         let mut heard = Vec::new();
         loop {
@@ -194,7 +194,7 @@ impl FrontendHandle {
             let events = if waiting { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
             let mut fds = [PollFd::new(line.wake.as_fd(), PollFlags::POLLIN), PollFd::new(line.socket.as_fd(), events)];
             if poll(&mut fds, PollTimeout::NONE).is_err_and(|errno| errno != Errno::EINTR) {
-                return self.lock().close("it can't be waited for");
+                return self.lock().close("poll failed");
             }
             let _ = line.wake.read();
             let result = read_available(&line.socket, &mut heard).and_then(|()| {
@@ -221,7 +221,7 @@ impl ChannelState {
             .or(self.config_changed.then_some(NextRequest::Config))
     }
 
-    /// Sends what there is room for, and leaves the rest to the thread.
+    /// Sends what there is room for, and wakes the thread for the rest.
     fn send_or_wake(&mut self) {
         if !self.flush()
             && let Some(line) = &self.channel
@@ -230,7 +230,7 @@ impl ChannelState {
         }
     }
 
-    /// Sends what there is room for; false if something is left.
+    /// Sends what there is room for. Returns false if something is left.
     fn flush(&mut self) -> bool {
         let Some(line) = self.channel.clone() else { return true };
         loop {
@@ -255,7 +255,7 @@ impl ChannelState {
                         Errno::EINTR => {}
                         Errno::EAGAIN => return false,
                         _ => {
-                            self.close("the front-end has closed it");
+                            self.close("closed by the front-end");
                             return true;
                         }
                     }
@@ -280,7 +280,7 @@ impl ChannelState {
         [Header { request: code.0, flags, size: body.len() as u32 }.as_bytes(), &body].concat()
     }
 
-    /// Notes that something is on its way.
+    /// Removes a sent request from the queue.
     fn mark_sent(&mut self, next: &NextRequest) {
         match next {
             NextRequest::Message => {
@@ -298,7 +298,7 @@ impl ChannelState {
         }
     }
 
-    /// Takes whole acknowledgements out of what was heard.
+    /// Decodes complete acknowledgements from `heard`.
     fn take_acknowledgements(&mut self, heard: &mut Vec<u8>) -> Result<(), &'static str> {
         while let Some((bytes, rest)) = heard.split_first_chunk::<ACK_BYTES>() {
             let (head, number) = bytes.split_at(size_of::<Header>());
@@ -311,22 +311,22 @@ impl ChannelState {
                     && self.unacknowledged.front().is_some_and(is_for)
             });
             let Some((_, answer)) = expected.and_then(|_| self.unacknowledged.pop_front()) else {
-                return Err("the front-end sends what is no acknowledgement of a message (rule B1.5)");
+                return Err("the front-end sent data that is no acknowledgement (rule B1.5)");
             };
-            // Whoever asked may have given up.
+            // The receiver may have been dropped.
             let _ = answer.try_send(number);
             *heard = rest.to_vec();
         }
         Ok(())
     }
 
-    /// Ends the channel. What can be told over the next one stays.
+    /// Closes the channel. Pending notifications are kept for the next one.
     fn close(&mut self, why: &str) {
         let Some(line) = self.channel.take() else { return };
         if self.queued.is_empty() && self.unacknowledged.is_empty() {
-            limited!(info, "the back-end channel ends: {why}");
+            limited!(info, "the back-end channel is closed: {why}");
         } else {
-            limited!(warn, "the back-end channel ends: {why}");
+            limited!(warn, "the back-end channel is closed: {why}");
         }
         self.queued.clear();
         self.unacknowledged.clear();
@@ -338,31 +338,30 @@ impl ChannelState {
 
 impl Drop for BackendChannel {
     fn drop(&mut self) {
-        self.frontend.lock().close("the connection does, or another one comes");
+        self.frontend.lock().close("the connection ended or a new channel was set");
         if let Some(thread) = self.thread.take() {
             join(thread);
         }
     }
 }
 
-/// What SET_BACKEND_REQ_FD brought, if it can be a channel.
+/// Checks that the descriptor of SET_BACKEND_REQ_FD is a UNIX socket.
 ///
 /// # Errors
-/// [`BackendError::BackendChannel`] if it is no UNIX socket: others may be readable for ever without anything to read, as those
-/// are whose errors nobody fetches (rules F8.3, F9.2).
+/// [`BackendError::BackendChannel`] otherwise (rule F8.3). Other sockets may stay readable without data, for example
+/// for pending errors (rule F9.2).
 pub(super) fn check_socket(fd: OwnedFd) -> Result<OwnedFd, BackendError> {
     match getsockname::<UnixAddr>(fd.as_raw_fd()) {
         Ok(_) => Ok(fd),
-        Err(_) => Err(BackendError::BackendChannel { why: "it is no UNIX socket, and nothing else can be answered" }),
+        Err(_) => Err(BackendError::BackendChannel { why: "the descriptor is no UNIX socket" }),
     }
 }
 
-/// Reads what has come, at most a little more than one acknowledgement: `heard` never grows. Fds are left to the system,
-/// which closes them.
+/// Reads at most one acknowledgement, so `heard` stays bounded. File descriptors are closed by the system.
 fn read_available(socket: &OwnedFd, heard: &mut Vec<u8>) -> Result<(), &'static str> {
     let mut buffer = [0; ACK_BYTES];
     match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
-        Ok(0) => Err("the front-end has closed it"),
+        Ok(0) => Err("closed by the front-end"),
         Ok(count) => {
             heard.extend(buffer.get(..count).unwrap_or_default());
             Ok(())
@@ -370,7 +369,7 @@ fn read_available(socket: &OwnedFd, heard: &mut Vec<u8>) -> Result<(), &'static 
         Err(Errno::EAGAIN | Errno::EINTR) => Ok(()),
         Err(errno) => {
             debug!("the back-end channel: {}", io::Error::from(errno));
-            Err("it can't be read")
+            Err("read failed")
         }
     }
 }

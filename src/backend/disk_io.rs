@@ -42,36 +42,36 @@ pub(crate) use self::uring::{UringEngine, UringPool};
 pub(crate) use self::write_back::WriteBack;
 use super::Request;
 
-/// Most pieces of I/O that are passed to the kernel in one go.
+/// Maximum number of submissions passed to the kernel at once.
 const MAX_BATCH: u32 = 1024;
-/// Threads per queue, where io_uring is not to be had.
+/// Number of threads per queue without io_uring.
 const THREADS: usize = 8;
 
-/// What to do.
+/// A disk operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DiskOp {
-    /// From the disk to writable bytes of the request.
+    /// Reads from the disk into writable bytes of the request.
     Read,
-    /// From readable bytes of the request to the disk.
+    /// Writes readable bytes of the request to the disk.
     Write {
-        /// Whether the data must be on stable storage before the write is complete.
+        /// True if the data must be on stable storage before the write completes.
         durable: bool,
     },
-    /// Everything written so far to stable storage: fdatasync.
+    /// Puts everything written so far on stable storage (fdatasync).
     Flush,
-    /// Deallocates.
+    /// Deallocates the range.
     Discard,
-    /// Makes it read as zeroes.
+    /// Makes the range read as zeroes.
     Zero {
-        /// Whether by deallocating.
+        /// True to deallocate the range.
         unmap: bool,
-        /// Whether the other way failed already; the engine does not care.
+        /// True if the other method has failed already. Not used by the engine.
         is_fallback: bool,
     },
 }
 
 impl DiskOp {
-    /// True of operations that change the contents of the disk.
+    /// Returns true for operations that change the contents of the disk.
     pub(crate) fn changes(self) -> bool {
         match self {
             DiskOp::Write { .. } | DiskOp::Discard | DiskOp::Zero { .. } => true,
@@ -80,19 +80,19 @@ impl DiskOp {
     }
 }
 
-/// The ways of data from and to the disk.
+/// Paths of data between the disk and the request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum IoPath {
-    /// Past the page cache, straight from and to the request's memory.
+    /// Past the page cache, directly from and to the request's memory.
     Direct,
-    /// Past the page cache, by way of aligned memory.
+    /// Past the page cache, through aligned memory.
     Bounced,
     /// Through the page cache.
     Cached,
 }
 
 impl IoPath {
-    /// The next one to try when the system refuses this one.
+    /// Returns the path to try after the system has refused this one.
     pub(crate) fn next(self) -> IoPath {
         match self {
             IoPath::Direct => IoPath::Bounced,
@@ -101,16 +101,16 @@ impl IoPath {
     }
 }
 
-/// A piece of disk I/O and the request it is for.
+/// An I/O operation and the request that it belongs to.
 #[derive(Debug)]
 pub(crate) struct DiskIo {
     pub(crate) request: Request,
     pub(crate) op: DiskOp,
-    /// The file's bytes.
+    /// Range of bytes in the file.
     pub(crate) file_range: Range<u64>,
-    /// Where in the request the data of `disk.start` is.
+    /// Offset of the data of `file_range.start` in the request.
     pub(crate) request_offset: u64,
-    /// The best way to try, if the disk was opened for it.
+    /// The preferred path, if the image is opened for it.
     pub(crate) path: IoPath,
 }
 
@@ -119,7 +119,7 @@ impl DiskIo {
         self.file_range.end - self.file_range.start
     }
 
-    /// Whether it is about data, and moves on by what is transferred.
+    /// Returns true if the operation transfers data.
     pub(crate) fn moves_data(&self) -> bool {
         matches!(self.op, DiskOp::Read | DiskOp::Write { .. })
     }
@@ -134,25 +134,25 @@ impl DiskIo {
     }
 }
 
-/// An [`Io`] and how many bytes its attempt transferred.
+/// An operation and the number of bytes that its attempt transferred.
 pub(crate) type Done = (DiskIo, io::Result<u64>);
 
-/// A way of doing disk I/O, used by one thread. Dropping it waits for what is under way.
+/// Executes disk I/O, used by one thread. Dropping it waits for operations in flight.
 pub(crate) trait DiskEngine {
-    /// Makes an attempt; it may be held back until [`Engine::completions`].
+    /// Starts an attempt, which may be batched until [`DiskEngine::completions`].
     fn submit(&mut self, io: DiskIo);
 
-    /// Ends what is not done yet, as far as the system lets it: that comes back with ECANCELED.
+    /// Cancels operations in flight as far as possible. They complete with ECANCELED.
     fn cancel(&mut self);
 
-    /// Passes on what was held back, and hands back what is complete.
+    /// Submits batched attempts and collects completed ones.
     fn completions(&mut self, done: &mut VecDeque<Done>);
 
-    /// Readable while completions wait.
+    /// Returns a descriptor that is readable while completions are pending.
     fn fd(&self) -> BorrowedFd<'_>;
 }
 
-/// I/O by threads that block.
+/// Disk I/O by blocking threads.
 pub(crate) struct ThreadEngine {
     jobs: Option<Sender<DiskIo>>,
     /// Those that no thread has taken yet.
@@ -217,7 +217,7 @@ impl Drop for ThreadEngine {
     }
 }
 
-/// One blocking attempt.
+/// Executes one blocking attempt.
 fn attempt(files: &ImageFiles, io: &mut DiskIo) -> io::Result<u64> {
     let mut attempt = Attempt::default();
     attempt.prepare(files, io)?;

@@ -1,4 +1,4 @@
-//! Everything that can go wrong between a back-end and its front-end, with the rule that was broken.
+//! Errors of the back-end. Messages name the violated rule.
 
 #![forbid(unsafe_code)]
 
@@ -11,11 +11,11 @@ use crate::inflight::InflightError;
 use crate::memory::{Access, IotlbError, MemoryError, TranslationError, UserfaultError};
 use crate::ring::RingError;
 
-/// Why a message was refused, a ring stopped or a connection ended.
+/// The reason for which a message was refused, a ring stopped, or a connection closed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BackendError {
-    /// The flags of a header don't say version 1.
+    /// The flags of a header do not have protocol version 1.
     #[error("message {code} has flags {flags:#x}: the protocol version in bits 0-1 must be 1 (rule F2.3)")]
     Version {
         /// The request.
@@ -23,13 +23,13 @@ pub enum BackendError {
         /// Its flags.
         flags: u32,
     },
-    /// A front-end sent a reply on the channel of requests.
-    #[error("{code} came with the reply flag: only answers carry it (rule F2.3)")]
+    /// A message of the front-end has the reply flag.
+    #[error("{code} has the reply flag, which only replies may have (rule F2.3)")]
     UnexpectedReply {
         /// The request.
         code: Code,
     },
-    /// A header announces more than any message holds.
+    /// A header announces a payload larger than any message.
     #[error("{code} announces {size} bytes: no message is larger than {max} (rule F1.4)")]
     PayloadTooLarge {
         /// The request.
@@ -47,14 +47,14 @@ pub enum BackendError {
         /// Bytes that the message has.
         needed: usize,
     },
-    /// The front-end stopped in the middle of a message, or doesn't read its answers.
-    #[error("the front-end has not ended its message, or not read its answers, for {seconds} s (rule R9.3)")]
+    /// The front-end stalled within a message, or does not read its replies.
+    #[error("the front-end stalled within a message, or did not read its replies, for {seconds} s (rule R9.3)")]
     Stalled {
         /// How long it had, in seconds.
         seconds: u64,
     },
-    /// The payload is smaller than what the request carries.
-    #[error("{code} has {got} bytes of payload: it needs {needed} (rule F6.4)")]
+    /// The payload is shorter than the content of the request.
+    #[error("{code} has {got} bytes of payload, expected {needed} (rule F6.4)")]
     ShortPayload {
         /// The request.
         code: Code,
@@ -63,8 +63,8 @@ pub enum BackendError {
         /// Bytes needed.
         needed: usize,
     },
-    /// The wrong number of file descriptors.
-    #[error("{code} came with {got} file descriptors: it needs {needed} (rule F1.5)")]
+    /// A message has the wrong number of file descriptors.
+    #[error("{code} has {got} file descriptors, expected {needed} (rule F1.5)")]
     FdCount {
         /// The request.
         code: Code,
@@ -73,7 +73,7 @@ pub enum BackendError {
         /// How many it needs.
         needed: usize,
     },
-    /// A request that this back-end doesn't know or has not offered.
+    /// The request is unknown, or its feature was not acknowledged.
     #[error("{code} is not supported (rules F5.1, F5.2)")]
     Unsupported {
         /// The request.
@@ -87,14 +87,14 @@ pub enum BackendError {
         /// What the system said.
         source: io::Error,
     },
-    /// A ring that shall run while another front-end's rings do.
-    #[error("ring {index} can't run: another front-end runs the device's rings; end that one first (rule R9.2)")]
+    /// Another front-end runs its rings.
+    #[error("ring {index} can't start: another front-end runs rings of this device; stop it first (rule R9.2)")]
     OtherFrontEndRuns {
         /// The ring.
         index: u16,
     },
-    /// Features outside the offered ones.
-    #[error("{code} acknowledges what was never offered: {} (rule R1.3)", feature_list(*code, *unknown))]
+    /// Features were acknowledged that were not offered.
+    #[error("{code} acknowledges features that were not offered: {} (rule R1.3)", feature_list(*code, *unknown))]
     UnofferedFeatures {
         /// SET_FEATURES or SET_PROTOCOL_FEATURES.
         code: Code,
@@ -103,8 +103,8 @@ pub enum BackendError {
         /// Those that were not offered.
         unknown: u64,
     },
-    /// A ring that doesn't exist.
-    #[error("{code} names ring {index}: there are {queues} (rule R2.6)")]
+    /// A message names a ring that the device does not have.
+    #[error("{code} names ring {index}, but the device has {queues} (rule R2.6)")]
     NoSuchRing {
         /// The request.
         code: Code,
@@ -113,7 +113,7 @@ pub enum BackendError {
         /// Rings of the device.
         queues: u16,
     },
-    /// A size that this kind of ring can not have, or more than the device offers.
+    /// A ring size that is invalid, or larger than the device offers.
     #[error(
         "ring {index} can't have {size} entries: {} from 1 to {max} is needed (rule R2.6)",
         if *packed { "a number" } else { "a power of two" }
@@ -128,7 +128,7 @@ pub enum BackendError {
         /// It is a packed ring, which can have any number of entries.
         packed: bool,
     },
-    /// A message that may only come while the ring is stopped.
+    /// A message that is only valid while the ring is stopped.
     #[error("{code} came while ring {index} runs: stop it with GET_VRING_BASE first (rule {rule})")]
     RingRunning {
         /// The request.
@@ -138,7 +138,7 @@ pub enum BackendError {
         /// The rule.
         rule: &'static str,
     },
-    /// Other features than those that the rings which run have started with.
+    /// SET_FEATURES changes features that running rings use.
     #[error(
         "SET_FEATURES changes {} while rings run: only LOG_ALL may change then (rule R1.4)",
         feature_names(*changed, None)
@@ -147,15 +147,15 @@ pub enum BackendError {
         /// The bits.
         changed: u64,
     },
-    /// A started and enabled ring that lacks a size, an address or memory.
-    #[error("ring {index} can't run: {missing} was not set (rule R6.4)")]
+    /// A started and enabled ring has no size, address or memory.
+    #[error("ring {index} can't start: {missing} is missing (rule R6.4)")]
     RingIncomplete {
         /// The ring.
         index: u16,
         /// The message that is missing.
         missing: &'static str,
     },
-    /// A ring that is not inside guest memory.
+    /// An area of a ring is outside guest memory.
     #[error("the {part} of ring {index}: {source}: send SET_VRING_ADDR with addresses of the memory table (rule R6.4)")]
     RingAddress {
         /// The ring.
@@ -165,7 +165,7 @@ pub enum BackendError {
         /// Why.
         source: MemoryError,
     },
-    /// A used ring can't be logged under this address.
+    /// A used ring cannot be logged at this address.
     #[error("ring {index} asks to be logged at {addr:#x}, which is not aligned to 4 or wraps around (rule L3.4)")]
     LogAddress {
         /// The ring.
@@ -173,10 +173,10 @@ pub enum BackendError {
         /// `log_guest_addr`.
         addr: u64,
     },
-    /// The memory table is unusable.
+    /// The memory table is invalid.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// REM_MEM_REG named a region that is not there.
+    /// REM_MEM_REG names an unknown region.
     #[error("no region at {gpa:#x} with size {size:#x} and user address {user_addr:#x} to remove (rule M1.2)")]
     NoSuchRegion {
         /// Guest-physical address.
@@ -186,19 +186,19 @@ pub enum BackendError {
         /// Front-end address.
         user_addr: u64,
     },
-    /// More regions than slots.
+    /// There are more regions than memory slots.
     #[error("all {slots} memory slots are in use (rule M1.3)")]
     NoSlot {
         /// Slots.
         slots: usize,
     },
-    /// The dirty log is unusable.
+    /// The dirty log is invalid.
     #[error(transparent)]
     Log(#[from] LogError),
-    /// The inflight region is unusable.
+    /// The inflight region is invalid.
     #[error(transparent)]
     Inflight(#[from] InflightError),
-    /// An inflight region for other queues than the device has.
+    /// The inflight region does not match the queues of the device.
     #[error(
         "an inflight region for {queues} queues of {size} entries doesn't fit a device of {max} queues (rule I1.2)"
     )]
@@ -218,7 +218,7 @@ pub enum BackendError {
         /// What is wrong with it.
         source: RingError,
     },
-    /// The front-end has no translation for an address of a ring behind an IOMMU, or none that permits the access.
+    /// The front-end refuses a translation for a ring behind an IOMMU, or permits less than the required access.
     #[error(
         "ring {index} is broken and stops until it is set up again: the front-end refuses {access:?} at {iova:#x} behind \
          the IOMMU: map it before it is made available (rule T1.4)"
@@ -231,7 +231,7 @@ pub enum BackendError {
         /// What for.
         access: Access,
     },
-    /// A ring behind an IOMMU whose areas can't be used where they are.
+    /// The areas of a ring behind an IOMMU cannot be mapped.
     #[error("ring {index} is broken and stops until it is set up again: {source}")]
     RingTranslation {
         /// The ring.
@@ -239,16 +239,16 @@ pub enum BackendError {
         /// What is wrong with it.
         source: TranslationError,
     },
-    /// A message about a translation that can't be.
+    /// A translation is invalid.
     #[error(transparent)]
     Iotlb(#[from] IotlbError),
-    /// A kind of translation message that is not for a back-end.
+    /// An IOTLB message of a kind that is not for back-ends.
     #[error("IOTLB_MSG of kind {kind}: a front-end sends updates (2) and invalidations (3) (rule T2.1)")]
     IotlbKind {
         /// The kind.
         kind: u8,
     },
-    /// The driver made a descriptor available that the device still works on.
+    /// The driver made a descriptor available that is already in flight.
     #[error("ring {index} is broken and stops until it is set up again: descriptor {head} was made available twice")]
     HeadInFlight {
         /// The ring.
@@ -256,7 +256,7 @@ pub enum BackendError {
         /// Head of the chain.
         head: u16,
     },
-    /// The thread of a ring ended by itself, so that nobody knows where the ring goes on.
+    /// The thread of a ring panicked, so the base of the ring is unknown.
     #[error(
         "ring {index}: its thread has failed, which is a bug; the connection ends, connect again to go on (rule R9.1)"
     )]
@@ -264,7 +264,7 @@ pub enum BackendError {
         /// The ring.
         index: u16,
     },
-    /// Configuration space can't be read or written like that.
+    /// Configuration space cannot be read or written like this.
     #[error("{code}: {len} bytes at {offset} of configuration space: {why} (rule C1.3)")]
     Config {
         /// GET_CONFIG or SET_CONFIG.
@@ -276,57 +276,57 @@ pub enum BackendError {
         /// What is wrong.
         why: &'static str,
     },
-    /// An MTU that the device can't have.
-    #[error("NET_SET_MTU asks for {mtu} bytes: this device can have 68 to {most}")]
+    /// The device does not support this MTU.
+    #[error("NET_SET_MTU requests {mtu} bytes; this device supports 68 to {most}")]
     Mtu {
         /// Bytes asked for.
         mtu: u64,
         /// Most bytes.
         most: u16,
     },
-    /// Postcopy in an order that can't be.
+    /// A postcopy message is out of order.
     #[error("{why} (rule P1)")]
     Postcopy {
         /// What came when.
         why: &'static str,
     },
-    /// Postcopy on a system that can't.
+    /// The system does not support postcopy.
     #[error(transparent)]
     Userfault(#[from] UserfaultError),
-    /// A device's state can't be saved or loaded.
-    #[error("the device's state is refused: {why} (rule D1.4)")]
+    /// The device state cannot be saved or loaded.
+    #[error("the device state is refused: {why} (rule D1.4)")]
     DeviceState {
         /// What is wrong, and what to do.
         why: String,
     },
-    /// The generation of a disk can't be told.
-    #[error("the disk's generation can't be told: {why} (GET_DISK_GENERATION)")]
+    /// The generation of the disk is not available.
+    #[error("the disk's generation is not available: {why} (GET_DISK_GENERATION)")]
     DiskGeneration {
         /// The reason, as the image or the system gives it.
         why: String,
     },
-    /// The identity of a disk can't be told.
-    #[error("the disk's identity can't be told: {why} (GET_DISK_IDENTITY)")]
+    /// The identity of the disk is not available.
+    #[error("the disk's identity is not available: {why} (GET_DISK_IDENTITY)")]
     DiskIdentity {
         /// The reason, as the image or the system gives it.
         why: String,
     },
-    /// The kick of a ring can't be waited for.
+    /// The kick of a ring is no eventfd.
     #[error("ring {index}: its kick is no eventfd: send SET_VRING_KICK with one (rule F9.3)")]
     KickFd {
         /// The ring.
         index: u16,
     },
-    /// INBAND_NOTIFICATIONS was acknowledged alone.
+    /// INBAND_NOTIFICATIONS was acknowledged without the features that it requires.
     #[error("SET_PROTOCOL_FEATURES acknowledges INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK (rule B3.1)")]
     InbandNotifications,
-    /// There is no telling the front-end.
+    /// A request cannot be sent over the back-end channel.
     #[error("the back-end channel: {why} (rule B1.1)")]
     BackendChannel {
         /// What is in the way.
         why: &'static str,
     },
-    /// The system refused something.
+    /// A system call failed.
     #[error("can't {what}: {source}")]
     System {
         /// What was tried.
@@ -334,7 +334,7 @@ pub enum BackendError {
         /// What the system said.
         source: io::Error,
     },
-    /// The socket can't be listened on; the text says what to do.
+    /// The socket cannot be listened on. The message has advice.
     #[error("can't listen on {path}: {advice}")]
     Listen {
         /// The socket.
@@ -350,7 +350,7 @@ impl BackendError {
     }
 }
 
-/// The names of what SET_FEATURES or SET_PROTOCOL_FEATURES acknowledges.
+/// Returns the names of the bits of SET_FEATURES or SET_PROTOCOL_FEATURES.
 fn feature_list(code: Code, bits: u64) -> String {
     match code {
         Code::SET_PROTOCOL_FEATURES => protocol_feature_names(bits),

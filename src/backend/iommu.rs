@@ -1,7 +1,7 @@
-//! A ring behind an IOMMU: what it asks the front-end, and what it has in use (rules T1.2, T3.2).
+//! IOTLB misses of a ring behind an IOMMU, and the translations that it has in use (rules T1, T3).
 //!
-//! Nobody waits here. A ring that lacks a translation asks for it and takes nothing more until it comes, while its thread
-//! goes on hearing orders: updates arrive in the thread that gives them.
+//! Nothing here blocks. A ring that lacks a translation requests it and takes no more requests until it arrives; its
+//! thread continues to receive commands, and the session's thread applies updates.
 
 #![forbid(unsafe_code)]
 
@@ -20,12 +20,12 @@ use crate::abi::vhost_user::{BackendRequest, IotlbMsg};
 use crate::memory::{Access, Iotlb, IotlbMiss, IovaWindow, TranslationError, overlap};
 use crate::ring::{Buffer, RingIommu, RingLayout};
 
-/// How often a ring looks whether the front-end has acknowledged its question.
+/// Interval at which a ring checks for the acknowledgement of a miss.
 const REPLY_POLL_INTERVAL: Duration = Duration::from_millis(10);
-/// After which time a question is asked again: its answer may have been invalidated before it was used.
+/// Time after which a miss is sent again, because its translation may have been invalidated before it was used.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Asks for one translation at a time.
+/// Sends the misses of a ring, one at a time.
 pub(super) struct IotlbMisses {
     index: u16,
     iotlb: Arc<Iotlb>,
@@ -44,57 +44,58 @@ impl IotlbMisses {
         IotlbMisses { index, iotlb, frontend: host, pending: None }
     }
 
-    /// Asks for what is missing, unless that was done already.
+    /// Sends a miss, unless it is already pending.
     ///
     /// # Errors
-    /// [`BackendError::AccessRefused`] if the front-end has refused it, [`BackendError::BackendChannel`] if there is nobody to ask.
+    /// [`BackendError::AccessRefused`] if the front-end has refused it (rule T1.4), [`BackendError::BackendChannel`] if
+    /// there is no channel.
     pub(super) fn ask(&mut self, miss: IotlbMiss) -> Result<(), BackendError> {
         let same = |asked: &&PendingMiss| (asked.miss.iova, asked.miss.access) == (miss.iova, miss.access);
         if let Some(asked) = self.pending.as_ref().filter(same) {
             let refused = BackendError::AccessRefused { index: self.index, iova: miss.iova, access: miss.access };
             if miss.denied {
-                // Nobody else says so to the driver; it may not be heard.
+                // Best effort: the channel may be full.
                 let _ = self.frontend.send(BackendRequest::IOTLB_MSG, &iotlb_msg(VHOST_IOTLB_ACCESS_FAIL, &miss));
                 return Err(refused);
             }
             match asked.reply.as_ref().map(Receiver::try_recv) {
                 Some(Ok(1..)) => return Err(refused),
-                // An acknowledged one comes over another socket than the update, which may be on its way.
+                // The update travels over another socket than the acknowledgement and may arrive later (rule T1.3).
                 _ if asked.sent_at.elapsed() < RETRY_INTERVAL => return Ok(()),
-                // There is still somebody who will answer.
+                // The acknowledgement is still pending.
                 Some(Err(TryRecvError::Empty)) => return Ok(()),
                 _ => {}
             }
         }
         if miss.denied {
-            // It may have been true once.
+            // The refusal may be outdated.
             self.iotlb.invalidate(&(miss.iova..=miss.iova));
         }
-        debug!("ring {}: asks for {:#x}, {:?}", self.index, miss.iova, miss.access);
+        debug!("ring {}: miss at {:#x}, {:?}", self.index, miss.iova, miss.access);
         let answer = self.frontend.send_with_reply(BackendRequest::IOTLB_MSG, &iotlb_msg(VHOST_IOTLB_MISS, &miss))?;
         self.pending = Some(PendingMiss { miss, reply: answer, sent_at: Instant::now() });
         Ok(())
     }
 
-    /// Whether a question is open.
+    /// Returns true if a miss is pending.
     pub(super) fn is_pending(&self) -> bool {
         self.pending.is_some()
     }
 
-    /// There is nothing missing any more.
+    /// Discards the pending miss.
     pub(super) fn clear(&mut self) {
         self.pending = None;
     }
 
-    /// How long to wait until the next look at the answer.
+    /// Returns the time after which to check for the acknowledgement or repeat the miss.
     pub(super) fn poll_interval(&self) -> Option<Duration> {
         self.pending.as_ref().map(|asked| if asked.reply.is_some() { REPLY_POLL_INTERVAL } else { RETRY_INTERVAL })
     }
 
-    /// Where the areas of a ring lie; `None` while it is not known.
+    /// Maps the areas of a ring. Returns `None` while a translation is missing.
     ///
     /// # Errors
-    /// As [`IotlbMisses::ask`]; areas that can't be.
+    /// As [`IotlbMisses::ask`], or an invalid area.
     pub(super) fn map_areas(&mut self, setup: &VringConfig) -> Result<Option<IovaWindow>, BackendError> {
         let index = self.index;
         match IovaWindow::open(&setup.memory, &self.iotlb, &ring_areas(setup), used_log_range(setup)) {
@@ -108,13 +109,13 @@ impl IotlbMisses {
     }
 }
 
-/// What a running ring has in use.
+/// The translations that a running ring has in use.
 pub(super) struct MappedRing {
     pub(super) misses: IotlbMisses,
     pub(super) window: Arc<IovaWindow>,
-    /// Buffers of requests in flight, by what names those.
+    /// Buffers of requests in flight, by head.
     in_flight: Vec<Vec<Buffer>>,
-    /// Invalidated, and to be told when nothing uses it any more.
+    /// Invalidated ranges that are still in use, with the channel to acknowledge them.
     pending_invalidations: Vec<(RangeInclusive<u64>, Sender<()>)>,
 }
 
@@ -123,12 +124,12 @@ impl MappedRing {
         MappedRing { misses: asker, window, in_flight: Vec::new(), pending_invalidations: Vec::new() }
     }
 
-    /// What the ring itself needs.
+    /// Returns what the ring itself needs for its translations.
     pub(super) fn ring_iommu(&self, setup: &VringConfig) -> RingIommu {
         RingIommu { memory: setup.memory.clone(), iotlb: self.misses.iotlb.clone(), window: self.window.clone() }
     }
 
-    /// A request is in flight.
+    /// Records the buffers of a request in flight.
     pub(super) fn request_started(&mut self, head: u16, buffers: &[Buffer]) {
         self.misses.clear();
         let at = usize::from(head);
@@ -140,25 +141,25 @@ impl MappedRing {
         }
     }
 
-    /// A request is not in flight any more.
+    /// Forgets the buffers of a request.
     pub(super) fn request_completed(&mut self, head: u16) {
         if let Some(noted) = self.in_flight.get_mut(usize::from(head)) {
             noted.clear();
         }
     }
 
-    /// Whether a request in flight uses these addresses.
+    /// Returns true if a request in flight uses these addresses.
     pub(super) fn uses(&self, iovas: &RangeInclusive<u64>) -> bool {
         self.in_flight.iter().flatten().any(|buffer| overlap(buffer.gpa, buffer.len.into(), iovas))
     }
 
-    /// Tells `done` as soon as no request in flight uses these addresses.
+    /// Signals `done` as soon as no request in flight uses these addresses (rule T3.2).
     pub(super) fn invalidate(&mut self, iovas: RangeInclusive<u64>, done: Sender<()>) {
         self.pending_invalidations.push((iovas, done));
         self.acknowledge_invalidations();
     }
 
-    /// Tells what is not in use any more.
+    /// Signals invalidations of ranges that are no longer in use.
     pub(super) fn acknowledge_invalidations(&mut self) {
         let mut retiring = std::mem::take(&mut self.pending_invalidations);
         retiring.retain(|(iovas, done)| {
@@ -172,7 +173,7 @@ impl MappedRing {
     }
 }
 
-/// The areas of a ring, and what its device does there.
+/// Returns the areas of a ring with the access that the device needs.
 fn ring_areas(setup: &VringConfig) -> [(u64, u64, Access); 3] {
     let [desc, driver, device] = setup.layout.areas();
     let [desc_bytes, driver_bytes, device_bytes] = RingLayout::area_bytes(setup.features, setup.layout.size());
@@ -181,7 +182,7 @@ fn ring_areas(setup: &VringConfig) -> [(u64, u64, Access); 3] {
     [(desc, desc_bytes, on_descs), (driver, driver_bytes, Access::Read), (device, device_bytes, Access::ReadWrite)]
 }
 
-/// Where the device's area is logged (rule L5.1).
+/// Returns the address range under which the device's area is logged (rule L5.1).
 pub(super) fn used_log_range(setup: &VringConfig) -> Option<(u64, u64)> {
     let [_, _, bytes] = RingLayout::area_bytes(setup.features, setup.layout.size());
     setup.logging.used.as_ref().map(|(_, at)| (*at, bytes))

@@ -1,7 +1,7 @@
-//! Guest memory that comes from the source while its rings run already (rules P1.4 to P1.8).
+//! Postcopy: guest memory whose pages arrive from the source while rings already run (rule P1).
 //!
-//! A worker that touches a page which is not there yet waits in the kernel, and the front-end, which has the userfaultfd,
-//! brings the page. Nobody else here touches guest memory meanwhile.
+//! A worker that touches a missing page blocks in the kernel until the front-end, which has the userfaultfd, provides
+//! the page. Nothing else in this process accesses guest memory meanwhile.
 
 #![forbid(unsafe_code)]
 
@@ -15,19 +15,19 @@ use crate::abi::vhost_user::{MemoryHeader, MemoryRegion};
 use crate::memory::{Memory, Userfault};
 use crate::sys::log_limit::limited;
 
-/// How far the postcopy of a connection is. Dropping it gives up guest memory that is not complete.
+/// The postcopy state of a connection. Dropping it abandons incomplete guest memory.
 #[derive(Default)]
 pub(super) struct Postcopy {
     userfault: Option<Userfault>,
     listening: bool,
-    /// What is registered and in use.
+    /// Registered memory in use.
     memory: Memory,
-    /// What is registered, and waits until the front-end says that it will bring pages.
+    /// Registered memory whose table the front-end has not acknowledged yet.
     unacknowledged: Option<Memory>,
 }
 
 impl Postcopy {
-    /// POSTCOPY_ADVISE: the fd for the front-end.
+    /// Handles POSTCOPY_ADVISE. Returns the userfaultfd for the front-end.
     pub(super) fn advise(&mut self) -> Result<OwnedFd, BackendError> {
         if self.listening {
             return Err(order_error("POSTCOPY_ADVISE came after POSTCOPY_LISTEN: send POSTCOPY_END first"));
@@ -38,7 +38,7 @@ impl Postcopy {
         Ok(fd)
     }
 
-    /// POSTCOPY_LISTEN: memory tables from now on are not complete.
+    /// Handles POSTCOPY_LISTEN: later memory tables are incomplete.
     pub(super) fn listen(&mut self) -> Result<(), BackendError> {
         if self.userfault.is_none() {
             return Err(order_error("POSTCOPY_LISTEN came without POSTCOPY_ADVISE"));
@@ -47,12 +47,12 @@ impl Postcopy {
         Ok(())
     }
 
-    /// Whether memory tables are not complete.
+    /// Returns true if memory tables are incomplete.
     pub(super) fn is_listening(&self) -> bool {
         self.listening
     }
 
-    /// Registers a new table of memory, which is to be used when it is acknowledged.
+    /// Registers a new memory table, which is used once it is acknowledged.
     pub(super) fn offer(&mut self, memory: Memory) -> Result<(), BackendError> {
         if let Some(userfault) = &self.userfault {
             memory.regions().iter().try_for_each(|region| userfault.register(region))?;
@@ -61,12 +61,12 @@ impl Postcopy {
         Ok(())
     }
 
-    /// Whether the next message must be the acknowledgement of what was offered.
+    /// Returns true if the next message must be the acknowledgement of a memory table.
     pub(super) fn awaits_acknowledgement(&self) -> bool {
         self.unacknowledged.is_some()
     }
 
-    /// What was offered, to be used from now on.
+    /// Handles the acknowledgement of a memory table, and returns the memory to use.
     pub(super) fn acknowledge(&mut self, message: &VhostUserMessage, is_table: bool) -> Result<Memory, BackendError> {
         let memory = self.unacknowledged.take().unwrap_or_default();
         if !is_table || message.body::<u64>()? != 0 {
@@ -77,7 +77,7 @@ impl Postcopy {
         Ok(memory)
     }
 
-    /// POSTCOPY_END: all pages are there.
+    /// Handles POSTCOPY_END: all pages have arrived.
     pub(super) fn end(&mut self) -> Result<(), BackendError> {
         let Some(userfault) = self.userfault.take() else {
             return Err(order_error("POSTCOPY_END came without POSTCOPY_ADVISE"));
@@ -100,20 +100,20 @@ impl Drop for Postcopy {
     }
 }
 
-/// Frees whoever waits for pages that nobody brings any more. What they wrote there would be wrong wherever the memory is
-/// still in use: it goes to blank memory of this process instead.
+/// Releases threads that wait for pages which will not arrive any more. The shared memory may still be in use
+/// elsewhere, so this process continues on private zero pages.
 fn abandon_memory(userfault: Option<&Userfault>, memory: &Memory) {
     let Some(userfault) = userfault else { return };
     for region in memory.regions() {
-        debug!("memory at {:#x} is given up: its pages will not come", region.gpa());
+        debug!("memory at {:#x} is abandoned: its pages will not arrive", region.gpa());
         let (start, len) = region.mapped();
         if let Err(error) = region.blank().and_then(|()| userfault.wake(start, len)) {
-            limited!(warn, "can't give up memory at {:#x}: {error}", region.gpa());
+            limited!(warn, "can't abandon memory at {:#x}: {error}", region.gpa());
         }
     }
 }
 
-/// The payload of SET_MEM_TABLE with the addresses of this process, as its answer.
+/// Returns the payload of SET_MEM_TABLE with the addresses of this process, as its reply.
 pub(super) fn reply_payload(payload: &[u8], memory: &Memory) -> Vec<u8> {
     let (head, regions) = payload.split_at_checked(size_of::<MemoryHeader>()).unwrap_or_default();
     let mut answer = head.to_vec();

@@ -1,7 +1,7 @@
-//! A device's state on its way through a pipe (rules D1.3, D1.5), and what protects it there.
+//! Transfer of the device state through a pipe (rule D1), and its protection.
 //!
-//! A transfer has a thread of its own: however slow the pipe, the connection goes on. The thread only moves bytes; the
-//! device is asked and told by the connection's own thread, and told only what has arrived whole.
+//! A transfer has its own thread, so a slow pipe does not block the connection. The thread only moves bytes. The
+//! connection's thread saves and loads the state, and loads only a complete one.
 
 #![forbid(unsafe_code)]
 
@@ -24,22 +24,22 @@ use crate::stream::record::{self, Bytes};
 use crate::sys::join::join;
 use crate::sys::pipe::{MAX_STATE, WaitLimit, read_all, write_all};
 
-/// How long CHECK_DEVICE_STATE waits for the end of a transfer that its sender must have ended before.
+/// Maximum time that CHECK_DEVICE_STATE waits for the end of the transfer.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Version of [`Envelope`].
 const VERSION: u16 = 1;
 const HASH_BYTES: usize = size_of::<u64>();
 
-/// What goes through the pipe, as a record; then, in every version, the xxh3-64 of all that is before it.
+/// Content of the pipe, as a record. It is followed, in every version, by the xxh3-64 of the record.
 #[derive(Serialize, Deserialize)]
 struct Envelope {
-    /// What kind of device it is of.
+    /// The kind of device.
     kind: String,
-    /// What [`VirtioDevice::save_state`] said.
+    /// The state of [`VirtioDevice::save_state`].
     state: Bytes,
 }
 
-/// A transfer under way, or one whose result nobody has asked for. Dropping it ends it.
+/// A transfer, running or waiting for CHECK_DEVICE_STATE. Dropping it cancels it.
 pub(super) struct StateTransfer {
     is_load: bool,
     result: Receiver<io::Result<Vec<u8>>>,
@@ -48,10 +48,10 @@ pub(super) struct StateTransfer {
 }
 
 impl StateTransfer {
-    /// Begins what SET_DEVICE_STATE_FD asks for. What is saved is the state as it is now.
+    /// Starts the transfer of SET_DEVICE_STATE_FD. A saved state is that of this moment.
     ///
     /// # Errors
-    /// [`BackendError::DeviceState`], and what the device or the system says.
+    /// [`BackendError::DeviceState`], or the error of the device or the system.
     pub(super) fn begin(
         device: &dyn VirtioDevice,
         transfer: DeviceStateTransfer,
@@ -76,7 +76,7 @@ impl StateTransfer {
                 Some(bytes) => write_all(pipe.as_fd(), &bytes, &until).map(|()| Vec::new()),
                 None => read_all(pipe.as_fd(), &until),
             };
-            // The end of the pipe is what the other side waits for.
+            // The peer waits for the end of the pipe.
             drop(pipe);
             let _ = sender.send(moved);
         };
@@ -85,10 +85,10 @@ impl StateTransfer {
         Ok(StateTransfer { is_load: load, result, stop, thread: Some(thread) })
     }
 
-    /// Ends it; a state that was loaded is the device's from here on, or, after an error, nothing has changed.
+    /// Completes the transfer. A loaded state then belongs to the device; after an error the device is unchanged.
     ///
     /// # Errors
-    /// [`BackendError::DeviceState`] for what did not go through or is not whole, and what the device says.
+    /// [`BackendError::DeviceState`] for an incomplete or invalid transfer, or the error of the device.
     pub(super) fn check(self, device: &dyn VirtioDevice) -> Result<(), BackendError> {
         let moved = self.result.recv_timeout(PATIENCE);
         let moved = moved.map_err(|_| state_error("its transfer is not over: close the pipe before you ask".into()))?;

@@ -1,4 +1,4 @@
-//! One attempt at a piece of I/O: the way that it goes, and the memory that the kernel works in.
+//! One attempt at an I/O operation: its path, and the memory given to the kernel.
 
 use std::io;
 use std::ops::Range;
@@ -8,14 +8,14 @@ use vm_memory::VolatileSlice;
 
 use super::{Alignment, DiskIo, DiskOp, ImageFiles, IoPath};
 
-/// Most ranges that one call takes (IOV_MAX); what is left over is left to the next attempt.
+/// Maximum number of ranges of one system call (IOV_MAX). The rest is left to the next attempt.
 const MAX_IOVECS: usize = 1024;
-/// Most bytes that bounce at a time, unless a block is larger; what is left over is left to the next attempt.
+/// Maximum number of bytes bounced at a time, unless a block is larger. The rest is left to the next attempt.
 const MAX_BOUNCED: u64 = 64 << 10;
-/// Least alignment of the memory that is bounced through, in bytes.
+/// Minimum alignment of bounce buffers in bytes.
 const PAGE: usize = 4096;
 
-/// What the kernel is given.
+/// The arguments of a system call.
 #[derive(Debug, Default)]
 pub(super) struct Attempt {
     pub(super) fd: RawFd,
@@ -27,21 +27,21 @@ pub(super) struct Attempt {
     bounce_buffer: Option<BounceBuffer>,
 }
 
-/// Aligned memory that stands for the request's, and is copied from and to it.
+/// Aligned memory in place of the request's memory.
 #[derive(Debug)]
 struct BounceBuffer {
     bytes: Vec<u8>,
-    /// Where in `bytes` the request's data is.
+    /// Position of the request's data in `bytes`.
     data: Range<usize>,
     /// The request's memory.
     iovecs: Vec<libc::iovec>,
 }
 
 impl Attempt {
-    /// Prepares an attempt. `io` goes the way that its buffers, its range and the file leave.
+    /// Prepares an attempt and chooses its path by buffers, range and file.
     ///
     /// # Errors
-    /// When a buffer is outside guest memory; nothing has begun then.
+    /// An error if a buffer is outside guest memory. Nothing has been started then.
     pub(super) fn prepare(&mut self, files: &ImageFiles, io: &mut DiskIo) -> io::Result<()> {
         *self = Attempt { iovecs: std::mem::take(&mut self.iovecs), start: io.file_range.start, ..Attempt::default() };
         self.iovecs.clear();
@@ -60,7 +60,7 @@ impl Attempt {
             }
         }
         self.iovecs.truncate(MAX_IOVECS);
-        // Nobody else is to wait for what is in the page cache of an image that others read past it.
+        // Other hosts read the image past this page cache, so cached writes of a direct image are durable.
         let stable = io.op == (DiskOp::Write { durable: true }) || alignment.is_some() && io.path == IoPath::Cached;
         self.flags = if stable { libc::RWF_DSYNC } else { 0 };
         self.fd = files.file_for(io.path).as_raw_fd();
@@ -68,7 +68,7 @@ impl Attempt {
         Ok(())
     }
 
-    /// The way of this attempt, no better than that of the last one.
+    /// Returns the path of this attempt, no better than that of the last one.
     fn choose_path(&self, io: &DiskIo, Alignment { memory, block }: Alignment) -> IoPath {
         let whole = (io.file_range.start | io.len()).is_multiple_of(block);
         let is_aligned = |iovec: &libc::iovec| {
@@ -76,13 +76,13 @@ impl Attempt {
         };
         match io.path {
             IoPath::Direct if whole && self.iovecs.iter().all(is_aligned) => IoPath::Direct,
-            // The rest of a block that is written in part is the page cache's to read.
+            // A partial block write needs the rest of the block, which the page cache reads.
             IoPath::Direct | IoPath::Bounced if whole || io.op == DiskOp::Read => IoPath::Bounced,
             _ => IoPath::Cached,
         }
     }
 
-    /// Puts aligned memory in the place of the request's, for whole blocks.
+    /// Replaces the request's memory with aligned memory, for whole blocks.
     fn bounce(&mut self, io: &DiskIo, Alignment { memory, block }: Alignment) {
         let start = io.file_range.start - io.file_range.start % block;
         let most = start.saturating_add(MAX_BOUNCED.max(block));
@@ -105,7 +105,7 @@ impl Attempt {
         (self.start, self.bounce_buffer) = (start, Some(BounceBuffer { bytes, data, iovecs }));
     }
 
-    /// Ends it: what was read is where it belongs, and the result counts the request's bytes.
+    /// Ends the attempt: copies bounced data to the request and returns the number of the request's bytes.
     pub(super) fn end(&mut self, files: &ImageFiles, io: &DiskIo, result: io::Result<u64>) -> io::Result<u64> {
         files.note_end(io.op, result.is_ok());
         let (Some(BounceBuffer { bytes, data, iovecs }), Ok(count)) = (self.bounce_buffer.take(), &result) else {
@@ -114,7 +114,7 @@ impl Attempt {
         if io.op != DiskOp::Read {
             return result;
         }
-        // What came begins with the block.
+        // The data read begins at the start of the block.
         let skip = io.file_range.start - self.start;
         let came = count.saturating_sub(skip).min(data.len() as u64);
         let mut rest = bytes.get(data).and_then(|data| data.get(..came as usize)).unwrap_or_default();
@@ -127,7 +127,7 @@ impl Attempt {
     }
 }
 
-/// Guest memory that a request has lent.
+/// Returns guest memory lent by a request.
 fn volatile(iovec: &libc::iovec) -> VolatileSlice<'_> {
     // SAFETY: the range is guest memory of a request that is not handed back before the attempt has ended, and is only
     // used until then.

@@ -1,4 +1,4 @@
-//! The open files of one image: what direct I/O needs of them, and what of them may be in the page cache alone.
+//! The open files of an image: requirements of direct I/O, and unsynced changes.
 
 use std::fs::File;
 use std::io;
@@ -12,27 +12,27 @@ use tracing::warn;
 
 use super::{DiskOp, IoPath};
 
-/// Smallest unit of direct I/O anywhere, and the largest that is assumed of a file that doesn't tell, in bytes.
+/// Range of block sizes assumed for a file that does not report its own, in bytes.
 const ASSUMED_BLOCK: std::ops::RangeInclusive<u64> = 512..=4096;
 
-/// The alignment that direct I/O on a file needs, in bytes; powers of two.
+/// Alignment required for direct I/O in bytes, powers of two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Alignment {
-    /// Of buffers.
+    /// Alignment of buffers.
     pub(crate) memory: u64,
-    /// Of offsets and lengths.
+    /// Alignment of offsets and lengths.
     pub(crate) block: u64,
 }
 
-/// One image, opened in every way that is needed.
+/// One image, opened for buffered I/O and optionally for direct I/O.
 #[derive(Debug)]
 pub(crate) struct ImageFiles {
     pub(crate) buffered: File,
-    /// With O_DIRECT.
+    /// Opened with O_DIRECT.
     direct: Option<(File, Alignment)>,
-    /// Whether something was changed that no flush was started after.
+    /// True if something was changed after the last flush began.
     unsynced: AtomicBool,
-    /// Whether I/O that should have been direct went through the page cache.
+    /// True if I/O of a direct image went through the page cache.
     used_page_cache: AtomicBool,
 }
 
@@ -45,22 +45,22 @@ impl ImageFiles {
         Ok(ImageFiles { buffered, direct, unsynced: AtomicBool::new(false), used_page_cache: AtomicBool::new(false) })
     }
 
-    /// The alignment that direct I/O needs, if the image is opened for it.
+    /// Returns the alignment required for direct I/O, if the image is opened for it.
     pub(crate) fn alignment(&self) -> Option<Alignment> {
         self.direct.as_ref().map(|(_, alignment)| *alignment)
     }
 
-    /// The file for I/O that should go past the page cache.
+    /// Returns the file for I/O that should bypass the page cache.
     pub(crate) fn preferred(&self) -> &File {
         self.direct.as_ref().map_or(&self.buffered, |(file, _)| file)
     }
 
-    /// The file that I/O goes through.
+    /// Returns the file for I/O on this path.
     pub(super) fn file_for(&self, way: IoPath) -> &File {
         if way == IoPath::Cached { &self.buffered } else { self.preferred() }
     }
 
-    /// Notes that an attempt begins.
+    /// Records the start of an attempt.
     pub(super) fn note_start(&self, op: DiskOp, way: IoPath) {
         match op {
             // What completes while it is under way may not be in it.
@@ -74,7 +74,7 @@ impl ImageFiles {
         }
     }
 
-    /// Notes that an attempt has ended.
+    /// Records the end of an attempt.
     pub(super) fn note_end(&self, op: DiskOp, succeeded: bool) {
         let unsynced = match op {
             DiskOp::Flush => !succeeded,
@@ -87,7 +87,7 @@ impl ImageFiles {
         }
     }
 
-    /// Puts everything that was changed on stable storage, unless it is there.
+    /// Puts all changes on stable storage, unless they already are.
     ///
     /// # Errors
     /// The error of the system.
@@ -101,8 +101,7 @@ impl ImageFiles {
         Ok(())
     }
 
-    /// Forgets what the page cache has of an image that is opened for direct I/O: another host may have changed the image
-    /// since, or may do so from now on.
+    /// Drops the page cache of an image opened for direct I/O, because another host may change the image.
     pub(crate) fn drop_cache(&self) {
         if self.direct.is_some()
             && let Err(errno) = posix_fadvise(&self.buffered, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
@@ -111,7 +110,7 @@ impl ImageFiles {
         }
     }
 
-    /// The same, if I/O has gone through it since the last time.
+    /// Drops the page cache if I/O has gone through it since the last time.
     pub(crate) fn drop_used_cache(&self) {
         if self.used_page_cache.swap(false, Ordering::AcqRel) {
             self.drop_cache();
@@ -134,7 +133,7 @@ impl ImageFiles {
     }
 }
 
-/// What direct I/O on this file needs (STATX_DIOALIGN), as far as its file system tells.
+/// Returns the alignment required for direct I/O on this file (STATX_DIOALIGN), as far as its file system reports it.
 fn alignment(file: &File) -> io::Result<Alignment> {
     // SAFETY: all of its fields are integers.
     let mut status: libc::statx = unsafe { std::mem::zeroed() };
@@ -158,7 +157,7 @@ fn alignment(file: &File) -> io::Result<Alignment> {
 
 nix::ioctl_read_bad!(blksszget, libc::BLKSSZGET, libc::c_int);
 
-/// The logical block size of a block device, in bytes.
+/// Returns the logical block size of a block device in bytes.
 pub(crate) fn block_size(device: BorrowedFd<'_>) -> u32 {
     let mut size = 0;
     // SAFETY: this request writes one int, which `size` is.

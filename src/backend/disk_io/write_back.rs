@@ -1,4 +1,4 @@
-//! Writing the page cache back while a migration goes on, so that little is left when the rings stop (rule I11.1).
+//! Write-back of the page cache during a migration, so that little is left when the rings stop (rule I11).
 
 use std::io;
 use std::os::fd::AsFd;
@@ -12,11 +12,11 @@ use super::ImageFiles;
 use crate::sys::log_limit::limited;
 use crate::sys::write_back::begin_write_back;
 
-/// Pause between two orders to the disk to begin with what has been written since.
+/// Interval between two write-backs.
 const PERIOD: Duration = Duration::from_millis(100);
 
-/// A thread that has the disk keep up with what is written, until this is dropped. It is not waited for then: a disk that
-/// hangs holds up this thread alone.
+/// A thread that writes dirty pages of the image back until this is dropped. The drop does not wait for it, so a
+/// hanging disk blocks this thread alone.
 pub(crate) struct WriteBack {
     _running: Sender<()>,
 }

@@ -1,4 +1,4 @@
-//! What a session tells the rings of a device: to start, with all that takes, to stop, and where to log.
+//! The interface between a session and the rings of its device: configuration, start and stop, logging.
 #![forbid(unsafe_code)]
 
 use std::ops::RangeInclusive;
@@ -11,88 +11,89 @@ use crate::inflight;
 use crate::memory::{Iotlb, Memory};
 use crate::ring::{RingBase, RingLayout, RingLog};
 
-/// Everything a ring needs to run.
+/// The configuration with which a ring starts.
 #[derive(Debug, Clone)]
 pub struct VringConfig {
-    /// Where the ring lies, guest-physical.
+    /// Guest-physical addresses and sizes of the ring's areas.
     pub layout: RingLayout,
-    /// Where it goes on, unless `inflight` knows better (rule I3.4).
+    /// The base at which the ring resumes, unless `inflight` determines it (rule I3.4).
     pub base: RingBase,
     /// Acknowledged features.
     pub features: u64,
     /// Guest memory.
     pub memory: Memory,
-    /// Where writes are logged.
+    /// The logs of the ring's writes.
     pub logging: Logging,
-    /// Readable when there are new requests.
+    /// The kick eventfd.
     pub kick: Option<Arc<Kick>>,
-    /// Whether the ring is to be looked at every now and then: there is no kick, and [`VringController::kick`] isn't called either.
+    /// True if the ring must be polled: it has no kick eventfd, and [`VringController::kick`] is not called either
+    /// (rule B3.7).
     pub is_polled: bool,
     /// Signalled when requests were used.
     pub call: Option<Arc<Notifier>>,
-    /// True if `call` came while the ring did not run.
+    /// True if `call` was set while the ring was stopped.
     pub call_changed: bool,
-    /// Whether the driver was to be notified before, also when the ring ran the last time (rule R10.2).
+    /// True if the driver has ever been notified, also before a restart of the ring (rule R10.1).
     pub has_notified: Arc<AtomicBool>,
     /// Signalled when the ring breaks.
     pub error: Option<Arc<Notifier>>,
-    /// Where requests in flight are noted.
+    /// The inflight region.
     pub inflight: Option<Arc<inflight::InflightRegion>>,
-    /// Whether it runs on this connection for the first time: if it has a past, that was another back-end's.
+    /// True if the ring has not run on this connection. If it has a past, another back-end has served it.
     pub is_first_start: bool,
-    /// Whether guest memory is still on its way: nobody may wait for the ring where pages are waited for (rule P1.6).
+    /// True while guest memory is incomplete. The control thread must then not wait for the ring (rule P1.7).
     pub in_postcopy: bool,
-    /// The front-end, to be told or asked something.
+    /// The front-end, for requests over the back-end channel.
     pub frontend: Arc<FrontendHandle>,
-    /// With ACCESS_PLATFORM acknowledged: what is known of the IOMMU. All addresses of the ring are I/O virtual then.
+    /// The IOTLB, with ACCESS_PLATFORM acknowledged. All addresses of the ring are then I/O virtual (rule T1.1).
     pub iotlb: Option<Arc<Iotlb>>,
 }
 
-/// Where a ring's writes are logged. Nothing is logged by default.
+/// The logs of a ring's writes. By default nothing is logged.
 #[derive(Debug, Clone, Default)]
 pub struct Logging {
     /// The log for data, while LOG_ALL is acknowledged (rule L3.1).
     pub data: Option<Arc<Log>>,
-    /// The log for the used ring, and the address it is logged under, while the ring's F_LOG is set (rules L3.2, L3.3).
+    /// The log for used-ring writes with `log_guest_addr`, while VHOST_VRING_F_LOG is set (rule L3.2).
     pub used: Option<(Arc<Log>, u64)>,
     /// Signalled after logging (rule L12.1).
     pub signal: Option<Arc<LogSignal>>,
-    /// How many pages outside the log have been reported; one for all rings (rule L6.2).
+    /// Number of pages outside the log that were reported, shared by all rings (rule L6.2).
     pub out_of_range_pages: Arc<AtomicU64>,
 }
 
 impl Logging {
-    /// The log as a ring needs it for its own writes.
+    /// Returns the log of the ring's own writes.
     pub(in crate::backend) fn of_ring(&self) -> Option<RingLog> {
         self.used.clone().map(|(log, used_gpa)| RingLog { log, used_gpa })
     }
 }
 
-/// The rings of a device, as a session commands them. Every call returns when it has taken effect: what a ring wrote
-/// before is written, and it does nothing more by its old orders (rules R3.3, L9.1).
+/// Controls the rings of a device. Each call returns once it has taken effect: writes under the former configuration
+/// have been made, and no others follow (rules R3.3, L9.1).
 pub trait VringController {
-    /// Something that is no ring is about to take time.
+    /// Called before an operation other than a ring command that may block.
     fn before_blocking(&mut self) {}
 
-    /// Makes ready what a ring takes to run, which is likely to be started.
+    /// Prepares a ring that is likely to be started.
     fn prepare(&mut self, index: u16) {
         let _ = index;
     }
 
-    /// Lets a ring run that doesn't.
+    /// Starts a stopped ring.
     ///
     /// # Errors
-    /// What the system says; the ring then doesn't run.
+    /// The error of the system. The ring is then stopped.
     fn start(&mut self, index: u16, setup: VringConfig) -> Result<(), BackendError>;
 
-    /// Completes, logs and publishes all requests of a running ring, stops it, and tells where it goes on (rules R3.1, R3.2).
+    /// Stops a running ring: completes, logs and publishes all its requests (rule R3.2). Returns its base.
     ///
     /// # Errors
-    /// When that can't be told. The ring doesn't run then either.
+    /// An error if the base is not known. The ring is stopped nevertheless.
     fn stop(&mut self, index: u16) -> Result<RingBase, BackendError>;
 
-    /// Stops a running ring as soon as nothing reaches into guest memory any more, and leaves what is not complete by then
-    /// marked in the inflight region (rules I8.2, I8.6). Tells where the ring goes on. One without a region is drained.
+    /// Stops a running ring once nothing accesses guest memory any more, and leaves incomplete requests marked in the
+    /// inflight region (rule I8.2). Returns its base. A ring without a region is drained (rule I8.6).
     ///
     /// # Errors
     /// As [`VringController::stop`].
@@ -100,20 +101,20 @@ pub trait VringController {
         self.stop(index)
     }
 
-    /// Whether a running ring is to leave new requests alone.
+    /// Sets whether a running ring takes new requests.
     fn set_enabled(&mut self, index: u16, yes: bool) {
         let _ = (index, yes);
     }
 
-    /// Changes where a running ring logs (rule L9.1).
+    /// Changes the logs of a running ring (rule L9.1).
     fn set_logging(&mut self, index: u16, logging: Logging);
 
-    /// Finishes what uses these addresses, whose translations are gone (rule T3.2).
+    /// Completes requests that use these addresses, whose translations are invalid (rule T3.2).
     fn invalidate(&mut self, iovas: &RangeInclusive<u64>);
 
-    /// Has a running ring look for new requests (rule B3.2), or for translations that it lacked.
+    /// Makes a running ring look for requests (rule B3.2), or for translations that it lacked.
     fn kick(&mut self, index: u16);
 
-    /// Changes what a running ring signals.
+    /// Changes the call and error notifiers of a running ring.
     fn set_notifiers(&mut self, index: u16, call: Option<Arc<Notifier>>, error: Option<Arc<Notifier>>);
 }

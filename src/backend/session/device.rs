@@ -1,5 +1,5 @@
-//! Messages about a device itself: configuration, inflight region, state (rules C1.1, I1.1, D1.2), and which disk it is
-//! (GET_DISK_GENERATION, GET_DISK_IDENTITY).
+//! Messages about the device: configuration, inflight region, device state (rules C1, I1, D1), and the disk extensions
+//! GET_DISK_GENERATION and GET_DISK_IDENTITY.
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -82,7 +82,7 @@ impl Session {
         }
     }
 
-    /// SET_DEVICE_STATE_FD; a transfer that nobody asked the result of is given up for the new one.
+    /// Handles SET_DEVICE_STATE_FD. A transfer whose result was not requested is cancelled.
     pub(super) fn begin_transfer(&mut self, message: &mut VhostUserMessage) -> Result<(), BackendError> {
         self.require_all_stopped(message.code, "D1.6")?;
         self.transfer = Some(StateTransfer::begin(self.device.as_ref(), message.body()?, message.only_fd()?)?);
@@ -97,7 +97,7 @@ impl Session {
     }
 }
 
-/// The reply to a request that has an answer that means "no": no payload.
+/// Returns the reply to a request for which an empty payload means failure.
 fn reply_or_empty<T: IntoBytes + Immutable>(code: Code, told: Result<T, BackendError>) -> VhostUserReply {
     told.map(|told| VhostUserReply::new(code, &told)).unwrap_or_else(|error| {
         limited!(warn, "{error}");
@@ -105,7 +105,7 @@ fn reply_or_empty<T: IntoBytes + Immutable>(code: Code, told: Result<T, BackendE
     })
 }
 
-/// One past the last byte of configuration space that a message is about.
+/// Returns the end of a message's range of configuration space.
 fn config_end(code: Code, offset: u32, len: u32) -> Result<usize, BackendError> {
     match offset.checked_add(len).map(|end| end as usize) {
         Some(end) if end <= VHOST_USER_MAX_CONFIG_SIZE => Ok(end),

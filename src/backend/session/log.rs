@@ -1,4 +1,4 @@
-//! The log as messages give it, and which ring writes what of it (rules L3.1, L3.2, L6.2, L9.3).
+//! The dirty log of a session, and the logs of each ring (rules L3, L6, L9).
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,7 +24,7 @@ impl Session {
         self.out_of_range_pages = Arc::default();
         self.check_log_size();
         self.update_logging(rings);
-        // Nothing writes the old log any more. If the front-end released it before a ring was started, nobody reads what
+        // Nothing writes the old log any more. If the front-end released it before a ring was started, it does not read what
         // was marked in it since (rule L9.3).
         if let Some(old) = old.filter(|_| self.is_logging()) {
             old.copy_to(&log);
@@ -36,12 +36,12 @@ impl Session {
         Ok(())
     }
 
-    /// True if the front-end wants to know what is written.
+    /// Returns true if logging is wanted for data or for a used ring.
     fn is_logging(&self) -> bool {
         self.features & LOG_ALL != 0 || self.rings.iter().any(SessionRing::logs_used_ring)
     }
 
-    /// Notes that a ring runs whose writes should be logged, and there is no log (rule L8.3).
+    /// Records that a ring runs whose writes should be logged, and that there is no log (rule L8.3).
     pub(super) fn note_unlogged(&mut self) {
         let log_all = self.features & LOG_ALL != 0;
         let runs = self.rings.iter().any(|ring| ring.running && (log_all || ring.logs_used_ring()));
@@ -66,7 +66,7 @@ impl Session {
         }
     }
 
-    /// Tells the running rings where to log now.
+    /// Passes the current logs to the running rings.
     pub(super) fn update_logging(&self, rings: &mut dyn VringController) {
         for (index, ring) in (0..).zip(&self.rings).filter(|(_, ring)| ring.running) {
             rings.set_logging(index, self.logging(ring));

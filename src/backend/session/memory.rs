@@ -1,4 +1,4 @@
-//! Guest memory as messages give it, and what they say of an IOMMU (rules M1, P1, T2, T3).
+//! Guest memory of a session, and IOTLB messages (rules M1, P1, T2, T3).
 #![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -39,7 +39,8 @@ impl Session {
         self.replace_memory(Memory::new(regions)?, rings)
     }
 
-    /// Requests that are in flight finish in the old memory; then the rings go on in the new one (rules L9.2, M1.6).
+    /// Replaces guest memory. Requests in flight complete in the old memory, then the rings continue in the new one
+    /// (rule L9.2).
     pub(super) fn replace_memory(
         &mut self,
         memory: Memory,
@@ -65,15 +66,15 @@ impl Session {
         self.replace_memory(memory, rings)
     }
 
-    /// Forgets all translations when a front-end has reason to invalidate none of them itself; no ring runs then. One
-    /// that nobody can ask has told all beforehand, and won't again (rules T3.7, T3.8).
+    /// Discards all translations at events for which front-ends send no invalidation; no ring runs then (rule T3.7).
+    /// Without a channel they are kept, because the front-end could not be asked again (rule T3.8).
     pub(super) fn clear_iotlb(&self) {
         if self.frontend.has_channel() {
             self.iotlb.invalidate(&(0..=u64::MAX));
         }
     }
 
-    /// What the front-end says of its IOMMU (rules T2.1, T3.1).
+    /// Handles IOTLB_MSG (rules T2, T3).
     pub(super) fn handle_iotlb_msg(
         &mut self,
         message: &IotlbMsg,
@@ -86,7 +87,7 @@ impl Session {
                     self.memory.pieces_of_user(uaddr, size, |_, _| {})?;
                 }
                 self.iotlb.update(iova, size, uaddr, perm)?;
-                // Some of them may wait for just this.
+                // Rings may wait for this translation.
                 for (index, _) in (0..).zip(&self.rings).filter(|(_, ring)| ring.running) {
                     rings.kick(index);
                 }
@@ -103,7 +104,7 @@ impl Session {
     }
 }
 
-/// The regions of SET_MEM_TABLE, mapped.
+/// Maps the regions of SET_MEM_TABLE.
 pub(super) fn regions_of(message: &VhostUserMessage) -> Result<Vec<Arc<Region>>, BackendError> {
     let MemoryHeader { nregions, .. } = message.body()?;
     let (got, head) = (message.payload.len(), size_of::<MemoryHeader>());

@@ -1,8 +1,8 @@
-//! What the messages of a front-end mean: the protocol's state machine, without sockets and threads.
+//! Protocol state machine of a connection, without sockets and threads.
 //!
-//! [`Session::handle_message`] takes one message, tells the rings what follows from it ([`VringController`], the workers outside of
-//! tests) and says what to answer. The order in which front-ends send things is theirs (rules R6.1, R7.1, L8.2): all state
-//! is kept as given, and a ring runs from the moment it is started, enabled and complete.
+//! [`Session::handle_message`] processes one message, controls the rings through [`VringController`] (the workers,
+//! outside of tests) and returns the reply. Front-ends set up rings in different orders (rules R6, R7, L8): the session
+//! keeps the state as given, and a ring runs as soon as it is started, enabled and complete (rule R6.4).
 
 #![forbid(unsafe_code)]
 
@@ -38,7 +38,7 @@ use device::config_bytes;
 use memory::regions_of;
 use ring::SessionRing;
 
-/// The protocol features that are offered with any device.
+/// Protocol features offered with every device.
 const PROTOCOL_FEATURES: u64 = bit(protocol_feature::MQ)
     | bit(protocol_feature::LOG_SHMFD)
     | bit(protocol_feature::REPLY_ACK)
@@ -51,24 +51,24 @@ const PROTOCOL_FEATURES: u64 = bit(protocol_feature::MQ)
     | bit(protocol_feature::CONFIGURE_MEM_SLOTS)
     | bit(protocol_feature::STATUS);
 
-/// What INBAND_NOTIFICATIONS makes no sense without.
+/// Protocol features that INBAND_NOTIFICATIONS requires (rule B3.1).
 const INBAND_REQUIREMENTS: u64 = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::REPLY_ACK);
 
 const LOG_ALL: u64 = bit(VHOST_F_LOG_ALL);
 const PROTOCOL_FEATURES_BIT: u64 = bit(VHOST_USER_F_PROTOCOL_FEATURES);
 
-/// What is due after a message.
+/// The action that follows a message.
 #[derive(Debug)]
 pub enum MessageOutcome {
-    /// Nothing.
+    /// No reply is due.
     NoReply,
-    /// Send this.
+    /// A reply is to be sent.
     Reply(VhostUserReply),
-    /// Hang up: the front-end waits for an answer that can't be given.
+    /// The connection is to be closed, because the front-end waits for a reply that cannot be given.
     Close(BackendError),
 }
 
-/// The state of one connection.
+/// The protocol state of one connection.
 pub struct Session {
     device: Arc<dyn VirtioDevice>,
     features: u64,
@@ -78,23 +78,23 @@ pub struct Session {
     log: Option<Arc<Log>>,
     log_signal: Option<Arc<LogSignal>>,
     out_of_range_pages: Arc<AtomicU64>,
-    /// A ring has run whose writes should have been logged, and there was no log yet (rule L8.3).
+    /// A ring has run while logging was wanted and there was no log (rule L8.3).
     unlogged: bool,
-    /// While logging is wanted: what the device does to be stopped soon.
+    /// Work of the device while logging is enabled, to be stopped faster.
     stop_preparation: Option<Box<dyn Send>>,
     inflight: Option<Arc<inflight::InflightRegion>>,
     rings: Vec<SessionRing>,
     postcopy: Postcopy,
-    /// A device's state on its way.
+    /// The current transfer of device state.
     transfer: Option<StateTransfer>,
     iotlb: Arc<Iotlb>,
     frontend: Arc<FrontendHandle>,
-    /// The back-end channel, if the front-end has given one.
+    /// The back-end channel, after SET_BACKEND_REQ_FD.
     backend_channel: Option<BackendChannel>,
 }
 
 impl Session {
-    /// A session with a front-end that has just connected: nothing is acknowledged, all rings are stopped and disabled.
+    /// Creates the session of a new connection: nothing is acknowledged, all rings are stopped and disabled.
     pub fn new(device: Arc<dyn VirtioDevice>) -> Session {
         let rings = (0..device.queues()).map(|_| SessionRing::default()).collect();
         let host = Arc::new(FrontendHandle::default());
@@ -120,7 +120,7 @@ impl Session {
         }
     }
 
-    /// Does what a message asks, and says what to answer. What is refused for its contents changes nothing.
+    /// Processes a message and returns the action that follows. A message refused for its contents changes nothing.
     pub fn handle_message(&mut self, message: VhostUserMessage, rings: &mut dyn VringController) -> MessageOutcome {
         let code = message.code;
         debug!(
@@ -136,19 +136,19 @@ impl Session {
         }
         let asked = message.flags & Header::FLAG_NEED_REPLY != 0;
         let outcome = self.dispatch(message, rings);
-        // Asked afterwards: the message that switches acknowledgements on may want the first one (rule F4.2).
+        // Checked after the message, which may itself acknowledge REPLY_ACK (rule F4.2).
         let acknowledge = asked && self.has_protocol_feature(protocol_feature::REPLY_ACK);
         counters::message_handled(code, outcome.is_err());
         match outcome {
             Ok(Some(reply)) => MessageOutcome::Reply(reply),
             Ok(None) if acknowledge => MessageOutcome::Reply(VhostUserReply::new(code, &0u64)),
             Ok(None) => MessageOutcome::NoReply,
-            // The front-end takes up its rings from guest memory and the inflight region, with the next connection.
+            // The front-end recovers its rings from guest memory and the inflight region on the next connection.
             Err(error @ BackendError::WorkerLost { .. }) => MessageOutcome::Close(error),
             Err(error) if acknowledge => {
                 limited!(warn, "{code} refused: {error}");
                 let states = matches!(code, Code::GET_VRING_BASE | Code::GET_VRING_BASE_SKIP_DRAIN);
-                // There its place is a ring's and its base's: this is that of no ring (rule F5.4).
+                // The number would be read as a ring and its base: all bits set is neither (rule F5.4).
                 MessageOutcome::Reply(VhostUserReply::new(code, &if states { u64::MAX } else { 1 }))
             }
             Err(error) if self.has_own_reply(code) => MessageOutcome::Close(error),
@@ -163,7 +163,7 @@ impl Session {
         self.protocol_features & bit(feature) != 0
     }
 
-    /// Whether a request has a reply of its own, whatever its flags say (rule F3.1).
+    /// Returns true if the request has a reply of its own (rule F3.1).
     fn has_own_reply(&self, code: Code) -> bool {
         match code {
             Code::SET_LOG_BASE => self.has_protocol_feature(protocol_feature::LOG_SHMFD),
@@ -235,7 +235,7 @@ impl Session {
                 self.replace_memory(memory, rings)?;
             }
             Code::POSTCOPY_ADVISE if self.has_protocol_feature(protocol_feature::PAGEFAULT) => {
-                // An answer without an fd is the one that means "no".
+                // A reply without a file descriptor means refusal.
                 let fd = self.postcopy.advise().map_err(|error| limited!(warn, "{error}")).ok();
                 return Ok(Some(VhostUserReply { code, payload: Vec::new(), fd }));
             }
@@ -255,13 +255,13 @@ impl Session {
             Code::SET_LOG_BASE => {
                 let description = message.body()?;
                 self.set_log_base(&description, &message.only_fd()?, rings)?;
-                // The answer that every front-end takes (rule F7.1), asked for a number or not.
+                // Every front-end accepts this reply, with need-reply or without (rule F7.1).
                 return Ok(self
                     .has_protocol_feature(protocol_feature::LOG_SHMFD)
                     .then(|| VhostUserReply::new(code, &description)));
             }
             Code::SET_LOG_FD => {
-                // No fd takes the last one back (rule L12.2).
+                // Without a descriptor the last one is unset (rule L12.2).
                 self.log_signal = message.fds.pop().map(|fd| Arc::new(LogSignal::new(fd)));
                 self.update_logging(rings);
             }
@@ -336,7 +336,7 @@ impl Session {
             Code::SEND_RARP | Code::NET_SET_MTU => self.device.handle_message(code, message.body()?)?,
             Code::SET_BACKEND_REQ_FD => {
                 let socket = check_socket(message.only_fd()?)?;
-                // The old one ends first.
+                // The former channel is closed first.
                 self.backend_channel = None;
                 self.backend_channel = Some(self.frontend.attach(socket)?);
             }
@@ -349,7 +349,8 @@ impl Session {
         self.device.features() | LOG_ALL | PROTOCOL_FEATURES_BIT
     }
 
-    /// QEMU sets the status to 0, which is a reset, whenever it stops a device; there would be no state left to save.
+    /// Returns the offered protocol features. STATUS and DEVICE_STATE exclude each other: QEMU sets the status to 0,
+    /// which is a reset, whenever it stops a device, and no state would be left to save.
     fn offered_protocol_features(&self) -> u64 {
         let mut offered = PROTOCOL_FEATURES | self.device.protocol_features();
         if self.device.state_kind().is_some() {
@@ -368,7 +369,7 @@ impl Session {
 
     fn set_features(&mut self, bits: u64, rings: &mut dyn VringController) -> Result<(), BackendError> {
         let bits = check_offered(Code::SET_FEATURES, bits, self.offered_features())?;
-        // Rings and queues keep to what was acknowledged when they started.
+        // Running rings and queues use the features acknowledged at their start (rule R1.4).
         let changed = (bits ^ self.features) & !LOG_ALL;
         if changed != 0 && self.rings.iter().any(|ring| ring.running) {
             return Err(BackendError::FeaturesOfRunningRings { changed });
@@ -377,7 +378,7 @@ impl Session {
             self.clear_iotlb();
         }
         self.features = bits;
-        // What was written is of no interest any more (rule L8.4).
+        // Unlogged writes do not matter any more (rule L8.4).
         self.unlogged &= bits & LOG_ALL != 0;
         self.update_logging(rings);
         self.note_unlogged();
@@ -397,7 +398,8 @@ impl Session {
         self.features & bit(VIRTIO_F_ACCESS_PLATFORM) != 0
     }
 
-    /// Back to the state before the driver came: the owner, its memory and protocol features stay (rules R8.2, I7.1).
+    /// Resets the device to the state without a driver. The owner, memory and protocol features stay (rules R8.2,
+    /// I7.1).
     fn reset(&mut self, rings: &mut dyn VringController) -> Result<(), BackendError> {
         self.stop_and_disable_rings(rings)?;
         self.rings.iter_mut().for_each(SessionRing::reset);
@@ -411,7 +413,7 @@ impl Session {
         Ok(())
     }
 
-    /// Whether messages stand for the fds of kicks, calls and errors that are not given (rule B3.2).
+    /// Returns true if messages replace kick, call and error descriptors that are not given (rule B3.2).
     fn is_in_band(&self) -> bool {
         self.has_protocol_feature(protocol_feature::INBAND_NOTIFICATIONS)
     }
@@ -421,7 +423,7 @@ impl Session {
     }
 }
 
-/// The bits, if all of them were offered.
+/// Returns the acknowledged bits if all of them were offered (rule R1.3).
 fn check_offered(code: Code, bits: u64, offered: u64) -> Result<u64, BackendError> {
     match bits & !offered {
         0 => Ok(bits),
@@ -429,7 +431,7 @@ fn check_offered(code: Code, bits: u64, offered: u64) -> Result<u64, BackendErro
     }
 }
 
-/// For requests whose answer has a number that means "no".
+/// Returns the reply number of requests that report success with 0: 1 after an error, which is logged.
 fn status_number(done: Result<(), BackendError>) -> u64 {
     done.map_or_else(
         |error| {

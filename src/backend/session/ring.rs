@@ -1,4 +1,4 @@
-//! A ring as messages set it up, and when it runs (rules R1.2, R2.1, R2.2).
+//! Setup of a ring by messages, and the decision when it runs (rules R1, R2).
 #![forbid(unsafe_code)]
 
 use std::os::fd::OwnedFd;
@@ -15,7 +15,7 @@ use crate::memory::Memory;
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::log_limit::limited;
 
-/// One ring, as the front-end set it up; addresses are the front-end's.
+/// One ring as the front-end has set it up. Addresses are the front-end's.
 #[derive(Debug, Default)]
 pub(super) struct SessionRing {
     pub(super) size: u16,
@@ -24,21 +24,21 @@ pub(super) struct SessionRing {
     pub(super) kick: Option<Arc<Kick>>,
     pub(super) call: Option<Arc<Notifier>>,
     pub(super) error: Option<Arc<Notifier>>,
-    /// SET_VRING_KICK or a kick in-band came, and no GET_VRING_BASE since (rules R2.2, B3.4).
+    /// SET_VRING_KICK or an in-band kick was received, and no GET_VRING_BASE since (rules R2.2, B3.4).
     pub(super) started: bool,
     pub(super) enabled: bool,
     /// [`VringController::start`] was called, and no [`VringController::stop`] since.
     pub(super) running: bool,
-    /// [`VringController::start`] was called before.
+    /// [`VringController::start`] has been called on this connection.
     pub(super) has_run: bool,
-    /// `call` came since the ring ran.
+    /// `call` was set while the ring was stopped.
     pub(super) call_changed: bool,
-    /// The driver was to be notified.
+    /// The driver has been notified.
     pub(super) has_notified: Arc<AtomicBool>,
 }
 
 impl SessionRing {
-    /// Forgets all that the driver has to do with; whom to signal is the front-end's (rule R8.4).
+    /// Discards all driver settings. Call and error descriptors belong to the front-end and stay (rule R8.4).
     pub(super) fn reset(&mut self) {
         let (call, error) = (self.call.take(), self.error.take());
         *self = SessionRing { call, error, has_run: self.has_run, ..SessionRing::default() };
@@ -109,7 +109,7 @@ impl Session {
         self.apply_ring_state(index, rings)
     }
 
-    /// The ring and the fd of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR.
+    /// Returns the ring and the descriptor of SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR.
     pub(super) fn ring_fd(&mut self, message: &mut VhostUserMessage) -> Result<(u16, Option<OwnedFd>), BackendError> {
         let bits: u64 = message.body()?;
         let index = (bits & VRING_IDX_MASK) as u16;
@@ -118,13 +118,14 @@ impl Session {
         Ok((index, fd))
     }
 
-    /// The kick of ring `index`, which may be another ring's as well.
+    /// Returns the kick of ring `index`, which may be shared with another ring (rule F9.4).
     pub(super) fn kick(&self, index: u16, fd: OwnedFd) -> Result<Arc<Kick>, BackendError> {
         let known = self.rings.iter().filter_map(|ring| ring.kick.as_ref()).find(|kick| kick.is_same_eventfd(&fd));
         known.cloned().map_or_else(|| Kick::new(index, fd).map(Arc::new), Ok)
     }
 
-    /// What a ring signals for calls and errors: where no fd was given, the front-end itself if messages stand for it.
+    /// Returns the call and error notifiers of a ring. With INBAND_NOTIFICATIONS, messages replace missing descriptors
+    /// (rule B3.2).
     pub(super) fn notifiers(&self, index: u16, ring: &SessionRing) -> (Option<Arc<Notifier>>, Option<Arc<Notifier>>) {
         let in_band = |make: fn(Arc<FrontendHandle>, u16) -> Notifier| {
             self.is_in_band().then(|| Arc::new(make(self.frontend.clone(), index)))
@@ -173,12 +174,12 @@ impl Session {
         })
     }
 
-    /// Makes a ring run if it should, and stop if it should not (rules R2.2, R6.4).
+    /// Starts or stops a ring according to its state (rules R2.1, R6.4).
     pub(super) fn apply_ring_state(&mut self, index: u16, rings: &mut dyn VringController) -> Result<(), BackendError> {
         let Some(ring) = self.rings.get(usize::from(index)) else { return Ok(()) };
         let skips = self.has_protocol_feature(unstable::F_GET_VRING_BASE_SKIP_DRAIN);
         if ring.running && ring.started && skips {
-            // It is disabled before it is known whether what is in flight shall be completed (rule I8.5).
+            // It keeps its requests: the front-end has not said yet how to stop the ring (rule I8.5).
             rings.set_enabled(index, !ring.enabled);
         } else if !(ring.started && ring.enabled) {
             self.stop_ring(index, rings)?;
@@ -193,7 +194,7 @@ impl Session {
         Ok(())
     }
 
-    /// A ring that can't run yet waits for the next change.
+    /// Starts or stops all rings according to their states. A ring that cannot start yet waits for the next change.
     pub(super) fn apply_ring_states(&mut self, rings: &mut dyn VringController) -> Result<(), BackendError> {
         for index in 0..self.device.queues() {
             match self.apply_ring_state(index, rings) {
@@ -205,7 +206,7 @@ impl Session {
         Ok(())
     }
 
-    /// Stops a ring if it runs, and keeps its base.
+    /// Stops a running ring and keeps its base.
     pub(super) fn stop_ring(&mut self, index: u16, rings: &mut dyn VringController) -> Result<(), BackendError> {
         if let Some(ring) = self.rings.get_mut(usize::from(index)).filter(|ring| ring.running) {
             ring.running = false;
@@ -214,7 +215,7 @@ impl Session {
         Ok(())
     }
 
-    /// Stops a ring if it runs, without draining it, and keeps its base (rule I8.2).
+    /// Stops a running ring without draining it and keeps its base (rule I8.2).
     pub(super) fn suspend_ring(&mut self, index: u16, rings: &mut dyn VringController) -> Result<(), BackendError> {
         if let Some(ring) = self.rings.get_mut(usize::from(index)).filter(|ring| ring.running) {
             ring.running = false;
@@ -223,7 +224,7 @@ impl Session {
         Ok(())
     }
 
-    /// A kick in-band (rule B3.4).
+    /// Handles VRING_KICK (rule B3).
     pub(super) fn kick_in_band(
         &mut self,
         state: VringState,
@@ -231,7 +232,7 @@ impl Session {
     ) -> Result<(), BackendError> {
         let VringState { index, .. } = state;
         let ring = self.ring(Code::VRING_KICK, index)?;
-        // It starts a ring too: UML sends no SET_VRING_KICK.
+        // It also starts the ring: UML sends no SET_VRING_KICK (rules B3.3, B3.4).
         ring.started = true;
         if !ring.running {
             return self.apply_ring_state(index as u16, rings);
@@ -240,7 +241,7 @@ impl Session {
         Ok(())
     }
 
-    /// GET_VRING_BASE, or the request that stops a ring without draining it.
+    /// Handles GET_VRING_BASE, or the request that stops a ring without draining it.
     pub(super) fn get_vring_base(
         &mut self,
         code: Code,
@@ -250,7 +251,7 @@ impl Session {
         let VringState { index, .. } = state;
         self.ring(code, index)?;
         let [leaves, skips] = [unstable::F_GET_VRING_BASE_INFLIGHT, unstable::F_GET_VRING_BASE_SKIP_DRAIN];
-        // Before there was a request for it, the feature alone meant it (rule I8.4).
+        // Without the separate request, the feature alone means not to drain (rule I8.4).
         match self.has_protocol_feature(leaves)
             && (code == Code::GET_VRING_BASE_SKIP_DRAIN || !self.has_protocol_feature(skips))
         {
@@ -271,7 +272,7 @@ impl Session {
         Ok(VringState { index, num })
     }
 
-    /// Stops all rings; each needs a new kick and a new enable.
+    /// Stops and disables all rings. Each needs a new kick and a new enable.
     pub(super) fn stop_and_disable_rings(&mut self, rings: &mut dyn VringController) -> Result<(), BackendError> {
         for index in 0..self.device.queues() {
             self.stop_ring(index, rings)?;
@@ -283,7 +284,7 @@ impl Session {
     }
 }
 
-/// Where a ring lies in guest memory (rule R6.4: the addresses are the front-end's).
+/// Returns the layout of a ring, whose given addresses are the front-end's (rule R6.4).
 fn layout(memory: &Memory, features: u64, index: u16, size: u16, addr: &VringAddr) -> Result<RingLayout, BackendError> {
     let find = |part, user, len| {
         memory.gpa_of_user(user, len).map_err(|source| BackendError::RingAddress { index, part, source })
