@@ -1,8 +1,8 @@
 //! The downtime of a guest by the number of its disks.
 //!
-//! An idle guest with 1, 4, 16 and 32 disks of two queues, each disk a back-end process on either side, is moved to and fro in this
-//! process. Source and destination share the machine's CPUs. Printed are medians: what the source reports, what the guest's own clock
-//! saw, and how long the parts took that depend on the number of devices.
+//! Migrates an idle guest with 1, 4, 16 and 32 disks of two queues to and fro within this process; each disk has a
+//! back-end process on either side. Source and destination share the machine's CPUs. Prints medians of the source's
+//! report, of the downtime by the guest's own clock, and of the steps that depend on the number of devices.
 //!
 //! `cargo bench --bench downtime -- [TURNS [DISKS…]]`
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
@@ -40,9 +40,9 @@ fn timed<T>(times: &mut Times, part: &'static str, work: impl FnOnce() -> T) -> 
 }
 
 /// A machine whose calls are timed.
-struct Timed<'a>(GuestSourceVm<'a>, Times);
+struct TimedSourceVm<'a>(GuestSourceVm<'a>, Times);
 
-impl SourceVm for Timed<'_> {
+impl SourceVm for TimedSourceVm<'_> {
     fn memory(&self) -> Memory {
         self.0.memory()
     }
@@ -72,10 +72,10 @@ impl SourceVm for Timed<'_> {
     }
 }
 
-/// The same of an arrival.
-struct TimedArrival(GuestIncomingVm, Times);
+/// Measures the steps of an [`IncomingVm`].
+struct TimedIncomingVm(GuestIncomingVm, Times);
 
-impl IncomingVm for TimedArrival {
+impl IncomingVm for TimedIncomingVm {
     fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, VmError> {
         self.0.prepare(regions)
     }
@@ -94,19 +94,19 @@ impl IncomingVm for TimedArrival {
 }
 
 /// Back-end processes for all disks on both sides, and their images: in memory, so that no disk is measured.
-struct Hosts {
+struct BackendProcesses {
     folder: tempfile::TempDir,
     children: Vec<Child>,
     disks: usize,
 }
 
-impl Hosts {
-    fn new(disks: usize) -> Hosts {
+impl BackendProcesses {
+    fn new(disks: usize) -> BackendProcesses {
         let in_memory = Path::new("/dev/shm");
         let folder = if in_memory.is_dir() { tempfile::tempdir_in(in_memory) } else { tempfile::tempdir() };
-        let mut hosts = Hosts { folder: folder.unwrap(), children: Vec::new(), disks };
+        let mut backends = BackendProcesses { folder: folder.unwrap(), children: Vec::new(), disks };
         for disk in 0..disks {
-            File::create(hosts.image(disk)).unwrap().set_len(16 * MIB).unwrap();
+            File::create(backends.image(disk)).unwrap().set_len(16 * MIB).unwrap();
         }
         for (side, disk) in (0..2).flat_map(|side| (0..disks).map(move |disk| (side, disk))) {
             let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
@@ -119,10 +119,10 @@ impl Hosts {
                 "--queues",
                 &QUEUES.to_string(),
             ]);
-            command.arg("--image").arg(hosts.image(disk)).arg("--socket").arg(hosts.socket(side, disk));
-            hosts.children.push(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap());
+            command.arg("--image").arg(backends.image(disk)).arg("--socket").arg(backends.socket(side, disk));
+            backends.children.push(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap());
         }
-        hosts
+        backends
     }
 
     fn image(&self, disk: usize) -> PathBuf {
@@ -138,7 +138,7 @@ impl Hosts {
     }
 }
 
-impl Drop for Hosts {
+impl Drop for BackendProcesses {
     fn drop(&mut self) {
         for child in &mut self.children {
             child.kill().unwrap();
@@ -162,8 +162,8 @@ fn config(disks: usize) -> GuestConfig {
 }
 
 /// Moves the guest to the other side.
-fn trip(guest: Guest, hosts: &Hosts, to: usize) -> (Guest, MigrationReport, Times) {
-    let uri = format!("unix:{}", hosts.folder.path().join("migration").display()).parse().unwrap();
+fn migrate_to_side(guest: Guest, backends: &BackendProcesses, to: usize) -> (Guest, MigrationReport, Times) {
+    let uri = format!("unix:{}", backends.folder.path().join("migration").display()).parse().unwrap();
     let outcomes = Outcomes::default();
     let incoming = MigrationListener::start(StreamListener::bind(&uri).unwrap(), outcomes.clone()).unwrap();
     let guest = Mutex::new(Some(guest));
@@ -179,15 +179,15 @@ fn trip(guest: Guest, hosts: &Hosts, to: usize) -> (Guest, MigrationReport, Time
     std::thread::scope(|scope| {
         let destination = scope.spawn(|| {
             let arriving = incoming.next().unwrap().unwrap();
-            let mut arrival = TimedArrival(GuestIncomingVm::new(hosts.sockets(to)).unwrap(), Times::new());
+            let mut arrival = TimedIncomingVm(GuestIncomingVm::new(backends.sockets(to)).unwrap(), Times::new());
             receive(&mut arrival, arriving.connection, &arriving.cancel, &outcomes, SWITCHOVER_TIMEOUT).unwrap();
             arrival
         });
         let connection = transport::connect(&uri, &options).unwrap();
-        let mut machine = Timed(GuestSourceVm::new(&guest).unwrap().with_cancel(&options.cancel), Times::new());
+        let mut machine = TimedSourceVm(GuestSourceVm::new(&guest).unwrap().with_cancel(&options.cancel), Times::new());
         let report =
             migrate(&mut machine, connection, &parameters, &options.limiter, &options.cancel, &mut |_| {}).unwrap();
-        let TimedArrival(arrival, mut times) = destination.join().unwrap();
+        let TimedIncomingVm(arrival, mut times) = destination.join().unwrap();
         times.append(&mut machine.1);
         (arrival.into_guest().unwrap(), report, times)
     })
@@ -203,17 +203,17 @@ fn main() {
     println!("idle guest, disks of {QUEUES} queues; medians of {turns} migrations, ms");
     println!("disks  reported  observed  per disk      stop      save   restore     start");
     for disks in counts {
-        let hosts = Hosts::new(disks);
+        let backends = BackendProcesses::new(disks);
         let connect = |path: PathBuf| -> Box<dyn Device> {
             Box::new(UserDevice::connect(path, UserOptions::default(), Instant::now() + PATIENCE).unwrap())
         };
         let mut guest = Guest::new(config(disks)).unwrap();
-        guest.boot(hosts.sockets(0).into_iter().map(connect).collect()).unwrap();
+        guest.boot(backends.sockets(0).into_iter().map(connect).collect()).unwrap();
         guest.resume().unwrap();
         let mut columns = vec![Vec::new(); 7];
         // The first trips warm up: both sides' back-ends, and memory.
         for turn in 0..turns + 2 {
-            let (arrived, report, times) = trip(guest, &hosts, (turn + 1) % 2);
+            let (arrived, report, times) = migrate_to_side(guest, &backends, (turn + 1) % 2);
             guest = arrived;
             let observed = report.observed_downtime_ms.unwrap();
             let parts = ["stop", "save", "restore", "start"].map(|part| times[part]);

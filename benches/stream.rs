@@ -1,5 +1,5 @@
-//! Page batches and whole streams: encode, decode, unix and tcp end to end, for three images, beside what copying and
-//! the sockets alone do. Prints a table of guest GB/s, medians of interleaved runs.
+//! Throughput of page batches and complete streams: encode, decode, and end to end over unix and tcp, for three images,
+//! compared with copying and with the sockets alone. Prints a table of guest GB/s, medians of interleaved runs.
 //!
 //! ```text
 //! cargo bench --bench stream [-- --size-mib 1024 --runs 5 --cpu-time 1 --only unix]
@@ -61,7 +61,7 @@ fn splitmix64(n: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-fn page_of(image: &str, page: u64, bytes: &mut [u8; 4096]) {
+fn fill_page(image: &str, page: u64, bytes: &mut [u8; 4096]) {
     if image == "zero" || (image == "mix" && splitmix64(page) % 10 < 4) {
         return bytes.fill(0);
     }
@@ -83,21 +83,21 @@ fn main() {
         return write_image(image, path, pages, used);
     }
     if number("--untouched", 0) == 1 {
-        return println!("{:.1}", untouched(pages, used));
+        return println!("{:.1}", migrate_untouched(pages, used));
     }
     println!("guest of {} MiB, {CHANNELS} channels, medians of {runs} runs, guest GB/s\n", pages / 256);
     println!("| what | {} |\n|---|{}", IMAGES.join(" | "), "---|".repeat(IMAGES.len()));
     let guests: Vec<Guest> = IMAGES.iter().map(|image| Guest::new(image, pages)).collect();
-    row("copy to a 1 MiB buffer, 1 thread", runs, &guests, &|guest| copy(&guest.source));
-    row("unix socket alone, 2 threads each side", runs, &guests, &|guest| sockets(guest.pages));
+    print_row("copy to a 1 MiB buffer, 1 thread", runs, &guests, &|guest| copy(&guest.source));
+    print_row("unix socket alone, 2 threads each side", runs, &guests, &|guest| sockets(guest.pages));
     for codec in [Codec::None, Codec::Zstd(1)] {
-        row(&format!("encode, 1 thread, {codec}"), runs, &guests, &|guest| encode(guest, codec));
-        row(&format!("decode, 1 thread, {codec}"), runs, &guests, &|guest| decode(guest, codec));
+        print_row(&format!("encode, 1 thread, {codec}"), runs, &guests, &|guest| encode(guest, codec));
+        print_row(&format!("decode, 1 thread, {codec}"), runs, &guests, &|guest| decode(guest, codec));
         let socket = std::env::temp_dir().join(format!("stream-bench-{}", std::process::id()));
         let unix = StreamListener::bind(&Uri::Unix(socket)).unwrap();
-        row(&format!("unix, {codec}"), runs, &guests, &|guest| end_to_end(guest, &unix, codec));
+        print_row(&format!("unix, {codec}"), runs, &guests, &|guest| end_to_end(guest, &unix, codec));
         let tcp = StreamListener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
-        row(&format!("tcp loopback, {codec}"), runs, &guests, &|guest| end_to_end(guest, &tcp, codec));
+        print_row(&format!("tcp loopback, {codec}"), runs, &guests, &|guest| end_to_end(guest, &tcp, codec));
     }
     let wire: Vec<_> = guests.iter().map(|guest| format!("{:.0}", guest.wire(Codec::Zstd(1)) as f64 / 1e6)).collect();
     println!("| MB on the wire, zstd:1 | {} |", wire.join(" | "));
@@ -107,7 +107,7 @@ fn main() {
 }
 
 /// Prints the median guest GB/s of each image; `measure` returns seconds. Runs of the images are interleaved.
-fn row(what: &str, runs: u64, guests: &[Guest], measure: &dyn Fn(&Guest) -> f64) {
+fn print_row(what: &str, runs: u64, guests: &[Guest], measure: &dyn Fn(&Guest) -> f64) {
     let arguments: Vec<String> = std::env::args().collect();
     let only = arguments.iter().position(|argument| argument == "--only").and_then(|at| arguments.get(at + 1));
     if only.is_some_and(|only| !what.contains(only)) {
@@ -142,7 +142,7 @@ impl Guest {
             guest.destination.write(page * LOG_PAGE, &bytes).unwrap();
         }
         for page in 0..pages {
-            page_of(image, page, &mut bytes);
+            fill_page(image, page, &mut bytes);
             guest.source.write(page * LOG_PAGE, &bytes).unwrap();
         }
         guest
@@ -199,9 +199,9 @@ fn sockets(pages: u64) -> f64 {
 }
 
 /// Keeps nothing, but takes as many bytes as it is given.
-struct Sink;
+struct NullWriter;
 
-impl Write for Sink {
+impl Write for NullWriter {
     fn write(&mut self, from: &[u8]) -> std::io::Result<usize> {
         Ok(black_box(from).len())
     }
@@ -217,7 +217,7 @@ impl Write for Sink {
 
 fn encode(guest: &Guest, codec: Codec) -> f64 {
     let mut encoder = PageEncoder::new(codec).unwrap();
-    let mut writer = FrameWriter::new(Sink, ID);
+    let mut writer = FrameWriter::new(NullWriter, ID);
     let start = seconds();
     encoder.send(&guest.source, [0..guest.pages], &mut writer).unwrap();
     seconds() - start
@@ -290,7 +290,7 @@ fn write_image(image: &str, path: &str, pages: u64, used: u64) {
     for run in used_runs(pages, used) {
         file.seek(SeekFrom::Start(run.start * LOG_PAGE)).unwrap();
         for page in run {
-            page_of(image, page, &mut bytes);
+            fill_page(image, page, &mut bytes);
             file.write_all(&bytes).unwrap();
         }
     }
@@ -299,9 +299,9 @@ fn write_image(image: &str, path: &str, pages: u64, used: u64) {
 }
 
 /// A guest that stands still.
-struct Still(Memory);
+struct StaticVm(Memory);
 
-impl SourceVm for Still {
+impl SourceVm for StaticVm {
     fn memory(&self) -> Memory {
         self.0.clone()
     }
@@ -326,9 +326,9 @@ impl SourceVm for Still {
 }
 
 #[derive(Default)]
-struct Destination(Option<Memory>);
+struct StaticIncomingVm(Option<Memory>);
 
-impl IncomingVm for Destination {
+impl IncomingVm for StaticIncomingVm {
     fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, VmError> {
         let memory = make_memory(regions.iter().map(|region| (region.gpa, region.size)), false)?;
         Ok(self.0.insert(memory).clone())
@@ -344,17 +344,17 @@ impl IncomingVm for Destination {
 }
 
 /// Moves a guest of which `used` pages are in use. Returns what the source reports, milliseconds.
-fn untouched(pages: u64, used: u64) -> f64 {
+fn migrate_untouched(pages: u64, used: u64) -> f64 {
     let source = make_memory([(0, pages * LOG_PAGE)], false).unwrap();
     let mut bytes = [0; 4096];
     for page in used_runs(pages, used).flatten() {
-        page_of("data", page, &mut bytes);
+        fill_page("data", page, &mut bytes);
         source.write(page * LOG_PAGE, &bytes).unwrap();
     }
     let socket = std::env::temp_dir().join(format!("stream-bench-{}", std::process::id()));
     let listener = StreamListener::bind(&Uri::Unix(socket)).unwrap();
     let options = StreamOptions { channels: CHANNELS, ..StreamOptions::new().unwrap() };
-    let mut destination = Destination::default();
+    let mut destination = StaticIncomingVm::default();
     let report = thread::scope(|scope| {
         scope.spawn(|| {
             let options = StreamOptions { channels: CHANNELS, ..StreamOptions::new().unwrap() };
@@ -376,7 +376,7 @@ fn untouched(pages: u64, used: u64) -> f64 {
             switchover_timeout: None,
             continue_here: false,
         };
-        migrate(&mut Still(source.clone()), connection, &parameters, &options.limiter, &options.cancel, &mut |_| ())
+        migrate(&mut StaticVm(source.clone()), connection, &parameters, &options.limiter, &options.cancel, &mut |_| ())
             .unwrap()
     });
     let destination = destination.0.unwrap();

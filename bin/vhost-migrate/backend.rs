@@ -87,13 +87,13 @@ struct Blk {
     /// Request queues
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     queues: u16,
-    /// Most entries of a queue, a power of two; at most what the front-end chooses, if that is less than 128
+    /// Maximum queue size, a power of two; at most the front-end's choice, if that is less than 128
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = values::queue_size(2, 32768))]
     queue_size: u16,
     /// Serial number of the disk, at most 20 bytes
     #[arg(long, value_name = "TEXT", default_value = "vhost-migrate", value_parser = serial)]
     serial: String,
-    /// How the image is read and written
+    /// Engine for reads and writes of the image
     #[arg(long, value_name = "HOW", default_value = "io_uring")]
     aio: AioEngine,
     /// Bypass the page cache (O_DIRECT); the guest receives the block size that this requires

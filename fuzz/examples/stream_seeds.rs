@@ -1,5 +1,5 @@
-//! Writes inputs for the target `stream` to begin with: streams of this version with a frame of every kind, once with raw
-//! and once with compressed pages, and the body of each frame on its own.
+//! Writes seeds for the fuzz target `stream`: streams of the current version with a frame of every kind, with raw and
+//! with compressed pages, and the body of each frame separately.
 //!
 //! `cargo run --example stream_seeds FOLDER`
 

@@ -1,7 +1,7 @@
-//! Everything that reads a peer's stream: the connection header, frames, records and page batches. No input may panic,
-//! write outside guest memory (AddressSanitizer watches) or make it allocate more than the limits say.
+//! Parsers of a peer's stream: connection header, frames, records and page batches. No input may panic, write outside
+//! guest memory (checked by AddressSanitizer) or allocate more than the limits.
 //!
-//! Hashes would keep a fuzzer out, so the input also goes in as bodies of frames that are whole.
+//! Frame hashes would block a fuzzer, so the input is also used as bodies of valid frames.
 #![no_main]
 
 use std::os::fd::AsFd;

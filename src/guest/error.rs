@@ -72,7 +72,7 @@ pub enum GuestError {
         "queue {queue}: the device completed descriptor {head}, which has no outstanding request: completed twice, or never submitted"
     )]
     DuplicateCompletion {
-        /// Which queue of which disk, counted through.
+        /// Number of the queue, counted across all disks.
         queue: usize,
         /// The head descriptor.
         head: u16,
@@ -80,7 +80,7 @@ pub enum GuestError {
     /// The device has broken its ring.
     #[error("queue {queue}: {source}")]
     Ring {
-        /// Which queue of which disk, counted through.
+        /// Number of the queue, counted across all disks.
         queue: usize,
         /// The violation.
         source: RingError,

@@ -9,7 +9,7 @@ use crate::stream::StreamError;
 use super::report::GuestLocation;
 use super::vm::VmError;
 
-/// Why a migration failed.
+/// An error of a migration.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MigrateError {
@@ -71,7 +71,7 @@ pub enum MigrateError {
     /// The migration failed, and the guest could not resume here.
     #[error("{error}. The guest could not resume here and is paused: {cause}. Run \"resume\" to try again")]
     NotResumed {
-        /// Why the migration failed.
+        /// The error of the migration.
         error: Box<MigrateError>,
         /// The error of resuming the guest.
         cause: VmError,
@@ -138,7 +138,7 @@ impl From<StreamError> for MigrateError {
 #[derive(Debug, thiserror::Error)]
 #[error("{error}")]
 pub struct MigrationFailure {
-    /// Why.
+    /// The error.
     #[source]
     pub error: MigrateError,
     /// Location of the guest.

@@ -285,7 +285,7 @@ pub enum ToDestination {
     Commit(Commit),
     /// The migration is cancelled; the guest stays at the source.
     Cancel {
-        /// Why.
+        /// The reason.
         reason: String,
     },
 }
@@ -301,7 +301,7 @@ pub enum ToSource {
     Started(Started),
     /// The destination has given up and never starts the guest, even if a commit arrives. The source resumes the guest.
     Failed {
-        /// Why.
+        /// The reason.
         message: String,
     },
     /// The destination owns the guest and does not run it.

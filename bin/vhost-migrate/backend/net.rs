@@ -45,7 +45,7 @@ pub(super) struct Arguments {
     /// Pairs of a receive and a transmit queue
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_PAIRS)))]
     queue_pairs: u16,
-    /// Most entries of a queue, a power of two
+    /// Maximum queue size, a power of two
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = values::queue_size(2, 32768))]
     queue_size: u16,
     /// The guest's address
