@@ -249,6 +249,7 @@ fn wait_until(guest: &Guest, what: &str, is_so: impl Fn(&Guest) -> bool) {
     }
 }
 
+/// Rule B2.2.
 #[test]
 fn the_guest_reports_the_new_capacity_and_broken_rings() {
     let backend = Backend::start();

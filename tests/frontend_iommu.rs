@@ -362,6 +362,7 @@ fn a_restarted_back_end_requests_translations_again_and_completes_open_requests(
     assert_eq!(setup.device.stop_ring(0).unwrap().bits(), ring.drained_base());
 }
 
+/// Rule T1.7.
 #[test]
 fn access_platform_needs_an_iommu_and_a_back_end_channel() {
     let (_server, socket) = server();
@@ -464,6 +465,7 @@ impl Iommu for Identity {
     }
 }
 
+/// Rules T1.3 and T2.5.
 #[test]
 fn a_mapping_larger_than_a_region_is_sent_region_by_region() {
     let (backend, mut device, guest) = ManualBackend::connect(Arc::new(Identity));
@@ -570,6 +572,7 @@ fn misses_may_arrive_faster_than_their_acknowledgements_are_read() {
 }
 
 /// The back-end sends misses without reading.
+/// Rule T1.8.
 #[test]
 fn translations_are_sent_later_when_the_socket_is_full() {
     const PAGES: u64 = 4000;
@@ -667,6 +670,7 @@ fn a_translation_with_too_little_permission_is_sent_and_is_an_event() {
 }
 
 /// The memory table consists of many messages; the back-end may send a miss in between.
+/// Rule T3.10.
 #[test]
 fn translations_are_deferred_until_the_memory_table_is_sent() {
     const MORE: u64 = 70;

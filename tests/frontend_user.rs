@@ -199,6 +199,7 @@ fn log() -> (Arc<Log>, OwnedFd) {
     (Arc::new(log), fd)
 }
 
+/// Rule F7.2.
 #[test]
 fn the_reply_to_set_log_base_may_have_any_length() {
     for len in [0, 8, 16, 24] {
@@ -213,6 +214,7 @@ fn the_reply_to_set_log_base_may_have_any_length() {
     }
 }
 
+/// Rules L7.1 and L7.3.
 #[test]
 fn logging_starts_with_the_log_then_features_then_rings() {
     let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
@@ -238,6 +240,7 @@ fn logging_starts_with_the_log_then_features_then_rings() {
     assert_eq!(off[1].payload[4..8], [0; 4]);
 }
 
+/// Rule F4.4.
 #[test]
 fn without_reply_ack_every_step_ends_with_a_get_features_round_trip() {
     let backend = ScriptedBackend::start(ALL & !bit(p::REPLY_ACK), |_| ScriptedReply::Default);
@@ -252,6 +255,7 @@ fn without_reply_ack_every_step_ends_with_a_get_features_round_trip() {
     assert!(received.iter().all(|message| message.flags == 1), "nobody may be asked for acknowledgements");
 }
 
+/// Rules F4.1 and F5.1.
 #[test]
 fn a_refusal_is_an_error_and_keeps_the_connection() {
     let mut calls = 0;
@@ -372,6 +376,7 @@ fn interrupted(
     assert!(device.needs_reconnect());
 }
 
+/// Rule F10.3.
 #[rstest]
 fn a_ring_whose_stop_was_interrupted_is_restarted_by_reconnect(
     #[values(Request::SET_VRING_ENABLE, Request::GET_VRING_BASE)] slow: Request,
@@ -468,6 +473,7 @@ fn the_interrupt_ends_the_wait_for_any_reply_and_the_call_can_be_repeated(
     device.stop_ring(0).unwrap();
 }
 
+/// Rule F10.4.
 #[rstest]
 fn a_ring_whose_start_was_interrupted_runs_after_reconnect(#[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64) {
     let (backend, hold, go) = backend_held_at(Request::SET_VRING_KICK, protocol, 0);
@@ -485,6 +491,7 @@ fn a_ring_whose_start_was_interrupted_runs_after_reconnect(#[values(ALL, ALL & !
     call(&mut device).unwrap();
 }
 
+/// Rule F10.4.
 #[test]
 fn a_start_refused_after_an_interrupt_is_repeated_on_a_new_connection() {
     let (backend, hold, go) = backend_held_at(Request::SET_VRING_KICK, ALL, 1);
@@ -532,6 +539,7 @@ fn backend_replying_after(last: &[Request], protocol: u64) -> ScriptedBackend {
     })
 }
 
+/// Rule R3.5.
 #[rstest]
 fn messages_that_start_and_stop_rings_are_sent_before_the_first_reply_is_read(
     #[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64,
@@ -651,6 +659,7 @@ fn ring_parameters_are_sent_again_only_after_a_change() {
 }
 
 /// A message that was not sent has no reply: the connection stays usable.
+/// Rule F10.2.
 #[test]
 fn rings_are_neither_validated_nor_stopped_while_a_reply_is_pending() {
     let (backend, hold, go) = backend_held_at(Request::SET_FEATURES, ALL, 0);
@@ -851,7 +860,7 @@ fn a_get_config_reply_with_another_offset_or_size_is_an_error() {
     assert!(device.config(0, &mut [0; 257]).is_err());
 }
 
-/// Rule C1.1.
+/// Rules C1.1 and C1.2.
 #[test]
 fn set_config_and_restore_config_send_their_flags_and_report_refusals() {
     type Write = fn(&mut UserDevice, u32, &[u8]) -> Result<(), FrontendError>;
@@ -916,6 +925,7 @@ fn an_invalid_inflight_region_is_refused() {
     }
 }
 
+/// Rules L15.4 and R6.1.
 #[rstest]
 fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(0, PACKED)] kind: u64) {
     let backend = ScriptedBackend::start(ALL, |message| match message.request {
@@ -1046,6 +1056,7 @@ fn reconnect_does_not_install_a_log_that_ended_the_connection() {
     assert!(backend.requests().contains(&"SET_LOG_BASE".into()) && device.log().is_some());
 }
 
+/// Rule M1.2.
 #[test]
 fn more_than_8_regions_are_sent_as_memory_slot_changes() {
     let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
@@ -1063,6 +1074,7 @@ fn more_than_8_regions_are_sent_as_memory_slot_changes() {
     assert!(matches!(device.set_memory(&memory(33)).unwrap_err(), FrontendError::NotOffered { .. }));
 }
 
+/// Rule M1.1.
 #[test]
 fn invalid_memory_and_rings_are_refused_before_anything_is_sent() {
     let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);

@@ -608,6 +608,7 @@ fn device_state_moves_with_the_guest_and_a_refused_state_keeps_it_at_the_source(
     }
 }
 
+/// Rules D2.1 and D2.3.
 #[test]
 fn a_destination_back_end_refuses_rings_before_the_commit() {
     let folder = tempfile::tempdir().unwrap();

@@ -395,6 +395,7 @@ fn start() -> impl Strategy<Value = u16> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
+    /// Rules I2.1 to I2.3, I3.1 to I3.4, I6.1 and I6.2.
     #[test]
     fn a_kill_after_any_store_loses_reorders_and_repeats_no_request(
         size in size(), start in start(), steps in prop::collection::vec(step(), 1..24)
@@ -402,6 +403,7 @@ proptest! {
         prop_assert!(kill_everywhere(size, start, &steps, Writer::Tracker(Mutation::None)).map_err(TestCaseError::fail)? > 0);
     }
 
+    /// Rule I3.2.
     #[test]
     fn a_region_written_by_libvhost_user_is_recovered_after_a_kill_at_any_store(
         size in size(), steps in prop::collection::vec(step(), 1..24)

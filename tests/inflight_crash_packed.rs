@@ -659,6 +659,7 @@ fn sizes() -> impl Strategy<Value = (u16, u16)> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
+    /// Rules I4.1 to I4.5, I4.7, I4.9, I6.1 and I6.2.
     #[test]
     fn a_kill_after_any_store_loses_reorders_and_repeats_no_request(
         (queue_size, ring_size) in sizes(), index in any::<u16>(), wrap in any::<bool>(),
@@ -669,6 +670,7 @@ proptest! {
         prop_assert!(kills > 0);
     }
 
+    /// Rule I4.8.
     #[test]
     fn a_region_written_by_dpdk_is_recovered_after_a_kill_at_any_store(
         size in prop::sample::select(vec![2u16, 4, 7, 8]), steps in prop::collection::vec(step(), 1..20)

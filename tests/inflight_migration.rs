@@ -209,6 +209,7 @@ fn requests_in_flight_move_with_the_inflight_region(#[case] packed: bool, #[case
     drop(backend);
 }
 
+/// Rule I8.3.
 #[test]
 fn a_back_end_without_the_inflight_migration_features_is_refused_at_boot() {
     let folder = tempfile::tempdir().unwrap();

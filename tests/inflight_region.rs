@@ -80,6 +80,7 @@ fn a_successor_that_maps_the_same_file_finds_the_requests_in_flight() {
     assert!(resubmit(&third.copy(1).unwrap(), 40, 8).is_empty());
 }
 
+/// Rules I5.1 and I5.3.
 #[test]
 fn a_fresh_region_on_a_used_ring_takes_the_rings_used_index_and_has_no_last_batch() {
     let (region, _fd) = InflightRegion::create(RingKind::Split, 1, 4).unwrap();
@@ -117,6 +118,7 @@ fn the_initialisation_of_a_fresh_region_clears_its_former_contents() {
     }
 }
 
+/// Rule I1.2.
 #[test]
 fn a_region_that_does_not_fit_is_refused_before_it_is_accessed() {
     let needed = InflightRegion::bytes_for(RingKind::Split, 2, 128).unwrap();
@@ -168,6 +170,7 @@ fn the_last_entry_of_a_queue_is_stored_and_the_next_queue_is_not_changed() {
     assert!(region.copy(1).unwrap().iter().all(|byte| *byte == 0));
 }
 
+/// Rule I7.1.
 #[test]
 fn a_reset_makes_every_queue_fresh() {
     let (region, _fd) = InflightRegion::create(RingKind::Split, 3, 8).unwrap();
@@ -181,6 +184,7 @@ fn a_reset_makes_every_queue_fresh() {
     }
 }
 
+/// Rule I3.1.
 #[test]
 fn a_published_batch_whose_marks_are_cleared_in_part_is_not_served_again() {
     // 6, 1 and 4 are published, and the mark of 6 is cleared; 3 and 2 are in flight.
@@ -190,6 +194,7 @@ fn a_published_batch_whose_marks_are_cleared_in_part_is_not_served_again() {
     assert_eq!(stores.last(), Some(&Store::U16(14, 13)), "the used index is stored last");
 }
 
+/// Rule I3.2.
 #[test]
 fn only_the_head_of_a_batch_without_links_counts_as_completed() {
     let unlinked = |used| region(8, used, 5, &[(5, 1, 0, 1), (0, 1, 0, 2), (3, 1, 0, 3)]);
@@ -289,6 +294,7 @@ fn packed_region() -> Vec<u8> {
     region.copy(0).unwrap()
 }
 
+/// Rule I5.2.
 #[test]
 fn a_packed_successor_that_maps_the_same_file_finds_the_requests_in_flight() {
     let bytes_for = |queues| InflightRegion::bytes_for(RingKind::Packed, queues, 8).unwrap();
@@ -321,6 +327,7 @@ fn a_packed_successor_that_maps_the_same_file_finds_the_requests_in_flight() {
     assert_eq!(found.base, Some(RingBase::from_bits(0x0005_0005)), "a fresh region takes the position of the base");
 }
 
+/// Rule I4.4.
 #[test]
 fn a_free_list_that_has_lost_entries_is_rebuilt() {
     let mut bytes = packed_region();
@@ -332,6 +339,7 @@ fn a_free_list_that_has_lost_entries_is_rebuilt() {
     assert_eq!(recover_packed(&bytes, 4, 4, FRESH, unused).unwrap().stores, []);
 }
 
+/// Rule I4.8.
 #[test]
 fn a_commit_interrupted_between_index_and_wrap_counter_counts_as_made() {
     let mut bytes = packed_region();
@@ -341,6 +349,7 @@ fn a_commit_interrupted_between_index_and_wrap_counter_counts_as_made() {
     assert_eq!(found.base, Some(RingBase::from_bits(0x0000_0003)), "used is the start of the next round");
 }
 
+/// Rule I4.6.
 #[test]
 fn a_stale_used_descriptor_is_made_available_with_either_wrap_counter() {
     for (base, looks_used, available) in [(FRESH, 0x8000, 0x80), (RingBase::from_bits(0), 0, 0x8000)] {

@@ -209,6 +209,19 @@ fn every_obligation_has_a_test_or_a_reason_why_not() {
     }
 }
 
+/// Whoever looks for the test of an obligation finds it by its number.
+#[test]
+fn every_tested_obligation_is_cited_in_one_of_the_files_named() {
+    for rule in rules() {
+        let mut missing = rule.named("Tests:");
+        for name in cited(rule.text, &["tests/", "src/"]) {
+            let text = fs::read_to_string(path(name)).expect(name);
+            missing = &missing - &cited_obligations(&text);
+        }
+        assert_eq!(missing, BTreeSet::new(), "not cited in the files that docs/protocol.md names");
+    }
+}
+
 #[test]
 fn a_rule_has_the_same_subject_here_and_in_the_report_of_a_check() {
     let lower = |text: &str| text.to_lowercase();
@@ -243,8 +256,7 @@ fn is_id(word: &str) -> bool {
     let Some(numbers) = word.strip_prefix(|c: char| c.is_ascii_uppercase() && c != 'X') else { return false };
     let mut numbers = numbers.split('.');
     let is_number = |number: &str| (1..=2).contains(&number.len()) && number.bytes().all(|byte| byte.is_ascii_digit());
-    let is_first = numbers.next().is_some_and(is_number);
-    is_first && numbers.next().is_none_or(is_number) && numbers.next().is_none()
+    numbers.all(is_number)
 }
 
 /// What a text cites: obligations anywhere, and rules behind the word "rule" or "rules", alone or in a list, or in quotes.
@@ -261,6 +273,18 @@ fn citations(text: &str) -> impl Iterator<Item = &str> {
     named.chain(quoted)
 }
 
+/// The obligations that a text cites, each of a range too: `R3.1 to R3.3`.
+fn cited_obligations(text: &str) -> BTreeSet<String> {
+    let words = text.split(|c: char| c != '.' && !c.is_ascii_alphanumeric()).map(|word| word.trim_matches('.'));
+    let words: Vec<_> = words.filter(|word| !word.is_empty()).collect();
+    let single = words.iter().filter(|word| is_id(word)).map(|word| (*word).to_owned());
+    let range = |three: &[&str]| match three {
+        [first, "to", last] if is_id(first) && is_id(last) => expand(&format!("{first} to {last}")),
+        _ => Vec::new(),
+    };
+    single.chain(words.windows(3).flat_map(range)).collect()
+}
+
 #[test]
 fn a_citation_is_found_in_every_form() {
     let of = |text| citations(text).collect::<Vec<_>>();
@@ -268,6 +292,7 @@ fn a_citation_is_found_in_every_form() {
     assert_eq!(of("(rules B1 and B3.1), T2"), ["B1", "B3.1", "T2"]);
     assert_eq!(of("Rule R3, and\n/// then (P1.4), but F16 is a type"), ["R3", "P1.4"]);
     assert_eq!(of("read(\"F3\"), size: R8"), ["F3"]);
+    assert_eq!(of("rule F4.3.2"), ["F4.3.2"]);
 }
 
 #[test]

@@ -56,6 +56,7 @@ fn op() -> impl Strategy<Value = Op> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
 
+    /// Rule L3.3.
     #[test]
     fn exactly_the_pages_changed_are_marked_at_the_logs_address(
         size in prop::sample::select(vec![1u16, 16, 256, 1024, 4096]), event_idx in any::<bool>(), start in any::<u16>(),
@@ -122,6 +123,7 @@ fn packed_ring(memory: &Memory, layout: &PackedLayout) -> Vec<u8> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
 
+    /// Rules L4.1 and L4.2.
     #[test]
     fn of_a_packed_ring_exactly_the_pages_changed_are_marked(
         (size, start) in prop::sample::select(vec![1u16, 16, 300, 1024, 4096]).prop_flat_map(|size| (Just(size), 0..size)),
@@ -185,6 +187,7 @@ fn after_a_crash_the_whole_packed_ring_is_logged_again_and_nothing_beside_it() {
     }
 }
 
+/// Rules L6.1 and L6.2.
 #[test]
 fn a_packed_ring_outside_the_log_is_counted_and_harms_nobody() {
     let (memory, layout) = (memory(), packed_layout(4));
@@ -220,6 +223,7 @@ fn after_a_crash_the_whole_used_ring_is_logged_again_and_nothing_beside_it() {
     }
 }
 
+/// Rules L6.1 and L6.2.
 #[test]
 fn a_used_ring_outside_the_log_is_counted_and_harms_nobody() {
     let (memory, layout) = (memory(), layout(4));

@@ -336,6 +336,7 @@ fn copies_that_are_no_request_are_refused() {
     }
 }
 
+/// Rules R4.2 and R4.5.
 #[test]
 fn a_base_says_where_both_positions_are() {
     let (memory, layout) = (memory(), packed_layout(5));
@@ -417,6 +418,7 @@ fn a_ring_that_was_never_used_has_the_base_of_its_kind() {
 }
 
 /// User-mode Linux begins every ring at 0.
+/// Rule R4.4.
 #[test]
 fn a_base_of_zero_is_the_start_of_a_ring_that_the_device_never_used() {
     let (memory, layout) = (memory(), packed_layout(4));

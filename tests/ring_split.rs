@@ -174,6 +174,7 @@ proptest! {
     }
 }
 
+/// Rule R4.1.
 #[test]
 fn a_device_goes_on_at_its_base_and_reads_again_what_a_predecessor_took() {
     let (memory, layout) = (memory(), layout(4));
@@ -332,6 +333,7 @@ fn an_indirect_table_behind_an_iommu_is_read_page_by_page() {
     assert_eq!((chain.readable, chain.writable), (vec![buffer(0x6005, 8)], vec![buffer(0x9006, 9)]));
 }
 
+/// Rule L5.1.
 #[test]
 fn the_used_ring_behind_an_iommu_is_logged_where_it_lies() {
     let memory = memory();

@@ -248,6 +248,7 @@ mod tests {
     }
 
     proptest! {
+        /// Rules L13.1 and L13.2.
         #[test]
         fn every_vector_harvests_exactly_the_marks(
             words in words(),

@@ -671,6 +671,7 @@ mod tests {
         assert!(fstat(&fd).unwrap().st_blocks * 512 <= 4 * 4096, "the holes were filled");
     }
 
+    /// Rule L13.3.
     #[test]
     fn a_harvest_finds_all_marks_at_every_offset_and_density() {
         let size = SPARSE_MIN + 13;
@@ -722,6 +723,7 @@ mod tests {
         assert!(LogSignal::new(ours.into()).signal().is_err(), "the peer has closed the socket");
     }
 
+    /// Rule L1.2.
     #[test]
     fn marks_of_many_threads_are_all_harvested() {
         const PAGES: u64 = 1 << 14;

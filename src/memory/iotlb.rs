@@ -277,6 +277,7 @@ mod tests {
         assert!(found(&iotlb, 0, 1, Access::Write).unwrap_err().denied);
     }
 
+    /// Rule T2.4.
     #[test]
     fn an_invalidation_removes_its_addresses_and_no_others() {
         let iotlb = Iotlb::default();
@@ -295,6 +296,7 @@ mod tests {
         assert!(iotlb.is_empty());
     }
 
+    /// Rule T2.6.
     #[test]
     fn the_cache_is_bounded_and_keeps_the_latest_translation() {
         let iotlb = Iotlb::default();

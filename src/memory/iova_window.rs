@@ -128,6 +128,7 @@ mod tests {
         Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x10000, 0, 0).unwrap())]).unwrap()
     }
 
+    /// Rule T4.2.
     #[test]
     fn scattered_pages_are_contiguous_in_a_window() {
         let (memory, iotlb) = (memory(), Iotlb::default());
@@ -164,6 +165,7 @@ mod tests {
         assert_eq!(&found, b"here");
     }
 
+    /// Rule T4.3.
     #[test]
     fn areas_that_overlap_or_are_scattered_inside_pages_are_refused() {
         let (memory, iotlb) = (memory(), Iotlb::default());

@@ -285,6 +285,7 @@ mod tests {
         });
     }
 
+    /// Rules F9.3 and F9.5.
     #[test]
     fn eventfds_and_streams_are_recognised() {
         let (stream, _other) = UnixStream::pair().unwrap();

@@ -381,6 +381,7 @@ fn image_on_disk(bytes: u64) -> tempfile::NamedTempFile {
     image
 }
 
+/// Rules G1.2 and G1.3.
 #[test]
 fn the_disk_generation_is_reported_while_no_ring_runs_and_changes_with_the_contents() {
     const GET_DISK_GENERATION: Code = Code(0x7664_0001);
@@ -559,6 +560,7 @@ fn completions_follow_the_request_order_with_in_order() {
 }
 
 /// The used length: what the driver may rely on, from the first byte on (virtio 1.2, "The Virtqueue Used Ring").
+/// Rule R12.1.
 #[rstest]
 fn the_used_length_counts_bytes_written_contiguously_from_the_first(#[values(SPLIT, PACKED)] features: u64) {
     let mut rig = DiskGuest::with(features, |_| {});

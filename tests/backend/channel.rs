@@ -121,6 +121,7 @@ fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: u
 }
 
 /// Cut short, with and without need-reply; and a second channel that is none takes the first one away from nobody.
+/// Rules B1.1 and F8.3.
 #[rstest]
 fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());

@@ -199,6 +199,7 @@ fn survives_kills(kills: u32, features: u64, more: &[&str]) {
     drop(process);
 }
 
+/// Rules I3.3 and I6.2.
 #[test]
 fn every_request_completes_exactly_once_after_100_kills() {
     survives_kills(100, BASIC, &[]);
@@ -209,6 +210,7 @@ fn every_request_completes_exactly_once_after_100_kills_with_event_idx_and_threa
     survives_kills(100, BASIC | bit(VIRTIO_RING_F_EVENT_IDX), &["--aio", "threads"]);
 }
 
+/// Rule I4.5.
 #[test]
 fn every_request_completes_exactly_once_after_100_kills_with_packed_rings() {
     survives_kills(100, PACKED, &[]);
@@ -269,7 +271,7 @@ fn sleep_count(process: &Process) -> u64 {
     line.map_or(0, |count| count.trim().parse().unwrap())
 }
 
-/// Rule I10.1: as long as a predecessor has the image it may go on with the ring.
+/// Rules I10.1 and R6.2: as long as a predecessor has the image it may go on with the ring.
 #[rstest]
 fn a_successor_reads_ring_and_region_only_after_locking_the_image(#[values(SPLIT, PACKED)] features: u64) {
     let folder = tempfile::tempdir().unwrap();
@@ -306,6 +308,7 @@ fn a_successor_reads_ring_and_region_only_after_locking_the_image(#[values(SPLIT
 }
 
 /// The answers to what has come already go out together, but none of them waits for an image.
+/// Rule F4.4.
 #[test]
 fn a_reply_is_sent_before_a_later_message_waits_for_the_image_lock() {
     let folder = tempfile::tempdir().unwrap();
@@ -330,6 +333,7 @@ fn a_reply_is_sent_before_a_later_message_waits_for_the_image_lock() {
 }
 
 /// Nor for the trial of a ring that is not started: that takes up to a second for each.
+/// Rule D2.3.
 #[test]
 fn a_reply_is_sent_before_a_later_message_probes_the_image_lock() {
     let folder = tempfile::tempdir().unwrap();

@@ -52,6 +52,7 @@ fn cached_pages(path: &Path) -> (u64, u64) {
     (pages, dirty + written_back)
 }
 
+/// Rule I11.2.
 #[test]
 fn direct_io_leaves_the_page_cache_empty_for_any_buffer_alignment() {
     for aio in [Aio::IoUring, Aio::Threads] {
@@ -77,6 +78,7 @@ fn direct_io_leaves_the_page_cache_empty_for_any_buffer_alignment() {
     }
 }
 
+/// Rule I11.1.
 #[test]
 fn written_data_is_on_stable_storage_when_the_last_ring_has_stopped() {
     for aio in [Aio::IoUring, Aio::Threads] {
@@ -186,6 +188,7 @@ fn only_the_last_get_vring_base_waits_for_the_disk_sync() {
     client.ring_base_reply(1);
 }
 
+/// Rule I11.3.
 #[test]
 fn a_failed_disk_sync_closes_the_connection_instead_of_replying_to_get_vring_base() {
     let (server, guest) = (Server::new(Arc::new(FailingSyncDevice)), Guest::new());

@@ -107,6 +107,7 @@ pub(crate) fn page(slot: u64) -> Buffer {
     Buffer { gpa: HIGH + slot * LOG_PAGE, len: LOG_PAGE as u32 }
 }
 
+/// Rules R3.1, R3.2 and R3.4.
 #[rstest]
 fn get_vring_base_replies_after_all_requests_are_completed_logged_and_published(
     #[values(SPLIT, PACKED)] features: u64,
@@ -132,6 +133,7 @@ fn get_vring_base_replies_after_all_requests_are_completed_logged_and_published(
     }
 }
 
+/// Rule R3.3.
 #[rstest]
 fn after_the_get_vring_base_reply_memory_is_unchanged_and_no_call_is_signalled(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = GatedDevice::new();
@@ -156,6 +158,7 @@ fn after_the_get_vring_base_reply_memory_is_unchanged_and_no_call_is_signalled(#
     assert!(ring.call.read().is_err(), "the driver was notified after the reply");
 }
 
+/// Rules R2.3 and R7.3.
 #[rstest]
 fn a_disabled_ring_completes_its_requests_takes_no_new_ones_and_resumes_when_enabled(
     #[values(SPLIT, PACKED)] features: u64,
@@ -178,6 +181,7 @@ fn a_disabled_ring_completes_its_requests_takes_no_new_ones_and_resumes_when_ena
     assert_eq!(client.ring_base(0), ring.drained_base());
 }
 
+/// Rule L9.1.
 #[rstest]
 fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = GatedDevice::new();
@@ -197,6 +201,7 @@ fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only(#[val
     assert!((0..5).all(|slot| marked.contains(&(page(slot).gpa / LOG_PAGE))));
 }
 
+/// Rule M1.6.
 #[rstest]
 fn a_new_memory_table_waits_for_requests_in_flight(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = GatedDevice::new();
@@ -327,6 +332,7 @@ fn a_stopped_server_completes_and_publishes_requests_in_flight(#[values(SPLIT, P
     assert!(!server.folder.path().join("socket").exists(), "the socket file stays behind");
 }
 
+/// Rule M1.2.
 #[rstest]
 fn an_added_memory_region_is_usable_immediately_and_a_removed_one_is_not(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = GatedDevice::new();

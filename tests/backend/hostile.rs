@@ -213,6 +213,7 @@ pub(crate) fn assert_ring_works(guest: &Guest, ring: &mut Ring) {
     assert_eq!((status(guest, 0), guest.bytes(request_addresses(0).2, 8)), (0, 1u64.to_le_bytes().to_vec()));
 }
 
+/// Rules B3.1, F1.5, F5.1, F6.4, F8.3, I1.2, L2.2, L2.3, L3.4, M1.2, M1.4, M1.5, R1.3 and R2.6.
 #[rstest]
 fn every_invalid_message_is_refused_and_the_ring_continues(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
@@ -226,6 +227,7 @@ fn every_invalid_message_is_refused_and_the_ring_continues(#[values(SPLIT, PACKE
     }
 }
 
+/// Rule F5.2.
 #[rstest]
 fn an_invalid_message_without_need_reply_is_ignored_unless_it_requires_a_reply(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
@@ -266,6 +268,7 @@ fn an_invalid_message_without_need_reply_is_ignored_unless_it_requires_a_reply(#
     }
 }
 
+/// Rules F1.4, F2.1 and F2.3.
 #[test]
 fn an_invalid_header_closes_the_connection_and_the_next_one_is_served() {
     let server = Server::disk(1 << 20, |_| {});
@@ -293,6 +296,7 @@ fn an_invalid_header_closes_the_connection_and_the_next_one_is_served() {
     server.connect().wait_until_processed();
 }
 
+/// Rule F2.3.
 #[test]
 fn an_unexpected_reply_is_ignored() {
     let server = Server::disk(1 << 20, |_| {});
@@ -327,6 +331,7 @@ fn an_inflight_region_with_random_contents_is_refused_at_ring_start(#[values(SPL
     }
 }
 
+/// Rule F5.3.
 #[test]
 fn invalid_messages_leak_no_fd_and_do_not_end_the_process() {
     let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
@@ -363,6 +368,7 @@ fn invalid_messages_leak_no_fd_and_do_not_end_the_process() {
     assert!(!errors.contains("panicked"), "{errors}");
 }
 
+/// Rule M1.3.
 #[test]
 fn thousands_of_memory_table_changes_leak_nothing_and_every_slot_is_usable() {
     let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
@@ -448,6 +454,7 @@ fn queued_connections_do_not_disturb_the_served_one(#[values(SPLIT, PACKED)] fea
 }
 
 /// A front-end that stalls keeps the next one waiting for some seconds and no longer; one that is idle is left alone.
+/// Rule R9.3.
 #[test]
 fn a_front_end_that_stalls_within_a_message_is_disconnected_and_an_idle_one_is_not() {
     let patient = |server: &Server| {

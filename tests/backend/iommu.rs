@@ -74,7 +74,7 @@ fn run_translated_disk(features: u64, indirect: bool) {
     assert!(space.iommu.misses.load(Ordering::SeqCst) > 100, "nothing was known before");
 }
 
-/// Rules L5.2, T1.1, T4.1.
+/// Rules L5.2, T1.1, T1.2 and T4.1.
 #[test]
 fn scattered_memory_is_read_written_and_logged_by_guest_physical_address() {
     run_translated_disk(0, false);
@@ -85,6 +85,7 @@ fn split_rings_with_indirect_tables_are_translated() {
     run_translated_disk(INDIRECT, true);
 }
 
+/// Rule L5.1.
 #[test]
 fn packed_rings_are_translated_and_logged_by_guest_physical_address() {
     run_translated_disk(PACKED, false);
@@ -296,6 +297,7 @@ pub(crate) fn assert_served(space: &IommuGuest, ring: &mut Ring, slot: u64) {
     assert_eq!(bytes(&space.driver_memory(Slot(slot).data(), 1024), Slot(slot).data(), 1024), contents(1, 1024));
 }
 
+/// Rule F6.4.
 #[test]
 fn a_truncated_iotlb_msg_is_refused_and_the_ring_continues() {
     let server = server();
@@ -420,6 +422,7 @@ fn a_packed_ring_continues_after_its_pages_are_remapped() {
 }
 
 /// No channel: what was told counts, what was not ends the ring.
+/// Rules T1.7 and T3.8.
 #[test]
 fn without_a_back_end_channel_only_pushed_translations_are_used() {
     let server = server();
@@ -464,6 +467,7 @@ fn without_a_back_end_channel_only_pushed_translations_are_used() {
 }
 
 /// Bad messages change nothing; an invalidation of everything during I/O costs only time.
+/// Rules T2.1 and T2.2.
 #[test]
 fn invalid_translations_are_refused_and_the_rings_continue() {
     let server = server();
@@ -510,6 +514,7 @@ fn invalid_translations_are_refused_and_the_rings_continue() {
 }
 
 /// A device that does not offer it doesn't know the message; acknowledging it is refused.
+/// Rule T5.1.
 #[test]
 fn access_platform_is_offered_only_if_configured() {
     let server = Server::disk(DISK, |_| {});

@@ -169,6 +169,7 @@ fn the_log_holds_exactly_what_the_device_wrote(#[values(SPLIT, PACKED)] basic: u
     }
 }
 
+/// Rule L1.3.
 #[rstest]
 fn a_buffer_across_pages_and_regions_is_logged_exactly(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
@@ -194,6 +195,7 @@ fn a_buffer_across_pages_and_regions_is_logged_exactly(#[values(SPLIT, PACKED)] 
     assert!(oracle.pages.contains(&0x701), "the test must have a range that just reaches a page");
 }
 
+/// Rules L7.2 and L7.3.
 #[rstest]
 fn pages_are_logged_only_while_logging_is_enabled(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
@@ -214,6 +216,7 @@ fn pages_are_logged_only_while_logging_is_enabled(#[values(SPLIT, PACKED)] featu
     assert!(harvest(&log).is_empty(), "logged after it was switched off");
 }
 
+/// Rules L3.1 and L3.2.
 #[rstest]
 fn log_all_controls_data_logging_and_f_log_controls_used_ring_logging(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
@@ -234,6 +237,7 @@ fn log_all_controls_data_logging_and_f_log_controls_used_ring_logging(#[values(S
     used.check(harvest(&log));
 }
 
+/// Rule L9.1.
 #[rstest]
 fn changing_the_log_under_load_loses_no_page_and_stops_writes_to_the_old_log(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
@@ -259,6 +263,7 @@ fn changing_the_log_under_load_loses_no_page_and_stops_writes_to_the_old_log(#[v
     oracle.check(found);
 }
 
+/// Rule L9.2.
 #[rstest]
 fn changing_the_memory_table_under_load_keeps_the_log_exact(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
@@ -283,6 +288,7 @@ fn changing_the_memory_table_under_load_keeps_the_log_exact(#[values(SPLIT, PACK
     oracle.check(harvest(&log));
 }
 
+/// Rule L9.2.
 #[rstest]
 fn a_second_migration_is_logged_as_exactly_as_the_first(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
@@ -329,6 +335,7 @@ fn a_reconnect_while_logging_writes_nothing_until_the_ring_is_enabled(#[values(S
     oracle.check(harvest(&log));
 }
 
+/// Rule L8.2.
 #[rstest]
 fn rings_run_with_log_all_and_no_log(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
@@ -341,6 +348,7 @@ fn rings_run_with_log_all_and_no_log(#[values(SPLIT, PACKED)] features: u64) {
     assert_eq!(client.ring_base(0), ring.drained_base());
 }
 
+/// Rules L2.1 and L6.1.
 #[rstest]
 fn a_log_of_any_size_and_offset_is_used_exactly_within_its_bounds(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
@@ -368,6 +376,7 @@ fn a_log_of_any_size_and_offset_is_used_exactly_within_its_bounds(#[values(SPLIT
     assert!(!bytes.iter().enumerate().any(outside), "a byte outside the log was written");
 }
 
+/// Rules L12.1 and L12.2.
 #[rstest]
 fn the_log_fd_is_signalled_after_logging_until_it_is_removed(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
@@ -432,7 +441,7 @@ fn a_successor_of_a_killed_back_end_logs_the_whole_used_ring_again(#[values(SPLI
     oracle.check(harvest(&log));
 }
 
-/// Rule L15.2: once, and not when this back-end itself has stopped and started the ring.
+/// Rules L15.1 and L15.2: once, and not when this back-end itself has stopped and started the ring.
 #[rstest]
 fn a_successor_with_a_new_log_logs_all_guest_memory(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());

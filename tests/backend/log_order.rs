@@ -273,3 +273,19 @@ fn marks_already_copied_or_of_an_earlier_migration_are_not_repeated(#[values(SPL
     let next = install_log(&client, &guest);
     assert!(harvest(&next).is_empty(), "all memory was marked twice");
 }
+
+/// Rule L8.4.
+#[rstest]
+fn a_log_that_comes_after_logging_has_ended_is_empty_though_a_ring_ran_without_one(
+    #[values(SPLIT, PACKED)] features: u64,
+) {
+    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
+    let client = server.connect();
+    begin(&client, &guest, features | LOG_ALL);
+    let ring = Ring::new(&guest, 0, 512, features);
+    ring.set_up(&client, &guest, ring.start());
+    ring.enable(&client, true);
+    client.done(Code::SET_FEATURES, &features, &[]);
+    let log = install_log(&client, &guest);
+    assert!(harvest(&log).is_empty(), "logging had ended");
+}

@@ -253,6 +253,7 @@ fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: u64) 
     }
 }
 
+/// Rule R3.6.
 #[rstest]
 fn get_vring_base_does_not_wait_for_packets_and_returns_unused_buffers(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = NetGuest::new(rings | MERGEABLE, |_| {});
@@ -393,7 +394,7 @@ fn packets_on_a_disabled_transmit_ring_stay_there_until_it_is_enabled(#[values(S
     assert_eq!(rig.receive(0), frame(100, 1));
 }
 
-/// Rule R11.1: the driver could say how many pairs it uses, and has not.
+/// Rules R11.1 and R11.3: the driver could say how many pairs it uses, and has not.
 #[rstest]
 fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(#[values(SPLIT, PACKED)] rings: u64) {
     let mut rig = NetGuest::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
@@ -429,6 +430,7 @@ fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(#[value
 }
 
 /// What a driver sets is its own: the next one must not inherit it, with a control queue or without.
+/// Rule D1.8.
 #[rstest]
 fn a_new_driver_starts_with_the_default_filter(#[values(0, CONTROL)] next: u64) {
     let device = Arc::new(NetDevice::open(options(NetPeer::Loopback)).unwrap());
@@ -450,6 +452,7 @@ fn a_new_driver_starts_with_the_default_filter(#[values(0, CONTROL)] next: u64) 
 }
 
 /// As a front-end that comes back while its guest runs: rings go on where they were.
+/// Rule D1.9.
 #[test]
 fn a_resumed_driver_keeps_its_filter() {
     let device = Arc::new(NetDevice::open(options(NetPeer::Loopback)).unwrap());
@@ -613,6 +616,7 @@ fn config(client: &RawFrontend) -> ([u8; 6], u16) {
     (config[..6].try_into().unwrap(), u16::from_le_bytes([config[6], config[7]]))
 }
 
+/// Rule C1.2.
 #[test]
 fn network_device_messages_are_answered() {
     let rig = NetGuest::new(MERGEABLE | CONTROL, |options| (options.pairs, options.mtu) = (3, Some(9000)));

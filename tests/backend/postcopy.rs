@@ -230,6 +230,7 @@ fn every_byte_arrives(server: &Server, to: &Memory, features: u64) {
     assert!(found == expected, "memory differs");
 }
 
+/// Rules P1.4 and P1.6.
 #[rstest]
 fn a_disk_serves_requests_in_postcopy_memory(#[values(SPLIT, PACKED)] features: u64) {
     let changes: [fn(&mut vhost_migrate::backend::blk::BlkOptions); 3] =
@@ -376,6 +377,7 @@ fn assert_served(server: &Server) {
     client.ring_base(0);
 }
 
+/// Rule P1.8.
 #[test]
 fn a_hang_up_during_postcopy_releases_waiting_workers_and_leaves_memory_unchanged() {
     let server = server(|_| {});
@@ -388,6 +390,7 @@ fn a_hang_up_during_postcopy_releases_waiting_workers_and_leaves_memory_unchange
     }
 }
 
+/// Rules P1.3 and P1.7.
 #[test]
 fn postcopy_messages_out_of_order_are_refused_and_the_back_end_continues() {
     let server = server(|_| {});
@@ -435,6 +438,7 @@ fn postcopy_messages_out_of_order_are_refused_and_the_back_end_continues() {
     assert_served(&server);
 }
 
+/// Rules P1.2 and P1.5.
 #[test]
 fn invalid_postcopy_messages_are_refused_and_close_the_connection_only_after_listen() {
     let (server, guest) = (server(|_| {}), Guest::new());
@@ -480,6 +484,7 @@ fn invalid_postcopy_messages_are_refused_and_close_the_connection_only_after_lis
 }
 
 /// A ring in scattered pages is mapped once more, where nobody waits for pages.
+/// Rule P1.1.
 #[test]
 fn postcopy_is_not_offered_to_drivers_behind_an_iommu() {
     let server = server(|options| options.iommu = true);
@@ -509,6 +514,7 @@ fn a_disk_serves_requests_in_postcopy_huge_pages() {
     }
 }
 
+/// Rule P1.4.
 #[test]
 fn the_set_mem_table_reply_holds_the_back_ends_own_addresses() {
     let server = server(|_| {});

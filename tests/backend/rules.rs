@@ -47,6 +47,7 @@ fn read_one(guest: &Guest, ring: &mut Ring, sector: u64) {
     assert_eq!(guest.bytes(request_addresses(0).2, 8), sector.to_le_bytes());
 }
 
+/// Rules B4.1 and R1.1.
 #[test]
 fn the_offered_features_are_those_of_the_protocol_rules() {
     let (server, _) = disk();
@@ -103,7 +104,7 @@ fn need_reply_adds_no_second_reply_to_a_request_with_its_own_reply() {
     client.reply(Code::GET_STATUS);
 }
 
-/// Rule F4.3.2; UML waits for this answer.
+/// Rule F4.2; UML waits for this answer.
 #[test]
 fn the_message_that_acknowledges_reply_ack_is_itself_acknowledged() {
     let (server, _) = disk();
@@ -229,6 +230,24 @@ fn a_ring_runs_once_its_setup_is_complete_in_any_order(#[values(SPLIT, PACKED)] 
     assert_eq!(status(&guest, 0), 0);
 }
 
+/// Rule D2.2: so a front-end tries a ring.
+#[rstest]
+fn a_ring_that_is_enabled_and_not_started_takes_nothing(#[values(SPLIT, PACKED)] features: u64) {
+    let (server, guest) = disk();
+    let client = server.connect();
+    begin(&client, &guest, features);
+    let mut ring = Ring::new(&guest, 0, 256, features);
+    ring.read(&guest, 0, 3, 512);
+    let _ = ring.driver.publish();
+    client.tell(Code::SET_VRING_NUM, &VringState { index: 0, num: 256 });
+    client.tell(Code::SET_VRING_BASE, &VringState { index: 0, num: ring.start() });
+    client.tell(Code::SET_VRING_ADDR, &ring.addr(&guest));
+    ring.enable(&client, true);
+    ring.enable(&client, false);
+    assert_eq!(client.ring_base(0), ring.start());
+    assert!(ring.driver.pop_used().unwrap().is_none());
+}
+
 /// Rules R5.1, R5.2.
 #[rstest]
 fn set_vring_addr_on_a_running_ring_changes_only_its_logging(#[values(SPLIT, PACKED)] features: u64) {
@@ -342,7 +361,7 @@ fn the_next_front_end_inherits_only_the_disk_contents(#[values(SPLIT, PACKED)] f
     assert_eq!(guest.bytes(request_addresses(0).2, 512), [0x77; 512]);
 }
 
-/// Rule C1.1.
+/// Rules C1.1 and C1.3.
 #[test]
 fn get_config_echoes_offset_and_size() {
     let (device, _gate) = GatedDevice::new();
@@ -359,7 +378,7 @@ fn get_config_echoes_offset_and_size() {
     assert!(client.request(Code::GET_CONFIG, beyond.as_bytes()).is_empty(), "no payload is how this request says no");
 }
 
-/// Rules I1.1, I1.3.
+/// Rules F6.3, I1.1 and I1.3.
 #[rstest]
 fn get_inflight_fd_creates_the_requested_region_and_set_inflight_fd_accepts_it(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
@@ -434,6 +453,7 @@ fn only_log_all_may_change_while_a_ring_runs(#[values(SPLIT, PACKED)] features: 
 }
 
 /// A kick without an fd: the ring is to be polled.
+/// Rule B3.7.
 #[rstest]
 fn a_ring_without_a_kick_fd_is_served_by_polling(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();

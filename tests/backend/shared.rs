@@ -117,6 +117,7 @@ fn fill(fd: BorrowedFd<'_>) {
     set_blocking(fd, true);
 }
 
+/// Rules F8.2 and F9.1.
 #[rstest]
 fn a_full_blocking_call_fd_stops_no_ring(
     #[values(SignalFd::EventFd, SignalFd::Socket, SignalFd::Pipe)] kind: SignalFd,
@@ -160,6 +161,7 @@ fn a_full_blocking_error_fd_stops_no_ring(
 }
 
 /// A kick that a poll says is there and that can't be read: for ever, or as long as nobody sends the other 7 bytes.
+/// Rule F9.3.
 #[rstest]
 fn a_kick_fd_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "epoll")] what: &str) {
     let rig = BackendProcess::new(&[]);
@@ -190,6 +192,7 @@ fn a_kick_fd_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "e
     rig.assert_serves_next_front_end(client);
 }
 
+/// Rule F9.4.
 #[rstest]
 fn one_blocking_kick_eventfd_serves_two_rings(#[values(SPLIT, PACKED)] features: u64) {
     let rig = BackendProcess::new(&[]);
@@ -219,6 +222,7 @@ fn one_blocking_kick_eventfd_serves_two_rings(#[values(SPLIT, PACKED)] features:
 }
 
 /// A back-end that has read the first bytes waits for the next ones, and for nothing else.
+/// Rule F9.1.
 #[rstest]
 fn an_incomplete_device_state_transfer_blocks_no_other_front_end(#[values("pipe", "socket")] kind: &str) {
     let mut rig = BackendProcess::interface();

@@ -125,6 +125,7 @@ fn driver(server: &Server) -> UserDevice {
     UserDevice::connect(path, UserOptions::default(), Instant::now() + DEADLINE).unwrap()
 }
 
+/// Rules D1.2 and D1.3.
 #[test]
 fn a_device_state_larger_than_a_pipe_is_transferred_intact() {
     let state: Vec<u8> = (0..3 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
@@ -137,6 +138,7 @@ fn a_device_state_larger_than_a_pipe_is_transferred_intact() {
     assert_eq!(save(&connect_negotiated(&destination)), saved);
 }
 
+/// Rules D1.4 and D1.5.
 #[test]
 fn an_invalid_or_foreign_device_state_is_refused_and_changes_nothing() {
     let device = StatefulDevice::new("keeper", b"as it was");
@@ -195,6 +197,7 @@ fn an_invalid_set_device_state_fd_does_not_end_the_current_transfer() {
     assert_eq!(client.request_u64(Code::CHECK_DEVICE_STATE), 1, "each transfer is asked about once");
 }
 
+/// Rules D1.1 and D1.6.
 #[test]
 fn device_state_is_transferred_only_while_all_rings_are_stopped() {
     let device = StatefulDevice::new("keeper", b"as it was");
@@ -224,6 +227,7 @@ fn device_state_is_transferred_only_while_all_rings_are_stopped() {
     assert_eq!(device.state(), b"as it was");
 }
 
+/// Rule D1.3.
 #[test]
 fn a_stalled_device_state_pipe_blocks_no_message() {
     let device = StatefulDevice::new("keeper", &vec![7; 1 << 20]);
@@ -247,6 +251,7 @@ fn a_stalled_device_state_pipe_blocks_no_message() {
     assert_eq!(load(&client, &save(&client)), 0);
 }
 
+/// Rule D1.10.
 #[test]
 fn a_device_without_state_does_not_offer_device_state() {
     let server = Server::new(GatedDevice::new().0);
@@ -291,6 +296,7 @@ fn a_loaded_device_state_is_loaded_again_after_a_reconnect_until_a_ring_starts()
     assert_eq!(successor.state(), b"of the guest");
 }
 
+/// Rule D1.7.
 #[test]
 fn network_driver_settings_are_transferred_and_kept_until_reset() {
     let net = |mtu| {

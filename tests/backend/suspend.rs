@@ -131,6 +131,7 @@ fn an_invalid_skip_drain_request_stops_no_ring() {
     }
 }
 
+/// Rule I8.2.
 #[test]
 fn suspended_requests_stay_marked_logged_and_unpublished_and_are_resubmitted_elsewhere() {
     for features in BOTH {
@@ -172,6 +173,7 @@ fn a_suspended_ring_resumes_its_requests_after_a_failed_migration() {
     }
 }
 
+/// Rule I8.5.
 #[test]
 fn a_disabled_ring_keeps_its_requests_takes_no_new_ones_and_resumes_when_enabled() {
     for features in BOTH {
@@ -189,6 +191,7 @@ fn a_disabled_ring_keeps_its_requests_takes_no_new_ones_and_resumes_when_enabled
     }
 }
 
+/// Rule I8.4.
 #[test]
 fn get_vring_base_drains_unless_only_the_inflight_feature_is_acknowledged() {
     let inflight = bit(protocol_feature::GET_VRING_BASE_INFLIGHT);
@@ -264,6 +267,7 @@ fn suspend_leaves_requests_completed_behind_an_open_one_with_in_order() {
     }
 }
 
+/// Rules I8.1 and I8.6.
 #[test]
 fn skip_drain_drains_without_a_region_and_is_unsupported_without_the_feature() {
     let (device, gate) = GatedDevice::new();

@@ -120,6 +120,7 @@ fn the_network_back_end_passes_every_rule_on_transmit_and_receive_rings() {
     assert_eq!((&report["rules"]["I3"], &report["rules"]["I4"]), (&"pass".into(), &"pass".into()), "{report:#}");
 }
 
+/// Rule T3.3.
 #[test]
 fn our_back_ends_pass_the_iommu_rules() {
     let folder = tempfile::tempdir().unwrap();

@@ -194,6 +194,7 @@ fn a_migration_to_another_disk_needs_ignore_disk_generation() {
     assert_eq!(status(&destination).unwrap()["state"], "paused");
 }
 
+/// Rule G1.1.
 #[test]
 fn a_migration_to_a_disk_of_the_same_or_unknown_identity_succeeds() {
     let mut host = Host::new();

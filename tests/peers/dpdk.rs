@@ -197,6 +197,7 @@ fn harvest(log: &Log) -> BTreeSet<u64> {
     pages.runs().flatten().collect()
 }
 
+/// Rule R2.5.
 fn testpmd_is_driven(packed: bool) {
     let mut rig = Rig::new(packed);
     rig.send(200);

@@ -131,6 +131,7 @@ fn assert_pages_alike(what: &str, pages: &[u64]) {
     assert!(pages.is_empty(), "{what}: {} pages differ: {some:#x?}", pages.len());
 }
 
+/// Rules R3.2 and R6.1 to R6.3.
 fn a_migration_under_load_loses_nothing(options: Options, multifd: bool) {
     let mut source = Source::start(Kind::OursDirect, options);
     let mut destination = source.destination();

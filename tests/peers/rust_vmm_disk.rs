@@ -55,6 +55,7 @@ fn works(guest: &Guest, requests: u64) {
     });
 }
 
+/// Rule F4.5.
 #[test]
 fn a_guest_on_a_rust_vmm_disk_stops_resumes_and_verifies() {
     let usual = UserOptions::default();

@@ -157,6 +157,7 @@ fn the_log_misses_nothing(uml: &Uml, backend: &Process, proxy: &Proxy, least: us
     assert!(all_marked <= 2 * all_changed + round * 8, "{all_marked} pages marked where {all_changed} changed");
 }
 
+/// Rules R7.1 to R7.3.
 fn a_guest_works_on_its_disk(hidden: Hidden) {
     let lab = Lab::new();
     let image = lab.disk();

@@ -176,6 +176,7 @@ mod tests {
         (ImageGeneration::new(&file, writable).unwrap().expect("a file system with attributes"), image)
     }
 
+    /// Rules G1.3, G1.6 and G1.7.
     #[test]
     fn the_generation_changes_with_the_first_write_after_ring_start_and_the_identity_never() {
         let file = image();
@@ -206,6 +207,7 @@ mod tests {
         assert_ne!(report(&generation), second, "it was reported in between");
     }
 
+    /// Rule G1.4.
     #[test]
     fn the_generation_is_refused_while_another_process_may_change_the_image() {
         let file = image();
@@ -218,6 +220,7 @@ mod tests {
         assert!(generation.current(Some(&mine)).is_ok());
     }
 
+    /// Rules G1.5 and G1.8.
     #[test]
     fn the_identity_is_available_while_rings_run_in_any_process() {
         let file = image();
