@@ -29,8 +29,8 @@ use vhost_migrate::ring::RingBase;
 const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
 const SESSION: &str = "vhost_migrate::backend::session";
-const CLIENT: &str = "vhost_migrate::frontend::user::channel";
-const CHANNEL: &str = "vhost_migrate::frontend::user::ear";
+const CLIENT: &str = "vhost_migrate::frontend::user::connection";
+const CHANNEL: &str = "vhost_migrate::frontend::user::backend_channel";
 
 /// A layer that keeps the words of all debug events, with the module that said them.
 #[derive(Clone, Default)]
