@@ -281,11 +281,11 @@ fn a_log_that_comes_after_logging_has_ended_is_empty_though_a_ring_ran_without_o
 ) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
-    begin(&client, &guest, features | LOG_ALL);
+    negotiate(&client, &guest, features | LOG_ALL);
     let ring = Ring::new(&guest, 0, 512, features);
-    ring.set_up(&client, &guest, ring.start());
+    ring.set_up(&client, &guest, ring.initial_base());
     ring.enable(&client, true);
-    client.done(Code::SET_FEATURES, &features, &[]);
+    client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
     let log = install_log(&client, &guest);
     assert!(harvest(&log).is_empty(), "logging had ended");
 }

@@ -235,16 +235,16 @@ fn a_ring_runs_once_its_setup_is_complete_in_any_order(#[values(SPLIT, PACKED)] 
 fn a_ring_that_is_enabled_and_not_started_takes_nothing(#[values(SPLIT, PACKED)] features: u64) {
     let (server, guest) = disk();
     let client = server.connect();
-    begin(&client, &guest, features);
+    negotiate(&client, &guest, features);
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.read(&guest, 0, 3, 512);
     let _ = ring.driver.publish();
-    client.tell(Code::SET_VRING_NUM, &VringState { index: 0, num: 256 });
-    client.tell(Code::SET_VRING_BASE, &VringState { index: 0, num: ring.start() });
-    client.tell(Code::SET_VRING_ADDR, &ring.addr(&guest));
+    client.send_body(Code::SET_VRING_NUM, &VringState { index: 0, num: 256 });
+    client.send_body(Code::SET_VRING_BASE, &VringState { index: 0, num: ring.initial_base() });
+    client.send_body(Code::SET_VRING_ADDR, &ring.addr(&guest));
     ring.enable(&client, true);
     ring.enable(&client, false);
-    assert_eq!(client.ring_base(0), ring.start());
+    assert_eq!(client.ring_base(0), ring.initial_base());
     assert!(ring.driver.pop_used().unwrap().is_none());
 }
 

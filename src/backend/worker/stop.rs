@@ -79,7 +79,7 @@ impl Worker {
     }
 
     /// Waits for all requests in flight. If they are not to be published, or the front-end hangs up, requests that need
-    /// not be completed are left to a successor (rule I10.3).
+    /// not be completed are left to a successor (rule I10.2).
     pub(super) fn drain(mut self, mut publish: bool) -> RingBase {
         let mut unserved = Vec::new();
         if publish {
