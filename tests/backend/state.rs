@@ -327,3 +327,31 @@ fn network_driver_settings_are_transferred_and_kept_until_reset() {
     assert_ne!(destination.config()[..6], mac);
     assert_eq!(destination.config()[6], VIRTIO_NET_S_LINK_UP as u8);
 }
+
+/// State of a network interface as version 0.1 saved it: the driver's MAC, all else as it was at the start.
+const NET_STATE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/compat/files/device-state-net-1");
+const DRIVER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
+
+fn net_device() -> (Arc<NetDevice>, Server) {
+    let device = Arc::new(NetDevice::open(NetOptions::new(NetPeer::Loopback, [2, 0, 0, 0, 0, 1])).unwrap());
+    (device.clone(), Server::new(device))
+}
+
+#[test]
+fn a_network_state_of_version_0_1_is_loaded() {
+    let (device, server) = net_device();
+    assert_eq!(load(&connect_negotiated(&server), &std::fs::read(NET_STATE).unwrap()), 0);
+    assert_eq!(device.config()[..6], DRIVER_MAC);
+}
+
+#[test]
+#[ignore = "writes the file, unless it exists"]
+fn write_network_state() {
+    let (_device, server) = net_device();
+    let client = connect_negotiated(&server);
+    let header = ConfigHeader { offset: 0, size: 6, flags: CONFIG_TYPE_MIGRATION };
+    assert_eq!(client.acknowledged(Code::SET_CONFIG, &[header.as_bytes(), &DRIVER_MAC].concat(), &[]), 0);
+    if !std::fs::exists(NET_STATE).unwrap() {
+        std::fs::write(NET_STATE, save(&client)).unwrap();
+    }
+}
