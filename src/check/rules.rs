@@ -59,7 +59,7 @@ pub const RULES: &[(&str, &str)] = &[
     ("I7", "inflight region after a reset"),
     ("I8", "migration with requests in flight"),
     ("I9", "I/O that outlives its process"),
-    ("I10", "claim before recovery"),
+    ("I10", "lock before recovery"),
     ("I11", "stable storage at GET_VRING_BASE"),
     ("I12", "a base that contradicts region or descriptors"),
     ("M1", "memory table"),
