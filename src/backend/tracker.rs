@@ -45,7 +45,7 @@ impl InflightTracker {
                 let flags_of = |position| ring.flags(position);
                 let (mut tracker, mut recovery) = region.packed(index, size, given, flags_of)?;
                 let moved = recovery.base.is_some_and(|base| base != given) && recovery.resubmit.is_empty();
-                if moved && (!first || ring.standing_at() == Some(ring.used_position())) {
+                if moved && (!first || ring.deduced_position() == Some(ring.used_position())) {
                     tracker.reset();
                     (tracker, recovery) = region.packed(index, size, given, flags_of)?;
                 }

@@ -1,7 +1,7 @@
-//! The buffers of one request, as a device sees them.
+//! The buffers of one request, as the device receives them.
 //!
-//! How descriptors are found is the ring's; where the buffers lie is checked at use, by [`crate::memory::Memory`], for
-//! that check can't be left out and a second one would only cost.
+//! Not here: reading descriptors from a ring (`split`, `packed`). The addresses of buffers are checked when they are used, by
+//! [`crate::memory::Memory`]: that check is always needed, so another one here would only cost time.
 
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -9,61 +9,63 @@ use crate::memory::{Access, Memory};
 
 use super::{RingError, RingIommu};
 
-/// Most buffers of a chain, whatever the size of its ring: on smaller ones block drivers are known to put more buffers
-/// into an indirect table than there are entries, though virtio forbids it; on larger ones a guest could make the device
-/// hold gigabytes of them. QEMU has the same limit.
+/// Maximum number of buffers in a chain. It does not depend on the size of the ring: on small rings, block drivers put more
+/// buffers into an indirect table than the ring has entries, though virtio forbids it; on large rings, a guest could make the
+/// device hold gigabytes of buffers. QEMU has the same limit.
 pub(super) const MAX_BUFFERS: usize = 1024;
-/// Bytes of a whole chain (virtio 1.2, "The Virtqueue Descriptor Table").
+/// Maximum size of a whole chain, bytes (virtio 1.2, "The Virtqueue Descriptor Table").
 const MAX_BYTES: u64 = 1 << 32;
-/// Bytes of a descriptor, split or packed.
+/// Size of a descriptor, split or packed, bytes.
 const DESC_BYTES: u32 = 16;
 
-/// One contiguous buffer of guest-physical memory. Not checked against guest memory yet: that happens at use.
+/// One contiguous buffer of guest-physical memory. It may be outside guest memory; that is checked when it is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
-    /// Guest-physical address; what the driver of a ring behind an IOMMU adds is I/O virtual.
+    /// Guest-physical address. The driver of a ring behind an IOMMU adds buffers with I/O virtual addresses.
     pub gpa: u64,
-    /// Bytes; in a [`Chain`] never 0.
+    /// Length, bytes. It is never 0 in a [`Chain`].
     pub len: u32,
 }
 
-/// One request: its buffers in order, and what names it.
+/// One request: its name, and its buffers in order.
 ///
-/// Made to be used again and again: taking the next request clears it and keeps its allocations. Descriptors of no
-/// bytes carry nothing and are left out.
+/// It is meant to be reused: taking the next request clears it and keeps its allocations. Buffers of 0 bytes are left out.
 #[derive(Clone, Debug, Default)]
 pub struct Chain {
-    /// Index of the head descriptor; of a packed ring, the buffer id.
+    /// Index of the head descriptor. On a packed ring, the buffer id.
     pub head: u16,
-    /// Descriptors of a packed ring that it takes; 0 on a split ring.
+    /// Number of descriptors that the request takes in a packed ring; 0 on a split ring.
     pub slots: u16,
-    /// What the driver wrote for the device to read.
+    /// Buffers that the device may read.
     pub readable: Vec<Buffer>,
-    /// What the device may write.
+    /// Buffers that the device may write.
     pub writable: Vec<Buffer>,
-    /// Behind an IOMMU: all buffers as the driver named them, which is by I/O virtual addresses.
+    /// All buffers with their I/O virtual addresses, if the ring is behind an IOMMU.
     pub(crate) untranslated: Vec<Buffer>,
 }
 
 impl Chain {
-    /// Bytes the device may read, at most 2^32.
+    /// The number of bytes that the device may read, at most 2^32.
     pub fn readable_bytes(&self) -> u64 {
         bytes(&self.readable)
     }
 
-    /// Bytes the device may write, at most 2^32.
+    /// The number of bytes that the device may write, at most 2^32.
     pub fn writable_bytes(&self) -> u64 {
         bytes(&self.writable)
     }
 
-    /// Starts over for the request `head`.
+    /// Clears the chain for the request `head`.
     pub(super) fn begin(&mut self, head: u16) {
         (self.head, self.slots) = (head, 0);
         self.readable.clear();
         self.writable.clear();
     }
 
-    /// Adds the buffer that a descriptor describes.
+    /// Adds the buffer of a descriptor.
+    ///
+    /// # Errors
+    /// [`RingError::TooManyBuffers`], or [`RingError::ReadableAfterWritable`] for a buffer in the wrong order.
     pub(super) fn add(&mut self, buffer: Buffer, writable: bool) -> Result<(), RingError> {
         if buffer.len == 0 {
             return Ok(());
@@ -81,7 +83,10 @@ impl Chain {
         Ok(())
     }
 
-    /// Checks what only the whole chain shows, and translates it behind an IOMMU.
+    /// Checks the complete chain, and translates it if the ring is behind an IOMMU.
+    ///
+    /// # Errors
+    /// [`RingError::TooManyBytes`], otherwise the errors of the translation.
     #[inline]
     pub(super) fn finish(&mut self, iommu: Option<&RingIommu>) -> Result<(), RingError> {
         let bytes = self.readable_bytes() + self.writable_bytes();
@@ -109,8 +114,8 @@ fn bytes(buffers: &[Buffer]) -> u64 {
     buffers.iter().map(|buffer| u64::from(buffer.len)).sum()
 }
 
-/// Copies the indirect table of chain `head`, which is `len` bytes at `addr`, to `table`. A guest that changes it
-/// meanwhile changes nothing that was checked.
+/// Copies the indirect table of chain `head`, which has `len` bytes at `addr`, to `table`. The copy is what is checked and
+/// used, so later writes of the guest have no effect.
 pub(super) fn copy_table<T: FromBytes + IntoBytes + Clone>(
     memory: &Memory,
     iommu: Option<&RingIommu>,

@@ -1,4 +1,4 @@
-//! The device's side of a ring, split or packed.
+//! The device side of a ring of either kind. The work is done in `split` and `packed`.
 
 use std::sync::Arc;
 
@@ -9,13 +9,13 @@ use crate::memory::Memory;
 
 use super::{Chain, PackedDevice, PackedLayout, RingBase, RingError, RingIommu, SplitDevice, SplitLayout};
 
-/// Where a device's writes to a ring are logged: VHOST_VRING_F_LOG with its `log_guest_addr` (rules L3.3, L4.1, L4.2).
+/// Logging of a device's writes to a ring: VHOST_VRING_F_LOG with its `log_guest_addr` (rules L3.3, L4.1, L4.2).
 #[derive(Clone, Debug)]
 pub struct RingLog {
     /// The dirty log.
     pub log: Arc<Log>,
-    /// Guest-physical address that the used ring's bytes are logged at, which need not be where it is mapped; of a packed
-    /// ring, the device event area's.
+    /// Guest-physical address at which writes to the used ring are logged. It may differ from the address of the used ring.
+    /// On a packed ring, the same for the device event area.
     pub used_gpa: u64,
 }
 
@@ -23,15 +23,15 @@ pub struct RingLog {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum RingLayout {
-    /// Of a split ring.
+    /// A split ring.
     Split(SplitLayout),
-    /// Of a packed ring.
+    /// A packed ring.
     Packed(PackedLayout),
 }
 
 impl RingLayout {
-    /// A ring of the kind that the negotiated `features` say. `driver` is the avail ring or the driver's event area,
-    /// `device` the used ring or the device's event area.
+    /// The layout of a ring, packed or split by the negotiated `features`. `driver` is the address of the avail ring or of
+    /// the driver event area, `device` that of the used ring or of the device event area.
     pub fn new(features: u64, size: u16, desc: u64, driver: u64, device: u64) -> RingLayout {
         match features & bit(VIRTIO_F_RING_PACKED) {
             0 => RingLayout::Split(SplitLayout { size, desc, avail: driver, used: device }),
@@ -39,8 +39,8 @@ impl RingLayout {
         }
     }
 
-    /// Bytes of the descriptors, of the driver's area and of the device's, of a ring of `size` descriptors and of the kind
-    /// that the negotiated `features` say.
+    /// Sizes of the descriptor area, the driver area and the device area of a ring of `size` descriptors, packed or split by
+    /// the negotiated `features`, bytes.
     pub fn area_bytes(features: u64, size: u16) -> [u64; 3] {
         let (size, event) = (u32::from(size), size_of::<PackedEvent>() as u64);
         let [driver, device] = match features & bit(VIRTIO_F_RING_PACKED) {
@@ -50,7 +50,7 @@ impl RingLayout {
         [desc_table_bytes(size), driver, device]
     }
 
-    /// Guest-physical addresses of the descriptors, of the driver's area and of the device's.
+    /// Guest-physical addresses of the descriptor area, the driver area and the device area.
     pub fn areas(&self) -> [u64; 3] {
         match self {
             RingLayout::Split(layout) => [layout.desc, layout.avail, layout.used],
@@ -58,7 +58,7 @@ impl RingLayout {
         }
     }
 
-    /// Descriptors of the ring.
+    /// Number of descriptors of the ring.
     pub fn size(&self) -> u16 {
         match self {
             RingLayout::Split(layout) => layout.size,
@@ -67,7 +67,7 @@ impl RingLayout {
     }
 }
 
-/// A ring as its device serves it: [`SplitDevice`] or [`PackedDevice`], which say what the functions do.
+/// The device side of a ring. The methods are those of [`SplitDevice`] and [`PackedDevice`] and are documented there.
 pub enum DeviceRing {
     /// A split ring.
     Split(SplitDevice),
@@ -76,7 +76,7 @@ pub enum DeviceRing {
 }
 
 impl DeviceRing {
-    /// Takes up a ring at `base`.
+    /// Opens a ring at `base`.
     ///
     /// # Errors
     /// As [`SplitDevice::new`] and [`PackedDevice::new`].
@@ -87,7 +87,7 @@ impl DeviceRing {
         })
     }
 
-    /// Sets where writes to the ring are logged from now on.
+    /// Sets the log of further writes to the ring.
     pub fn set_log(&mut self, log: Option<RingLog>) {
         match self {
             DeviceRing::Split(ring) => ring.set_log(log),
@@ -95,8 +95,7 @@ impl DeviceRing {
         }
     }
 
-    /// Says that all addresses in the ring are I/O virtual, as its own and those of its log are. It was taken up in the
-    /// window's memory.
+    /// Makes all addresses in the ring and of its log I/O virtual.
     pub fn set_iommu(&mut self, iommu: RingIommu) {
         match self {
             DeviceRing::Split(ring) => ring.set_iommu(iommu),
@@ -104,10 +103,10 @@ impl DeviceRing {
         }
     }
 
-    /// Takes the next request into `chain`; false if there is none.
+    /// Takes the next request into `chain`. Returns false if there is none.
     ///
     /// # Errors
-    /// The driver broke the ring.
+    /// [`RingError`] if the driver has broken the ring.
     #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         match self {
@@ -116,7 +115,7 @@ impl DeviceRing {
         }
     }
 
-    /// Writes the completion of `chain`, of which the device wrote `written` bytes.
+    /// Writes the completion of `chain`. `written` is the number of bytes that the device wrote.
     #[inline]
     pub fn push(&mut self, chain: &Chain, written: u32) {
         match self {
@@ -125,7 +124,7 @@ impl DeviceRing {
         }
     }
 
-    /// Gives back requests, the last that were taken, in the order in which they were taken; false if they are not.
+    /// Puts the requests that were taken last back, given in the order of taking. Returns false if they are not the last.
     pub fn put_back(&mut self, chains: &[&Chain]) -> bool {
         match self {
             DeviceRing::Split(ring) => ring.put_back(chains.iter().map(|chain| chain.head)),
@@ -133,7 +132,7 @@ impl DeviceRing {
         }
     }
 
-    /// Makes completions visible and logs them; true if the driver is to be notified.
+    /// Publishes the completions pushed so far and logs them. Returns true if the driver must be notified.
     #[inline]
     #[must_use = "the driver may be waiting for a notification"]
     pub fn publish(&mut self) -> bool {
@@ -151,7 +150,7 @@ impl DeviceRing {
         }
     }
 
-    /// Asks the driver to kick; true if there are requests already.
+    /// Asks the driver to kick. Returns true if there are requests already.
     #[must_use = "requests that are there already bring no kick"]
     pub fn enable_notifications(&mut self) -> bool {
         match self {
@@ -160,7 +159,7 @@ impl DeviceRing {
         }
     }
 
-    /// Marks all that the device may write of the ring in its log.
+    /// Marks all parts of the ring that the device writes in its log.
     pub fn relog_used(&self) {
         match self {
             DeviceRing::Split(ring) => ring.relog_used(),
@@ -168,7 +167,7 @@ impl DeviceRing {
         }
     }
 
-    /// Returns true if all that the device may write of the ring is marked in its log (rule L15.1).
+    /// Returns true if all parts of the ring that the device writes are marked in its log (rule L15.1).
     pub fn is_used_marked(&self) -> bool {
         match self {
             DeviceRing::Split(ring) => ring.is_used_marked(),
@@ -176,7 +175,7 @@ impl DeviceRing {
         }
     }
 
-    /// The base that GET_VRING_BASE answers (rules R4.1, R4.2).
+    /// The base for the reply to GET_VRING_BASE (rules R4.1, R4.2).
     pub fn base(&self) -> RingBase {
         match self {
             DeviceRing::Split(ring) => ring.base(),

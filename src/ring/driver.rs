@@ -1,4 +1,4 @@
-//! The driver's side of a ring, split or packed.
+//! The driver side of a ring of either kind. The work is done in `split` and `packed`.
 
 use crate::memory::Memory;
 
@@ -8,23 +8,23 @@ use super::{Buffer, PackedDriver, PackedDriverState, RingError, RingLayout, Spli
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct UsedBuffer {
-    /// What adding it returned: the head descriptor, or the buffer id.
+    /// Name of the request as returned by `add`: the head descriptor, or the buffer id.
     pub head: u16,
-    /// Bytes the device says it wrote. Not checked against the buffers.
+    /// Number of bytes that the device says it wrote. It is not checked against the buffers.
     pub len: u32,
 }
 
-/// Where a driver is in its ring.
+/// The saved state of a ring's driver side.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum DriverRingState {
-    /// Of a split ring.
+    /// State on a split ring.
     Split(SplitDriverState),
-    /// Of a packed ring.
+    /// State on a packed ring.
     Packed(PackedDriverState),
 }
 
-/// A ring as its driver uses it: [`SplitDriver`] or [`PackedDriver`], which say what the functions do.
+/// The driver side of a ring. The methods are those of [`SplitDriver`] and [`PackedDriver`] and are documented there.
 pub enum DriverRing {
     /// A split ring.
     Split(SplitDriver),
@@ -33,7 +33,7 @@ pub enum DriverRing {
 }
 
 impl DriverRing {
-    /// Makes an empty ring.
+    /// Initialises an empty ring.
     ///
     /// # Errors
     /// As [`SplitDriver::new`] and [`PackedDriver::new`].
@@ -44,10 +44,11 @@ impl DriverRing {
         })
     }
 
-    /// Goes on with a ring where `state` left it.
+    /// Opens a ring with the saved `state`.
     ///
     /// # Errors
-    /// As [`SplitDriver::restore`] and [`PackedDriver::restore`]; a state of the other kind of ring.
+    /// As [`SplitDriver::restore`] and [`PackedDriver::restore`]; [`RingError::State`] for the state of the other kind of
+    /// ring.
     pub fn restore(
         memory: &Memory,
         layout: RingLayout,
@@ -61,11 +62,11 @@ impl DriverRing {
             (RingLayout::Packed(layout), DriverRingState::Packed(state)) => {
                 DriverRing::Packed(PackedDriver::restore(memory, layout, features, state)?)
             }
-            _ => return Err(RingError::State { fault: "it is of the other kind of ring, split or packed" }),
+            _ => return Err(RingError::State { fault: "it belongs to the other kind of ring, split or packed" }),
         })
     }
 
-    /// What [`DriverRing::restore`] needs to go on.
+    /// The state for [`DriverRing::restore`].
     pub fn state(&self) -> DriverRingState {
         match self {
             DriverRing::Split(ring) => DriverRingState::Split(ring.state()),
@@ -73,10 +74,10 @@ impl DriverRing {
         }
     }
 
-    /// Adds a request and returns what names it, or `None` while the ring is too full for it.
+    /// Adds a request and returns its name, or `None` while the ring has too few free descriptors.
     ///
     /// # Errors
-    /// A request that has no buffer or could never fit; a `table` outside guest memory.
+    /// As [`SplitDriver::add`] and [`PackedDriver::add`].
     pub fn add(
         &mut self,
         readable: &[Buffer],
@@ -89,7 +90,7 @@ impl DriverRing {
         }
     }
 
-    /// Makes the requests added so far visible; true if the device is to be kicked.
+    /// Publishes the requests added so far. Returns true if the device must be kicked.
     #[must_use = "the device may be waiting for a kick"]
     pub fn publish(&mut self) -> bool {
         match self {
@@ -101,7 +102,7 @@ impl DriverRing {
     /// Takes the next completion, if there is one.
     ///
     /// # Errors
-    /// The device broke the ring; nothing was taken.
+    /// [`RingError`] if the device has broken the ring. Nothing is taken then.
     pub fn pop_used(&mut self) -> Result<Option<UsedBuffer>, RingError> {
         match self {
             DriverRing::Split(ring) => ring.pop_used(),
@@ -117,7 +118,7 @@ impl DriverRing {
         }
     }
 
-    /// Asks the device to notify; true if there are completions already.
+    /// Asks the device to notify. Returns true if there are completions already.
     #[must_use = "completions that are there already bring no notification"]
     pub fn enable_notifications(&mut self) -> bool {
         match self {
@@ -126,7 +127,7 @@ impl DriverRing {
         }
     }
 
-    /// Requests without a completion.
+    /// Number of requests without a completion.
     pub fn outstanding(&self) -> u16 {
         match self {
             DriverRing::Split(ring) => ring.outstanding(),
@@ -134,7 +135,7 @@ impl DriverRing {
         }
     }
 
-    /// Descriptors that are free.
+    /// Number of free descriptors.
     pub fn free(&self) -> u16 {
         match self {
             DriverRing::Split(ring) => ring.free(),

@@ -1,195 +1,198 @@
-//! What can be wrong with a ring. Each of these ends this ring's service alone, never the process.
+//! Errors of a ring. Each of them ends the service of that ring alone, never the process.
 
 use crate::memory::{IotlbMiss, MemoryError, TranslationError};
 
 use super::Position;
 
-/// Why a ring can't be set up, or can't go on.
+/// An error that prevents the set-up or the further service of a ring.
 ///
-/// The `head` of a chain is the index of its head descriptor; of a packed ring's, the index of its first descriptor, or
-/// its buffer id when it is served again.
+/// The `head` of a chain is the index of its head descriptor. On a packed ring it is the index of its first descriptor, or
+/// the buffer id of a request that is served again.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RingError {
-    /// Not a size that split rings have.
+    /// The size is invalid for a split ring.
     #[error("ring size {size} is not a power of two from 1 to 32768 (virtio 1.2, \"Split Virtqueues\")")]
     Size {
-        /// Entries.
+        /// Number of entries.
         size: u16,
     },
-    /// Not a size that packed rings have.
+    /// The size is invalid for a packed ring.
     #[error("ring size {size} is not from 1 to 32768 (virtio 1.2, \"Packed Virtqueues\")")]
     PackedSize {
-        /// Descriptors.
+        /// Number of descriptors.
         size: u16,
     },
-    /// Positions that no packed ring of this size can have.
+    /// The positions are invalid for a packed ring of this size.
     #[error("avail {avail:?} and used {used:?} in a ring of {size}: one is outside, or used is ahead (rule R4.5)")]
     Positions {
-        /// Where the next request would be taken.
+        /// Avail position.
         avail: Position,
-        /// Where the next completion would be written.
+        /// Used position.
         used: Position,
-        /// Descriptors.
+        /// Number of descriptors.
         size: u16,
     },
-    /// An area starts at an address it may not start at.
+    /// The address of an area is not aligned.
     #[error("{area} at {gpa:#x} is not aligned to {align} bytes in guest and host (virtio 1.2, \"Virtqueues\")")]
     Misaligned {
-        /// Which area.
+        /// Name of the area.
         area: &'static str,
         /// Guest-physical address.
         gpa: u64,
-        /// Alignment in bytes.
+        /// Required alignment, bytes.
         align: u64,
     },
-    /// An area is not wholly in one region of guest memory.
+    /// An area is not completely inside one region of guest memory.
     #[error("{area} is not in guest memory: {source}")]
     Outside {
-        /// Which area.
+        /// Name of the area.
         area: &'static str,
-        /// What the memory said.
+        /// Error of the memory.
         source: MemoryError,
     },
-    /// The driver claims more requests than the ring holds.
+    /// The driver makes more requests available than the ring has entries.
     #[error(
-        "avail index {index} with {next} next and used index {used}: more requests than the {size} entries of the ring"
+        "avail index {index} is more than the {size} entries of the ring ahead of the next index {next} or of the used index \
+         {used}"
     )]
     AvailIndex {
-        /// The driver's index.
+        /// Avail index of the driver.
         index: u16,
-        /// The index to be taken next.
+        /// Avail index of the next request to be taken.
         next: u16,
-        /// The device's used index.
+        /// Used index of the device.
         used: u16,
-        /// Entries.
+        /// Number of entries.
         size: u16,
     },
-    /// A packed ring that does not stand at its base.
+    /// The descriptors of a packed ring contradict its base.
     #[error(
-        "the ring was given the base {index} with wrap counter {wrap}, but its descriptors say that it has gone on, and \
-         not to where: reset the device in the guest, or use a front-end with an inflight region (rule I12.4)",
+        "the base has used position {index} with wrap counter {wrap}, but the descriptors of the ring show that it has moved \
+         on, and do not show its position: reset the device in the guest, or use a front-end with an inflight region (rule I12.4)",
         wrap = u8::from(*.wrap)
     )]
     StaleBase {
         /// Used position of the base.
         index: u16,
-        /// Its wrap counter.
+        /// Wrap counter of the used position.
         wrap: bool,
     },
-    /// The driver makes more descriptors available than the ring holds, in a chain without an end or over others.
+    /// The driver makes more descriptors available than the ring has: in a chain without an end, or in place of descriptors
+    /// in flight.
     #[error(
-        "chain at {index} with {in_flight} descriptors in flight: more than the {size} of the ring (virtio 1.2, \"Next Flag: Descriptor Chaining\")"
+        "chain at {index}: has more than the {size} descriptors of the ring, of which {in_flight} are in flight (virtio 1.2, \
+         \"Next Flag: Descriptor Chaining\")"
     )]
     AvailDescriptors {
         /// Index of the chain's first descriptor.
         index: u16,
-        /// Descriptors of requests without a completion.
+        /// Number of descriptors of requests without a completion.
         in_flight: u16,
-        /// Descriptors of the ring.
+        /// Number of descriptors of the ring.
         size: u16,
     },
-    /// Copies of descriptors that can't be those of a request.
+    /// The number of copied descriptors of a request in flight is invalid.
     #[error("a request that was in flight has {count} descriptors in a ring of {size} (rule I1.2)")]
     Copies {
-        /// Descriptors.
+        /// Number of descriptors of the request.
         count: usize,
-        /// Descriptors of the ring.
+        /// Number of descriptors of the ring.
         size: u16,
     },
-    /// A head or `next` outside the descriptor table, or outside the indirect table.
-    #[error("chain {head}: descriptor {index} in a table of {size}")]
+    /// A head or `next` is outside the descriptor table or the indirect table.
+    #[error("chain {head}: descriptor {index} is outside the table of {size} descriptors")]
     Descriptor {
         /// Head of the chain.
         head: u16,
         /// Index of the descriptor.
         index: u16,
-        /// Descriptors in the table.
+        /// Number of descriptors in the table.
         size: usize,
     },
-    /// A chain that never ends.
+    /// A chain is circular.
     #[error("chain {head} loops (virtio 1.2, \"The Virtqueue Descriptor Table\")")]
     Loop {
         /// Head of the chain.
         head: u16,
     },
-    /// A chain of more buffers than a device needs to take.
+    /// A chain has more buffers than a device must accept.
     #[error("chain {head} has more than {limit} buffers (virtio 1.2, \"Indirect Descriptors\")")]
     TooManyBuffers {
         /// Head of the chain.
         head: u16,
-        /// Most buffers of a chain.
+        /// Maximum number of buffers of a chain.
         limit: usize,
     },
-    /// A chain of more than 2^32 bytes.
+    /// A chain has more than 2^32 bytes.
     #[error("chain {head} has {bytes} bytes, more than 2^32 (virtio 1.2, \"The Virtqueue Descriptor Table\")")]
     TooManyBytes {
         /// Head of the chain.
         head: u16,
-        /// Bytes of all its buffers.
+        /// Total length of its buffers, bytes.
         bytes: u64,
     },
-    /// A buffer to be read follows one to be written.
+    /// A device-readable buffer follows a device-writable one.
     #[error("chain {head}: a device-readable buffer follows a device-writable one (virtio 1.2, \"Message Framing\")")]
     ReadableAfterWritable {
         /// Head of the chain.
         head: u16,
     },
-    /// An indirect descriptor against the rules.
+    /// An indirect descriptor is invalid.
     #[error("chain {head}: indirect descriptor {fault} (virtio 1.2, \"Indirect Descriptors\")")]
     Indirect {
         /// Head of the chain.
         head: u16,
-        /// What is wrong with it.
+        /// The fault, as the end of a sentence that begins with "indirect descriptor".
         fault: &'static str,
     },
-    /// An indirect table outside guest memory.
+    /// An indirect table is outside guest memory.
     #[error("chain {head}: indirect table is not in guest memory: {source}")]
     IndirectOutside {
         /// Head of the chain.
         head: u16,
-        /// What the memory said.
+        /// Error of the memory.
         source: MemoryError,
     },
-    /// An address behind the IOMMU without a translation; the same may be tried again when there is one.
-    #[error("address {iova:#x} behind the IOMMU has no translation for {access:?} (rule T1.4)", iova = .0.iova, access = .0.access)]
+    /// An I/O virtual address has no translation. The operation can be repeated when there is one.
+    #[error("I/O virtual address {iova:#x} has no translation for {access:?} (rule T1.4)", iova = .0.iova, access = .0.access)]
     Untranslated(IotlbMiss),
-    /// An address behind the IOMMU that leads to where there is no guest memory.
+    /// An I/O virtual address is translated to an address outside guest memory.
     #[error("chain {head}: {source}")]
     Translation {
         /// Head of the chain.
         head: u16,
-        /// What is wrong with the address.
+        /// Error of the translation.
         source: TranslationError,
     },
-    /// The device claims more completions than there are requests.
-    #[error("used index {index} after {last}, with {outstanding} requests outstanding")]
+    /// The device completes more requests than are outstanding.
+    #[error("used index {index} is ahead of {last} by more than the {outstanding} outstanding requests")]
     UsedIndex {
-        /// The device's index.
+        /// Used index of the device.
         index: u16,
-        /// The index up to which completions were taken.
+        /// Used index up to which completions were taken.
         last: u16,
-        /// Requests without a completion.
+        /// Number of requests without a completion.
         outstanding: u16,
     },
-    /// The device completes a request that was not made, or, with IN_ORDER, more requests than it says.
-    #[error("used element names {id}, which is no request in flight")]
+    /// The device completes a request that is not in flight, or, with IN_ORDER, more requests than its index covers.
+    #[error("used element has id {id}, which is not a request in flight")]
     UsedId {
-        /// What the element says.
+        /// Id in the element.
         id: u32,
     },
-    /// A driver's request without a buffer, or with more than the ring could ever take.
-    #[error("a request of {buffers} buffers can't be put on this ring: use 1 to {limit}")]
+    /// A driver's request has no buffer, or more than the ring can ever hold.
+    #[error("a request of {buffers} buffers does not fit this ring: use 1 to {limit}")]
     Request {
-        /// Buffers of the request.
+        /// Number of buffers of the request.
         buffers: usize,
-        /// Most buffers of a request like this.
+        /// Maximum number of buffers of such a request.
         limit: usize,
     },
-    /// A saved driver state that can't be true.
-    #[error("saved state of a ring's driver: {fault}")]
+    /// A saved driver state is invalid.
+    #[error("saved state of the ring's driver is invalid: {fault}")]
     State {
-        /// What is wrong with it.
+        /// The fault.
         fault: &'static str,
     },
 }

@@ -1,5 +1,7 @@
-//! A ring whose driver speaks of I/O virtual addresses (VIRTIO_F_ACCESS_PLATFORM): its buffers, its indirect tables and
-//! its log are translated here. Its areas are in a [`IovaWindow`], so that a running ring does not notice.
+//! Address translation for a ring behind an IOMMU (VIRTIO_F_ACCESS_PLATFORM): of its buffers, its indirect tables and its
+//! log.
+//!
+//! The areas of the ring are mapped in an [`IovaWindow`], so accesses to them need no translation.
 
 use std::sync::Arc;
 
@@ -8,22 +10,22 @@ use crate::memory::{Access, Iotlb, IotlbMiss, IovaWindow, Memory, TranslationErr
 
 use super::{Buffer, RingError};
 
-/// Most pieces of the buffers of a chain: a request of 64 MiB in scattered pages of 4 KiB.
+/// Maximum number of pieces of all buffers of a chain: a request of 64 MiB in scattered pages of 4 KiB.
 const MAX_PIECES: usize = 16 << 10;
 
-/// What a ring behind an IOMMU needs.
+/// The translations of a ring behind an IOMMU.
 #[derive(Clone, Debug)]
 pub struct RingIommu {
     /// Guest memory.
     pub memory: Memory,
-    /// Where buffers and indirect tables lie in it.
+    /// Translations of buffers and indirect tables.
     pub iotlb: Arc<Iotlb>,
-    /// Where the ring lies in it.
+    /// Areas of the ring.
     pub window: Arc<IovaWindow>,
 }
 
 impl RingIommu {
-    /// Appends to `buffers` what makes up a buffer at an I/O virtual address, guest-physical.
+    /// Appends the guest-physical pieces of a buffer at an I/O virtual address to `buffers`.
     pub(super) fn translate(
         &self,
         head: u16,
@@ -39,7 +41,7 @@ impl RingIommu {
             {
                 last.len += len;
             } else if buffers.len() <= MAX_PIECES {
-                // One too many is enough to tell.
+                // One piece more than the maximum is kept, which shows below that there are too many.
                 buffers.push(Buffer { gpa, len });
             }
         });
@@ -50,7 +52,7 @@ impl RingIommu {
         }
     }
 
-    /// Copies an indirect table.
+    /// Copies the indirect table of chain `head` at an I/O virtual address to `table`.
     pub(super) fn read(&self, head: u16, iova: u64, table: &mut [u8]) -> Result<(), RingError> {
         let mut pieces = Vec::new();
         let len = table.len() as u64;
@@ -65,13 +67,13 @@ impl RingIommu {
         Ok(())
     }
 
-    /// Marks what makes up a part of the ring.
+    /// Marks the pages of a part of the ring, given by its I/O virtual address.
     pub(super) fn mark(&self, burst: &Burst<'_>, iova: u64, len: u64) {
         self.window.each(iova, len, |gpa, len| burst.mark(gpa, len));
     }
 }
 
-/// Returns true if all pages of a part of a ring are marked, given by the address that the ring has for it.
+/// Returns true if all pages of a part of a ring are marked. `at` is I/O virtual if the ring is behind an IOMMU.
 pub(super) fn are_marked(log: &Log, iommu: Option<&RingIommu>, at: u64, len: u64) -> bool {
     let Some(iommu) = iommu else { return log.are_marked(at, len) };
     let mut all = iommu.window.holds(at, len);
@@ -79,6 +81,7 @@ pub(super) fn are_marked(log: &Log, iommu: Option<&RingIommu>, at: u64, len: u64
     all
 }
 
+/// The error for a failed translation of chain `head`.
 fn untranslated(head: u16, source: TranslationError) -> RingError {
     match source {
         TranslationError::Missing(miss) => RingError::Untranslated(miss),
@@ -87,7 +90,7 @@ fn untranslated(head: u16, source: TranslationError) -> RingError {
 }
 
 impl RingError {
-    /// The translation to ask for, after which this is no error any more.
+    /// The missing translation, if that is the error. The operation can be repeated when there is one.
     pub fn miss(&self) -> Option<IotlbMiss> {
         if let RingError::Untranslated(miss) = self { Some(*miss) } else { None }
     }

@@ -1,8 +1,8 @@
-//! Virtqueues: the device side and the driver side of a ring, split or packed, the chains they carry, and the ring's
-//! base.
+//! Virtqueues: the device side and the driver side of split and packed rings, the chains of buffers in them, and the base of
+//! a ring.
 //!
-//! Every number read from a ring was written by somebody who may be hostile: it is checked here, and every walk is
-//! bounded. What a request means, and when to notify whom, is the business of whoever holds the ring.
+//! Every value read from a ring may have been written by a hostile peer: it is checked here, and every loop over descriptors
+//! is bounded. Not here: the contents of requests, and the delivery of notifications.
 
 mod base;
 mod chain;
@@ -26,7 +26,7 @@ pub(crate) use packed::PositionBits;
 pub use packed::{PackedDevice, PackedDriver, PackedDriverRequest, PackedDriverState, PackedLayout, Position};
 pub use split::{SplitDevice, SplitDriver, SplitDriverState, SplitLayout};
 
-/// Whether moving an index from `old` to `new` passes `event` (virtio 1.2, `vring_need_event`).
+/// Returns true if moving an index from `old` to `new` passes `event` (virtio 1.2, `vring_need_event`).
 #[inline]
 fn passes(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)

@@ -1,6 +1,6 @@
-//! Typed, checked access to arrays in memory that a guest or a peer writes at the same time.
+//! Typed, checked access to arrays in memory that a guest or a peer writes concurrently.
 //!
-//! All `unsafe` of the rings is here. Not here: what the arrays mean.
+//! All `unsafe` code of the rings is here. Not here: the meaning of the arrays.
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
@@ -9,10 +9,10 @@ use crate::memory::Memory;
 
 use super::RingError;
 
-/// What may lie in shared memory: any bytes are a valid value, and others may change it at any time.
+/// A type that may be in shared memory: every bit pattern is valid, and other processes may change it at any time.
 ///
 /// # Safety
-/// Only for atomic integers and arrays of them.
+/// Implement it only for atomic integers and arrays of them.
 pub(super) unsafe trait SharedValue {}
 // SAFETY: an atomic integer.
 unsafe impl SharedValue for AtomicU16 {}
@@ -23,17 +23,20 @@ unsafe impl SharedValue for [AtomicU32; 2] {}
 // SAFETY: an array of atomic integers.
 unsafe impl SharedValue for [AtomicU64; 2] {}
 
-/// An array of `T` in guest memory. Whatever the index, no access is out of range.
+/// An array of `T` in guest memory. Access is in range for every index.
 pub(super) struct SharedArray<T: SharedValue> {
     first: NonNull<T>,
-    /// The last index.
+    /// The last valid index.
     last: u16,
-    /// Keeps the mapping alive.
+    /// The mapping, which must outlive `first`.
     _memory: Memory,
 }
 
 impl<T: SharedValue> SharedArray<T> {
-    /// The `count` (not 0) `T`s at `gpa`, which belong to `area`.
+    /// The array of `count` (not 0) elements at `gpa`. `area` names it in errors.
+    ///
+    /// # Errors
+    /// [`RingError::Outside`] or [`RingError::Misaligned`].
     pub(super) fn new(memory: &Memory, area: &'static str, gpa: u64, count: u16) -> Result<SharedArray<T>, RingError> {
         let bytes = u64::from(count) * size_of::<T>() as u64;
         let slice = memory.slice(gpa, bytes).map_err(|source| RingError::Outside { area, source })?;
@@ -46,23 +49,23 @@ impl<T: SharedValue> SharedArray<T> {
         }
     }
 
-    /// The element `index` modulo the length, which is a power of two, as split rings want it.
+    /// The element at `index` modulo the length, for the free-running indexes of split rings, whose length is a power of two.
     #[inline]
     pub(super) fn at(&self, index: u16) -> &T {
-        // A mask only takes bits away: the result is at most `last`, whatever the length.
+        // The mask only clears bits, so the result is at most `last` for every length.
         self.nth(index & self.last)
     }
 
-    /// The element `index`, or the last one if there are fewer.
+    /// The element at `index`, or the last one if `index` is beyond it.
     #[inline]
     pub(super) fn nth(&self, index: u16) -> &T {
-        // SAFETY: `new` checked that `last + 1` elements are mapped and aligned, and `_memory` keeps them mapped for as
-        // long as `self` lives. `T` is `SharedValue`: all access to it is atomic and every value is valid.
+        // SAFETY: `new` checked that `last + 1` elements are mapped and aligned, and `_memory` keeps them mapped as long as
+        // `self` exists. `T` is `SharedValue`: all access to it is atomic and every value is valid.
         unsafe { self.first.add(usize::from(index.min(self.last))).as_ref() }
     }
 }
 
-// SAFETY: the pointer is to memory that `_memory` (Send and Sync) keeps mapped, and gives out only `&T` of atomics.
+// SAFETY: the pointer is to memory that `_memory` (Send and Sync) keeps mapped, and only `&T` of atomics are returned.
 unsafe impl<T: SharedValue> Send for SharedArray<T> {}
 // SAFETY: as for `Send`.
 unsafe impl<T: SharedValue> Sync for SharedArray<T> {}

@@ -44,15 +44,21 @@ fn split_breakages() -> Vec<InvalidRing> {
         breakage("a chain that is a loop", "chain 0 loops", [desc(at, len, 1, 1), desc(at, len, 1, 0)], 0, 1),
         breakage(
             "a next outside the table",
-            "chain 0: descriptor 999 in a table of 256",
+            "chain 0: descriptor 999 is outside the table of 256 descriptors",
             [desc(at, len, 1, 999), none],
             0,
             1,
         ),
-        breakage("a head outside the table", "chain 256: descriptor 256 in a table of 256", [none, none], 256, 1),
+        breakage(
+            "a head outside the table",
+            "chain 256: descriptor 256 is outside the table of 256 descriptors",
+            [none, none],
+            256,
+            1,
+        ),
         breakage(
             "an index that ran away",
-            "avail index 9999 with 0 next and used index 0: more requests than the 256 entries",
+            "avail index 9999 is more than the 256 entries of the ring ahead of the next index 0 or of the used index 0",
             [none, none],
             0,
             9999,
@@ -68,7 +74,7 @@ fn split_breakages() -> Vec<InvalidRing> {
     ]
 }
 
-const UNWANTED_TABLE: &str = "chain 0: indirect descriptor without INDIRECT_DESC being negotiated";
+const UNWANTED_TABLE: &str = "chain 0: indirect descriptor although INDIRECT_DESC is not negotiated";
 
 fn packed_breakages() -> Vec<InvalidRing> {
     let desc = |flags: u16| PackedDesc {
@@ -87,7 +93,7 @@ fn packed_breakages() -> Vec<InvalidRing> {
     vec![
         breakage(
             "a chain without an end",
-            "chain at 0 with 0 descriptors in flight: more than the 256 of the ring",
+            "chain at 0: has more than the 256 descriptors of the ring, of which 0 are in flight",
             vec![desc(1); 256],
         ),
         breakage(

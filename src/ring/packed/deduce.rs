@@ -1,22 +1,22 @@
-//! The position at which a packed ring stands, told from its descriptors alone: for front-ends that have lost the base
+//! The position of a packed ring, deduced from its descriptors alone, for front-ends that have lost the base
 //! (rules I12.2 to I12.4).
 //!
-//! A drained ring in which every request has one descriptor has four runs, the round's wrap counter being `w`:
+//! A drained ring in which every request has one descriptor consists of four runs. `w` is the wrap counter of the round:
 //!
 //! | descriptors | avail bit | used bit |
 //! |---|---|---|
 //! | made available again, for the next round | `!w` | `w` |
 //! | used in this round | `w` | `w` |
 //! | available in this round | `w` | `!w` |
-//! | used in the round before, or never | `!w` | `!w` |
+//! | used in the previous round, or never | `!w` | `!w` |
 //!
-//! The position is the beginning of the third run. A used chain keeps the driver's flags in all descriptors but the first:
-//! where it might have had one, nothing is told.
+//! The position is the beginning of the third run. A used chain of several descriptors keeps the driver's flags in all but
+//! the first of them. If the ring may contain one, the position cannot be deduced.
 
 use super::{AVAIL, Position, USED};
 use crate::abi::virtio::{DESC_F_NEXT, PackedDesc};
 
-/// Returns the position that the ring of these descriptors stands at if it can be nothing else.
+/// The position of the ring of these descriptors, if only one is possible.
 pub(super) fn used_position(descs: &[PackedDesc]) -> Option<Position> {
     let bits: Vec<(bool, bool)> = descs.iter().map(bits).collect();
     let &(_, first) = bits.first()?;
@@ -33,17 +33,17 @@ pub(super) fn used_position(descs: &[PackedDesc]) -> Option<Position> {
         && (again == 0 || available == after.len());
     let position = Position { index: index as u16, wrap };
     let chains = descs.iter().any(|desc| desc.flags.get() & DESC_F_NEXT != 0);
-    let tells = is_regular && (position == Position::START || !chains) && !may_be_rest(descs, position);
-    tells.then_some(position)
+    let is_certain = is_regular && (position == Position::START || !chains) && !may_be_rest_of_chain(descs, position);
+    is_certain.then_some(position)
 }
 
-/// Returns true if no driver has written the descriptor.
+/// Returns true if all fields of the descriptor are 0, as before a driver has written it.
 pub(super) fn is_blank(desc: &PackedDesc) -> bool {
     (desc.addr.get(), desc.len.get(), desc.id.get(), desc.flags.get()) == (0, 0, 0, 0)
 }
 
-/// Returns true if the descriptors say that the ring can't stand at `used`. A ring says nothing in which no driver has
-/// written anything before that.
+/// Returns true if the descriptors show that `used` is not the used position. They show nothing if no driver has written the
+/// descriptors before it.
 pub(super) fn contradicts(descs: &[PackedDesc], used: Position) -> bool {
     let Some((before, after)) = descs.split_at_checked(used.index.into()) else { return true };
     let is_unwritten = before.iter().all(is_blank);
@@ -51,8 +51,8 @@ pub(super) fn contradicts(descs: &[PackedDesc], used: Position) -> bool {
     !is_unwritten && before.iter().any(in_round_before) || after.iter().any(|desc| bits(desc) == (used.wrap, used.wrap))
 }
 
-/// Returns true if what is available at `position` may be the rest of a used chain, which has the same buffer id.
-fn may_be_rest(descs: &[PackedDesc], position: Position) -> bool {
+/// Returns true if the available descriptors at `position` may be the rest of a used chain, which has the same buffer id.
+fn may_be_rest_of_chain(descs: &[PackedDesc], position: Position) -> bool {
     let before = position.before(1, descs.len() as u16);
     let (Some(last), Some(rest)) =
         (descs.get(usize::from(before.index)), descs.get(usize::from(position.index)..).and_then(end_of_chain))
@@ -63,11 +63,12 @@ fn may_be_rest(descs: &[PackedDesc], position: Position) -> bool {
     is_used && bits(rest) == (position.wrap, !position.wrap) && last.id == rest.id
 }
 
+/// The last descriptor of the chain that begins `descs`.
 fn end_of_chain(descs: &[PackedDesc]) -> Option<&PackedDesc> {
     descs.iter().find(|desc| desc.flags.get() & DESC_F_NEXT == 0)
 }
 
-/// The avail bit and the used bit.
+/// The AVAIL bit and the USED bit.
 fn bits(desc: &PackedDesc) -> (bool, bool) {
     (desc.flags.get() & AVAIL != 0, desc.flags.get() & USED != 0)
 }
@@ -78,8 +79,8 @@ mod tests {
     use super::*;
     use zerocopy::FromZeros;
 
-    /// A ring of `size` whose device has used `used` requests of one descriptor, all of which the driver has taken, and
-    /// that has `available` more.
+    /// A ring of `size` descriptors after `used` requests of one descriptor, all completed and taken by the driver, with
+    /// `available` more.
     fn ring(size: u16, used: u32, available: u32) -> Vec<PackedDesc> {
         let mut descs = vec![PackedDesc::new_zeroed(); size.into()];
         let mut at = Position::START;
@@ -94,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_of_single_descriptors_tells_where_it_stands() {
+    fn the_position_of_a_ring_of_single_descriptors_is_deduced() {
         for size in [2, 3, 8] {
             for used in 0..4 * u32::from(size) {
                 for available in 0..=u32::from(size) {
@@ -102,7 +103,7 @@ mod tests {
                     let position = Position { index, wrap: round.is_multiple_of(2) };
                     let descs = ring(size, used, available);
                     let found = used_position(&descs);
-                    // With ids that come again at once, it can't be told from the rest of a chain.
+                    // With only one id, an available request may be the rest of a chain.
                     assert!(found == Some(position) || size == 2 && found.is_none(), "{size} {used} {available}");
                     assert!(!contradicts(&descs, position));
                 }
@@ -111,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_the_rest_of_a_chain_tells_nothing() {
+    fn no_position_is_deduced_if_the_ring_may_contain_the_rest_of_a_chain() {
         let mut descs = ring(8, 3, 1);
         assert_eq!(used_position(&descs), Some(Position { index: 3, wrap: true }));
         descs[3].id = descs[2].id;
@@ -119,7 +120,7 @@ mod tests {
         let mut descs = ring(8, 3, 2);
         descs[4].flags = (descs[4].flags.get() | DESC_F_NEXT).into();
         assert_eq!(used_position(&descs), None);
-        // A used request that stands behind what is available.
+        // A used request after the available ones.
         let mut descs = ring(8, 11, 0);
         descs.swap(2, 5);
         assert_eq!(used_position(&descs), None);
@@ -134,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_driver_has_written_contradicts_no_base() {
+    fn descriptors_that_no_driver_has_written_contradict_no_base() {
         let base = Position { index: 5, wrap: true };
         let mut descs = ring(8, 0, 0);
         assert!(!contradicts(&descs, base));

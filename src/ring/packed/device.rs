@@ -1,4 +1,4 @@
-//! The device's side of a packed ring: requests out of the descriptor ring, completions into it, and their log.
+//! The device side of a packed ring: it takes requests from the descriptor ring and writes completions to it and to its log.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -18,31 +18,31 @@ use super::{
 };
 
 const DESC_BYTES: u64 = size_of::<PackedDesc>() as u64;
-/// A used descriptor's bytes begin here: the address before them stays.
+/// Offset of the second half of a descriptor, bytes. A used descriptor is written from there; the address before it stays.
 const HALF: u64 = 8;
 
-/// A packed ring as its device serves it.
+/// The device side of a packed ring.
 ///
-/// It is used as a [`SplitDevice`](crate::ring::SplitDevice) is: drained, slept on, completed and published in the same
-/// way. The data a request writes must be logged before its completion is published (rule L10.1). With IN_ORDER
-/// negotiated, whoever holds the ring pushes completions in the order in which the requests were taken.
+/// It is used like a [`SplitDevice`](crate::ring::SplitDevice): requests are taken, waited for, completed and published in
+/// the same way. Data that a request writes must be logged before its completion is published (rule L10.1). With IN_ORDER
+/// negotiated, completions must be pushed in the order in which the requests were taken.
 pub struct PackedDevice {
     memory: Memory,
     areas: PackedAreas,
     layout: PackedLayout,
     event_idx: bool,
     indirect: bool,
-    /// Of the next request to take.
+    /// Position of the next request to take.
     avail: PositionBits,
-    /// Of the next completion, with all that was pushed.
+    /// Position of the next completion, after all pushed ones.
     next_used: PositionBits,
-    /// Of the next completion as the driver sees it.
+    /// Position of the next completion, after all published ones.
     published: PositionBits,
-    /// What was pushed since: place and second half of each used descriptor.
+    /// Completions that are not published: index and second half of each used descriptor.
     staged: Vec<(u16, u64)>,
-    /// Whether a notification was decided on before.
-    decided: bool,
-    /// What stands in the device's event area.
+    /// True after the first check for a notification.
+    notify_checked: bool,
+    /// Value of the device event area.
     event: u32,
     log: Option<RingLog>,
     iommu: Option<RingIommu>,
@@ -53,12 +53,13 @@ pub struct PackedDevice {
 }
 
 impl PackedDevice {
-    /// Takes up a ring at `base`. Nothing is written.
+    /// Opens a ring at `base`. Nothing is written.
     ///
-    /// `features` are the negotiated ones; INDIRECT_DESC and EVENT_IDX matter here.
+    /// `features` are the negotiated ones, of which INDIRECT_DESC and EVENT_IDX are used.
     ///
     /// # Errors
-    /// A size, alignment or address that a packed ring can't have; a base that is not in it (rule R4.5).
+    /// [`RingError::PackedSize`], [`RingError::Misaligned`] or [`RingError::Outside`] for an invalid layout,
+    /// [`RingError::Positions`] for a base outside the ring (rule R4.5).
     pub fn new(
         memory: &Memory,
         layout: PackedLayout,
@@ -66,8 +67,8 @@ impl PackedDevice {
         base: RingBase,
     ) -> Result<PackedDevice, RingError> {
         let areas = PackedAreas::new(memory, &layout)?;
-        // Some front-ends begin every ring at 0, which in a packed one is the start of its second round (rule R4.4).
-        let base = if base.bits() == 0 && areas.is_untouched(layout.size) { RingBase::PACKED_START } else { base };
+        // Some front-ends begin every ring with base 0, which is the start of the second round of a packed ring (rule R4.4).
+        let base = if base.bits() == 0 && areas.is_unused(layout.size) { RingBase::PACKED_START } else { base };
         let (avail, used) = (base.packed_avail(), base.packed_used());
         check(avail, used, layout.size)?;
         Ok(PackedDevice {
@@ -81,7 +82,7 @@ impl PackedDevice {
             next_used: used.into(),
             published: used.into(),
             staged: Vec::new(),
-            decided: false,
+            notify_checked: false,
             log: None,
             iommu: None,
             descs: Vec::new(),
@@ -89,26 +90,26 @@ impl PackedDevice {
         })
     }
 
-    /// Sets where writes are logged from now on; `None` is nowhere. The descriptor ring's are logged where it lies, the
-    /// device event area's at `used_gpa` (rules L4.1, L4.2).
+    /// Sets the log of further writes; `None` for no log. Writes to the descriptor ring are logged at its own address, writes
+    /// to the device event area at `used_gpa` (rules L4.1, L4.2).
     pub fn set_log(&mut self, log: Option<RingLog>) {
         self.log = log;
     }
 
-    /// Says that all addresses in the ring are I/O virtual, as its own and those of its log are. It was taken up in the
-    /// window's memory.
+    /// Makes all addresses in the ring and of its log I/O virtual. The ring must have been opened in the memory of the IOMMU's
+    /// window.
     pub fn set_iommu(&mut self, iommu: RingIommu) {
         self.iommu = Some(iommu);
     }
 
-    /// Takes the next request into `chain`; false if there is none.
+    /// Takes the next request into `chain`. Returns false if there is none.
     ///
     /// # Errors
-    /// The driver broke the ring. Nothing was taken; this ring can't go on, all others can.
+    /// [`RingError`] if the driver has broken the ring. Nothing is taken then, and only this ring must be stopped.
     #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
         let (size, first) = (self.layout.size, self.avail.get());
-        // Pairs with the driver's release: the rest of the chain, which it wrote before, is visible after it.
+        // Pairs with the driver's release: the rest of the chain was written before, and is visible after it.
         let mut desc = self.areas.desc(first.index, Ordering::Acquire);
         if !is_avail(&desc, first) {
             return Ok(false);
@@ -127,21 +128,20 @@ impl PackedDevice {
             }
             desc = self.areas.desc(next.index, Ordering::Relaxed);
         }
-        // Each descriptor of the ring would be in flight at once and there is still one more.
+        // All descriptors of the ring would be in flight, and the chain still continues.
         Err(RingError::AvailDescriptors { index: first.index, in_flight, size })
     }
 
-    /// The ring's descriptors of the request that was taken last, for the inflight region: completions overwrite them
-    /// in the ring (rule I4.1).
+    /// The descriptors of the request that was taken last, for the inflight region: completions overwrite them in the ring (rule I4.1).
     pub fn descs(&self) -> &[PackedDesc] {
         &self.descs
     }
 
-    /// Makes a request that was taken before a crash from copies of its descriptors in the ring; their NEXT flags don't
-    /// matter. An indirect table is read again.
+    /// Reads a request that was taken before a crash into `chain`. `descs` are copies of its descriptors, whose NEXT flags are
+    /// ignored. An indirect table is read again.
     ///
     /// # Errors
-    /// As [`PackedDevice::pop`], and a number of descriptors that no request of this ring can have (rule I1.2).
+    /// As [`PackedDevice::pop`], and [`RingError::Copies`] for a number of descriptors that is invalid for this ring (rule I1.2).
     pub fn resubmit(&mut self, descs: &[PackedDesc], chain: &mut Chain) -> Result<(), RingError> {
         let size = self.layout.size;
         match descs.last() {
@@ -151,8 +151,8 @@ impl PackedDevice {
         collect(&self.memory, self.iommu.as_ref(), self.indirect, descs, &mut self.table, chain)
     }
 
-    /// Writes the completion of the request with buffer id `id`, which takes `slots` descriptors, and of which the device
-    /// wrote `written` bytes. The driver sees it after the next [`publish`](PackedDevice::publish).
+    /// Writes the completion of the request with buffer id `id`, which takes `slots` descriptors. `written` is the number of
+    /// bytes that the device wrote. The driver sees it after the next [`publish`](PackedDevice::publish).
     #[inline]
     pub fn push(&mut self, id: u16, slots: u16, written: u32) {
         let here = self.next_used.get();
@@ -161,11 +161,11 @@ impl PackedDevice {
         self.next_used = here.after(slots, self.layout.size).into();
     }
 
-    /// Makes the completions pushed so far visible and logs all writes of them; true if the driver is to be notified.
+    /// Publishes the completions pushed so far and logs these writes. Returns true if the driver must be notified.
     ///
-    /// The driver looks at one descriptor at a time: while the first is not there, it sees none of the batch. The log
-    /// bits follow the writes, so that a harvest that takes a bit away also sees what was written. A crash in between is
-    /// made good by [`relog_used`](PackedDevice::relog_used).
+    /// The driver reads one descriptor after the other, so the first descriptor, which is written last, publishes the whole
+    /// batch. The log bits are set after the writes, so that a harvest that clears a bit also sees the data. After a crash
+    /// between the two, [`relog_used`](PackedDevice::relog_used) sets the missing bits.
     #[inline]
     #[must_use = "the driver may be waiting for a notification"]
     pub fn publish(&mut self) -> bool {
@@ -175,48 +175,49 @@ impl PackedDevice {
         }
         self.areas.set_half(first, rest, Ordering::Release);
         let desc = self.layout.desc;
-        // Saturating: an address outside any log is for the log to count (rule L6.2).
-        let place = |(index, _): &(u16, u64)| desc.saturating_add(u64::from(*index) * DESC_BYTES + HALF);
-        self.fence_and_log(self.staged.iter().map(|staged| (place(staged), DESC_BYTES - HALF)));
+        // Saturating: the log counts pages outside it (rule L6.2).
+        let address = |(index, _): &(u16, u64)| desc.saturating_add(u64::from(*index) * DESC_BYTES + HALF);
+        self.fence_and_log(self.staged.iter().map(|staged| (address(staged), DESC_BYTES - HALF)));
         self.staged.clear();
         let size = self.layout.size;
         let new = self.next_used.get();
         let old = std::mem::replace(&mut self.published, self.next_used).get();
-        // Only now, after the fence: a driver that is about to sleep either sees the first descriptor or is seen here.
-        let decided = std::mem::replace(&mut self.decided, true);
+        // After the fence: a driver that is about to wait either sees the first descriptor, or its request for a notification
+        // is seen here.
+        let notify_checked = std::mem::replace(&mut self.notify_checked, true);
         match notify_condition(&self.areas.driver, self.event_idx) {
             NotifyCondition::Nothing => false,
             NotifyCondition::All => true,
             NotifyCondition::At(event) => {
-                !decided || passes_position(event, new, old.until(new, size).unwrap_or(size), size)
+                !notify_checked || passes_position(event, new, old.until(new, size).unwrap_or(size), size)
             }
         }
     }
 
-    /// Asks the driver not to kick. It may do so all the same.
+    /// Asks the driver not to kick. The driver may ignore it.
     pub fn disable_notifications(&mut self) {
         if !self.event_idx {
             self.set_event(event_bits(0, PACKED_EVENT_FLAG_DISABLE));
         }
     }
 
-    /// Asks the driver to kick from now on; true if there are requests already, for which it may not kick.
+    /// Asks the driver to kick. Returns true if there are requests already, for which the driver may not kick.
     #[must_use = "requests that are there already bring no kick"]
     pub fn enable_notifications(&mut self) -> bool {
         self.set_event(event_at(self.avail.get(), self.event_idx));
-        // After the fence that followed the write, now or when the same was written before: the driver sees the wish
-        // or is seen here.
+        // After the fence that followed this write, or an earlier write of the same value: the driver sees the request for
+        // a kick, or its descriptor is seen here.
         self.areas.is_avail(self.avail.get())
     }
 
-    /// Marks the whole descriptor ring and the device event area in the log: after a crash nobody knows which marks of
-    /// the last writes were made.
+    /// Marks the whole descriptor ring and the device event area in the log. After a crash it is not known which of the last
+    /// writes were marked.
     pub fn relog_used(&self) {
         let ring = (self.layout.desc, desc_table_bytes(self.layout.size.into()));
         self.fence_and_log([ring].into_iter().chain(self.event_area()));
     }
 
-    /// Returns true if all that [`relog_used`](PackedDevice::relog_used) marks is marked already.
+    /// Returns true if all pages that [`relog_used`](PackedDevice::relog_used) marks are marked already.
     pub fn is_used_marked(&self) -> bool {
         let Some(RingLog { log, .. }) = &self.log else { return false };
         let ring = (self.layout.desc, desc_table_bytes(self.layout.size.into()));
@@ -224,33 +225,34 @@ impl PackedDevice {
         parts.all(|(at, len)| are_marked(log, self.iommu.as_ref(), at, len))
     }
 
-    /// Goes on at these positions, as recovery found them (rule I4.5). What was pushed and not published is forgotten.
+    /// Continues at these positions, the result of recovery (rule I4.5). Completions that are not published are dropped.
     ///
     /// # Errors
-    /// Positions that can't be those of this ring (rule R4.5); nothing was changed.
+    /// [`RingError::Positions`] for positions that are invalid for this ring (rule R4.5); nothing was changed.
     pub fn set_positions(&mut self, avail: Position, used: Position) -> Result<(), RingError> {
         check(avail, used, self.layout.size)?;
-        (self.avail, self.next_used, self.published, self.decided) = (avail.into(), used.into(), used.into(), false);
+        (self.avail, self.next_used, self.published, self.notify_checked) =
+            (avail.into(), used.into(), used.into(), false);
         self.staged.clear();
         Ok(())
     }
 
-    /// Returns the position at which the ring stands, as its descriptors tell (rules I12.2, I12.3); `None` if they do not tell. The
-    /// ring has to be drained, and its device has used every request by a descriptor of its own, not as IN_ORDER allows.
-    pub fn standing_at(&self) -> Option<Position> {
+    /// The position of the ring as deduced from its descriptors (rules I12.2, I12.3); `None` if it cannot be deduced. The ring must be
+    /// drained, and its device must have written a used descriptor for every request, which IN_ORDER does not require.
+    pub fn deduced_position(&self) -> Option<Position> {
         deduce::used_position(&self.areas.descs(self.layout.size))
     }
 
-    /// Goes on where the descriptors tell, if that is elsewhere (rule I12.2): for a front-end that may have lost the base.
-    /// Returns true if it is.
+    /// Continues at the position deduced from the descriptors if it differs from the current one (rule I12.2), for a front-end that
+    /// may have lost the base. Returns true if it differs.
     ///
     /// # Errors
-    /// [`RingError::StaleBase`] if the descriptors contradict the base and do not tell the position.
+    /// [`RingError::StaleBase`] if the descriptors contradict the base and the position cannot be deduced.
     pub fn find_position(&mut self) -> Result<bool, RingError> {
         let used = self.published.get();
         let descs = self.areas.descs(self.layout.size);
         match deduce::used_position(&descs) {
-            // A ring that no driver has written to tells nothing.
+            // Nothing is deduced from a ring that no driver has written.
             Some(position) if position != used && !descs.iter().all(deduce::is_blank) => {
                 self.set_positions(position, position).map(|()| true)
             }
@@ -261,16 +263,18 @@ impl PackedDevice {
         }
     }
 
-    /// Puts requests back that were taken, given by buffer id and number of descriptors, in the order of taking; false if
-    /// they are not the last ones taken, in that order, or have been written over in the ring by completions of others:
-    /// then nothing has changed. The same requests are taken again by the next [`pop`](PackedDevice::pop)s.
+    /// Puts the requests that were taken last back, given by buffer id and number of descriptors in the order of taking. The
+    /// next calls of [`pop`](PackedDevice::pop) take them again.
+    ///
+    /// Returns false and changes nothing if these are not the requests that were taken last, in that order, or if completions
+    /// of other requests have overwritten them in the ring.
     pub fn put_back(&mut self, requests: impl Iterator<Item = (u16, u16)> + Clone) -> bool {
         let size = self.layout.size;
         let total: u32 = requests.clone().map(|(_, slots)| u32::from(slots)).sum();
         let Some(total) = u16::try_from(total).ok().filter(|total| *total <= self.in_flight()) else { return false };
         let first = self.avail.get().before(total, size);
         let mut at = first;
-        // What is between the used position and the avail one was not written since it was taken.
+        // Descriptors between the used and the avail position are as they were when they were taken.
         let last = requests.into_iter().all(|(id, slots)| {
             (1..=slots).all(|count| {
                 let (desc, here) = (self.areas.half(at.index, Ordering::Relaxed), at);
@@ -285,23 +289,23 @@ impl PackedDevice {
         last
     }
 
-    /// Where the next request is taken.
+    /// The position of the next request to take.
     pub fn avail_position(&self) -> Position {
         self.avail.get()
     }
 
-    /// Where the driver looks for the next completion.
+    /// The position at which the driver expects the next completion.
     pub fn used_position(&self) -> Position {
         self.published.get()
     }
 
-    /// The flags of the descriptor at `index`: they tell recovery whether the last batch was published (rule I4.3).
+    /// The flags of the descriptor at `index`. They show recovery if the last batch was published (rule I4.3).
     pub fn flags(&self, index: u16) -> u16 {
         if index < self.layout.size { self.areas.half(index, Ordering::Relaxed).flags.get() } else { 0 }
     }
 
-    /// Stores flags of descriptors, as (index, flags): undoes what a predecessor wrote of a batch that it was killed over
-    /// (rule I4.6). What was there is in the log by [`relog_used`](PackedDevice::relog_used).
+    /// Stores flags of descriptors, given as (index, flags). It reverts the part of a batch that a predecessor had written
+    /// when it was killed (rule I4.6). These writes are marked by [`relog_used`](PackedDevice::relog_used).
     pub fn restore_flags(&mut self, stale: &[(u16, u16)]) {
         for &(index, flags) in stale.iter().filter(|(index, _)| *index < self.layout.size) {
             let PackedDesc { len, id, .. } = self.areas.half(index, Ordering::Relaxed);
@@ -309,21 +313,21 @@ impl PackedDevice {
         }
     }
 
-    /// The base that GET_VRING_BASE answers (rule R4.2). It has to be that of a drained ring: of others, a used position 0
-    /// with wrap counter 0 gets lost on the way (see [`RingBase::packed_used`]).
+    /// The base for the reply to GET_VRING_BASE (rule R4.2). The ring must be drained: a used position 0 with wrap counter 0, which
+    /// differs from the avail position, would be misread by the receiver (see [`RingBase::packed_used`]).
     pub fn base(&self) -> RingBase {
         let (avail, used) = (self.avail.get(), self.published.get());
         RingBase::packed(avail.index, avail.wrap, used.index, used.wrap)
     }
 
-    /// Where the ring lies.
+    /// The layout of the ring.
     pub fn layout(&self) -> PackedLayout {
         self.layout
     }
 
-    /// Descriptors of requests that were taken and not completed.
+    /// Number of descriptors of requests that were taken and not completed.
     fn in_flight(&self) -> u16 {
-        // Pushing what was never taken would make it `None`: then nothing more is taken.
+        // `None` if more was pushed than taken; with the full size nothing more is taken then.
         self.next_used.get().until(self.avail.get(), self.layout.size).unwrap_or(self.layout.size)
     }
 
@@ -335,12 +339,12 @@ impl PackedDevice {
         }
     }
 
-    /// The device event area in the log, if there is one, as (address, length) in bytes.
+    /// Address and length in bytes of the device event area in the log, if there is a log.
     fn event_area(&self) -> impl Iterator<Item = (u64, u64)> {
         self.log.iter().map(|log| (log.used_gpa, EVENT_ALIGN))
     }
 
-    /// A full fence, and then the marks for writes before it, as (address, length) in bytes.
+    /// Executes a full fence and then marks earlier writes, given as (address, length) in bytes.
     #[inline]
     fn fence_and_log(&self, writes: impl Iterator<Item = (u64, u64)>) {
         let Some(RingLog { log, .. }) = &self.log else { return fence(Ordering::SeqCst) };
@@ -354,7 +358,7 @@ impl PackedDevice {
     }
 }
 
-/// Checks that both positions are in a ring of `size`, and avail at most a round ahead of used.
+/// Checks that both positions are in a ring of `size` descriptors, and that avail is at most a round ahead of used.
 fn check(avail: Position, used: Position, size: u16) -> Result<(), RingError> {
     if avail.index >= size || used.index >= size || used.until(avail, size).is_none() {
         return Err(RingError::Positions { avail, used, size });
@@ -362,7 +366,7 @@ fn check(avail: Position, used: Position, size: u16) -> Result<(), RingError> {
     Ok(())
 }
 
-/// Puts the buffers of `descs`, a whole request, into `chain`, and names it.
+/// Reads the buffers of `descs`, a whole request, into `chain`, and sets its name.
 fn collect(
     memory: &Memory,
     iommu: Option<&RingIommu>,
@@ -382,13 +386,13 @@ fn collect(
         }
         let head = chain.head;
         if !indirect {
-            return Err(RingError::Indirect { head, fault: "without INDIRECT_DESC being negotiated" });
+            return Err(RingError::Indirect { head, fault: "although INDIRECT_DESC is not negotiated" });
         }
         if descs.len() > 1 {
-            return Err(RingError::Indirect { head, fault: "in a chain with others" });
+            return Err(RingError::Indirect { head, fault: "in a chain with other descriptors" });
         }
         copy_table(memory, iommu, head, desc.addr.get(), desc.len.get(), table)?;
-        // Of the flags in the table only WRITE means anything (virtio 1.2, "Indirect Flag: Scatter-Gather Support").
+        // Only the WRITE flag is used in the table (virtio 1.2, "Indirect Flag: Scatter-Gather Support").
         table.iter().try_for_each(|desc| add(chain, desc))?;
     }
     chain.finish(iommu)?;

@@ -1,6 +1,6 @@
-//! The driver's side of a packed ring, as the built-in guest and tests use it: requests in, completions out.
+//! The driver side of a packed ring, used by the built-in guest and by tests: it adds requests and takes completions.
 //!
-//! What the device says is checked; how long a request is, is kept here and never read back from shared memory.
+//! Values written by the device are checked. The lengths of requests are kept here and never read from shared memory.
 
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
@@ -26,57 +26,58 @@ use super::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct PackedDriverRequest {
-    /// Its buffer id.
+    /// Buffer id.
     pub id: u16,
-    /// Descriptors that it takes.
+    /// Number of descriptors.
     pub slots: u16,
 }
 
-/// Where a driver is in its ring, to go on with it elsewhere on the same guest memory.
+/// The saved state of a driver, to continue with the ring in another process that has the same guest memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct PackedDriverState {
-    /// Where the next request is added.
+    /// Position at which the next request is added.
     pub avail: Position,
-    /// Where the device finds the next request.
+    /// Position after the last published request.
     pub published: Position,
-    /// Where the next completion is taken.
+    /// Position of the next completion.
     pub used: Position,
     /// The requests without a completion.
     pub requests: Vec<PackedDriverRequest>,
-    /// Length, id and flags of the descriptor at `published`, which publishing writes; means nothing if all is published.
+    /// Length, id and flags of the descriptor at `published`, which are written to publish it. They are ignored if all
+    /// requests are published.
     pub held: u64,
     /// With IN_ORDER, the order of the requests.
     pub in_order: Option<InOrderState>,
 }
 
-/// A packed ring as its driver uses it.
+/// The driver side of a packed ring.
 ///
-/// To wait without missing a completion: [`pop_used`](PackedDriver::pop_used) until `None`, `enable_notifications`, and
-/// again while that says there is more.
+/// A driver misses no completion if it works in this order: [`pop_used`](PackedDriver::pop_used) until it returns `None`;
+/// `enable_notifications`, and from the start again if that returns true; then wait for a notification.
 pub struct PackedDriver {
     memory: Memory,
     areas: PackedAreas,
     size: u16,
     event_idx: bool,
-    /// By buffer id: how many descriptors its request has; 0 for what is no request in flight.
+    /// By buffer id: the number of descriptors of its request; 0 if no request in flight has this id.
     lengths: Vec<u16>,
     free_ids: Vec<u16>,
     avail: Position,
     published: Position,
     used: Position,
-    /// Second half of the descriptor at `published`, written last of all that is added.
+    /// Second half of the descriptor at `published`, which is written after all other added descriptors.
     held: u64,
     in_order: Option<InOrderState>,
 }
 
 impl PackedDriver {
-    /// Makes an empty ring: the descriptor ring and both event areas are initialised.
+    /// Initialises an empty ring with its event areas.
     ///
-    /// `features` are the negotiated ones; EVENT_IDX and IN_ORDER matter here.
+    /// `features` are the negotiated ones, of which EVENT_IDX and IN_ORDER are used.
     ///
     /// # Errors
-    /// A size, alignment or address that a packed ring can't have.
+    /// [`RingError::PackedSize`], [`RingError::Misaligned`] or [`RingError::Outside`] for an invalid layout.
     pub fn new(memory: &Memory, layout: PackedLayout, features: u64) -> Result<PackedDriver, RingError> {
         let areas = PackedAreas::new(memory, &layout)?;
         for index in 0..layout.size {
@@ -100,10 +101,10 @@ impl PackedDriver {
         })
     }
 
-    /// Goes on with a ring where `state` left it; the ring itself, which is in guest memory, is not touched.
+    /// Opens a ring with the saved `state`. The ring itself is in guest memory and is not changed.
     ///
     /// # Errors
-    /// As [`PackedDriver::new`], and a state that no driver of this ring can have been in.
+    /// As [`PackedDriver::new`], and [`RingError::State`] for a state that is invalid for this ring.
     pub fn restore(
         memory: &Memory,
         layout: PackedLayout,
@@ -121,13 +122,13 @@ impl PackedDriver {
         for &PackedDriverRequest { id, slots } in requests {
             match lengths.get_mut(usize::from(id)) {
                 Some(length @ 0) if slots > 0 => *length = slots,
-                _ => return fault("a request has no descriptor, or an id that another has or none can have"),
+                _ => return fault("a request has no descriptor, or an id that is used twice or outside the ring"),
             }
         }
         let slots: u64 = requests.iter().map(|request| u64::from(request.slots)).sum();
         let outstanding = used.until(avail, size).map_or(u64::MAX, u64::from);
         if slots != outstanding {
-            return fault("positions and requests don't match");
+            return fault("the positions do not match the descriptors of the requests");
         }
         if published.until(avail, size).is_none_or(|unpublished| u64::from(unpublished) > outstanding) {
             return fault("more requests are unpublished than outstanding");
@@ -136,7 +137,7 @@ impl PackedDriver {
             return fault("requests have an order only with IN_ORDER");
         }
         if in_order.as_ref().is_some_and(|order| !order.is_of(requests.iter().map(|request| request.id))) {
-            return fault("the order is not that of the requests");
+            return fault("the order has other requests than the ring");
         }
         Ok(PackedDriver {
             memory: memory.clone(),
@@ -153,7 +154,7 @@ impl PackedDriver {
         })
     }
 
-    /// What [`PackedDriver::restore`] needs to go on.
+    /// The state for [`PackedDriver::restore`].
     pub fn state(&self) -> PackedDriverState {
         let requests = (0..).zip(&self.lengths).filter(|(_, slots)| **slots > 0);
         PackedDriverState {
@@ -166,14 +167,15 @@ impl PackedDriver {
         }
     }
 
-    /// Adds a request and returns its buffer id, or `None` while the ring is too full for it. The device sees it after
-    /// the next [`publish`](PackedDriver::publish).
+    /// Adds a request and returns its buffer id, or `None` while the ring has too few free descriptors. The device sees the
+    /// request after the next [`publish`](PackedDriver::publish).
     ///
-    /// With `table`, the guest-physical address of 16 bytes of room per buffer, the request is an indirect one and
-    /// takes a single descriptor; INDIRECT_DESC must be negotiated, and the room stay untouched until completion.
+    /// With `table`, the request is indirect and takes a single descriptor. `table` is the guest-physical address of 16 bytes
+    /// per buffer, which must not be written until the request is completed. INDIRECT_DESC must be negotiated.
     ///
     /// # Errors
-    /// A request that has no buffer or could never fit; a `table` outside guest memory.
+    /// [`RingError::Request`] for a request that has no buffer or never fits, [`RingError::IndirectOutside`] for a `table`
+    /// outside guest memory.
     pub fn add(
         &mut self,
         readable: &[Buffer],
@@ -198,11 +200,11 @@ impl PackedDriver {
             let descs: Vec<PackedDesc> = flagged.map(describe).collect();
             let written = self.memory.write(gpa, descs.as_bytes());
             written.map_err(|source| RingError::IndirectOutside { head: id, source })?;
-            self.put(gpa, descs.as_bytes().len() as u32, id, DESC_F_INDIRECT);
+            self.write_desc(gpa, descs.as_bytes().len() as u32, id, DESC_F_INDIRECT);
         } else {
             for (at, (buffer, flags)) in flagged.enumerate() {
                 let next = if at + 1 < buffers { DESC_F_NEXT } else { 0 };
-                self.put(buffer.gpa, buffer.len, id, flags | next);
+                self.write_desc(buffer.gpa, buffer.len, id, flags | next);
             }
         }
         self.free_ids.pop();
@@ -215,7 +217,7 @@ impl PackedDriver {
         Ok(Some(id))
     }
 
-    /// Makes the requests added so far visible; true if the device is to be kicked.
+    /// Publishes the requests added so far. Returns true if the device must be kicked.
     #[must_use = "the device may be waiting for a kick"]
     pub fn publish(&mut self) -> bool {
         let (old, new) = (self.published, self.avail);
@@ -224,7 +226,7 @@ impl PackedDriver {
         }
         self.areas.set_half(old.index, self.held, Ordering::Release);
         self.published = new;
-        // The device either sees the new descriptors before it sleeps, or its wish for a kick is seen here.
+        // The device either sees the new descriptors before it waits, or its request for a kick is seen here.
         fence(Ordering::SeqCst);
         match notify_condition(&self.areas.device, self.event_idx) {
             NotifyCondition::Nothing => false,
@@ -238,7 +240,7 @@ impl PackedDriver {
     /// Takes the next completion, if there is one, and frees its descriptors.
     ///
     /// # Errors
-    /// The device broke the ring; nothing was taken.
+    /// [`RingError::UsedId`] if the device has broken the ring. Nothing is taken then.
     pub fn pop_used(&mut self) -> Result<Option<UsedBuffer>, RingError> {
         if let Some(used) = self.in_order.as_mut().and_then(InOrderState::next) {
             self.release(used.head);
@@ -250,13 +252,13 @@ impl PackedDriver {
             return Ok(None);
         }
         let id = desc.id.get();
-        // What the device did not write has no length (virtio 1.2, "Element Address and Length").
+        // Without the WRITE flag the length is reserved (virtio 1.2, "Element Address and Length").
         let len = if desc.flags.get() & DESC_F_WRITE != 0 { desc.len.get() } else { 0 };
         let slots: u32 = match &self.in_order {
             None => self.length(id).into(),
             Some(order) => order.up_to(id).map(|id| u32::from(self.length(id))).sum(),
         };
-        // What is not published can't be complete.
+        // Only published requests can be completed.
         let visible = self.used.until(self.published, self.size).unwrap_or_default();
         if slots == 0 || slots > u32::from(visible) {
             return Err(RingError::UsedId { id: id.into() });
@@ -270,14 +272,15 @@ impl PackedDriver {
         Ok(Some(used))
     }
 
-    /// Asks the device not to notify. It may do so all the same.
+    /// Asks the device not to notify. The device may ignore it.
     pub fn disable_notifications(&mut self) {
         if !self.event_idx {
             set(&self.areas.driver, event_bits(0, PACKED_EVENT_FLAG_DISABLE));
         }
     }
 
-    /// Asks the device to notify of completions from now on; true if there are some already, for which it may not.
+    /// Asks the device to notify of completions. Returns true if there are completions already, for which the device may not
+    /// notify.
     #[must_use = "completions that are there already bring no notification"]
     pub fn enable_notifications(&mut self) -> bool {
         set(&self.areas.driver, event_at(self.used, self.event_idx));
@@ -285,19 +288,19 @@ impl PackedDriver {
         self.in_order.as_ref().is_some_and(|order| order.batch.is_some()) || self.areas.is_used(self.used)
     }
 
-    /// Requests without a completion.
+    /// Number of requests without a completion.
     pub fn outstanding(&self) -> u16 {
         self.size - self.free_ids.len() as u16
     }
 
-    /// Descriptors that are free.
+    /// Number of free descriptors.
     pub fn free(&self) -> u16 {
         self.size - self.used.until(self.avail, self.size).unwrap_or(self.size)
     }
 
-    /// Writes the next descriptor. The first that is not published yet is held back: the device looks at one after the
-    /// other and gets no further.
-    fn put(&mut self, gpa: u64, len: u32, id: u16, flags: u16) {
+    /// Writes the next descriptor. The second half of the first unpublished one is held back: the device reads one descriptor
+    /// after the other and stops there.
+    fn write_desc(&mut self, gpa: u64, len: u32, id: u16, flags: u16) {
         let half = half_bits(len, id, flags | self.avail.avail_flags());
         self.areas.set_addr(self.avail.index, gpa);
         if self.avail == self.published {
@@ -316,11 +319,13 @@ impl PackedDriver {
         }
     }
 
+    /// Number of descriptors of the request with this buffer id.
     fn length(&self, id: u16) -> u16 {
         self.lengths.get(usize::from(id)).copied().unwrap_or_default()
     }
 }
 
+/// Writes an event area.
 fn set(area: &SharedArray<AtomicU32>, event: u32) {
     area.nth(0).store(event.to_le(), Ordering::Relaxed);
 }

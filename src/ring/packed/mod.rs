@@ -1,6 +1,6 @@
-//! Packed rings (virtio 1.2, "Packed Virtqueues"): where the three areas lie, and how both sides read and write them.
+//! Packed rings (virtio 1.2, "Packed Virtqueues"): the layout, and the access of both sides to the three areas.
 //!
-//! [`PackedDevice`] is the device's side, [`PackedDriver`] the driver's.
+//! [`PackedDevice`] is the device side, [`PackedDriver`] the driver side.
 
 mod deduce;
 mod device;
@@ -34,31 +34,31 @@ const EVENT_ALIGN: u64 = size_of::<PackedEvent>() as u64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct PackedLayout {
-    /// Descriptors, 1 to 32768.
+    /// Number of descriptors, 1 to 32768.
     pub size: u16,
     /// Guest-physical address of the descriptor ring.
     pub desc: u64,
-    /// Guest-physical address of the driver's event area: 4 bytes.
+    /// Guest-physical address of the driver event area of 4 bytes.
     pub driver: u64,
-    /// Guest-physical address of the device's event area: 4 bytes.
+    /// Guest-physical address of the device event area of 4 bytes.
     pub device: u64,
 }
 
-/// A place in a packed ring and in its rounds.
+/// A position in a packed ring: the index of a descriptor, and the wrap counter of the round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Position {
-    /// Which descriptor.
+    /// Index of the descriptor.
     pub index: u16,
-    /// The wrap counter, which changes from round to round.
+    /// Wrap counter, which is inverted in every round.
     pub wrap: bool,
 }
 
 impl Position {
-    /// Where both sides of a fresh ring begin.
+    /// The initial position of both sides of a fresh ring.
     pub const START: Position = Position { index: 0, wrap: true };
 
-    /// `slots` descriptors further, in a ring of `size`, which are no fewer.
+    /// The position `slots` descriptors ahead, in a ring of `size` descriptors, of which there are at least `slots`.
     #[inline]
     #[must_use]
     pub const fn after(self, slots: u16, size: u16) -> Position {
@@ -69,7 +69,7 @@ impl Position {
         }
     }
 
-    /// `slots` descriptors back, in a ring of `size`, which are no fewer.
+    /// The position `slots` descriptors back, in a ring of `size` descriptors, of which there are at least `slots`.
     #[must_use]
     pub const fn before(self, slots: u16, size: u16) -> Position {
         match self.index.checked_sub(slots) {
@@ -78,7 +78,8 @@ impl Position {
         }
     }
 
-    /// How many descriptors `to` is further in a ring of `size`; `None` if that is more than a round, or backwards.
+    /// The number of descriptors from here to `to` in a ring of `size` descriptors; `None` if it is more than a round or
+    /// negative.
     #[inline]
     pub fn until(self, to: Position, size: u16) -> Option<u16> {
         let round = if to.wrap == self.wrap { 0 } else { u32::from(size) };
@@ -86,7 +87,7 @@ impl Position {
         u16::try_from(slots).ok().filter(|slots| *slots <= size)
     }
 
-    /// Bits 0-14 the index, bit 15 the wrap counter, as event areas and bases have it.
+    /// The position as in event areas and bases: index in bits 0-14, wrap counter in bit 15.
     pub(super) const fn to_bits(self) -> u16 {
         self.index & !WRAP | if self.wrap { WRAP } else { 0 }
     }
@@ -95,21 +96,23 @@ impl Position {
         Position { index: bits & !WRAP, wrap: bits & WRAP != 0 }
     }
 
-    /// The flags that make a descriptor here available.
+    /// The AVAIL and USED flags of an available descriptor at this position.
     #[inline]
     fn avail_flags(self) -> u16 {
         if self.wrap { AVAIL } else { USED }
     }
 
-    /// The flags that make a descriptor here used.
+    /// The AVAIL and USED flags of a used descriptor at this position.
     #[inline]
     fn used_flags(self) -> u16 {
         if self.wrap { AVAIL | USED } else { 0 }
     }
 }
 
-/// A [`Position`] as it is kept from request to request: stored and loaded in one piece. A load of both parts after a
-/// store of each waits until the stores have left the processor's queue, which takes longer than all the rest of a request.
+/// A [`Position`] in one integer, for fields that are loaded and stored for every request.
+///
+/// With two fields, a load of both at once after a store of each waits until the stores have left the store buffer. That
+/// takes longer than all other work for a request.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PositionBits(u16);
 
@@ -129,8 +132,8 @@ impl From<Position> for PositionBits {
 
 /// The areas of a ring, checked to be in guest memory. Values are in host byte order.
 ///
-/// A descriptor's second half (length, id, flags) and an event area are each read and written at once: what its flags
-/// say is true of the rest.
+/// The second half of a descriptor (length, id, flags) is read and written at once, and so is an event area: the flags always
+/// belong to the values beside them.
 struct PackedAreas {
     desc: SharedArray<[AtomicU64; 2]>,
     driver: SharedArray<AtomicU32>,
@@ -160,8 +163,8 @@ impl PackedAreas {
         })
     }
 
-    /// Reads each half of a descriptor once, so that what is checked is what is used: the second half, which has the
-    /// flags, comes first and in `order`.
+    /// Reads each half of a descriptor once, so that the values that are checked are the values that are used. The second
+    /// half, which has the flags, is read first and with `order`.
     #[inline]
     fn desc(&self, index: u16, order: Ordering) -> PackedDesc {
         let [addr, rest] = self.desc.nth(index);
@@ -190,9 +193,11 @@ impl PackedAreas {
         half.store(rest.to_le(), order);
     }
 
-    /// Whether the device never used a descriptor. At the end of each round there is a used one: a batch is shorter than
-    /// a round, and the driver keeps the bit when it makes the descriptor available in the second round.
-    fn is_untouched(&self, size: u16) -> bool {
+    /// Returns true if the device has never used a descriptor.
+    ///
+    /// After the first round at least one descriptor has the USED bit: a batch is shorter than a round, and the driver keeps
+    /// the bit when it makes the descriptor available in the second round.
+    fn is_unused(&self, size: u16) -> bool {
         (0..size).all(|index| self.half(index, Ordering::Relaxed).flags.get() & USED == 0)
     }
 
@@ -201,19 +206,20 @@ impl PackedAreas {
         (0..size).map(|index| self.desc(index, Ordering::Acquire)).collect()
     }
 
-    /// Whether the descriptor at `position` is available in the position's round.
+    /// Returns true if the descriptor at `position` is available in the position's round.
     #[inline]
     fn is_avail(&self, position: Position) -> bool {
         is_avail(&self.half(position.index, Ordering::Relaxed), position)
     }
 
-    /// Whether the descriptor at `position` is used in the position's round.
+    /// Returns true if the descriptor at `position` is used in the position's round.
     #[inline]
     fn is_used(&self, position: Position) -> bool {
         is_used(&self.half(position.index, Ordering::Relaxed), position)
     }
 }
 
+/// A descriptor with the fields of its second half, and address 0.
 fn half(rest: u64) -> PackedDesc {
     PackedDesc {
         addr: U64::ZERO,
@@ -223,6 +229,7 @@ fn half(rest: u64) -> PackedDesc {
     }
 }
 
+/// The second half of a descriptor.
 fn half_bits(len: u32, id: u16, flags: u16) -> u64 {
     u64::from(len) | u64::from(id) << 32 | u64::from(flags) << 48
 }
@@ -237,7 +244,7 @@ fn is_used(desc: &PackedDesc, position: Position) -> bool {
     desc.flags.get() & (AVAIL | USED) == position.used_flags()
 }
 
-/// What to write into an event area to be notified of what happens at `next`.
+/// The value of an event area that asks for a notification when `next` is passed, or always without EVENT_IDX.
 fn event_at(next: Position, event_idx: bool) -> u32 {
     match event_idx {
         true => event_bits(next.to_bits(), PACKED_EVENT_FLAG_DESC),
@@ -249,15 +256,15 @@ fn event_bits(off_wrap: u16, flags: u16) -> u32 {
     u32::from(off_wrap) | u32::from(flags) << 16
 }
 
-/// What an event area wants.
+/// The notifications that an event area asks for.
 enum NotifyCondition {
     Nothing,
     All,
-    /// What passes this position.
+    /// The one for passing this position.
     At(Position),
 }
 
-/// Reads the event area of the other side. Values that mean nothing are taken as a wish for every notification.
+/// Reads the event area of the other side. An invalid value counts as a request for all notifications.
 #[inline]
 fn notify_condition(area: &SharedArray<AtomicU32>, event_idx: bool) -> NotifyCondition {
     let event = u32::from_le(area.nth(0).load(Ordering::Relaxed));
@@ -268,10 +275,10 @@ fn notify_condition(area: &SharedArray<AtomicU32>, event_idx: bool) -> NotifyCon
     }
 }
 
-/// Whether moving `slots` descriptors on, to `new` in a ring of `size`, passes `event`.
+/// Returns true if moving `slots` descriptors ahead to `new`, in a ring of `size` descriptors, passes `event`.
 #[inline]
 fn passes_position(event: Position, new: Position, slots: u16, size: u16) -> bool {
-    // Counted from the start of the round that `new` is in, as indexes that run freely.
+    // As free-running indexes that are 0 at the start of the round of `new`.
     let event = if event.wrap == new.wrap { event.index } else { event.index.wrapping_sub(size) };
     passes(event, new.index, new.index.wrapping_sub(slots))
 }

@@ -1,4 +1,5 @@
-//! The device's side of a split ring: requests out of the avail ring, completions into the used ring and its log.
+//! The device side of a split ring: it takes requests from the avail ring and writes completions to the used ring and its
+//! log.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -17,12 +18,12 @@ use super::{SplitAreas, SplitLayout, load, store};
 
 const ELEMENT_BYTES: u64 = size_of::<UsedElem>() as u64;
 
-/// A split ring as its device serves it.
+/// The device side of a split ring.
 ///
-/// A worker drains it, sleeps, and never misses a request, in this way: `disable_notifications`, [`pop`] until false,
-/// `enable_notifications`, and again from the start while that says there is more; then wait for a kick.
-/// A completion is [`push`]ed, and a batch of them made visible by [`publish`], which also says whether to notify.
-/// The data a request writes must be logged before its completion is published (rule L10.1).
+/// A worker misses no request if it works in this order: `disable_notifications`; [`pop`] until it returns false;
+/// `enable_notifications`, and from the start again if that returns true; then wait for a kick. It [`push`]es completions and
+/// makes a batch of them visible with [`publish`], which also returns if the driver must be notified. Data that a request
+/// writes must be logged before its completion is published (rule L10.1).
 ///
 /// [`pop`]: SplitDevice::pop
 /// [`push`]: SplitDevice::push
@@ -35,16 +36,17 @@ pub struct SplitDevice {
     indirect: bool,
     /// Avail index of the next request to take.
     next_avail: u16,
-    /// The driver's avail index when last looked at.
+    /// The driver's avail index when it was last read.
     seen_avail: u16,
-    /// Used index with all that was pushed.
+    /// Used index after all pushed completions.
     next_used: u16,
-    /// Used index as the driver sees it.
+    /// Used index that the driver sees.
     published: u16,
-    /// Used index at the last decision about a notification; none before the first.
-    decided: Option<u16>,
-    /// What stands in `used.flags` and `avail_event`.
+    /// Used index at the last check for a notification; `None` before the first.
+    notify_checked: Option<u16>,
+    /// Value of `used.flags` in the ring.
     used_flags: u16,
+    /// Value of `avail_event` in the ring.
     avail_event: u16,
     log: Option<RingLog>,
     iommu: Option<RingIommu>,
@@ -53,12 +55,12 @@ pub struct SplitDevice {
 }
 
 impl SplitDevice {
-    /// Takes up a ring at `base`; the used index goes on from what the ring itself says. Nothing is written.
+    /// Opens a ring at `base`. The used index is read from the ring. Nothing is written.
     ///
-    /// `features` are the negotiated ones; INDIRECT_DESC and EVENT_IDX matter here.
+    /// `features` are the negotiated ones, of which INDIRECT_DESC and EVENT_IDX are used.
     ///
     /// # Errors
-    /// A size, alignment or address that a split ring can't have.
+    /// [`RingError::Size`], [`RingError::Misaligned`] or [`RingError::Outside`] for an invalid layout.
     pub fn new(memory: &Memory, layout: SplitLayout, features: u64, base: RingBase) -> Result<SplitDevice, RingError> {
         let areas = SplitAreas::new(memory, &layout)?;
         let used = load(&areas.used_idx, Ordering::Relaxed);
@@ -71,7 +73,7 @@ impl SplitDevice {
             seen_avail: base.split_index(),
             next_used: used,
             published: used,
-            decided: None,
+            notify_checked: None,
             used_flags: load(&areas.used_flags, Ordering::Relaxed),
             avail_event: load(&areas.avail_event, Ordering::Relaxed),
             areas,
@@ -81,10 +83,10 @@ impl SplitDevice {
         })
     }
 
-    /// Goes on in a new memory table, at the addresses it gives the same ring. Indexes and log stay.
+    /// Continues in a new memory table, in which the same ring has the addresses `layout`. Indexes and log stay.
     ///
     /// # Errors
-    /// As [`SplitDevice::new`], and a size that changed; the ring then stays in the old memory.
+    /// As [`SplitDevice::new`], and [`RingError::Size`] if the size has changed. The ring stays in the old memory then.
     pub fn remap(&mut self, memory: &Memory, layout: SplitLayout) -> Result<(), RingError> {
         if layout.size != self.layout.size {
             return Err(RingError::Size { size: layout.size });
@@ -95,52 +97,52 @@ impl SplitDevice {
         Ok(())
     }
 
-    /// Sets where writes to the used ring are logged from now on; `None` is nowhere.
+    /// Sets the log of further writes to the used ring; `None` for no log.
     pub fn set_log(&mut self, log: Option<RingLog>) {
         self.log = log;
     }
 
-    /// Says that all addresses in the ring are I/O virtual, as its own and those of its log are. It was taken up in the
-    /// window's memory.
+    /// Makes all addresses in the ring and of its log I/O virtual. The ring must have been opened in the memory of the IOMMU's
+    /// window.
     pub fn set_iommu(&mut self, iommu: RingIommu) {
         self.iommu = Some(iommu);
     }
 
-    /// Takes the next request into `chain`; false if there is none.
+    /// Takes the next request into `chain`. Returns false if there is none.
     ///
     /// # Errors
-    /// The driver broke the ring. Nothing was taken; this ring can't go on, all others can.
+    /// [`RingError`] if the driver has broken the ring. Nothing is taken then, and only this ring must be stopped.
     #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        if self.next_avail == self.seen_avail && !self.look()? {
+        if self.next_avail == self.seen_avail && !self.read_avail_index()? {
             return Ok(false);
         }
         let head = u16::from_le(self.areas.avail.at(self.next_avail).load(Ordering::Relaxed));
-        self.walk(head, chain)?;
+        self.read_chain(head, chain)?;
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(true)
     }
 
-    /// Reads the request `head` again, which was taken before a crash, into `chain` (rule I3.3).
+    /// Reads request `head`, which was taken before a crash, into `chain` (rule I3.3).
     ///
     /// # Errors
     /// As [`SplitDevice::pop`].
     pub fn resubmit(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
-        self.walk(head, chain)
+        self.read_chain(head, chain)
     }
 
-    /// Writes the completion of request `head`, of which the device wrote `written` bytes. The driver sees it after
-    /// the next [`publish`](SplitDevice::publish).
+    /// Writes the completion of request `head`. `written` is the number of bytes that the device wrote. The driver sees it
+    /// after the next [`publish`](SplitDevice::publish).
     #[inline]
     pub fn push(&mut self, head: u16, written: u32) {
         self.areas.set_used(self.next_used, head, written);
         self.next_used = self.next_used.wrapping_add(1);
     }
 
-    /// Makes the completions pushed so far visible and logs all writes of them; true if the driver is to be notified.
+    /// Publishes the completions pushed so far and logs these writes. Returns true if the driver must be notified.
     ///
-    /// The log bits follow the writes, so that a harvest that takes a bit away also sees what was written. A crash in
-    /// between is made good by [`relog_used`](SplitDevice::relog_used).
+    /// The log bits are set after the writes, so that a harvest that clears a bit also sees the data. After a crash between
+    /// the two, [`relog_used`](SplitDevice::relog_used) sets the missing bits.
     #[inline]
     #[must_use = "the driver may be waiting for a notification"]
     pub fn publish(&mut self) -> bool {
@@ -158,24 +160,25 @@ impl SplitDevice {
             (RING_ELEMENTS_OFFSET, (count - straight) * ELEMENT_BYTES),
             (RING_IDX_OFFSET, 2),
         ]);
-        // Only now, after the fence: a driver that is about to sleep either sees the new index or is seen here.
+        // After the fence: a driver that is about to wait either sees the new index, or its request for a notification is
+        // seen here.
         if !self.event_idx {
             return load(&self.areas.avail_flags, Ordering::Relaxed) & AVAIL_F_NO_INTERRUPT == 0;
         }
-        match self.decided.replace(new) {
+        match self.notify_checked.replace(new) {
             Some(old) => passes(load(&self.areas.used_event, Ordering::Relaxed), new, old),
             None => true,
         }
     }
 
-    /// Asks the driver not to kick. It may do so all the same.
+    /// Asks the driver not to kick. The driver may ignore it.
     pub fn disable_notifications(&mut self) {
         if !self.event_idx {
             self.set_used_flags(USED_F_NO_NOTIFY);
         }
     }
 
-    /// Asks the driver to kick from now on; true if there are requests already, for which it may not kick.
+    /// Asks the driver to kick. Returns true if there are requests already, for which the driver may not kick.
     #[must_use = "requests that are there already bring no kick"]
     pub fn enable_notifications(&mut self) -> bool {
         if self.event_idx {
@@ -183,31 +186,32 @@ impl SplitDevice {
         } else {
             self.set_used_flags(0);
         }
-        // After the fence that followed the write, now or when the same was written before: the driver sees the wish
-        // or is seen here.
+        // After the fence that followed this write, or an earlier write of the same value: the driver sees the request for
+        // a kick, or its avail index is seen here.
         load(&self.areas.avail_idx, Ordering::Relaxed) != self.next_avail
     }
 
-    /// Marks the whole used ring in its log: after a crash nobody knows which marks of the last writes were made.
+    /// Marks the whole used ring in its log. After a crash it is not known which of the last writes were marked.
     pub fn relog_used(&self) {
         self.fence_and_log(&[(RING_FLAGS_OFFSET, used_ring_bytes(self.layout.size.into()))]);
     }
 
-    /// Returns true if all that [`relog_used`](SplitDevice::relog_used) marks is marked already.
+    /// Returns true if all pages that [`relog_used`](SplitDevice::relog_used) marks are marked already.
     pub fn is_used_marked(&self) -> bool {
         let Some(RingLog { log, used_gpa }) = &self.log else { return false };
         are_marked(log, self.iommu.as_ref(), *used_gpa, used_ring_bytes(self.layout.size.into()))
     }
 
-    /// Goes on at `next_avail`, as recovery found it (rule I3.4).
+    /// Continues at `next_avail`, the result of recovery (rule I3.4).
     pub fn set_next_avail(&mut self, next_avail: u16) {
         self.next_avail = next_avail;
         self.seen_avail = next_avail;
     }
 
-    /// Puts requests back that were taken, given by their heads in the order of taking; false if they are not the last
-    /// ones taken, in that order: then nothing has changed. The same requests are taken again by the next
-    /// [`pop`](SplitDevice::pop)s.
+    /// Puts the requests that were taken last back, given by their heads in the order of taking. The next calls of
+    /// [`pop`](SplitDevice::pop) take them again.
+    ///
+    /// Returns false and changes nothing if these are not the requests that were taken last, in that order.
     pub fn put_back(&mut self, mut heads: impl ExactSizeIterator<Item = u16>) -> bool {
         let Some(count) = u16::try_from(heads.len()).ok().filter(|count| *count <= self.layout.size) else {
             return false;
@@ -226,27 +230,27 @@ impl SplitDevice {
         self.next_avail
     }
 
-    /// The used index as the driver sees it.
+    /// The used index that the driver sees.
     pub fn used_index(&self) -> u16 {
         self.published
     }
 
-    /// The base that GET_VRING_BASE answers (rule R4.1).
+    /// The base for the reply to GET_VRING_BASE (rule R4.1).
     pub fn base(&self) -> RingBase {
         RingBase::split(self.next_avail)
     }
 
-    /// Where the ring lies.
+    /// The layout of the ring.
     pub fn layout(&self) -> SplitLayout {
         self.layout
     }
 
-    /// Looks for new requests; false if there are none.
-    fn look(&mut self) -> Result<bool, RingError> {
+    /// Reads the driver's avail index. Returns false if there are no new requests.
+    fn read_avail_index(&mut self) -> Result<bool, RingError> {
         let (size, next, used) = (self.layout.size, self.next_avail, self.next_used);
         // Pairs with the driver's release: the ring's entries and descriptors are visible after it.
         let index = load(&self.areas.avail_idx, Ordering::Acquire);
-        // Counted from the used index: a driver can't have more requests under way than the ring has entries.
+        // Counted from the used index too: a driver cannot have more requests in flight than the ring has entries.
         if index.wrapping_sub(next) > size || index.wrapping_sub(used) > size {
             return Err(RingError::AvailIndex { index, next, used, size });
         }
@@ -254,8 +258,9 @@ impl SplitDevice {
         Ok(index != next)
     }
 
+    /// Reads the chain of descriptors at `head`.
     #[inline]
-    fn walk(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+    fn read_chain(&mut self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         let size = self.layout.size;
         chain.begin(head);
         let mut index = head;
@@ -266,7 +271,7 @@ impl SplitDevice {
             let desc = self.areas.desc(index);
             let flags = desc.flags.get();
             if flags & DESC_F_INDIRECT != 0 {
-                return self.walk_table(&desc, chain);
+                return self.read_table(&desc, chain);
             }
             chain.add(buffer(&desc), flags & DESC_F_WRITE != 0)?;
             if flags & DESC_F_NEXT == 0 {
@@ -277,15 +282,15 @@ impl SplitDevice {
         Err(RingError::Loop { head })
     }
 
-    /// Walks the indirect table that ends a chain.
-    fn walk_table(&mut self, desc: &Desc, chain: &mut Chain) -> Result<(), RingError> {
+    /// Reads the indirect table at the end of a chain.
+    fn read_table(&mut self, desc: &Desc, chain: &mut Chain) -> Result<(), RingError> {
         let head = chain.head;
         let fault = |fault| Err(RingError::Indirect { head, fault });
         if !self.indirect {
-            return fault("without INDIRECT_DESC being negotiated");
+            return fault("although INDIRECT_DESC is not negotiated");
         }
         if desc.flags.get() & DESC_F_NEXT != 0 {
-            return fault("with NEXT");
+            return fault("with the NEXT flag");
         }
         copy_table(&self.memory, self.iommu.as_ref(), head, desc.addr.get(), desc.len.get(), &mut self.table)?;
         let size = self.table.len();
@@ -323,13 +328,13 @@ impl SplitDevice {
         }
     }
 
-    /// A full fence, and then the marks for writes to the used ring before it, as (offset, length) in bytes.
+    /// Executes a full fence and then marks earlier writes to the used ring, given as (offset, length) in bytes.
     #[inline]
     fn fence_and_log(&self, writes: &[(u64, u64)]) {
         let Some(RingLog { log, used_gpa }) = &self.log else { return fence(Ordering::SeqCst) };
         let burst = log.burst();
         for (offset, len) in writes.iter().filter(|(_, len)| *len > 0) {
-            // Saturating: an address outside any log is for the log to count (rule L6.2).
+            // Saturating: the log counts pages outside it (rule L6.2).
             let at = used_gpa.saturating_add(*offset);
             match &self.iommu {
                 None => burst.mark(at, *len),

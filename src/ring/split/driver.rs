@@ -1,6 +1,6 @@
-//! The driver's side of a split ring, as the built-in guest and tests use it: requests in, completions out.
+//! The driver side of a split ring, used by the built-in guest and by tests: it adds requests and takes completions.
 //!
-//! What the device says is checked; links between descriptors are kept here, never read back from shared memory.
+//! Values written by the device are checked. The links between descriptors are kept here and never read from shared memory.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -18,39 +18,39 @@ use crate::ring::{Buffer, InOrderState, RingError, UsedBuffer, passes};
 
 use super::{SplitAreas, SplitLayout, load, store};
 
-/// Where a driver is in its ring, to go on with it elsewhere on the same guest memory.
+/// The saved state of a driver, to continue with the ring in another process that has the same guest memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct SplitDriverState {
-    /// Avail index with all requests added.
+    /// Avail index after all added requests.
     pub avail: u16,
-    /// Avail index as the device sees it.
+    /// Avail index that the device sees.
     pub published: u16,
     /// Used index up to which completions were taken.
     pub used: u16,
     /// The requests without a completion: their descriptors in order, the head first.
     pub chains: Vec<Vec<u16>>,
-    /// The free descriptor that the next request begins with; means nothing if none is free.
+    /// The free descriptor with which the next request begins. It is ignored if none is free.
     pub first_free: u16,
     /// With IN_ORDER, the order of the requests.
     pub in_order: Option<InOrderState>,
 }
 
-/// A split ring as its driver uses it.
+/// The driver side of a split ring.
 ///
-/// To wait without missing a completion: [`pop_used`](SplitDriver::pop_used) until `None`, `enable_notifications`, and
-/// again while that says there is more.
+/// A driver misses no completion if it works in this order: [`pop_used`](SplitDriver::pop_used) until it returns `None`;
+/// `enable_notifications`, and from the start again if that returns true; then wait for a notification.
 pub struct SplitDriver {
     memory: Memory,
     areas: SplitAreas,
     size: u16,
     event_idx: bool,
-    /// By descriptor: the next one of its chain, or of the free ones.
+    /// By descriptor: the next one of its chain, or of the free list.
     links: Vec<u16>,
-    /// By head: how many descriptors its chain has; 0 for what is no request in flight.
+    /// By head: the number of descriptors of its chain; 0 if no request in flight has this head.
     lengths: Vec<u16>,
-    /// What is freed is used again last: with IN_ORDER descriptors are used in the order of the table (virtio 1.2,
-    /// "In-order use of descriptors").
+    /// Head of the free list. Freed descriptors are appended to the list, so that with IN_ORDER descriptors are used in the
+    /// order of the table (virtio 1.2, "In-order use of descriptors").
     first_free: u16,
     last_free: u16,
     free: u16,
@@ -62,12 +62,12 @@ pub struct SplitDriver {
 }
 
 impl SplitDriver {
-    /// Makes an empty ring: avail and used ring are initialised.
+    /// Initialises an empty ring.
     ///
-    /// `features` are the negotiated ones; EVENT_IDX and IN_ORDER matter here.
+    /// `features` are the negotiated ones, of which EVENT_IDX and IN_ORDER are used.
     ///
     /// # Errors
-    /// A size, alignment or address that a split ring can't have.
+    /// [`RingError::Size`], [`RingError::Misaligned`] or [`RingError::Outside`] for an invalid layout.
     pub fn new(memory: &Memory, layout: SplitLayout, features: u64) -> Result<SplitDriver, RingError> {
         let areas = SplitAreas::new(memory, &layout)?;
         let words = [&areas.avail_flags, &areas.avail_idx, &areas.used_event];
@@ -92,10 +92,10 @@ impl SplitDriver {
         })
     }
 
-    /// Goes on with a ring where `state` left it; the ring itself, which is in guest memory, is not touched.
+    /// Opens a ring with the saved `state`. The ring itself is in guest memory and is not changed.
     ///
     /// # Errors
-    /// As [`SplitDriver::new`], and a state that no driver of this ring can have been in.
+    /// As [`SplitDriver::new`], and [`RingError::State`] for a state that is invalid for this ring.
     pub fn restore(
         memory: &Memory,
         layout: SplitLayout,
@@ -107,7 +107,7 @@ impl SplitDriver {
         let size = usize::from(layout.size);
         let SplitDriverState { avail, published, used, ref chains, first_free, ref in_order } = *state;
         if chains.len() > size || chains.len() != usize::from(avail.wrapping_sub(used)) {
-            return fault("indexes and requests don't match");
+            return fault("the indexes do not match the number of requests");
         }
         if avail.wrapping_sub(published) > avail.wrapping_sub(used) {
             return fault("more requests are unpublished than outstanding");
@@ -136,9 +136,9 @@ impl SplitDriver {
             return fault("requests have an order only with IN_ORDER");
         }
         if in_order.as_ref().is_some_and(|order| !order.is_of(chains.iter().flat_map(|chain| chain.first().copied()))) {
-            return fault("the order is not that of the requests");
+            return fault("the order has other requests than the ring");
         }
-        // The free ones, from the last one back to the first.
+        // The free list, linked from its last descriptor back to its first.
         let (mut next, mut last_free) = (layout.size, None);
         for index in (0..layout.size).rev().map(|at| first_free.wrapping_add(at) & (layout.size - 1)) {
             match links.get_mut(usize::from(index)) {
@@ -167,7 +167,7 @@ impl SplitDriver {
         })
     }
 
-    /// What [`SplitDriver::restore`] needs to go on.
+    /// The state for [`SplitDriver::restore`].
     pub fn state(&self) -> SplitDriverState {
         let chain = |(head, &length): (u16, &u16)| {
             std::iter::successors(Some(head), |index| Some(self.link(*index))).take(length.into()).collect()
@@ -182,14 +182,15 @@ impl SplitDriver {
         }
     }
 
-    /// Adds a request and returns its head, or `None` while the ring is too full for it. The device sees it after the
-    /// next [`publish`](SplitDriver::publish).
+    /// Adds a request and returns its head, or `None` while the ring has too few free descriptors. The device sees the
+    /// request after the next [`publish`](SplitDriver::publish).
     ///
-    /// With `table`, the guest-physical address of 16 bytes of room per buffer, the request is an indirect one and
-    /// takes a single descriptor; INDIRECT_DESC must be negotiated, and the room stay untouched until completion.
+    /// With `table`, the request is indirect and takes a single descriptor. `table` is the guest-physical address of 16 bytes
+    /// per buffer, which must not be written until the request is completed. INDIRECT_DESC must be negotiated.
     ///
     /// # Errors
-    /// A request that has no buffer or could never fit; a `table` outside guest memory.
+    /// [`RingError::Request`] for a request that has no buffer or never fits, [`RingError::IndirectOutside`] for a `table`
+    /// outside guest memory.
     pub fn add(
         &mut self,
         readable: &[Buffer],
@@ -237,7 +238,7 @@ impl SplitDriver {
         Ok(Some(head))
     }
 
-    /// Makes the requests added so far visible; true if the device is to be kicked.
+    /// Publishes the requests added so far. Returns true if the device must be kicked.
     #[must_use = "the device may be waiting for a kick"]
     pub fn publish(&mut self) -> bool {
         let (old, new) = (self.published, self.avail);
@@ -246,7 +247,7 @@ impl SplitDriver {
         }
         store(&self.areas.avail_idx, new, Ordering::Release);
         self.published = new;
-        // The device either sees the new index before it sleeps, or its wish for a kick is seen here.
+        // The device either sees the new index before it waits, or its request for a kick is seen here.
         fence(Ordering::SeqCst);
         if self.event_idx {
             passes(load(&self.areas.avail_event, Ordering::Relaxed), new, old)
@@ -258,7 +259,7 @@ impl SplitDriver {
     /// Takes the next completion, if there is one, and frees its descriptors.
     ///
     /// # Errors
-    /// The device broke the ring; nothing was taken.
+    /// [`RingError::UsedIndex`] or [`RingError::UsedId`] if the device has broken the ring. Nothing is taken then.
     pub fn pop_used(&mut self) -> Result<Option<UsedBuffer>, RingError> {
         if let Some(used) = self.in_order.as_mut().and_then(InOrderState::next) {
             self.release(used.head);
@@ -292,14 +293,15 @@ impl SplitDriver {
         Ok(Some(used))
     }
 
-    /// Asks the device not to notify. It may do so all the same.
+    /// Asks the device not to notify. The device may ignore it.
     pub fn disable_notifications(&mut self) {
         if !self.event_idx {
             store(&self.areas.avail_flags, AVAIL_F_NO_INTERRUPT, Ordering::Relaxed);
         }
     }
 
-    /// Asks the device to notify of completions from now on; true if there are some already, for which it may not.
+    /// Asks the device to notify of completions. Returns true if there are completions already, for which the device may not
+    /// notify.
     #[must_use = "completions that are there already bring no notification"]
     pub fn enable_notifications(&mut self) -> bool {
         if self.event_idx {
@@ -311,12 +313,12 @@ impl SplitDriver {
         load(&self.areas.used_idx, Ordering::Relaxed) != self.used
     }
 
-    /// Requests without a completion.
+    /// Number of requests without a completion.
     pub fn outstanding(&self) -> u16 {
         self.outstanding
     }
 
-    /// Descriptors that are free.
+    /// Number of free descriptors.
     pub fn free(&self) -> u16 {
         self.free
     }

@@ -1,6 +1,6 @@
-//! Split rings (virtio 1.2, "Split Virtqueues"): where the three areas lie, and how both sides read and write them.
+//! Split rings (virtio 1.2, "Split Virtqueues"): the layout, and the access of both sides to the three areas.
 //!
-//! [`SplitDevice`] is the device's side, [`SplitDriver`] the driver's.
+//! [`SplitDevice`] is the device side, [`SplitDriver`] the driver side.
 
 mod device;
 mod driver;
@@ -25,7 +25,7 @@ use super::shared_array::SharedArray;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct SplitLayout {
-    /// Entries, a power of two from 1 to 32768.
+    /// Number of entries, a power of two from 1 to 32768.
     pub size: u16,
     /// Guest-physical address of the descriptor table.
     pub desc: u64,
@@ -35,7 +35,7 @@ pub struct SplitLayout {
     pub used: u64,
 }
 
-/// The areas of a ring, checked to be in guest memory, event words included. Values are in host byte order.
+/// The areas of a ring with the event words, checked to be in guest memory. Values are in host byte order.
 struct SplitAreas {
     desc: SharedArray<[AtomicU64; 2]>,
     avail_flags: SharedArray<AtomicU16>,
@@ -63,7 +63,7 @@ impl SplitAreas {
                 return Err(RingError::Misaligned { area, gpa, align });
             }
         }
-        // An address that wraps around ends up outside guest memory, whose last byte is never that of the space.
+        // A saturated address is outside guest memory, whose regions never contain the last byte of the address space.
         let avail_at = |offset: u64, count| SharedArray::new(memory, AVAIL, avail.saturating_add(offset), count);
         let used_at = |offset: u64, count| SharedArray::new(memory, USED, used.saturating_add(offset), count);
         Ok(SplitAreas {
@@ -79,7 +79,7 @@ impl SplitAreas {
         })
     }
 
-    /// Reads each half of a descriptor once, so that what is checked is what is used.
+    /// Reads each half of a descriptor once, so that the values that are checked are the values that are used.
     #[inline]
     fn desc(&self, index: u16) -> Desc {
         let [addr, rest] = self.desc.at(index);
