@@ -1,6 +1,6 @@
-//! Harvest of a dirty log, beside vm-memory's `AtomicBitmap::get_and_reset` and the loop QEMU runs over a log.
+//! Time of a harvest of a dirty log, compared with vm-memory's `AtomicBitmap::get_and_reset` and with QEMU's loop over a log.
 //!
-//! All memory is touched before it is measured, on every side. `cargo bench --bench harvest`.
+//! All memory of all contenders is populated before the measurement. Run `cargo bench --bench harvest`.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod race;
@@ -57,7 +57,7 @@ fn all(gib: u64) -> Vec<Range<u64>> {
     std::iter::once(0..gib * GIB / LOG_PAGE).collect()
 }
 
-/// One run of 1 MiB in every 100 MiB, not at a regular place in it.
+/// One run of 1 MiB in every 100 MiB, at irregular offsets.
 fn clustered(gib: u64) -> Vec<Range<u64>> {
     let runs = gib * GIB / (100 << 20);
     (0..runs).map(|i| i * 25600 + i * 7919 % 25000).map(|page| page..page + 256).collect()
@@ -112,24 +112,24 @@ fn vm_memory(gib: u64, pages: &[Range<u64>]) -> Contender<'_> {
     ("vm-memory get_and_reset", Box::new(turn))
 }
 
-/// A log in a memfd as QEMU has it, all of it touched.
-struct Shared {
+/// A log in a memfd, as in QEMU, all pages populated.
+struct SharedLog {
     map: MmapRaw,
     words: usize,
 }
 
-impl Shared {
-    fn new(gib: u64) -> Shared {
+impl SharedLog {
+    fn new(gib: u64) -> SharedLog {
         let words = (gib * GIB / LOG_PAGE / 64) as usize;
         let file = nix::sys::memfd::memfd_create("log", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
         nix::unistd::ftruncate(&file, words as i64 * 8).unwrap();
-        let shared = Shared { map: MmapOptions::new().len(words * 8).map_raw(&file).unwrap(), words };
+        let shared = SharedLog { map: MmapOptions::new().len(words * 8).map_raw(&file).unwrap(), words };
         shared.words().iter().for_each(|word| word.store(0, Ordering::Relaxed));
         shared
     }
 
     fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping has that many words and lives as long as `self`.
+        // SAFETY: the mapping has that many words and exists as long as `self`.
         unsafe { std::slice::from_raw_parts(self.map.as_mut_ptr().cast(), self.words) }
     }
 
@@ -141,7 +141,7 @@ impl Shared {
 }
 
 fn qemu(gib: u64, pages: &[Range<u64>]) -> Contender<'_> {
-    let shared = Shared::new(gib);
+    let shared = SharedLog::new(gib);
     let mut into = vec![1u64; shared.words];
     let turn = move || {
         into.fill(0);
@@ -157,12 +157,12 @@ fn qemu(gib: u64, pages: &[Range<u64>]) -> Contender<'_> {
     ("load, skip 0, xchg (QEMU's loop)", Box::new(turn))
 }
 
-/// The limit for an empty log: reading it.
+/// Lower bound for an empty log: a plain read of all its words.
 fn read<'a>(gib: u64) -> Contender<'a> {
-    let shared = Shared::new(gib);
+    let shared = SharedLog::new(gib);
     let turn = move || {
         time(|| {
-            // SAFETY: the mapping has that many words, and nobody writes them.
+            // SAFETY: the mapping has that many words, and nothing writes them.
             let words = unsafe { std::slice::from_raw_parts(shared.map.as_ptr().cast::<u64>(), shared.words) };
             words.iter().fold(0, |any, word| any | word)
         })
@@ -170,14 +170,14 @@ fn read<'a>(gib: u64) -> Contender<'a> {
     ("read it (the limit)", Box::new(turn))
 }
 
-/// What is left for stopped writers without a set to fill: moving the bytes.
+/// Lower bound for stopped writers: moving the bytes, without filling a page set.
 fn copy_and_zero(gib: u64, pages: &[Range<u64>]) -> Contender<'_> {
-    let shared = Shared::new(gib);
+    let shared = SharedLog::new(gib);
     let mut into = vec![1u64; shared.words];
     let turn = move || {
         shared.mark(pages);
         time(|| {
-            // SAFETY: both have that many words, and nobody else looks at them.
+            // SAFETY: both have that many words, and nothing else accesses them.
             unsafe {
                 let log = shared.map.as_mut_ptr().cast::<u64>();
                 std::ptr::copy_nonoverlapping(log, into.as_mut_ptr(), shared.words);
@@ -198,7 +198,7 @@ fn sparse<'a>(gib: u64, touched: u64) -> Contender<'a> {
     };
     let turn = move || {
         set.clear();
-        // One page of log is 128 MiB of guest.
+        // One page of the log covers 128 MiB of guest memory.
         (0..touched).for_each(|i| log.mark(i * (gib * GIB / touched), 1));
         time(|| log.harvest(&mut set))
     };

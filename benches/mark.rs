@@ -1,7 +1,7 @@
-//! What marking costs, and what it costs a guest-memory write when nothing is logged.
+//! Time of a mark, and of a write to guest memory with and without logging.
 //!
-//! Beside: vm-memory's `AtomicBitmap`, and a lock, an optional log and one atomic per page and byte, which is how
-//! rust-vmm's vhost-user back-end does it. `cargo bench --bench mark`.
+//! Compared with vm-memory's `AtomicBitmap`, and with the method of rust-vmm's vhost-user back-end: a lock, an optional log,
+//! and one atomic operation on a byte per page. Run `cargo bench --bench mark`.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod race;
@@ -84,7 +84,7 @@ fn main() {
     );
 }
 
-/// Page addresses in no order, the same for everybody.
+/// Page addresses in random order, the same for all contenders.
 fn random(bytes: u64) -> Vec<u64> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let mut next = || {
@@ -96,7 +96,7 @@ fn random(bytes: u64) -> Vec<u64> {
     (0..1 << 15).map(|_| next()).collect()
 }
 
-/// Does `work` for every address; nanoseconds for one.
+/// A contender that does `work` for every address. Its result is nanoseconds per address.
 fn each<'a>(name: &'static str, gpas: &'a [u64], mut work: impl FnMut(u64) + 'a) -> Contender<'a> {
     (name, Box::new(move || time(|| gpas.iter().for_each(|gpa| work(*gpa))) / gpas.len() as f64))
 }
@@ -108,11 +108,11 @@ fn in_bursts(gpas: &[u64], burst: usize, log: &Log) {
     }
 }
 
-fn bitmap<M: PageMarker + 'static>(marks: &Arc<M>) -> LogBitmap<M> {
-    LogBitmap::new(Arc::clone(marks), 0)
+fn bitmap<M: PageMarker + 'static>(marker: &Arc<M>) -> LogBitmap<M> {
+    LogBitmap::new(Arc::clone(marker), 0)
 }
 
-/// Guest memory with a bitmap of some kind, all of it touched.
+/// Guest memory with `bitmap`, all pages populated.
 fn memory<B: Bitmap>(bitmap: B) -> GuestMemoryMmap<B> {
     let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_POPULATE;
     let builder = MmapRegionBuilder::new_with_bitmap(WRITTEN, bitmap).with_mmap_flags(flags);
@@ -120,7 +120,7 @@ fn memory<B: Bitmap>(bitmap: B) -> GuestMemoryMmap<B> {
     GuestMemoryMmap::from_regions(vec![GuestRegionMmap::new(mapping, GuestAddress(0)).unwrap()]).unwrap()
 }
 
-/// A log behind a lock that may be there or not, marked page by page with an atomic on its byte.
+/// An optional log behind a lock, marked page by page with an atomic operation on a byte.
 struct Locked(RwLock<Option<Vec<AtomicU8>>>);
 
 impl Locked {

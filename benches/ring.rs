@@ -1,8 +1,9 @@
-//! What a request costs in the ring and in the inflight region, and how long a successor takes to find its way.
+//! Time of a request in the ring and in the inflight region, and time of the recovery by a successor.
 //!
-//! Per request, in batches, on split and on packed rings: the device's side alone (the driver's is outside the clock), for
-//! requests of one descriptor, of a chain and of an indirect table, with and without inflight tracking and with the ring
-//! logged; behind an IOMMU with a translation for each page, all of which are known. Recovery: a queue of 1024 entries, half of them in flight.
+//! Per request, in batches, on split and packed rings. Only the device side is measured, for requests of one descriptor, of a
+//! chain and of an indirect table, with and without inflight tracking, and with logging of the ring. Behind an IOMMU there is
+//! a translation for each page, and all are in the IOTLB. Recovery is measured for a queue of 1024 entries with 512 requests
+//! in flight.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod race;
@@ -23,11 +24,11 @@ use zerocopy::FromZeros;
 
 const SIZE: u16 = 256;
 const BATCH: u16 = 16;
-/// Of one turn.
+/// Number of batches of one turn.
 const BATCHES: u64 = 2000;
 const TURNS: usize = 9;
 const KINDS: [(&str, u64); 2] = [("split", 0), ("packed", bit(VIRTIO_F_RING_PACKED))];
-/// Where indirect tables are.
+/// Guest-physical start of the memory for indirect tables.
 const TABLES: u64 = 0x2_0000;
 
 fn rings(kind: u64, translated: bool) -> (DriverRing, DeviceRing) {
@@ -50,17 +51,17 @@ fn rings(kind: u64, translated: bool) -> (DriverRing, DeviceRing) {
     (driver, device)
 }
 
-/// How requests are laid out.
+/// The layout of requests.
 #[derive(Clone, Copy)]
-struct Shape {
-    /// Beside one that is read.
+struct RequestLayout {
+    /// Number of writable buffers, beside one readable buffer.
     writable: usize,
     indirect: bool,
-    /// Whether their addresses are translated, page by page.
+    /// True if the ring is behind an IOMMU, which translates addresses page by page.
     translated: bool,
 }
 
-const CHAIN: Shape = Shape { writable: 2, indirect: false, translated: false };
+const CHAIN: RequestLayout = RequestLayout { writable: 2, indirect: false, translated: false };
 
 enum Tracking {
     Off,
@@ -90,11 +91,11 @@ impl Tracking {
         head
     }
 
-    fn stage(&mut self, name: u16) {
+    fn stage(&mut self, entry: u16) {
         match self {
             Tracking::Off => {}
-            Tracking::Split(inflight) => inflight.stage(name),
-            Tracking::Packed(inflight) => inflight.stage(name),
+            Tracking::Split(inflight) => inflight.stage(entry),
+            Tracking::Packed(inflight) => inflight.stage(entry),
         }
     }
 
@@ -107,9 +108,9 @@ impl Tracking {
     }
 }
 
-/// Nanoseconds that the device spends on a request of many, in batches.
-fn serve(kind: u64, shape: Shape, tracking: &mut Tracking, log: Option<RingLog>) -> f64 {
-    let (mut driver, mut device) = rings(kind, shape.translated);
+/// Nanoseconds of the device side per request, measured over many batches.
+fn serve(kind: u64, layout: RequestLayout, tracking: &mut Tracking, log: Option<RingLog>) -> f64 {
+    let (mut driver, mut device) = rings(kind, layout.translated);
     device.set_log(log);
     let buffer = Buffer { gpa: 0x1_0000, len: 4096 };
     let writable = [buffer; 2];
@@ -117,17 +118,17 @@ fn serve(kind: u64, shape: Shape, tracking: &mut Tracking, log: Option<RingLog>)
     let mut spent = Duration::ZERO;
     for _ in 0..BATCHES {
         for number in 0..u64::from(BATCH) {
-            let table = shape.indirect.then_some(TABLES + number * 64);
-            driver.add(&[buffer], &writable[..shape.writable], table).unwrap().unwrap();
+            let table = layout.indirect.then_some(TABLES + number * 64);
+            driver.add(&[buffer], &writable[..layout.writable], table).unwrap().unwrap();
         }
         let _ = driver.publish();
         let begin = Instant::now();
-        for (chain, name) in &mut chains {
+        for (chain, entry) in &mut chains {
             assert!(device.pop(chain).unwrap());
-            *name = tracking.take(&device, chain.head);
+            *entry = tracking.take(&device, chain.head);
         }
-        for (chain, name) in &chains {
-            tracking.stage(*name);
+        for (chain, entry) in &chains {
+            tracking.stage(*entry);
             device.push(chain, 8192);
         }
         black_box(device.publish());
@@ -145,18 +146,18 @@ fn main() {
 }
 
 fn per_request() {
-    let shapes = [
-        ("one descriptor", Shape { writable: 0, ..CHAIN }),
+    let layouts = [
+        ("one descriptor", RequestLayout { writable: 0, ..CHAIN }),
         ("a chain of three", CHAIN),
-        ("an indirect table of three", Shape { indirect: true, ..CHAIN }),
-        ("one descriptor behind an IOMMU", Shape { writable: 0, translated: true, ..CHAIN }),
-        ("a chain of three behind an IOMMU", Shape { translated: true, ..CHAIN }),
-        ("an indirect table of three behind an IOMMU", Shape { indirect: true, translated: true, ..CHAIN }),
+        ("an indirect table of three", RequestLayout { indirect: true, ..CHAIN }),
+        ("one descriptor behind an IOMMU", RequestLayout { writable: 0, translated: true, ..CHAIN }),
+        ("a chain of three behind an IOMMU", RequestLayout { translated: true, ..CHAIN }),
+        ("an indirect table of three behind an IOMMU", RequestLayout { indirect: true, translated: true, ..CHAIN }),
     ];
     for (name, kind) in KINDS {
         let mut contenders: Vec<Contender<'_>> = Vec::new();
-        for (what, shape) in shapes {
-            contenders.push((what, Box::new(move || serve(kind, shape, &mut Tracking::Off, None))));
+        for (what, layout) in layouts {
+            contenders.push((what, Box::new(move || serve(kind, layout, &mut Tracking::Off, None))));
         }
         let mut inflight = Tracking::new(kind);
         contenders.push(("a chain of three with inflight", Box::new(move || serve(kind, CHAIN, &mut inflight, None))));
@@ -204,7 +205,7 @@ fn recovery() {
     );
 }
 
-/// A turn of `times` times `work`, which is `units` units of work.
+/// A contender that does `work` `times` times. Its result is nanoseconds per unit, of which `work` has `units`.
 fn each<'a, T>(times: u64, units: u64, mut work: impl FnMut() -> T + 'a) -> Box<dyn FnMut() -> f64 + 'a> {
     Box::new(move || time(|| (0..times).for_each(|_| _ = black_box(work()))) / (times * units) as f64)
 }

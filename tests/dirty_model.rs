@@ -1,16 +1,17 @@
-//! Every interleaving of marking and harvesting, on a machine with store buffers: no page is ever lost.
+//! Model of marking and harvesting in every interleaving, on a machine with store buffers: no page is lost.
 //!
-//! A model of the algorithms in `dirty` (rules L10.1, L10.2 and L13.1), explored exhaustively: writers store data and mark, with
-//! and without looking at the bit first, while a harvester takes bits and copies pages. Stores wait in a buffer and
-//! reach memory at any later time, as on x86; locked operations and fences wait for the buffer. To show that the
-//! model would notice, each way to get it wrong must lose a page.
+//! The algorithms of `dirty` (rules L10.1, L10.2 and L13.1) are explored exhaustively. Writers store data and mark, with or
+//! without loading the bit first, while a harvester takes bits and copies pages. Stores are buffered and reach memory at any
+//! later time, as on x86. Locked operations and fences wait for the buffer to be empty. To show that the model notices
+//! errors, each wrong variant of an algorithm must lose a page.
 
 use std::collections::HashSet;
 
-/// Pieces of data, each with one writer.
+/// Number of pieces of data, each with one writer.
 const DATA: usize = 2;
-/// Which page each of them is in: pages of their own, or one that both writers share.
+/// Page of each piece: a page for each.
 const APART: [usize; DATA] = [0, 1];
+/// Page of each piece: one page for both.
 const SHARED: [usize; DATA] = [0, 0];
 
 /// One step of a program. `reg` is the thread's register.
@@ -18,7 +19,7 @@ const SHARED: [usize; DATA] = [0, 0];
 enum Op {
     /// data += 1, through the store buffer.
     Write(usize),
-    /// Waits until the thread's stores are in memory.
+    /// Waits until the thread's stores have reached memory.
     Fence,
     /// reg = the word of the log.
     LoadLog,
@@ -40,11 +41,11 @@ enum Op {
 struct Thread {
     at: usize,
     reg: u8,
-    /// Stores on their way to memory, oldest first: (place, value).
+    /// Buffered stores, oldest first: (address, value).
     buffer: Vec<(usize, u8)>,
 }
 
-/// Places: the data, then the word of the log.
+/// Address of the word of the log, after the data.
 const LOG: usize = DATA;
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -60,7 +61,7 @@ impl State {
         mine.map_or(self.memory[place], |(_, value)| *value)
     }
 
-    /// The state after the thread's next operation, if it can run now.
+    /// The state after the thread's next operation; `None` if it must wait.
     fn step(&self, thread: usize, op: Op, page_of: [usize; DATA]) -> Option<State> {
         let mut next = self.clone();
         let drained = self.threads[thread].buffer.is_empty();
@@ -79,7 +80,7 @@ impl State {
                     next.copy[place] = self.load(thread, place);
                 }
             }
-            // The rest waits for the store buffer.
+            // All further operations wait for the store buffer.
             _ if !drained => return None,
             Op::Fence => {}
             Op::Or(page) | Op::OrUnlessSeen(page) => next.memory[LOG] |= 1 << page,
@@ -98,8 +99,8 @@ impl State {
     }
 }
 
-/// Runs the programs in every interleaving. Returns the number of states, and whether a page was lost in any: neither
-/// was the last version of its data copied, nor is its bit left for the last harvest.
+/// Runs the programs in every interleaving. Returns the number of states, and true if a page is lost in any of them: the
+/// last version of its data is not copied, and its bit is not left for the last harvest.
 fn explore(programs: &[Vec<Op>], page_of: [usize; DATA]) -> (usize, bool) {
     let threads = programs.iter().map(|_| Thread { at: 0, reg: 0, buffer: Vec::new() }).collect();
     let mut todo = vec![State { memory: [0; DATA + 1], copy: [0; DATA], threads }];
@@ -130,7 +131,7 @@ fn burst(page: usize) -> Vec<Op> {
     vec![Op::Write(page), Op::Fence, Op::LoadLog, Op::OrUnlessSeen(page)]
 }
 
-/// `Log::harvest`, and the reading of the pages after it.
+/// `Log::harvest`, and the copying of the pages after it.
 fn harvest() -> Vec<Op> {
     vec![Op::LoadLog, Op::Swap, Op::Fence, Op::CopyPages]
 }
@@ -147,14 +148,14 @@ fn lost(writers: [Vec<Op>; 2], harvester: Vec<Op>) -> bool {
 }
 
 #[test]
-fn no_page_is_lost_whatever_the_order() {
+fn no_page_is_lost_in_any_interleaving() {
     assert!(!lost([mark(0), mark(1)], harvest()));
     assert!(!lost([burst(0), mark(1)], harvest()));
     assert!(!lost([burst(0), burst(1)], harvest()));
 }
 
 #[test]
-fn no_version_of_a_page_is_lost_that_two_writers_share() {
+fn no_version_of_a_page_with_two_writers_is_lost() {
     let burst = |data| vec![Op::Write(data), Op::Fence, Op::LoadLog, Op::OrUnlessSeen(0)];
     let mark = |data| vec![Op::Write(data), Op::Or(0)];
     assert!(!lost_in(SHARED, [burst(0), burst(1)], harvest()));
@@ -164,42 +165,42 @@ fn no_version_of_a_page_is_lost_that_two_writers_share() {
 }
 
 #[test]
-fn a_burst_may_hold_many_marks_after_its_one_fence() {
+fn one_fence_is_enough_for_many_marks_of_a_burst() {
     let both =
         vec![Op::Write(0), Op::Write(1), Op::Fence, Op::LoadLog, Op::OrUnlessSeen(0), Op::LoadLog, Op::OrUnlessSeen(1)];
     assert!(!lost([both, burst(1)], harvest()));
 }
 
 #[test]
-fn without_the_fence_a_page_is_lost() {
+fn a_burst_without_a_fence_loses_a_page() {
     let unfenced = vec![Op::Write(0), Op::LoadLog, Op::OrUnlessSeen(0)];
     assert!(lost([unfenced, mark(1)], harvest()));
 }
 
 #[test]
-fn with_the_fence_before_the_data_a_page_is_lost() {
+fn a_burst_with_the_fence_before_the_data_loses_a_page() {
     let early = vec![Op::Fence, Op::Write(0), Op::LoadLog, Op::OrUnlessSeen(0)];
     assert!(lost([early, mark(1)], harvest()));
 }
 
 #[test]
-fn marking_before_the_data_loses_a_page() {
+fn a_mark_before_the_data_loses_a_page() {
     assert!(lost([vec![Op::Or(0), Op::Write(0), Op::Fence], mark(1)], harvest()));
 }
 
 #[test]
-fn marking_without_a_locked_operation_loses_a_page() {
+fn a_mark_without_a_locked_operation_loses_a_page() {
     let racy = vec![Op::Write(0), Op::Fence, Op::LoadLog, Op::StoreOr(0), Op::Fence];
     assert!(lost([racy, mark(1)], harvest()));
 }
 
 #[test]
-fn clearing_without_a_swap_loses_a_page() {
+fn a_harvest_without_a_swap_loses_a_page() {
     let racy = vec![Op::LoadLog, Op::StoreZero, Op::Fence, Op::CopyPages];
     assert!(lost([mark(0), mark(1)], racy));
 }
 
 #[test]
-fn copying_before_the_swap_loses_a_page() {
+fn a_harvest_that_copies_before_the_swap_loses_a_page() {
     assert!(lost([mark(0), mark(1)], vec![Op::LoadLog, Op::CopyPages, Op::Swap]));
 }

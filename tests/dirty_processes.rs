@@ -1,4 +1,4 @@
-//! Several processes mark in one log while another harvests it: nothing is lost, nothing is invented (rule L11.1).
+//! Several processes mark in one log while another one harvests it: each mark is harvested exactly once (rule L11.1).
 #![allow(clippy::unwrap_used)]
 
 use std::os::fd::{AsFd, AsRawFd};
@@ -9,19 +9,19 @@ use vhost_migrate::memory::LOG_PAGE;
 
 const PAGES: u64 = 1 << 16;
 const PROCESSES: u64 = 3;
-/// How a process that this test starts is told its part: path of the log, number of the process.
-const PART: &str = "VHOST_MIGRATE_TEST_MARKS";
+/// Environment variable of the processes that the test starts: path of the log, number of the process.
+const PROCESS: &str = "VHOST_MIGRATE_TEST_MARKS";
 
-/// The pages of one process: never a whole word, so that all of them change the same words.
+/// The pages of one process. They never fill a word, so that all processes change the same words.
 fn pages_of(process: u64) -> impl Iterator<Item = u64> {
     (0..PAGES).filter(move |page| page % 7 % PROCESSES == process)
 }
 
-/// Not a test by itself: what the processes run that the test below starts.
+/// Not a test by itself, but the code of the processes that the test below starts.
 #[test]
-fn a_process_marks_its_part() {
-    let Ok(part) = std::env::var(PART) else { return };
-    let (path, process) = part.rsplit_once(' ').unwrap();
+fn a_process_marks_its_pages() {
+    let Ok(process) = std::env::var(PROCESS) else { return };
+    let (path, process) = process.rsplit_once(' ').unwrap();
     let process = process.parse().unwrap();
     let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
     let log = Log::map(file.as_fd(), file.metadata().unwrap().len(), 0).unwrap();
@@ -40,8 +40,8 @@ fn marks_of_several_processes_are_all_harvested() {
     let path = format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
     let start = |process| {
         Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "a_process_marks_its_part"])
-            .env(PART, format!("{path} {process}"))
+            .args(["--exact", "a_process_marks_its_pages"])
+            .env(PROCESS, format!("{path} {process}"))
             .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap()
@@ -60,5 +60,5 @@ fn marks_of_several_processes_are_all_harvested() {
     }
     reported += log.harvest_stopped(&mut set).pages;
     assert_eq!(set.len(), PAGES);
-    assert_eq!(reported, PAGES, "each page was marked once and is reported once");
+    assert_eq!(reported, PAGES, "each page is marked once and reported once");
 }

@@ -1,5 +1,5 @@
-//! A guest, or a device, that writes whatever it likes into a ring, at rest or while the other side reads: never a
-//! panic, never an endless walk, never more than was declared.
+//! Rings with arbitrary contents, written by a guest or a device, also while the other side reads them: no panic, no endless
+//! loop, and no more descriptors than the ring has.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod ring_common;
@@ -15,7 +15,7 @@ use vhost_migrate::ring::{
     Chain, PackedDevice, PackedDriver, PackedLayout, RingBase, RingError, SplitDevice, SplitDriver, SplitLayout,
 };
 
-/// Descriptors whose values are near what a ring of `size` could hold, or far from it.
+/// Descriptors whose values are near those of a ring of `size` entries, or arbitrary.
 fn descs(size: u16) -> impl Strategy<Value = Vec<(u64, u32, u16, u16)>> {
     let gpa = prop_oneof![(0..64u64).prop_map(|i| TABLES + i * 16), any::<u64>()];
     let len = prop_oneof![0..5u32, (0..70u32).prop_map(|n| n * 16), any::<u32>()];
@@ -30,14 +30,14 @@ fn ring() -> impl Strategy<Value = (u16, Vec<(u64, u32, u16, u16)>)> {
 
 fn put(memory: &Memory, layout: &SplitLayout, descs: &[(u64, u32, u16, u16)]) {
     for (index, &(gpa, len, flags, next)) in (0u64..).zip(descs) {
-        // The first fill the ring's table, the others the place of indirect ones.
-        let own = u64::from(layout.size);
-        let at = if index < own { layout.desc + index * 16 } else { TABLES + (index - own) * 16 };
+        // The first ones fill the ring's table, the others the memory for indirect tables.
+        let size = u64::from(layout.size);
+        let at = if index < size { layout.desc + index * 16 } else { TABLES + (index - size) * 16 };
         put_desc(memory, at, gpa, len, flags, next);
     }
 }
 
-/// Takes all there is. The size of the ring bounds how much that can be, for nothing is completed.
+/// Takes all requests. None is completed, so there can be at most as many as the ring has entries.
 fn drain(device: &mut SplitDevice, size: u16) {
     let mut chain = Chain::default();
     let mut taken = 0;
@@ -55,7 +55,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_device_bears_any_descriptors_and_indexes(
+    fn a_split_device_handles_arbitrary_descriptors_and_indexes(
         (size, descs) in ring(), avail in prop::collection::vec(prop_oneof![4 => 0..70u16, 1 => any::<u16>()], 67),
         ahead in prop_oneof![4 => 0..66u16, 1 => any::<u16>()], base in any::<u16>(), features in any::<u64>(),
     ) {
@@ -70,7 +70,7 @@ proptest! {
     }
 
     #[test]
-    fn a_driver_bears_any_used_ring(
+    fn a_split_driver_handles_an_arbitrary_used_ring(
         bytes in prop::collection::vec(prop_oneof![3 => 0..8u8, 1 => any::<u8>()], 70), requests in 0..9u16,
         index in prop_oneof![4 => 0..10u16, 1 => any::<u16>()],
     ) {
@@ -91,7 +91,7 @@ proptest! {
 }
 
 #[test]
-fn a_guest_that_rewrites_the_ring_while_it_is_read_gets_nothing_out_of_it() {
+fn a_guest_that_rewrites_a_split_ring_while_it_is_read_gains_no_extra_buffers() {
     let (memory, layout) = (memory(), layout(8));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -135,10 +135,10 @@ fn a_guest_that_rewrites_the_ring_while_it_is_read_gets_nothing_out_of_it() {
 }
 
 #[test]
-fn the_largest_ring_full_of_the_longest_chain_ends() {
+fn a_chain_over_the_largest_split_ring_is_refused() {
     let (memory, layout) = (memory(), layout(32768));
     let (_, mut device) = ring_at(&memory, layout, INDIRECT, 0);
-    // Without bytes, so that it is the loop that ends the walk and not the number of buffers.
+    // With buffers of 0 bytes, so that the limit of descriptors is reached and not the limit of buffers.
     for index in 0..32768u16 {
         put_desc(&memory, layout.desc + u64::from(index) * 16, 0, 0, 1, (index + 1) % 32768);
     }
@@ -154,7 +154,7 @@ fn the_largest_ring_full_of_the_longest_chain_ends() {
     assert_eq!(chain.readable.len(), 1024);
 }
 
-/// Descriptors of a packed ring, of which many are available.
+/// Descriptors of a packed ring, many of them available.
 fn packed_descs() -> impl Strategy<Value = (u16, Vec<(u64, u32, u16, u16)>)> {
     let gpa = prop_oneof![(0..64u64).prop_map(|i| TABLES + i * 16), any::<u64>()];
     let len = prop_oneof![0..5u32, (0..70u32).prop_map(|n| n * 16), any::<u32>()];
@@ -168,8 +168,8 @@ fn packed_descs() -> impl Strategy<Value = (u16, Vec<(u64, u32, u16, u16)>)> {
 
 fn packed_put(memory: &Memory, layout: &PackedLayout, descs: &[(u64, u32, u16, u16)]) {
     for (index, &(gpa, len, id, flags)) in (0u64..).zip(descs) {
-        let own = u64::from(layout.size);
-        let at = if index < own { layout.desc + index * 16 } else { TABLES + (index - own) * 16 };
+        let size = u64::from(layout.size);
+        let at = if index < size { layout.desc + index * 16 } else { TABLES + (index - size) * 16 };
         put_desc(memory, at, gpa, len, id, flags);
     }
 }
@@ -178,7 +178,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_packed_device_bears_any_descriptors_and_bases(
+    fn a_packed_device_handles_arbitrary_descriptors_and_bases(
         (size, descs) in packed_descs(), base in prop_oneof![Just(0x8000_8000), Just(0), any::<u32>()], event in any::<u32>(),
         indexes in (any::<u16>(), any::<u16>()), features in any::<u64>(), complete in any::<bool>(),
     ) {
@@ -192,7 +192,7 @@ proptest! {
         let mut chain = Chain::default();
         let in_flight = device.used_position().until(device.avail_position(), size).unwrap();
         let mut slots = u32::from(in_flight);
-        // Completing makes room, so that walks go on; the bound is for the test to end.
+        // Completions free descriptors, so that further requests are taken; the bound ends the test.
         for _ in 0..3 * size {
             if !matches!(device.pop(&mut chain), Ok(true)) {
                 break;
@@ -218,7 +218,7 @@ proptest! {
     }
 
     #[test]
-    fn a_packed_device_bears_any_copies(
+    fn a_packed_device_handles_arbitrary_copies_of_descriptors(
         copies in prop::collection::vec((any::<u64>(), 0..70u32, any::<u16>(), any::<u16>()), 0..12), features in any::<u64>(),
     ) {
         let (memory, layout) = (memory(), packed_layout(8));
@@ -234,7 +234,7 @@ proptest! {
     }
 
     #[test]
-    fn a_packed_driver_bears_any_descriptors(
+    fn a_packed_driver_handles_arbitrary_descriptors(
         descs in prop::collection::vec((0..10u16, prop::sample::select(vec![0x8080u16, 0x8082, 0, 0x80])), 7),
         requests in prop::collection::vec(1..4usize, 0..8), in_order in any::<bool>(),
     ) {
@@ -251,7 +251,7 @@ proptest! {
         }
         let mut seen = std::collections::HashSet::new();
         while let Ok(Some(used)) = driver.pop_used() {
-            prop_assert!(used.head < 7 && seen.insert(used.head), "no id comes back twice");
+            prop_assert!(used.head < 7 && seen.insert(used.head), "no id is completed twice");
         }
         prop_assert_eq!(usize::from(driver.outstanding()), usize::from(made) - seen.len());
         let state = driver.state();
@@ -262,7 +262,7 @@ proptest! {
 }
 
 #[test]
-fn a_guest_that_rewrites_a_packed_ring_while_it_is_read_gets_nothing_out_of_it() {
+fn a_guest_that_rewrites_a_packed_ring_while_it_is_read_gains_no_extra_buffers() {
     let (memory, layout) = (memory(), packed_layout(7));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -297,7 +297,7 @@ fn a_guest_that_rewrites_a_packed_ring_while_it_is_read_gets_nothing_out_of_it()
                 slots += chain.slots;
                 assert!(slots <= 7);
                 assert!(chain.readable.len() + chain.writable.len() <= 8);
-                // What was judged is what was kept, whatever stands in the ring by now.
+                // The descriptors that were checked are those that were kept, also if the ring has others by now.
                 let copies = device.descs();
                 assert_eq!((copies.len(), copies[copies.len() - 1].id.get()), (chain.slots.into(), chain.head));
                 if copies[0].flags.get() & 4 == 0 {
@@ -311,14 +311,14 @@ fn a_guest_that_rewrites_a_packed_ring_while_it_is_read_gets_nothing_out_of_it()
 }
 
 #[test]
-fn the_largest_packed_ring_full_of_the_longest_chain_ends() {
+fn a_chain_over_the_largest_packed_ring_is_refused() {
     let (memory, layout) = (memory(), packed_layout(32768));
     let mut device = PackedDevice::new(&memory, layout, 0, RingBase::PACKED_START).unwrap();
     for index in 0..32768u64 {
         put_desc(&memory, layout.desc + index * 16, 0, 1, 0, 0x81);
     }
     let mut chain = Chain::default();
-    assert!(matches!(device.pop(&mut chain), Err(RingError::AvailDescriptors { .. })), "no end in the whole ring");
+    assert!(matches!(device.pop(&mut chain), Err(RingError::AvailDescriptors { .. })), "a chain without an end");
     put_desc(&memory, layout.desc + 32767 * 16, 0, 1, 0, 0x80);
     assert!(matches!(device.pop(&mut chain), Err(RingError::TooManyBuffers { limit: 1024, .. })));
     put_desc(&memory, layout.desc + 1023 * 16, 0, 1, 0, 0x80);

@@ -1,4 +1,4 @@
-//! The log of a used ring is exact: each page the device changed, at the address the log was given, and no other.
+//! The log of a ring is exact: it has each page that the device changed, at the log's address, and no other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod ring_common;
@@ -21,7 +21,7 @@ fn used_ring(memory: &Memory, layout: &SplitLayout) -> Vec<u8> {
     bytes
 }
 
-/// Pages of the words and elements that differ: each is written as a whole, even where some of its bytes stay.
+/// Pages of the words and elements that differ. Each is written as a whole, also if some of its bytes stay the same.
 fn changed(before: &[u8], after: &[u8], used_gpa: u64) -> BTreeSet<u64> {
     let elements = (4..before.len() - 2).step_by(8).map(|at| at..at + 8);
     let written = [0..2, 2..4, before.len() - 2..before.len()].into_iter().chain(elements);
@@ -58,7 +58,7 @@ proptest! {
 
     /// Rule L3.3.
     #[test]
-    fn exactly_the_pages_changed_are_marked_at_the_logs_address(
+    fn exactly_the_changed_pages_of_a_used_ring_are_marked_at_the_logs_address(
         size in prop::sample::select(vec![1u16, 16, 256, 1024, 4096]), event_idx in any::<bool>(), start in any::<u16>(),
         used_gpa in prop_oneof![Just(0x5000 - 8), (0..LOG_END / 4 - 0x10_000).prop_map(|words| words * 4)],
         ops in prop::collection::vec(op(), 1..40),
@@ -68,13 +68,13 @@ proptest! {
         let log = Arc::new(Log::create(LOG_END).unwrap().0);
         let mut logging = false;
         let mut chain = Chain::default();
-        // Completions are all different, so that every write of one changes what was there.
+        // All completions differ, so that every write changes the contents.
         let mut serial = u32::from(size);
         for op in ops {
             let before = used_ring(&memory, &layout);
             match op {
-                Op::Batch(most) => {
-                    for _ in 0..most.min(size) {
+                Op::Batch(count) => {
+                    for _ in 0..count.min(size) {
                         driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap();
                     }
                     let _ = driver.publish();
@@ -101,7 +101,7 @@ proptest! {
     }
 }
 
-/// Pages of what the device changed: descriptors where the ring lies, its event area where the log was told.
+/// Pages that the device changed: of descriptors at the ring's address, of the event area at the log's address.
 fn packed_changed(before: &[u8], after: &[u8], layout: &PackedLayout, used_gpa: u64) -> BTreeSet<u64> {
     let event = before.len() - 4;
     let descs = (0..event).step_by(16).filter(|at| before[*at..at + 16] != after[*at..at + 16]);
@@ -125,7 +125,7 @@ proptest! {
 
     /// Rules L4.1 and L4.2.
     #[test]
-    fn of_a_packed_ring_exactly_the_pages_changed_are_marked(
+    fn exactly_the_changed_pages_of_a_packed_ring_are_marked(
         (size, start) in prop::sample::select(vec![1u16, 16, 300, 1024, 4096]).prop_flat_map(|size| (Just(size), 0..size)),
         event_idx in any::<bool>(), long in any::<bool>(),
         used_gpa in prop_oneof![Just(0x5000 - 2), (0..LOG_END / 4 - 0x10_000).prop_map(|words| words * 4)],
@@ -137,13 +137,13 @@ proptest! {
         let log = Arc::new(Log::create(LOG_END).unwrap().0);
         let mut logging = false;
         let mut chain = Chain::default();
-        // Of chains as long as a page of descriptors, many pages stay as they are.
+        // With chains longer than a page of descriptors, many pages do not change.
         let buffers = vec![buffer(1, 1); if long { 300.min(size.into()) } else { 1 }];
         for op in ops {
             let mut before = packed_ring(&memory, &layout);
             match op {
-                Op::Batch(most) => {
-                    for _ in 0..most {
+                Op::Batch(count) => {
+                    for _ in 0..count {
                         if driver.add(&buffers, &[], None).unwrap().is_none() {
                             break;
                         }
@@ -173,7 +173,7 @@ proptest! {
 }
 
 #[test]
-fn after_a_crash_the_whole_packed_ring_is_logged_again_and_nothing_beside_it() {
+fn relog_used_marks_exactly_a_packed_ring_and_its_event_area() {
     let (memory, layout) = (memory(), packed_layout(1000));
     let (_, mut device) = packed_at(&memory, layout, 0, Position::START);
     device.relog_used();
@@ -189,7 +189,7 @@ fn after_a_crash_the_whole_packed_ring_is_logged_again_and_nothing_beside_it() {
 
 /// Rules L6.1 and L6.2.
 #[test]
-fn a_packed_ring_outside_the_log_is_counted_and_harms_nobody() {
+fn writes_to_a_packed_ring_outside_the_log_are_counted() {
     let (memory, layout) = (memory(), packed_layout(4));
     let (mut driver, mut device) = packed_at(&memory, layout, EVENT_IDX, Position::START);
     let log = Arc::new(Log::create(LOG_PAGE).unwrap().0);
@@ -209,7 +209,7 @@ fn a_packed_ring_outside_the_log_is_counted_and_harms_nobody() {
 }
 
 #[test]
-fn after_a_crash_the_whole_used_ring_is_logged_again_and_nothing_beside_it() {
+fn relog_used_marks_exactly_the_used_ring() {
     let (memory, layout) = (memory(), layout(1024));
     let (_, mut device) = ring_at(&memory, layout, 0, 0);
     device.relog_used();
@@ -225,7 +225,7 @@ fn after_a_crash_the_whole_used_ring_is_logged_again_and_nothing_beside_it() {
 
 /// Rules L6.1 and L6.2.
 #[test]
-fn a_used_ring_outside_the_log_is_counted_and_harms_nobody() {
+fn writes_to_a_used_ring_outside_the_log_are_counted() {
     let (memory, layout) = (memory(), layout(4));
     let (mut driver, mut device) = ring_at(&memory, layout, EVENT_IDX, 0);
     let log = Arc::new(Log::create(LOG_END).unwrap().0);

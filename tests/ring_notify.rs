@@ -1,4 +1,4 @@
-//! Notifications may be suppressed, but nobody sleeps while there is something to do.
+//! Suppression of notifications: neither side waits while there is work for it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod ring_common;
@@ -14,46 +14,47 @@ use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::Memory;
 use vhost_migrate::ring::{Chain, DeviceRing, DriverRing, Position, RingError, RingLayout, RingLog};
 
-/// Packed or not, and features.
-const KINDS: [(bool, u64); 4] = [(false, 0), (false, EVENT_IDX), (true, 0), (true, EVENT_IDX)];
+/// All variants of a ring: packed or not, and features.
+const VARIANTS: [(bool, u64); 4] = [(false, 0), (false, EVENT_IDX), (true, 0), (true, EVENT_IDX)];
 
-/// A side that does not look again after asking for notifications.
+/// An error of one side: it does not look at the ring again after it has enabled notifications.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mutation {
     None,
-    CarelessDevice,
-    CarelessDriver,
+    DeviceDoesNotRecheck,
+    DriverDoesNotRecheck,
 }
 
-/// What a side does in its next step. A step is one call into the ring: that is where they are interleaved here; the
-/// order inside of calls is what the threads below are for.
+/// The next step of a side. A step is one call of the ring, and the two sides are interleaved between such calls. The order
+/// inside a call is tested with threads below.
 #[derive(Clone, Copy, PartialEq)]
 enum Next {
     Work,
     Enable,
-    Sleep,
+    Wait,
 }
 
-struct Both {
+struct BothSides {
     driver: DriverRing,
     device: DeviceRing,
     chain: Chain,
-    /// The device has taken the request in `chain`.
+    /// True if the device has taken the request in `chain`.
     taken: bool,
     driver_next: Next,
     device_next: Next,
-    /// A notification on its way.
+    /// True if the driver has kicked and the device has not yet noticed.
     kick: bool,
+    /// True if the device has notified and the driver has not yet noticed.
     call: bool,
     to_make: u32,
     done: u32,
     unpublished: bool,
 }
 
-impl Both {
+impl BothSides {
     fn driver_step(&mut self, mutation: Mutation) {
         match self.driver_next {
-            Next::Sleep => {
+            Next::Wait => {
                 self.call = false;
                 self.driver.disable_notifications();
                 self.driver_next = Next::Work;
@@ -69,15 +70,15 @@ impl Both {
             }
             Next::Work => self.driver_next = Next::Enable,
             Next::Enable => {
-                let more = self.driver.enable_notifications() && mutation != Mutation::CarelessDriver;
-                self.driver_next = if more { Next::Work } else { Next::Sleep };
+                let more = self.driver.enable_notifications() && mutation != Mutation::DriverDoesNotRecheck;
+                self.driver_next = if more { Next::Work } else { Next::Wait };
             }
         }
     }
 
     fn device_step(&mut self, mutation: Mutation) {
         match self.device_next {
-            Next::Sleep => {
+            Next::Wait => {
                 self.kick = false;
                 self.device.disable_notifications();
                 self.device_next = Next::Work;
@@ -89,15 +90,15 @@ impl Both {
             Next::Work if self.device.pop(&mut self.chain).unwrap() => self.taken = true,
             Next::Work => self.device_next = Next::Enable,
             Next::Enable => {
-                let more = self.device.enable_notifications() && mutation != Mutation::CarelessDevice;
-                self.device_next = if more { Next::Work } else { Next::Sleep };
+                let more = self.device.enable_notifications() && mutation != Mutation::DeviceDoesNotRecheck;
+                self.device_next = if more { Next::Work } else { Next::Wait };
             }
         }
     }
 }
 
-/// Runs both sides, switching from one to the other before the steps in `switches`, and whenever one must sleep.
-/// Returns the number of steps, or `None` if both sleep before all is done.
+/// Runs both sides, switching from one to the other before the steps in `switches` and whenever one must wait. Returns the
+/// number of steps, or `None` if both wait before all requests are done.
 fn run(
     memory: &Memory,
     packed: bool,
@@ -107,7 +108,7 @@ fn run(
     mutation: Mutation,
 ) -> Option<usize> {
     let (driver, device) = either(memory, packed, size, features);
-    let mut both = Both {
+    let mut both = BothSides {
         driver,
         device,
         chain: Chain::default(),
@@ -125,8 +126,8 @@ fn run(
         if both.done == 3 {
             return Some(step);
         }
-        let driver_can = both.driver_next != Next::Sleep || both.call;
-        let device_can = both.device_next != Next::Sleep || both.kick;
+        let driver_can = both.driver_next != Next::Wait || both.call;
+        let device_can = both.device_next != Next::Wait || both.kick;
         driver_runs = match (driver_can, device_can) {
             (true, true) => driver_runs ^ switches.contains(&step),
             (false, false) => return None,
@@ -137,14 +138,15 @@ fn run(
     None
 }
 
-/// All ways to switch up to three times between steps, beyond the switches that sleeping forces.
+/// Runs all schedules with up to three switches between steps, beside the switches that waiting forces. Returns their
+/// number, or the switches of one that fails.
 fn all_schedules(packed: bool, features: u64, mutation: Mutation) -> Result<usize, Vec<usize>> {
     let (memory, mut runs) = (memory(), 0);
     for size in [1, 2] {
-        let most = 45;
-        for a in 0..most {
-            for b in a..most {
-                for c in b..most {
+        let max_steps = 45;
+        for a in 0..max_steps {
+            for b in a..max_steps {
+                for c in b..max_steps {
                     let switches = [a, b, c];
                     let switches = if a == b { &switches[..1] } else { &switches[..] };
                     runs += 1;
@@ -157,24 +159,24 @@ fn all_schedules(packed: bool, features: u64, mutation: Mutation) -> Result<usiz
 }
 
 #[test]
-fn no_interleaving_of_calls_puts_both_sides_to_sleep() {
-    for (packed, features) in KINDS {
+fn in_no_interleaving_of_calls_both_sides_wait() {
+    for (packed, features) in VARIANTS {
         assert!(all_schedules(packed, features, Mutation::None).unwrap() > 10_000);
-        for mutation in [Mutation::CarelessDevice, Mutation::CarelessDriver] {
-            assert!(all_schedules(packed, features, mutation).is_err(), "{mutation:?} went unnoticed");
+        for mutation in [Mutation::DeviceDoesNotRecheck, Mutation::DriverDoesNotRecheck] {
+            assert!(all_schedules(packed, features, mutation).is_err(), "{mutation:?} is not noticed");
         }
     }
 }
 
-const DEADLINE: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn notify(to: &Sender<()>) {
-    // Full means that one is on its way, which is as good.
+    // A full channel already has a notification.
     let _ = to.try_send(());
 }
 
-fn wait(from: &Receiver<()>, who: &str) {
-    from.recv_timeout(DEADLINE).unwrap_or_else(|_| panic!("the {who} was never notified"));
+fn wait(from: &Receiver<()>, side: &str) {
+    from.recv_timeout(TIMEOUT).unwrap_or_else(|_| panic!("the {side} was not notified"));
 }
 
 fn threads(packed: bool, size: u16, features: u64, requests: u32) {
@@ -235,15 +237,15 @@ fn threads(packed: bool, size: u16, features: u64, requests: u32) {
 }
 
 #[test]
-fn two_threads_that_sleep_whenever_they_may_get_everything_done() {
-    for (packed, features) in KINDS {
+fn two_threads_that_wait_whenever_they_may_complete_all_requests() {
+    for (packed, features) in VARIANTS {
         threads(packed, 1, features, 10_000);
         threads(packed, 4, features, 30_000);
         threads(packed, 256, features, 50_000);
     }
 }
 
-/// Lets two threads go on at the same moment, many times over.
+/// A reusable barrier of two threads that releases both as simultaneously as possible.
 struct Gate(AtomicUsize);
 
 impl Gate {
@@ -253,30 +255,30 @@ impl Gate {
             if self.0.load(Ordering::Acquire) >= 2 * round {
                 break;
             }
-            // The other one may be waiting for this processor.
+            // The other thread may be waiting for this CPU.
             if spins % 500 == 0 { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
     }
 }
 
-/// One side falls asleep in the moment in which the other publishes, over and over: whatever the processor makes of
-/// the order of their stores and loads, the sleeper sees what was published or the publisher sees the sleeper.
+/// One side enables notifications at the moment in which the other publishes, many times. For every order of their loads and
+/// stores on the CPU, the waiting side sees the published request or the publishing side sees that it must notify.
 #[test]
-fn one_falls_asleep_while_the_other_publishes_and_one_of_them_notices() {
+fn one_side_notices_if_the_other_publishes_while_it_enables_notifications() {
     const ROUNDS: usize = 10_000;
-    for (packed, features) in KINDS {
+    for (packed, features) in VARIANTS {
         for log in [None, Some(Arc::new(Log::create(1 << 22).unwrap().0))] {
             let (mut driver, mut device) = either(&memory(), packed, 4, features);
             device.set_log(log.map(|log| RingLog { log, used_gpa: 0 }));
             let gate = Gate(AtomicUsize::new(0));
             let noticed = AtomicUsize::new(0);
-            // Counted, for a panic would leave the other thread waiting at the gate.
+            // Counted and checked at the end: after a panic the other thread would wait at the gate for ever.
             let mut lost = (0, 0);
             std::thread::scope(|scope| {
                 scope.spawn(|| {
                     let mut chain = Chain::default();
                     for round in 0..ROUNDS {
-                        // Gate 1: the device falls asleep while the driver publishes a request.
+                        // Gate 1: the device enables notifications while the driver publishes a request.
                         gate.pass(4 * round + 1);
                         let by_device = device.enable_notifications();
                         noticed.fetch_add(by_device.into(), Ordering::AcqRel);
@@ -284,7 +286,7 @@ fn one_falls_asleep_while_the_other_publishes_and_one_of_them_notices() {
                         device.disable_notifications();
                         assert!(device.pop(&mut chain).unwrap());
                         device.push(&chain, 0);
-                        // Gate 3: the driver falls asleep while the device publishes the completion.
+                        // Gate 3: the driver enables notifications while the device publishes the completion.
                         gate.pass(4 * round + 3);
                         let by_device = device.publish();
                         noticed.fetch_add(by_device.into(), Ordering::AcqRel);
@@ -307,7 +309,7 @@ fn one_falls_asleep_while_the_other_publishes_and_one_of_them_notices() {
                     assert!(driver.pop_used().unwrap().is_some());
                 }
             });
-            assert_eq!(lost, (0, 0), "requests, completions slept over, packed {packed}, features {features:#x}");
+            assert_eq!(lost, (0, 0), "requests and completions missed, packed {packed}, features {features:#x}");
         }
     }
 }
@@ -315,9 +317,9 @@ fn one_falls_asleep_while_the_other_publishes_and_one_of_them_notices() {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Oracle: the index is moved one by one, and each step to one past the event notifies.
+    /// Oracle: the index is moved one by one, and the step to one past the event notifies.
     #[test]
-    fn a_notification_comes_exactly_when_the_event_is_passed(
+    fn a_split_ring_notifies_exactly_when_the_event_is_passed(
         start in prop_oneof![Just(0xfff8u16), any::<u16>()], batches in prop::collection::vec(1..=8u16, 2..12),
         offset in 0..40u16,
     ) {
@@ -335,17 +337,17 @@ proptest! {
             while device.pop(&mut chain).unwrap() {
                 device.push(chain.head, 0);
             }
-            // Nobody knows what was last decided before a start: the first one always notifies.
+            // The last check before the device was opened is not known, so the first publish always notifies.
             prop_assert_eq!(device.publish(), passed || number == 0);
             while driver.pop_used().unwrap().is_some() {}
             at = at.wrapping_add(count);
         }
-        prop_assert!(!device.publish(), "nothing new, nothing to notify of");
+        prop_assert!(!device.publish(), "a publish without completions does not notify");
     }
 
-    /// Oracle: descriptor by descriptor, each step over the event's notifies.
+    /// Oracle: the position is moved one by one, and the step over the event's position notifies.
     #[test]
-    fn on_a_packed_ring_a_notification_comes_exactly_when_the_events_position_is_passed(
+    fn a_packed_ring_notifies_exactly_when_the_events_position_is_passed(
         (size, start, offset) in prop_oneof![4..20u16, Just(32767), Just(32768)]
             .prop_flat_map(|size| (Just(size), prop_oneof![0..size, Just(size - 1)], prop_oneof![0..size, Just(size - 1)])),
         wraps in (any::<bool>(), any::<bool>()), batches in prop::collection::vec((1..=2u16, 1..=2usize), 2..12),
@@ -372,12 +374,12 @@ proptest! {
             while driver.pop_used().unwrap().is_some() {}
             at = at.after(slots, size);
         }
-        prop_assert!(!device.publish(), "nothing new, nothing to notify of");
+        prop_assert!(!device.publish(), "a publish without completions does not notify");
     }
 }
 
 #[test]
-fn what_an_event_area_says_without_meaning_does_not_stop_notifications() {
+fn an_invalid_event_area_does_not_suppress_notifications() {
     let (memory, layout) = (memory(), packed_layout(4));
     for (features, flags, notified) in [
         (0, 0u16, true),
@@ -402,7 +404,7 @@ fn what_an_event_area_says_without_meaning_does_not_stop_notifications() {
 }
 
 #[test]
-fn flags_suppress_and_allow() {
+fn disabling_and_enabling_notifications_takes_effect_on_the_other_side() {
     for packed in [false, true] {
         let (mut driver, mut device) = either(&memory(), packed, 4, 0);
         let mut chain = Chain::default();
@@ -426,7 +428,7 @@ fn flags_suppress_and_allow() {
 }
 
 #[test]
-fn a_driver_goes_on_where_its_state_left_it_and_not_in_a_ring_of_the_other_kind() {
+fn a_driver_continues_from_its_saved_state_on_a_ring_of_the_same_kind_only() {
     for packed in [false, true] {
         let memory = memory();
         let (mut driver, mut device) = either(&memory, packed, 4, 0);
@@ -450,8 +452,8 @@ fn a_driver_goes_on_where_its_state_left_it_and_not_in_a_ring_of_the_other_kind(
 }
 
 #[test]
-fn enabling_notifications_tells_of_what_is_there_already() {
-    for (packed, features) in [(false, 0), (false, EVENT_IDX), (true, 0), (true, EVENT_IDX)] {
+fn enabling_notifications_returns_true_if_there_is_work_already() {
+    for (packed, features) in VARIANTS {
         let (mut driver, mut device) = either(&memory(), packed, 4, features);
         let mut chain = Chain::default();
         for round in 0..9 {

@@ -1,4 +1,4 @@
-//! A packed ring's two sides together: whatever one puts on the ring, the other takes off it, and nothing else.
+//! Both sides of a packed ring: each side takes exactly what the other side adds.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod ring_common;
@@ -26,13 +26,13 @@ enum Op {
     /// Completes a request, or with IN_ORDER a batch of the oldest ones.
     Push(prop::sample::Index),
     DevicePublish,
-    /// Gives some of the last requests back that are not complete, or the same in another order.
+    /// The device puts some of the requests back that it took last, in the right or in the reverse order.
     PutBack(prop::sample::Index, bool),
     PopUsed,
-    /// The guest goes on elsewhere.
-    DriverMoves,
-    /// A successor takes over; it serves again what was taken.
-    DeviceMoves,
+    /// The driver is restored from its saved state.
+    RestoreDriver,
+    /// A successor of the device takes over and serves the requests in flight again.
+    RestartDevice,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -43,10 +43,10 @@ fn op() -> impl Strategy<Value = Op> {
         4 => Just(Op::Pop),
         4 => any::<prop::sample::Index>().prop_map(Op::Push),
         2 => Just(Op::DevicePublish),
-        2 => (any::<prop::sample::Index>(), any::<bool>()).prop_map(|(count, turned)| Op::PutBack(count, turned)),
+        2 => (any::<prop::sample::Index>(), any::<bool>()).prop_map(|(count, reversed)| Op::PutBack(count, reversed)),
         4 => Just(Op::PopUsed),
-        1 => Just(Op::DriverMoves),
-        1 => Just(Op::DeviceMoves),
+        1 => Just(Op::RestoreDriver),
+        1 => Just(Op::RestartDevice),
     ]
 }
 
@@ -77,7 +77,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_one_side_puts_on_the_ring_the_other_takes_off_in_order(
+    fn each_side_of_a_packed_ring_takes_what_the_other_adds_in_order(
         (size, start) in prop_oneof![1..=12u16, Just(256), Just(32767), Just(32768)]
             .prop_flat_map(|size| (Just(size), position(size))),
         event_idx in any::<bool>(), in_order in any::<bool>(), ops in prop::collection::vec(op(), 0..600),
@@ -88,7 +88,7 @@ proptest! {
         let (memory, layout) = (memory(), packed_layout(size));
         let (mut driver, mut device) = packed_at(&memory, layout, features, start);
         let (mut made, mut visible) = (VecDeque::new(), 0);
-        // With the number of descriptors that were taken before, in all.
+        // With the total number of descriptors taken before the request.
         let mut held: Vec<(Request, Vec<_>, u64)> = Vec::new();
         let (mut taken, mut used) = (0u64, 0u64);
         let (mut done, mut done_visible) = (VecDeque::new(), 0);
@@ -154,17 +154,17 @@ proptest! {
                     let _ = device.publish();
                     done_visible = done.len();
                 }
-                Op::PutBack(count, turned) => {
+                Op::PutBack(count, reversed) => {
                     let count = count.index(held.len() + 1);
                     let last = held.split_off(held.len() - count);
                     let mut requests: Vec<(u16, u16)> = last.iter().map(|(of, ..)| (of.id, of.slots)).collect();
-                    if turned {
+                    if reversed {
                         requests.reverse();
                     }
                     let slots: u64 = last.iter().map(|(of, ..)| u64::from(of.slots)).sum();
                     let first = last.first().map_or(taken, |(.., before)| *before);
-                    // None between them is complete, and no completion was written over them.
-                    let possible = first + slots == taken && first >= used && !(turned && count > 1);
+                    // Possible if none of them is completed and no completion has overwritten them.
+                    let possible = first + slots == taken && first >= used && !(reversed && count > 1);
                     let before = (device.avail_position(), device.used_position());
                     prop_assert_eq!(device.put_back(requests.into_iter()), possible);
                     if possible {
@@ -184,13 +184,13 @@ proptest! {
                     }
                     None => prop_assert_eq!(done_visible, 0),
                 },
-                Op::DriverMoves => {
+                Op::RestoreDriver => {
                     let state = serde_json::to_vec(&driver.state()).unwrap();
                     let state: PackedDriverState = serde_json::from_slice(&state).unwrap();
                     driver = PackedDriver::restore(&memory, layout, features, &state).unwrap();
                     prop_assert_eq!(driver.state(), state);
                 }
-                Op::DeviceMoves => {
+                Op::RestartDevice => {
                     let _ = device.publish();
                     done_visible = done.len();
                     let (avail, used) = (device.avail_position(), device.used_position());
@@ -217,7 +217,7 @@ proptest! {
 
     /// Oracle: a counter that never wraps.
     #[test]
-    fn positions_are_counters_modulo_two_rounds(
+    fn a_position_is_a_counter_modulo_two_rounds(
         size in prop_oneof![1..20u16, Just(32767), Just(32768)], from in any::<u32>(), slots in any::<u16>(),
     ) {
         let at = |count: u64| {
@@ -236,7 +236,8 @@ proptest! {
     }
 }
 
-/// A ring of 8 with all features whose first descriptors are these: address, length, id, flags, all of them with AVAIL.
+/// Takes the chain of a ring of 8 descriptors with all features. `descs` are the first ones: address, length, id and flags,
+/// to which AVAIL is added.
 fn one_chain(descs: &[(u64, u32, u16, u16)]) -> Result<Chain, RingError> {
     one_chain_with(INDIRECT, descs, &[])
 }
@@ -256,7 +257,7 @@ fn one_chain_with(
     }
     let mut chain = Chain::default();
     let popped = device.pop(&mut chain);
-    // What can't be taken stays where it is.
+    // A request that cannot be taken does not move the position.
     assert_eq!(device.avail_position() == Position::START, popped.is_err());
     assert!(popped?);
     Ok(chain)
@@ -269,14 +270,14 @@ const I: u16 = DESC_F_INDIRECT;
 const A: u16 = 0x80;
 
 #[test]
-fn a_chain_has_the_id_of_its_last_descriptor() {
+fn a_packed_chain_has_the_id_of_its_last_descriptor() {
     let chain = one_chain(&[(1, 10, 7, N), (2, 0, 8, N), (3, 30, 9, N | W), (4, 40, 65535, W), (5, 50, 1, 0)]).unwrap();
     assert_eq!((chain.head, chain.slots), (65535, 4));
     assert_eq!((chain.readable, chain.writable), (vec![buffer(1, 10)], vec![buffer(3, 30), buffer(4, 40)]));
 }
 
 #[test]
-fn in_an_indirect_table_only_the_write_flag_means_anything() {
+fn only_the_write_flag_is_used_in_a_packed_indirect_table() {
     let table = [(1, 10, 5, 0), (2, 20, 6, N | I | A), (3, 0, 0, W), (4, 40, 9, W | 0x8000), (5, 50, 0, 0)];
     let chain = one_chain_with(INDIRECT, &[(TABLES, 4 * 16, 3, I | W)], &table).unwrap();
     assert_eq!((chain.head, chain.slots), (3, 1));
@@ -284,13 +285,13 @@ fn in_an_indirect_table_only_the_write_flag_means_anything() {
 }
 
 #[test]
-fn a_chain_against_the_rules_is_refused_by_name() {
+fn an_invalid_packed_chain_is_refused_with_its_error() {
     use RingError::*;
     assert!(matches!(one_chain(&[(1, 1, 0, N); 8]), Err(AvailDescriptors { index: 0, in_flight: 0, size: 8 })));
     assert!(matches!(one_chain(&[(1, 1, 0, W | N), (1, 1, 0, 0)]), Err(ReadableAfterWritable { .. })));
-    let most = u32::MAX;
-    assert!(one_chain(&[(1, most, 0, N), (1, 1, 0, 0)]).is_ok());
-    assert!(matches!(one_chain(&[(1, most, 0, N), (1, 2, 0, W)]), Err(TooManyBytes { .. })));
+    let max = u32::MAX;
+    assert!(one_chain(&[(1, max, 0, N), (1, 1, 0, 0)]).is_ok());
+    assert!(matches!(one_chain(&[(1, max, 0, N), (1, 2, 0, W)]), Err(TooManyBytes { .. })));
     let table = (TABLES, 32, 0, I);
     assert!(matches!(one_chain_with(0, &[table], &[]), Err(Indirect { .. })));
     assert!(matches!(one_chain(&[(TABLES, 32, 0, I | N), (1, 1, 1, 0)]), Err(Indirect { .. })));
@@ -302,7 +303,7 @@ fn a_chain_against_the_rules_is_refused_by_name() {
 }
 
 #[test]
-fn descriptors_in_flight_are_not_taken_again() {
+fn packed_descriptors_in_flight_are_not_taken_again() {
     let (memory, layout) = (memory(), packed_layout(4));
     let (mut driver, mut device) = packed_at(&memory, layout, 0, Position::START);
     for i in 0..3 {
@@ -311,19 +312,19 @@ fn descriptors_in_flight_are_not_taken_again() {
     let _ = driver.publish();
     let mut chain = Chain::default();
     while device.pop(&mut chain).unwrap() {}
-    // One is left, but the driver's next chain has two.
+    // One descriptor is free, but the driver's next chain has two.
     put_desc(&memory, layout.desc + 3 * 16, 1, 1, 3, N | A);
     put_desc(&memory, layout.desc, 1, 1, 3, 0x8000);
     let refused = RingError::AvailDescriptors { index: 3, in_flight: 3, size: 4 };
     assert_eq!(device.pop(&mut chain).unwrap_err().to_string(), refused.to_string());
     put_desc(&memory, layout.desc + 3 * 16, 1, 1, 3, A);
     assert!(device.pop(&mut chain).unwrap());
-    // Descriptor 0 says that it is available in the second round, and is in flight since the first.
+    // Descriptor 0 is available in the second round by its flags, and has been in flight since the first.
     assert!(matches!(device.pop(&mut chain), Err(RingError::AvailDescriptors { index: 0, in_flight: 4, .. })));
 }
 
 #[test]
-fn copies_that_are_no_request_are_refused() {
+fn copies_with_an_invalid_number_of_descriptors_are_refused() {
     let (memory, layout) = (memory(), packed_layout(2));
     let (mut driver, mut device) = packed_at(&memory, layout, 0, Position::START);
     driver.add(&[buffer(1, 1)], &[buffer(2, 2)], None).unwrap().unwrap();
@@ -338,7 +339,7 @@ fn copies_that_are_no_request_are_refused() {
 
 /// Rules R4.2 and R4.5.
 #[test]
-fn a_base_says_where_both_positions_are() {
+fn the_base_of_a_packed_ring_holds_both_positions() {
     let (memory, layout) = (memory(), packed_layout(5));
     let new = |bits| PackedDevice::new(&memory, layout, 0, RingBase::from_bits(bits));
     let at = |index, wrap| Position { index, wrap };
@@ -351,7 +352,7 @@ fn a_base_says_where_both_positions_are() {
     assert_eq!(positions(0x8000_8000), (Position::START, Position::START));
     assert_eq!(positions(0x8003_8004), (at(4, true), at(3, true)));
     assert_eq!(positions(0x8004_0002), (at(2, false), at(4, true)));
-    // A front-end that knows the avail position alone (rule R4.3).
+    // A front-end that knows only the avail position (rule R4.3).
     assert_eq!(positions(0x0000_8000), (Position::START, Position::START));
     assert_eq!(positions(0x0000_0003), (at(3, false), at(3, false)));
     for bits in [0x8000_8005, 0x8005_8000, 0xffff_ffff, 0x7fff, 0x8003_8002, 0x8002_0003] {
@@ -362,20 +363,20 @@ fn a_base_says_where_both_positions_are() {
     assert_eq!(device.base().bits(), 0x8003_0001);
     assert!(device.set_positions(at(5, true), at(5, true)).is_err());
     assert_eq!(device.base().bits(), 0x8003_0001);
-    // Told by recovery, a used position of 0 in an even round is what it says.
+    // Set by recovery, a used position of 0 with wrap counter 0 is taken as it is.
     device.set_positions(at(3, false), at(0, false)).unwrap();
     assert_eq!(device.used_position(), at(0, false));
 }
 
 #[test]
-fn a_device_finds_where_a_ring_stands_whose_base_is_another() {
+fn a_device_deduces_the_position_of_a_packed_ring_with_a_stale_base() {
     let (memory, layout) = (memory(), packed_layout(4));
     let (here, there) = (Position { index: 2, wrap: false }, Position { index: 1, wrap: true });
     let at = |position: Position| {
         let base = RingBase::packed(position.index, position.wrap, position.index, position.wrap);
         PackedDevice::new(&memory, layout, 0, base).unwrap()
     };
-    // No driver has written to it: it tells nothing.
+    // Nothing can be deduced from a ring that no driver has written.
     for index in 0..4 {
         put_desc(&memory, layout.desc + index * 16, 0, 0, 0, 0);
     }
@@ -390,7 +391,7 @@ fn a_device_finds_where_a_ring_stands_whose_base_is_another() {
 }
 
 #[test]
-fn flags_of_descriptors_are_read_and_restored_within_the_ring_alone() {
+fn descriptor_flags_are_read_and_restored_only_inside_the_packed_ring() {
     let (memory, layout) = (memory(), packed_layout(4));
     let (_driver, mut device) = packed_at(&memory, layout, 0, Position { index: 0, wrap: true });
     put_desc(&memory, layout.desc + 3 * 16, 1, 2, 3, 0x8080);
@@ -404,12 +405,12 @@ fn flags_of_descriptors_are_read_and_restored_within_the_ring_alone() {
 }
 
 #[test]
-fn a_ring_that_was_never_used_has_the_base_of_its_kind() {
+fn the_initial_base_of_a_ring_depends_on_its_kind() {
     let packed = bit(VIRTIO_F_RING_PACKED);
     assert_eq!(RingBase::initial(0), RingBase::split(0));
     assert_eq!(RingBase::initial(packed), RingBase::PACKED_START);
     let starts = |features| {
-        // The third is that of a front-end that knows the avail position alone (rule R4.3).
+        // The third is that of a front-end that knows only the avail position (rule R4.3).
         [0, 0x8000_8000, 0x0000_8000, 1, 0x8000_8001, 0x8001_8000]
             .map(|bits| RingBase::from_bits(bits).is_initial(features))
     };
@@ -417,15 +418,14 @@ fn a_ring_that_was_never_used_has_the_base_of_its_kind() {
     assert_eq!(starts(packed), [false, true, true, false, false, false]);
 }
 
-/// User-mode Linux begins every ring at 0.
-/// Rule R4.4.
+/// User-mode Linux begins every ring with base 0 (rule R4.4).
 #[test]
-fn a_base_of_zero_is_the_start_of_a_ring_that_the_device_never_used() {
+fn a_base_of_zero_is_the_initial_base_of_a_packed_ring_that_was_never_used() {
     let (memory, layout) = (memory(), packed_layout(4));
     let mut driver = PackedDriver::new(&memory, layout, 0).unwrap();
     let at_zero = || PackedDevice::new(&memory, layout, 0, RingBase::from_bits(0)).unwrap();
     for round in 0..2 {
-        // What is available before the device looks changes nothing.
+        // Requests that are available before the device is opened make no difference.
         let heads: Vec<_> = (0..4).map(|_| driver.add(&[buffer(0, 1)], &[], None).unwrap().unwrap()).collect();
         let _ = driver.publish();
         let mut device = at_zero();
@@ -444,7 +444,7 @@ fn a_base_of_zero_is_the_start_of_a_ring_that_the_device_never_used() {
 }
 
 #[test]
-fn a_ring_lies_in_guest_memory_aligned_and_whole() {
+fn a_packed_ring_that_is_misaligned_or_outside_guest_memory_is_refused() {
     let memory = memory();
     let new = |size, desc, driver, device| {
         let layout = PackedLayout { size, desc, driver, device };
@@ -469,14 +469,14 @@ fn a_ring_lies_in_guest_memory_aligned_and_whole() {
 }
 
 #[test]
-fn a_driver_refuses_a_device_that_completes_what_was_not_asked() {
+fn a_packed_driver_refuses_completions_of_requests_that_are_not_in_flight() {
     let (memory, layout) = (memory(), packed_layout(4));
     for features in [0, IN_ORDER] {
         let (mut driver, _) = packed_at(&memory, layout, features, Position::START);
         let id = driver.add(&[buffer(0, 1)], &[buffer(1, 1)], None).unwrap().unwrap();
         let complete = |id: u16| put_desc(&memory, layout.desc, 0, 1, id, 0x8080 | W);
         complete(id);
-        assert!(matches!(driver.pop_used(), Err(RingError::UsedId { .. })), "it is not published");
+        assert!(matches!(driver.pop_used(), Err(RingError::UsedId { .. })), "not published yet");
         let _ = driver.publish();
         let unseen = driver.add(&[buffer(0, 1)], &[], None).unwrap().unwrap();
         for other in [unseen + 1, 4, u16::MAX] {
@@ -487,12 +487,12 @@ fn a_driver_refuses_a_device_that_completes_what_was_not_asked() {
         assert_eq!(driver.pop_used().unwrap(), Some(UsedBuffer { head: id, len: 1 }));
         assert_eq!((driver.free(), driver.outstanding()), (3, 1));
         put_desc(&memory, layout.desc + 32, 0, 1, id, 0x8080);
-        assert!(matches!(driver.pop_used(), Err(RingError::UsedId { .. })), "a second time");
+        assert!(matches!(driver.pop_used(), Err(RingError::UsedId { .. })), "completed already");
     }
 }
 
 #[test]
-fn a_driver_state_that_cannot_be_true_is_refused() {
+fn an_invalid_packed_driver_state_is_refused() {
     let (memory, layout) = (memory(), packed_layout(4));
     let at = |index, wrap| Position { index, wrap };
     let order = |heads: &[u16], batch: Option<u16>| InOrderState {

@@ -1,4 +1,4 @@
-//! A split ring's two sides together: whatever one puts on the ring, the other takes off it, and nothing else.
+//! Both sides of a split ring: each side takes exactly what the other side adds.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod ring_common;
@@ -29,13 +29,13 @@ enum Op {
     Pop,
     Push(prop::sample::Index),
     DevicePublish,
-    /// Gives some of the last requests back that are not complete, or the same in another order.
+    /// The device puts some of the requests back that it took last, in the right or in the reverse order.
     PutBack(prop::sample::Index, bool),
     PopUsed,
-    /// The guest goes on elsewhere.
-    DriverMoves,
-    /// The memory table changes.
-    DeviceMoves,
+    /// The driver is restored from its saved state.
+    RestoreDriver,
+    /// The memory table of the device changes.
+    RemapDevice,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -46,10 +46,10 @@ fn op() -> impl Strategy<Value = Op> {
         4 => Just(Op::Pop),
         4 => any::<prop::sample::Index>().prop_map(Op::Push),
         2 => Just(Op::DevicePublish),
-        2 => (any::<prop::sample::Index>(), any::<bool>()).prop_map(|(count, turned)| Op::PutBack(count, turned)),
+        2 => (any::<prop::sample::Index>(), any::<bool>()).prop_map(|(count, reversed)| Op::PutBack(count, reversed)),
         4 => Just(Op::PopUsed),
-        1 => Just(Op::DriverMoves),
-        1 => Just(Op::DeviceMoves),
+        1 => Just(Op::RestoreDriver),
+        1 => Just(Op::RemapDevice),
     ]
 }
 
@@ -64,7 +64,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_one_side_puts_on_the_ring_the_other_takes_off_in_order(
+    fn each_side_of_a_split_ring_takes_what_the_other_adds_in_order(
         size in (0..16u32).prop_map(|bits| 1u16 << bits), event_idx in any::<bool>(), in_order in any::<bool>(),
         start in prop_oneof![Just(0u16), Just(0xfff0), any::<u16>()], ops in prop::collection::vec(op(), 0..600),
     ) {
@@ -72,7 +72,7 @@ proptest! {
         let (memory, layout) = (memory(), layout(size));
         let (mut driver, mut device) = ring_at(&memory, layout, features, start);
         let (mut made, mut visible) = (VecDeque::new(), 0);
-        // With the number of those taken before it.
+        // With the number of requests taken before it.
         let mut held: Vec<(Request, usize)> = Vec::new();
         let mut taken = 0;
         let (mut done, mut done_visible) = (VecDeque::new(), 0);
@@ -126,16 +126,16 @@ proptest! {
                     let _ = device.publish();
                     done_visible = done.len();
                 }
-                Op::PutBack(count, turned) => {
+                Op::PutBack(count, reversed) => {
                     let count = count.index(held.len() + 1);
                     let last = held.split_off(held.len() - count);
                     let mut heads: Vec<u16> = last.iter().map(|(of, _)| of.head).collect();
-                    if turned {
+                    if reversed {
                         heads.reverse();
                     }
                     let first = last.first().map_or(taken, |(_, before)| *before);
-                    // None between them is complete.
-                    let possible = first + count == taken && !(turned && count > 1);
+                    // Possible if none of them is completed.
+                    let possible = first + count == taken && !(reversed && count > 1);
                     prop_assert_eq!(device.put_back(heads.into_iter()), possible);
                     if possible {
                         taken = first;
@@ -153,13 +153,13 @@ proptest! {
                     }
                     None => prop_assert_eq!(done_visible, 0),
                 },
-                Op::DriverMoves => {
+                Op::RestoreDriver => {
                     let state = serde_json::to_vec(&driver.state()).unwrap();
                     let state: SplitDriverState = serde_json::from_slice(&state).unwrap();
                     driver = SplitDriver::restore(&memory, layout, features, &state).unwrap();
                     prop_assert_eq!(driver.state(), state);
                 }
-                Op::DeviceMoves => device.remap(&memory, layout).unwrap(),
+                Op::RemapDevice => device.remap(&memory, layout).unwrap(),
             }
         }
         let _ = driver.publish();
@@ -176,7 +176,7 @@ proptest! {
 
 /// Rule R4.1.
 #[test]
-fn a_device_goes_on_at_its_base_and_reads_again_what_a_predecessor_took() {
+fn a_split_device_continues_at_its_base_and_reads_requests_of_a_predecessor_again() {
     let (memory, layout) = (memory(), layout(4));
     let (mut driver, mut first) = ring_at(&memory, layout, 0, 65535);
     let heads: Vec<u16> = (1..=3).map(|i| driver.add(&[buffer(i, 1)], &[], None).unwrap().unwrap()).collect();
@@ -193,7 +193,7 @@ fn a_device_goes_on_at_its_base_and_reads_again_what_a_predecessor_took() {
     assert_eq!((chain.head, chain.readable[0].gpa), (heads[1], 2));
 }
 
-/// A ring of 8 with all features whose avail ring offers descriptor 0.
+/// Takes the chain of a ring of 8 entries with all features, whose avail ring has descriptor 0.
 fn one_chain(descs: &[(u16, u64, u32, u16, u16)]) -> Result<Chain, RingError> {
     one_chain_with(INDIRECT, descs)
 }
@@ -216,7 +216,7 @@ const W: u16 = DESC_F_WRITE;
 const I: u16 = DESC_F_INDIRECT;
 
 #[test]
-fn a_chain_may_end_in_an_indirect_table_whose_write_flag_means_nothing() {
+fn a_split_chain_may_end_in_an_indirect_table_whose_write_flag_is_ignored() {
     let chain = one_chain(&[
         (0, 1, 10, N, 5),
         (5, TABLES, 3 * 16, I | W, 0),
@@ -231,21 +231,21 @@ fn a_chain_may_end_in_an_indirect_table_whose_write_flag_means_nothing() {
 }
 
 #[test]
-fn descriptors_of_no_bytes_are_left_out() {
+fn buffers_of_zero_bytes_are_left_out() {
     let chain = one_chain(&[(0, 1, 0, N, 1), (1, 1, 5, N, 2), (2, 9, 0, W | N, 3), (3, 2, 6, W, 0)]).unwrap();
     assert_eq!((chain.readable, chain.writable), (vec![buffer(1, 5)], vec![buffer(2, 6)]));
 }
 
 #[test]
-fn a_chain_against_the_rules_is_refused_by_name() {
+fn an_invalid_split_chain_is_refused_with_its_error() {
     use RingError::*;
     assert!(matches!(one_chain(&[(0, 1, 1, N, 8)]), Err(Descriptor { head: 0, index: 8, size: 8 })));
     assert!(matches!(one_chain(&[(0, 1, 1, N, 1), (1, 1, 1, N, 0)]), Err(Loop { head: 0 })));
     assert!(matches!(one_chain(&[(0, 1, 1, N, 0)]), Err(Loop { head: 0 })));
     assert!(matches!(one_chain(&[(0, 1, 1, W | N, 1), (1, 1, 1, 0, 0)]), Err(ReadableAfterWritable { .. })));
-    let most = u32::MAX;
-    assert!(one_chain(&[(0, 1, most, N, 1), (1, 1, 1, 0, 0)]).is_ok());
-    assert!(matches!(one_chain(&[(0, 1, most, N, 1), (1, 1, 2, W, 0)]), Err(TooManyBytes { .. })));
+    let max = u32::MAX;
+    assert!(one_chain(&[(0, 1, max, N, 1), (1, 1, 1, 0, 0)]).is_ok());
+    assert!(matches!(one_chain(&[(0, 1, max, N, 1), (1, 1, 2, W, 0)]), Err(TooManyBytes { .. })));
     let table = (0, TABLES, 32, I, 0);
     assert!(matches!(one_chain_with(0, &[table]), Err(Indirect { .. })));
     assert!(matches!(one_chain(&[(0, TABLES, 32, I | N, 1)]), Err(Indirect { .. })));
@@ -259,11 +259,11 @@ fn a_chain_against_the_rules_is_refused_by_name() {
     assert!(matches!(one_chain(&[(0, u64::MAX, 16, I, 0)]), Err(IndirectOutside { .. })));
 }
 
-/// Where the driver's addresses begin in the tests behind an IOMMU.
+/// First I/O virtual address of buffers in the tests behind an IOMMU.
 const IOVA: u64 = 1 << 40;
 
-/// A ring of 8 behind an IOMMU. Its driver has the areas at their own addresses but for the used ring, at `IOVA / 2`.
-/// From `IOVA` on there are four pages: at 0x6000, 0x7000, 0x9000, and one that may only be read, at 0xb000.
+/// A ring of 8 entries behind an IOMMU. The I/O virtual addresses of its areas are the guest-physical ones, except for the
+/// used ring at `IOVA / 2`. From `IOVA` there are four pages, at 0x6000, 0x7000, 0x9000 and 0xb000; the last is read-only.
 fn behind_an_iommu(memory: &Memory) -> (SplitDevice, Arc<Iotlb>) {
     let at = SplitLayout { used: IOVA / 2, ..layout(8) };
     let iotlb = Arc::new(Iotlb::default());
@@ -287,7 +287,7 @@ fn behind_an_iommu(memory: &Memory) -> (SplitDevice, Arc<Iotlb>) {
 }
 
 #[test]
-fn buffers_behind_an_iommu_are_the_pages_that_they_lie_in() {
+fn buffers_behind_an_iommu_are_translated_page_by_page() {
     let memory = memory();
     let (mut device, iotlb) = behind_an_iommu(&memory);
     let mut driver = SplitDriver::new(&memory, layout(8), 0).unwrap();
@@ -296,7 +296,7 @@ fn buffers_behind_an_iommu_are_the_pages_that_they_lie_in() {
         let _ = driver.publish();
     };
     let mut chain = Chain::default();
-    // Pages that are neighbours in guest memory are one buffer; two buffers stay two.
+    // Pages that are adjacent in guest memory become one buffer; two buffers stay two.
     add(&[buffer(IOVA + 0x800, 0x1900), buffer(IOVA + 0x2100, 0xf10)], &[buffer(IOVA + 0x10, 0x20)]);
     assert!(device.pop(&mut chain).unwrap());
     assert_eq!(
@@ -308,13 +308,13 @@ fn buffers_behind_an_iommu_are_the_pages_that_they_lie_in() {
     let misses = |error: RingError| error.miss();
     let miss = |offset, access, denied| Some(IotlbMiss { iova: IOVA + offset, access, denied });
     add(&[], &[buffer(IOVA + 0x2ff0, 0x20)]);
-    assert_eq!(device.pop(&mut chain).map_err(misses), Err(miss(0x3000, Access::Write, true)), "not to be written");
+    assert_eq!(device.pop(&mut chain).map_err(misses), Err(miss(0x3000, Access::Write, true)), "not writable");
     iotlb.update(IOVA + 0x3000, 0x1000, 0xb000, VHOST_ACCESS_RW).unwrap();
-    assert!(device.pop(&mut chain).unwrap(), "nothing was taken");
+    assert!(device.pop(&mut chain).unwrap(), "the failed pop took nothing");
     assert_eq!(chain.writable, [buffer(0x9ff0, 0x10), buffer(0xb000, 0x10)]);
     add(&[buffer(IOVA + 0x3ff0, 0x20)], &[]);
     assert_eq!(device.pop(&mut chain).map_err(misses), Err(miss(0x4000, Access::Read, false)), "no translation");
-    // The front-end says that it is where there is no memory.
+    // The front-end gives a translation to an address outside guest memory.
     iotlb.update(IOVA + 0x4000, 0x1000, 1 << 30, VHOST_ACCESS_RW).unwrap();
     let outside = device.pop(&mut chain).unwrap_err();
     assert!(matches!(outside, RingError::Translation { head: 4, .. }) && outside.miss().is_none(), "{outside}");
@@ -335,7 +335,7 @@ fn an_indirect_table_behind_an_iommu_is_read_page_by_page() {
 
 /// Rule L5.1.
 #[test]
-fn the_used_ring_behind_an_iommu_is_logged_where_it_lies() {
+fn the_used_ring_behind_an_iommu_is_logged_at_its_guest_physical_address() {
     let memory = memory();
     let (mut device, _) = behind_an_iommu(&memory);
     let log = Arc::new(Log::create(1 << 30).unwrap().0);
@@ -346,12 +346,12 @@ fn the_used_ring_behind_an_iommu_is_logged_where_it_lies() {
     assert!(device.is_used_marked() && log.is_marked(layout(8).used));
     assert_eq!(log.out_of_range(), 0);
     device.set_log(Some(RingLog { log, used_gpa: IOVA }));
-    assert!(!device.is_used_marked(), "an address that is not in the window");
+    assert!(!device.is_used_marked(), "the address is outside the window");
 }
 
 #[test]
-fn the_areas_of_a_ring_are_those_of_its_kind() {
-    // 16 bytes a descriptor; flags, index and event word beside 2 bytes an entry and 8; packed, two event areas.
+fn the_areas_of_a_ring_depend_on_its_kind() {
+    // 16 bytes per descriptor; flags, index and event word with 2 or 8 bytes per entry; packed: two event areas.
     assert_eq!(RingLayout::area_bytes(0, 8), [128, 22, 70]);
     assert_eq!(RingLayout::area_bytes(bit(VIRTIO_F_RING_PACKED), 8), [128, 4, 4]);
     let split = SplitLayout { size: 8, desc: 1, avail: 2, used: 3 };
@@ -364,7 +364,7 @@ fn the_areas_of_a_ring_are_those_of_its_kind() {
 }
 
 #[test]
-fn an_avail_ring_that_claims_the_impossible_is_refused() {
+fn an_invalid_avail_index_is_refused() {
     let (memory, layout) = (memory(), layout(8));
     let offer = |idx: u16, head: u16| {
         memory.write(layout.avail + 2, &idx.to_le_bytes()).unwrap();
@@ -376,7 +376,7 @@ fn an_avail_ring_that_claims_the_impossible_is_refused() {
     assert!(matches!(offer(9, 0), Err(RingError::AvailIndex { index: 9, .. })));
     assert!(matches!(offer(u16::MAX, 0), Err(RingError::AvailIndex { .. })));
     assert!(matches!(offer(1, 8), Err(RingError::Descriptor { head: 8, index: 8, .. })));
-    // One request more for each one taken, none ever completed: more are under way than the ring holds.
+    // One more request for each one taken, and none completed: more are in flight than the ring has entries.
     let mut device = SplitDevice::new(&memory, layout, 0, RingBase::split(0)).unwrap();
     let mut chain = Chain::default();
     let mut offered = 0u16;
@@ -390,7 +390,7 @@ fn an_avail_ring_that_claims_the_impossible_is_refused() {
 }
 
 #[test]
-fn a_ring_lies_in_guest_memory_aligned_and_whole() {
+fn a_split_ring_that_is_misaligned_or_outside_guest_memory_is_refused() {
     let memory = memory();
     let new = |size, desc, avail, used| {
         let layout = SplitLayout { size, desc, avail, used };
@@ -414,7 +414,7 @@ fn a_ring_lies_in_guest_memory_aligned_and_whole() {
 }
 
 #[test]
-fn a_driver_refuses_a_device_that_completes_what_was_not_asked() {
+fn a_split_driver_refuses_completions_of_requests_that_are_not_in_flight() {
     let (memory, layout) = (memory(), layout(4));
     let (mut driver, _) = ring_at(&memory, layout, 0, 0);
     let head = driver.add(&[buffer(0, 1)], &[buffer(1, 1)], None).unwrap().unwrap();
@@ -435,7 +435,8 @@ fn a_driver_refuses_a_device_that_completes_what_was_not_asked() {
     assert_eq!(driver.free(), 4);
 }
 
-/// A device that writes the used element of the last request of a batch alone, where that of the first belongs.
+/// Completes a batch as an in-order device does: it writes only the used element of the last request, in place of that of
+/// the first.
 fn batch(memory: &Memory, layout: SplitLayout, used: u16, count: u16, last: u16, len: u32) {
     let slot = layout.used + 4 + 8 * u64::from(used % layout.size);
     memory.write(slot, &[u32::from(last).to_le_bytes(), len.to_le_bytes()].concat()).unwrap();
@@ -443,7 +444,7 @@ fn batch(memory: &Memory, layout: SplitLayout, used: u16, count: u16, last: u16,
 }
 
 #[test]
-fn in_order_one_completion_stands_for_all_before_it() {
+fn in_order_one_completion_completes_all_requests_before_it() {
     let (memory, layout) = (memory(), layout(8));
     let (mut driver, mut device) = ring_at(&memory, layout, IN_ORDER, 65534);
     let mut chain = Chain::default();
@@ -453,7 +454,7 @@ fn in_order_one_completion_stands_for_all_before_it() {
         for request in 0..3u32 {
             let readable = vec![buffer(1, 1); request as usize % 2];
             heads.push(driver.add(&readable, &[buffer(1, 5), buffer(2, 10 + request)], None).unwrap().unwrap());
-            // Descriptors are taken in the order of the table, for there are devices that count on it.
+            // Descriptors are taken in the order of the table, on which devices may rely.
             assert_eq!(heads.last(), Some(&next));
             next = (next + 2 + request as u16 % 2) % 8;
         }
@@ -473,19 +474,19 @@ fn in_order_one_completion_stands_for_all_before_it() {
         for (head, len) in [(heads[0], 15), (heads[1], 16), (heads[2], round)] {
             let taken = driver.pop_used().unwrap().unwrap();
             assert_eq!((taken.head, taken.len), (head, len));
-            // A driver that moves in the middle of a batch goes on in it.
+            // A driver that is restored in the middle of a batch continues with it.
             driver = SplitDriver::restore(&memory, layout, IN_ORDER, &driver.state()).unwrap();
         }
         assert!(driver.pop_used().unwrap().is_none());
         used = used.wrapping_add(3);
-        // The device's used index is in the ring; a successor takes it up.
+        // A successor of the device reads the used index from the ring.
         device = SplitDevice::new(&memory, layout, IN_ORDER, device.base()).unwrap();
     }
     assert_eq!((driver.free(), driver.outstanding()), (8, 0));
 }
 
 #[test]
-fn a_driver_state_that_cannot_be_true_is_refused() {
+fn an_invalid_split_driver_state_is_refused() {
     let (memory, layout) = (memory(), layout(4));
     let restore = |avail, published, used, chains: &[&[u16]]| {
         let chains = chains.iter().map(|chain| chain.to_vec()).collect();

@@ -1,4 +1,4 @@
-//! What the ring tests share: guest memory, a ring's place in it, and both its sides at any index.
+//! Helpers of the ring tests: guest memory, the layout of a ring in it, and both sides of a ring at any index.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(dead_code, reason = "each test file uses a part")]
 
@@ -16,7 +16,7 @@ use vhost_migrate::ring::{
 pub(crate) const EVENT_IDX: u64 = bit(VIRTIO_RING_F_EVENT_IDX);
 pub(crate) const INDIRECT: u64 = bit(VIRTIO_RING_F_INDIRECT_DESC);
 pub(crate) const IN_ORDER: u64 = bit(VIRTIO_F_IN_ORDER);
-/// Guest memory from here to its end is for indirect tables.
+/// Guest-physical start of the memory for indirect tables, which extends to the end.
 pub(crate) const TABLES: u64 = 0x30_0000;
 
 pub(crate) fn memory() -> Memory {
@@ -24,12 +24,12 @@ pub(crate) fn memory() -> Memory {
     Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 4 << 20, 0, 0).unwrap())]).unwrap()
 }
 
-/// Room for the largest ring.
+/// The layout of a split ring, with space for the largest one.
 pub(crate) fn layout(size: u16) -> SplitLayout {
     SplitLayout { size, desc: 0x1000, avail: 0x10_0000, used: 0x20_0000 }
 }
 
-/// Both sides of an empty ring whose indexes stand at `start`.
+/// Both sides of an empty split ring whose indexes are `start`.
 pub(crate) fn ring_at(memory: &Memory, layout: SplitLayout, features: u64, start: u16) -> (SplitDriver, SplitDevice) {
     drop(SplitDriver::new(memory, layout, features).unwrap());
     memory.write(layout.avail + 2, &start.to_le_bytes()).unwrap();
@@ -40,12 +40,12 @@ pub(crate) fn ring_at(memory: &Memory, layout: SplitLayout, features: u64, start
     (driver, SplitDevice::new(memory, layout, features, RingBase::split(start)).unwrap())
 }
 
-/// Room for the largest ring.
+/// The layout of a packed ring, with space for the largest one.
 pub(crate) fn packed_layout(size: u16) -> PackedLayout {
     PackedLayout { size, desc: 0x1000, driver: 0x10_0000, device: 0x20_0000 }
 }
 
-/// Both sides of an empty ring that stand at `start`.
+/// Both sides of an empty packed ring whose positions are `start`.
 pub(crate) fn packed_at(
     memory: &Memory,
     layout: PackedLayout,
@@ -54,7 +54,7 @@ pub(crate) fn packed_at(
 ) -> (PackedDriver, PackedDevice) {
     drop(PackedDriver::new(memory, layout, features).unwrap());
     for index in 0..layout.size {
-        // Used in this round before the start, in the last one after it.
+        // Used in this round before `start`, in the previous round from there.
         let flags = if (index < start.index) == start.wrap { 0x8080 } else { 0 };
         put_desc(memory, layout.desc + u64::from(index) * 16, 0, 0, 0, flags);
     }
@@ -66,7 +66,7 @@ pub(crate) fn packed_at(
     (driver, PackedDevice::new(memory, layout, features, base).unwrap())
 }
 
-/// Both sides of an empty ring of either kind, near the end of its indexes or of the ring.
+/// Both sides of an empty ring of either kind. A split ring is near the end of its indexes, a packed one near its end.
 pub(crate) fn either(memory: &Memory, packed: bool, size: u16, features: u64) -> (DriverRing, DeviceRing) {
     if packed {
         let start = Position { index: size - 1, wrap: true };
@@ -81,7 +81,7 @@ pub(crate) fn buffer(gpa: u64, len: u32) -> Buffer {
     Buffer { gpa, len }
 }
 
-/// Of a split ring the last two are flags and next, of a packed ring id and flags.
+/// Writes a descriptor at `at`. `flags` and `next` are id and flags on a packed ring.
 pub(crate) fn put_desc(memory: &Memory, at: u64, gpa: u64, len: u32, flags: u16, next: u16) {
     let bytes = [&gpa.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat();
     memory.write(at, &bytes).unwrap();
