@@ -1,4 +1,5 @@
-//! Time of a harvest of a dirty log, compared with vm-memory's `AtomicBitmap::get_and_reset` and with QEMU's loop over a log.
+//! Time of a harvest of a dirty log, compared with vm-memory's `AtomicBitmap::get_and_reset` and with QEMU's loop over
+//! a log.
 //!
 //! All memory of all contenders is populated before the measurement. Run `cargo bench --bench harvest`.
 #![allow(missing_docs, clippy::unwrap_used)]

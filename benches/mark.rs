@@ -1,7 +1,7 @@
 //! Time of a mark, and of a write to guest memory with and without logging.
 //!
-//! Compared with vm-memory's `AtomicBitmap`, and with the method of rust-vmm's vhost-user back-end: a lock, an optional log,
-//! and one atomic operation on a byte per page. Run `cargo bench --bench mark`.
+//! Compared with vm-memory's `AtomicBitmap`, and with the method of rust-vmm's vhost-user back-end: a lock, an optional
+//! log, and one atomic operation on a byte per page. Run `cargo bench --bench mark`.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod race;

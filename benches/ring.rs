@@ -1,9 +1,9 @@
 //! Time of a request in the ring and in the inflight region, and time of the recovery by a successor.
 //!
-//! Per request, in batches, on split and packed rings. Only the device side is measured, for requests of one descriptor, of a
-//! chain and of an indirect table, with and without inflight tracking, and with logging of the ring. Behind an IOMMU there is
-//! a translation for each page, and all are in the IOTLB. Recovery is measured for a queue of 1024 entries with 512 requests
-//! in flight.
+//! Per request, in batches, on split and packed rings. Only the device side is measured, for requests of one
+//! descriptor, of a chain and of an indirect table, with and without inflight tracking, and with logging of the ring.
+//! Behind an IOMMU there is a translation for each page, and all are in the IOTLB. Recovery is measured for a queue of
+//! 1024 entries with 512 requests in flight.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod race;

@@ -6,8 +6,8 @@
 //! |---|---|
 //! | none | [`abi`], [`memory`], [`dirty`], [`ring`], [`inflight`] |
 //! | `backend` | [`backend`]: vhost-user devices, with a disk and a network interface |
-//! | `frontend` | [`frontend`]: driving vhost-user devices |
-//! | `migrate` | [`migrate`] and [`stream`]: live migration and what carries it |
+//! | `frontend` | [`frontend`]: a front-end that drives vhost-user devices |
+//! | `migrate` | [`migrate`] and [`stream`]: live migration, and the stream that carries it |
 //! | `guest` | [`guest`]: the built-in guest, which checks its memory and disks |
 //! | `check` | [`check`]: conformance checks of vhost-user back-ends |
 //! | `io-uring` | disk I/O of `backend` by io_uring; by threads otherwise |
@@ -16,11 +16,12 @@
 //! | `serde` | `Serialize` and `Deserialize` for states and figures |
 //! | `vm-memory-bitmap` | `dirty::LogBitmap`: the dirty log as the bitmap of vm-memory's guest memory |
 //! | `vhost-user-backend` | `dirty::RegionBitmap`: the dirty log for devices made of rust-vmm's crate of that name |
-//! | `command` | the command `vhost-migrate`, and [`control`]; brings all above but the last two |
+//! | `command` | the command `vhost-migrate`, and [`control`]; includes all features above except the last two |
 //!
-//! The default is `command` and `vm-memory-bitmap`. A library wants `default-features = false` and what it uses.
+//! The default is `command` and `vm-memory-bitmap`. Users of the library set `default-features = false` and the
+//! features that they need.
 
-// Helpers of several modules are used by none where their features are off.
+// Some shared helpers are unused if the features of all their users are off.
 #![cfg_attr(not(feature = "command"), allow(dead_code))]
 
 pub mod abi;

@@ -1,8 +1,8 @@
 //! Comparison of the numbers and layouts of `src/abi` with those of the system's kernel headers, by a C compiler.
 //!
-//! `items` is the only table. A structure's line that does not name each field does not compile. A constant or structure
-//! that is missing from the table fails `every_number_and_structure_is_compared`. A number of the headers that `src/abi`
-//! lacks fails `every_number_of_the_headers_is_in_src_abi`.
+//! `items` is the only table. A structure's line that does not name each field does not compile. A constant or
+//! structure that is missing from the table fails `every_number_and_structure_is_compared`. A number of the headers
+//! that `src/abi` lacks fails `every_number_of_the_headers_is_in_src_abi`.
 #![allow(clippy::unwrap_used, clippy::panic)] // also in the helpers of these tests
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,9 +1,9 @@
 //! Model of marking and harvesting in every interleaving, on a machine with store buffers: no page is lost.
 //!
-//! The algorithms of `dirty` (rules L10.1, L10.2 and L13.1) are explored exhaustively. Writers store data and mark, with or
-//! without loading the bit first, while a harvester takes bits and copies pages. Stores are buffered and reach memory at any
-//! later time, as on x86. Locked operations and fences wait for the buffer to be empty. To show that the model notices
-//! errors, each wrong variant of an algorithm must lose a page.
+//! The algorithms of `dirty` (rules L10.1, L10.2 and L13.1) are explored exhaustively. Writers store data and mark,
+//! with or without loading the bit first, while a harvester takes bits and copies pages. Stores are buffered and reach
+//! memory at any later time, as on x86. Locked operations and fences wait for the buffer to be empty. To show that the
+//! model notices errors, each wrong variant of an algorithm must lose a page.
 
 use std::collections::HashSet;
 
@@ -99,8 +99,8 @@ impl State {
     }
 }
 
-/// Runs the programs in every interleaving. Returns the number of states, and true if a page is lost in any of them: the
-/// last version of its data is not copied, and its bit is not left for the last harvest.
+/// Runs the programs in every interleaving. Returns the number of states, and true if a page is lost in any of them:
+/// the last version of its data is not copied, and its bit is not left for the last harvest.
 fn explore(programs: &[Vec<Op>], page_of: [usize; DATA]) -> (usize, bool) {
     let threads = programs.iter().map(|_| Thread { at: 0, reg: 0, buffer: Vec::new() }).collect();
     let mut todo = vec![State { memory: [0; DATA + 1], copy: [0; DATA], threads }];

@@ -1,8 +1,9 @@
-//! Crash model of the inflight tracking of split rings: a back-end is killed after every single store, and its successor
-//! loses no request, keeps the order, and does not repeat a request that the guest has seen completed.
+//! Crash model of the inflight tracking of split rings: a back-end is killed after every single store, and its
+//! successor loses no request, keeps the order, and does not repeat a request that the guest has seen completed.
 //!
-//! The stores of the real tracker change a model of the state that survives a crash. After a given number of stores, the one
-//! that publishes the used index included, further stores have no effect, as if the process had been killed there.
+//! The stores of the real tracker change a model of the state that survives a crash. After a given number of stores,
+//! the one that publishes the used index included, further stores have no effect, as if the process had been killed
+//! there.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::cell::RefCell;
@@ -122,8 +123,8 @@ impl StoreSink for CrashSink {
     }
 }
 
-/// The algorithm of libvhost-user. To complete a request it stores its head, publishes it, clears its mark, and then stores
-/// the used index. It only stores the version in a fresh region; `desc_num` is stored when the region is made.
+/// The algorithm of libvhost-user. To complete a request it stores its head, publishes it, clears its mark, and then
+/// stores the used index. It only stores the version in a fresh region; `desc_num` is stored when the region is made.
 struct LibvhostUser {
     sink: CrashSink,
     counter: u64,
@@ -333,8 +334,8 @@ fn complete(state: &RefCell<CrashState>, inflight: &mut SplitInflight<CrashSink>
     }
 }
 
-/// Runs `steps` and kills the first process after every possible number of stores, and each successor after a few stores.
-/// Returns the number of kills.
+/// Runs `steps` and kills the first process after every possible number of stores, and each successor after a few
+/// stores. Returns the number of kills.
 fn kill_everywhere(size: u16, start: u16, steps: &[Step], first: Writer) -> Result<usize, String> {
     let (mutation, successor) = match first {
         Writer::Tracker(mutation) => (mutation, first),

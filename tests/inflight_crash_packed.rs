@@ -1,10 +1,10 @@
-//! Crash model of the inflight tracking of packed rings: a back-end is killed after every single store to the region or to
-//! the ring, and its successor loses no request, keeps the order, and does not repeat a request that the guest has seen
-//! completed.
+//! Crash model of the inflight tracking of packed rings: a back-end is killed after every single store to the region or
+//! to the ring, and its successor loses no request, keeps the order, and does not repeat a request that the guest has
+//! seen completed.
 //!
-//! The stores of the real tracker change a model of the state that survives a crash, as do those of a ring that publishes a
-//! batch by storing the flags of its first descriptor last. A second writer stores to the region as DPDK does, one field at
-//! a time.
+//! The stores of the real tracker change a model of the state that survives a crash, as do those of a ring that
+//! publishes a batch by storing the flags of its first descriptor last. A second writer stores to the region as DPDK
+//! does, one field at a time.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::cell::RefCell;
@@ -265,8 +265,8 @@ impl StoreSink for CrashSink {
     }
 }
 
-/// DPDK's algorithm: the mark first, every field by itself, one request at a time. Its commit stores index and wrap counter
-/// one after the other.
+/// DPDK's algorithm: the mark first, every field by itself, one request at a time. Its commit stores index and wrap
+/// counter one after the other.
 struct Dpdk {
     sink: CrashSink,
     counter: u64,
@@ -377,8 +377,8 @@ fn recover(state: &CrashState, mutation: Mutation) -> Result<(PackedRecovery, At
     Ok((recovery, avail, used))
 }
 
-/// Checks the recovery of a successor that starts now: with an idle guest, after the guest has taken used descriptors, and
-/// after it has made more requests available.
+/// Checks the recovery of a successor that starts now: with an idle guest, after the guest has taken used descriptors,
+/// and after it has made more requests available.
 fn check(state: &CrashState, mutation: Mutation) -> Result<(), String> {
     let mut busy = state.clone();
     busy.harvest()?;
@@ -440,8 +440,8 @@ fn check_one(state: &CrashState, mutation: Mutation) -> Result<(), String> {
     Ok(())
 }
 
-/// The entries that a recovery by the text of the specification resubmits, corrected for batches as long as the ring, which
-/// the text does not cover.
+/// The entries that a recovery by the text of the specification resubmits, corrected for batches as long as the ring,
+/// which the text does not cover.
 fn resubmit_by_the_specification(state: &CrashState) -> Vec<u16> {
     let word = |offset: usize| u16::from_le_bytes([state.region[offset], state.region[offset + 1]]);
     let (used, old) = ((word(16), state.region[20]), (word(18), state.region[21]));
@@ -596,8 +596,8 @@ fn complete(
     }
 }
 
-/// Runs `steps` and kills the first process after every possible number of stores, and each successor after a few stores.
-/// Returns the number of kills.
+/// Runs `steps` and kills the first process after every possible number of stores, and each successor after a few
+/// stores. Returns the number of kills.
 fn kill_everywhere(new: &CrashState, steps: &[Step], first: Writer) -> Result<usize, String> {
     let (mutation, successor) = match first {
         Writer::Tracker(mutation) => (mutation, first),

@@ -142,8 +142,8 @@ fn copy(memory: &Memory) -> Memory {
     to
 }
 
-/// Number of marks in the inflight regions of a guest. Split entries have 16 bytes and packed ones 32, after a header of the
-/// size of one entry.
+/// Number of marks in the inflight regions of a guest. Split entries have 16 bytes and packed ones 32, after a header
+/// of the size of one entry.
 fn in_flight(state: &GuestState) -> usize {
     let entry = if state.config.packed { 32 } else { 16 };
     let inflight = state.devices.iter().map(|device| device.inflight.as_ref().unwrap());

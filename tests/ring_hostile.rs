@@ -1,5 +1,5 @@
-//! Rings with arbitrary contents, written by a guest or a device, also while the other side reads them: no panic, no endless
-//! loop, and no more descriptors than the ring has.
+//! Rings with arbitrary contents, written by a guest or a device, also while the other side reads them: no panic, no
+//! endless loop, and no more descriptors than the ring has.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod ring_common;

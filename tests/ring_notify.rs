@@ -25,8 +25,8 @@ enum Mutation {
     DriverDoesNotRecheck,
 }
 
-/// The next step of a side. A step is one call of the ring, and the two sides are interleaved between such calls. The order
-/// inside a call is tested with threads below.
+/// The next step of a side. A step is one call of the ring, and the two sides are interleaved between such calls. The
+/// order inside a call is tested with threads below.
 #[derive(Clone, Copy, PartialEq)]
 enum Next {
     Work,
@@ -97,8 +97,8 @@ impl BothSides {
     }
 }
 
-/// Runs both sides, switching from one to the other before the steps in `switches` and whenever one must wait. Returns the
-/// number of steps, or `None` if both wait before all requests are done.
+/// Runs both sides, switching from one to the other before the steps in `switches` and whenever one must wait. Returns
+/// the number of steps, or `None` if both wait before all requests are done.
 fn run(
     memory: &Memory,
     packed: bool,
@@ -261,8 +261,9 @@ impl Gate {
     }
 }
 
-/// One side enables notifications at the moment in which the other publishes, many times. For every order of their loads and
-/// stores on the CPU, the waiting side sees the published request or the publishing side sees that it must notify.
+/// One side enables notifications at the moment in which the other publishes, many times. For every order of their
+/// loads and stores on the CPU, the waiting side sees the published request or the publishing side sees that it must
+/// notify.
 #[test]
 fn one_side_notices_if_the_other_publishes_while_it_enables_notifications() {
     const ROUNDS: usize = 10_000;

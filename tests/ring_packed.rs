@@ -236,8 +236,8 @@ proptest! {
     }
 }
 
-/// Takes the chain of a ring of 8 descriptors with all features. `descs` are the first ones: address, length, id and flags,
-/// to which AVAIL is added.
+/// Takes the chain of a ring of 8 descriptors with all features. `descs` are the first ones: address, length, id and
+/// flags, to which AVAIL is added.
 fn one_chain(descs: &[(u64, u32, u16, u16)]) -> Result<Chain, RingError> {
     one_chain_with(INDIRECT, descs, &[])
 }

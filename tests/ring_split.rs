@@ -262,8 +262,9 @@ fn an_invalid_split_chain_is_refused_with_its_error() {
 /// First I/O virtual address of buffers in the tests behind an IOMMU.
 const IOVA: u64 = 1 << 40;
 
-/// A ring of 8 entries behind an IOMMU. The I/O virtual addresses of its areas are the guest-physical ones, except for the
-/// used ring at `IOVA / 2`. From `IOVA` there are four pages, at 0x6000, 0x7000, 0x9000 and 0xb000; the last is read-only.
+/// A ring of 8 entries behind an IOMMU. The I/O virtual addresses of its areas are the guest-physical ones, except for
+/// the used ring at `IOVA / 2`. From `IOVA` there are four pages, at 0x6000, 0x7000, 0x9000 and 0xb000; the last is
+/// read-only.
 fn behind_an_iommu(memory: &Memory) -> (SplitDevice, Arc<Iotlb>) {
     let at = SplitLayout { used: IOVA / 2, ..layout(8) };
     let iotlb = Arc::new(Iotlb::default());
@@ -435,8 +436,8 @@ fn a_split_driver_refuses_completions_of_requests_that_are_not_in_flight() {
     assert_eq!(driver.free(), 4);
 }
 
-/// Completes a batch as an in-order device does: it writes only the used element of the last request, in place of that of
-/// the first.
+/// Completes a batch as an in-order device does: it writes only the used element of the last request, in place of that
+/// of the first.
 fn batch(memory: &Memory, layout: SplitLayout, used: u16, count: u16, last: u16, len: u32) {
     let slot = layout.used + 4 + 8 * u64::from(used % layout.size);
     memory.write(slot, &[u32::from(last).to_le_bytes(), len.to_le_bytes()].concat()).unwrap();

@@ -31,8 +31,8 @@ const NET: &[(u32, &str)] = names![virtio:
 
 /// The names of these feature bits, or "none".
 ///
-/// `device_id` is the virtio device id. Device bits have names for `VIRTIO_ID_BLOCK` and `VIRTIO_ID_NET`; for other devices
-/// they are given as numbers.
+/// `device_id` is the virtio device id. Device bits have names for `VIRTIO_ID_BLOCK` and `VIRTIO_ID_NET`; for other
+/// devices they are given as numbers.
 pub fn feature_names(bits: u64, device_id: Option<u32>) -> String {
     let own = match device_id {
         Some(virtio::VIRTIO_ID_BLOCK) => BLOCK,

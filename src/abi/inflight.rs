@@ -78,7 +78,8 @@ wire! {
         padding: [u8; 10] => 22,
     }
 
-    /// State and copy of one descriptor of a packed ring. The copy is needed because used descriptors overwrite the ring's.
+    /// State and copy of one descriptor of a packed ring. The copy is needed because used descriptors overwrite the
+    /// ring's.
     PackedEntry, 32 bytes {
         /// 1 from taking the request to its completion, otherwise 0. Used in the first entry of a chain.
         inflight: u8 => 0,

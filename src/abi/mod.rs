@@ -11,7 +11,8 @@ pub mod vhost;
 pub mod vhost_user;
 pub mod virtio;
 
-/// The mask of feature bit `number`, for virtio, vhost and vhost-user protocol features alike. It is 0 for 64 and above.
+/// The mask of feature bit `number`, for virtio, vhost and vhost-user protocol features alike. It is 0 for 64 and
+/// above.
 pub const fn bit(number: u32) -> u64 {
     if number < u64::BITS { 1 << number } else { 0 }
 }

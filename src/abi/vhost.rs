@@ -1,7 +1,7 @@
 //! The kernel's vhost interface (`linux/vhost.h`, `linux/vhost_types.h`): ioctl numbers, structures, feature bits.
 //!
-//! Names are those of the header. Numbers newer than Linux 6.1 are at the end; a kernel that does not know them returns an
-//! error. Not here: calling ioctls.
+//! Names are those of the header. Numbers newer than Linux 6.1 are at the end; a kernel that does not know them returns
+//! an error. Not here: calling ioctls.
 use super::wire;
 
 /// The number of an ioctl without an argument: `_IO(kind, number)`.
@@ -24,7 +24,8 @@ pub const fn iowr<T>(kind: u8, number: u8) -> u32 {
     ioc(3, kind, number, size_of::<T>())
 }
 
-/// An ioctl number as `asm-generic/ioctl.h` encodes it: direction in bits 30-31, size in 16-29, kind in 8-15, number in 0-7.
+/// An ioctl number as `asm-generic/ioctl.h` encodes it: direction in bits 30-31, size in 16-29, kind in 8-15, number in
+/// 0-7.
 const fn ioc(direction: u32, kind: u8, number: u8, size: usize) -> u32 {
     assert!(size < 1 << 14, "an ioctl argument must be smaller than 16 KiB");
     direction << 30 | (size as u32) << 16 | (kind as u32) << 8 | number as u32
@@ -83,8 +84,8 @@ wire! {
         padding: [u8; 6] => 26,
     }
 
-    /// `struct vhost_msg`: a message read from or written to a kernel vhost device. The union of the header is `iotlb` plus
-    /// `unused`.
+    /// `struct vhost_msg`: a message read from or written to a kernel vhost device. The union of the header is `iotlb`
+    /// plus `unused`.
     Msg, 72 bytes {
         /// [`VHOST_IOTLB_MSG`].
         kind: u32 => 0,

@@ -1,7 +1,7 @@
 //! The vhost-user protocol on the wire: request numbers, header, payloads, protocol features.
 //!
-//! Names are those of the specification without their prefix, in its current words (back-end, not slave). All fields are in
-//! native byte order. Not here: decoding and handling of requests.
+//! Names are those of the specification without their prefix, in its current words (back-end, not slave). All fields
+//! are in native byte order. Not here: decoding and handling of requests.
 use super::wire;
 use std::fmt;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -73,11 +73,11 @@ pub mod unstable {
 
 /// Numbers of this project that are in no specification. Other programs ignore the feature and never get the requests.
 pub mod own {
-    /// Protocol feature: the requests of this module are supported. The specification adds bits from the other end of the
-    /// word.
+    /// Protocol feature: the requests of this module are supported. The specification adds bits from the other end of
+    /// the word.
     pub const F_DISK_GENERATION: u32 = 62;
-    /// Asks a disk that no ring uses for its [`DiskGeneration`](super::DiskGeneration). A reply without payload means that
-    /// the generation is not known.
+    /// Asks a disk that no ring uses for its [`DiskGeneration`](super::DiskGeneration). A reply without payload means
+    /// that the generation is not known.
     pub const GET_DISK_GENERATION: super::Request = super::Request(0x7664_0001);
     /// Asks a disk for the identity in its [`DiskGeneration`](super::DiskGeneration), a `u128`, also while rings run. A
     /// reply without payload means that the identity is not known.
@@ -454,7 +454,8 @@ wire! {
 }
 
 const _: () = {
-    // Sizes of libvhost-user's VhostUserMemory and VhostUserConfig and of UML's fixed table: header and what follows it.
+    // Sizes of libvhost-user's VhostUserMemory and VhostUserConfig and of UML's fixed table: header and what follows
+    // it.
     assert!(size_of::<MemoryHeader>() + VHOST_MEMORY_BASELINE_NREGIONS * size_of::<MemoryRegion>() == 264);
     assert!(size_of::<MemoryHeader>() + UML_MEM_TABLE_REGIONS * size_of::<MemoryRegion>() == 72);
     assert!(size_of::<ConfigHeader>() + VHOST_USER_MAX_CONFIG_SIZE == 268);

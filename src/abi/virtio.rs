@@ -268,8 +268,8 @@ wire! {
         sectors: u8 => 3,
     }
 
-    /// `struct virtio_blk_config`: configuration space up to secure erase. A front-end reads the part of the features that
-    /// it knows: 36, 60 or 72 bytes.
+    /// `struct virtio_blk_config`: configuration space up to secure erase. A front-end reads the part of the features
+    /// that it knows: 36, 60 or 72 bytes.
     BlkConfig, 72 bytes {
         /// Size of the disk, 512-byte sectors.
         capacity: U64 => 0,

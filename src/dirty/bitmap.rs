@@ -1,7 +1,7 @@
 //! The shared log as the dirty bitmap of vm-memory, so that any device written over `GuestMemoryMmap<B>` logs into it.
 //!
-//! A [`LogBitmap`] is the `B` of one memory region and holds the region's guest-physical address. It marks in a fixed log
-//! ([`Log`]) or in the log that is currently installed ([`LogSwitch`]).
+//! A [`LogBitmap`] is the `B` of one memory region and holds the region's guest-physical address. It marks in a fixed
+//! log ([`Log`]) or in the log that is currently installed ([`LogSwitch`]).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -53,8 +53,9 @@ impl LogSwitch {
 
     /// Installs `log`, or removes the log.
     ///
-    /// When this returns, no thread marks in the former log any more (rule L9.1), every write that is not marked in the new
-    /// log is visible to all threads, and every later write is marked (rule L7.2). Acknowledge the change only then.
+    /// When this returns, no thread marks in the former log any more (rule L9.1), every write that is not marked in the
+    /// new log is visible to all threads, and every later write is marked (rule L7.2). Acknowledge the change only
+    /// then.
     ///
     /// # Errors
     /// [`LogError::System`] if the barrier fails. The log is installed then, but must not be acknowledged.
@@ -64,8 +65,8 @@ impl LogSwitch {
             self.installed.store(log.is_some(), Ordering::SeqCst);
             *current = log;
         }
-        // A writer stores data and then loads `installed` without a fence, so the load may be reordered before the store.
-        // membarrier executes the fence in all threads here, so that it costs writers nothing.
+        // A writer stores data and then loads `installed` without a fence, so the load may be reordered before the
+        // store. membarrier executes the fence in all threads here, so that it costs writers nothing.
         membarrier(libc::MEMBARRIER_CMD_PRIVATE_EXPEDITED)
     }
 

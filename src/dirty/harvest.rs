@@ -1,8 +1,8 @@
 //! The harvest of a log (rule L13.1): one algorithm, written over a small vector trait for every vector width.
 //!
 //! Zero blocks are skipped by whole vectors. Words that are not zero are swapped for zero one by one, because other
-//! threads and processes may be marking in them. After all writers have stopped, whole blocks are moved. The mapping and
-//! the choice of the parts to scan are in `log`, the instructions are in `vector`.
+//! threads and processes may be marking in them. After all writers have stopped, whole blocks are moved. The mapping
+//! and the choice of the parts to scan are in `log`, the instructions are in `vector`.
 
 use std::ops::{AddAssign, Range};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -146,15 +146,16 @@ unsafe fn swap_block<V: Vector>(block: &[AtomicU64], taken: &mut Block) -> *mut 
     taken.0.as_mut_ptr()
 }
 
-/// Adds the words at `from` to block `number` of the set. `CLEAR` also zeroes them, for words that are still in the log.
+/// Adds the words at `from` to block `number` of the set. `CLEAR` also zeroes them, for words that are still in the
+/// log.
 ///
 /// # Safety
 /// The CPU must have the instructions of `V`. `from` must be valid for `BLOCK` words and be aligned to `V`.
 #[inline(always)]
 unsafe fn move_block<V: Vector, const CLEAR: bool>(from: *mut u64, number: usize, into: &mut PageSet) -> Harvest {
     let Some((words, summary)) = into.block_mut(number) else { return Harvest::default() };
-    // SAFETY: every access is inside one of the two blocks. The log is shared between processes and accessed by volatile
-    // operations: the worst effect of a race is a lost mark.
+    // SAFETY: every access is inside one of the two blocks. The log is shared between processes and accessed by
+    // volatile operations: the worst effect of a race is a lost mark.
     let found = unsafe {
         let (mut pages, mut added) = (V::zero(), V::zero());
         for at in (0..BLOCK).step_by(V::WORDS) {

@@ -1,8 +1,8 @@
 //! The shared dirty log of VHOST_SET_LOG_BASE and VHOST_USER_SET_LOG_BASE: map or create, mark, burst, signal.
 //!
 //! The log has one bit per 4 KiB page of guest-physical memory, bit `page % 8` of byte `page / 8` (rule L1.1). Several
-//! processes change it concurrently (rule L11.1), so every write here is an atomic read-modify-write. Not here: scanning and
-//! clearing (`harvest`), and the decision when to log (the owner of the [`Log`]).
+//! processes change it concurrently (rule L11.1), so every write here is an atomic read-modify-write. Not here:
+//! scanning and clearing (`harvest`), and the decision when to log (the owner of the [`Log`]).
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -23,8 +23,8 @@ use crate::sys::nonblocking;
 
 /// Size of a log in bytes below which the search for holes costs more than reading them.
 const SPARSE_MIN: u64 = 256 << 10;
-/// Inverse of the populated part below which a log is searched for holes. Finding a populated range takes two system calls,
-/// about the time of reading eight pages of log.
+/// Inverse of the populated part below which a log is searched for holes. Finding a populated range takes two system
+/// calls, about the time of reading eight pages of log.
 const SPARSE_RATIO: u64 = 8;
 
 /// An error of a dirty log.
@@ -36,7 +36,8 @@ pub enum LogError {
     Empty,
     /// The file ends before the log does. An access beyond its end would raise SIGBUS.
     #[error(
-        "the dirty log needs {size} bytes at offset {offset}, but its file has {file} bytes: enlarge the file (rule L2.2)"
+        "the dirty log needs {size} bytes at offset {offset}, but its file has {file} bytes: enlarge the file \
+         (rule L2.2)"
     )]
     ShortFile {
         /// Size of the log, bytes.
@@ -114,11 +115,11 @@ impl Log {
         })
     }
 
-    /// Creates a log for guest memory that ends at `memory_end` (the address after the last byte). Returns it with the fd to
-    /// share.
+    /// Creates a log for guest memory that ends at `memory_end` (the address after the last byte). Returns it with the
+    /// fd to share.
     ///
-    /// The log is a memfd of the size that QEMU computes, one 64-bit word per 256 KiB. It is sealed against resizing, so that
-    /// no peer can make others fault. Peers can map and write it.
+    /// The log is a memfd of the size that QEMU computes, one 64-bit word per 256 KiB. It is sealed against resizing,
+    /// so that no peer can make others fault. Peers can map and write it.
     ///
     /// # Errors
     /// [`LogError::Empty`] if `memory_end` is 0, [`LogError::System`] if the system refuses.
@@ -139,7 +140,8 @@ impl Log {
         self.size.saturating_mul(8)
     }
 
-    /// Marks the pages of the guest-physical bytes `gpa..gpa + len`. Call it after they are written (rules L1.3, L10.1).
+    /// Marks the pages of the guest-physical bytes `gpa..gpa + len`. Call it after they are written
+    /// (rules L1.3, L10.1).
     ///
     /// It executes one unconditional atomic or per word, which is also the barrier between the data and the bit. Pages
     /// outside the log, and ranges that wrap around, are only counted (rules L6.1, L6.2).
@@ -150,8 +152,8 @@ impl Log {
 
     /// Begins a burst of marks for data that is already written: **all data writes must precede this call**.
     ///
-    /// The burst may skip the atomic or if the bit is set already, because a fence is between the data writes and the load
-    /// of the bit (rule L10.2). This call executes the fence. Data written later needs another burst.
+    /// The burst may skip the atomic or if the bit is set already, because a fence is between the data writes and the
+    /// load of the bit (rule L10.2). This call executes the fence. Data written later needs another burst.
     #[inline]
     pub fn burst(&self) -> Burst<'_> {
         fence(Ordering::SeqCst);
@@ -246,16 +248,17 @@ impl Log {
                 found += harvest::take_bytes(self.tail(), words.len(), into);
             }
         });
-        // Pairs with the fence of a burst: if a burst still found its bit set, its data is visible to later reads of pages.
+        // Pairs with the fence of a burst: if a burst still found its bit set, its data is visible to later reads of
+        // pages.
         fence(Ordering::SeqCst);
         found
     }
 
     /// Calls `each` with ranges of bytes of the log that together hold all its marks.
     ///
-    /// A mostly empty log has pages that were never touched. They are found without being read, which would cost time and,
-    /// on tmpfs, memory. A seek moves the position of a file description shared with peers. That is harmless: logs are not
-    /// accessed by file position, and only the result of a seek is used here.
+    /// A mostly empty log has pages that were never touched. They are found without being read, which would cost time
+    /// and, on tmpfs, memory. A seek moves the position of a file description shared with peers. That is harmless: logs
+    /// are not accessed by file position, and only the result of a seek is used here.
     fn populated(&self, mut each: impl FnMut(Range<usize>)) {
         let mut at = 0;
         if self.holes && self.size >= SPARSE_MIN && self.populated_bytes() < self.size / SPARSE_RATIO {
@@ -355,8 +358,8 @@ impl Log {
     /// The bytes after the last whole word.
     fn tail(&self) -> &[AtomicU8] {
         let rest = (self.size % 8) as usize;
-        // SAFETY: these are the last `size % 8` bytes of the mapping, which exists as long as `self`. They are only accessed
-        // atomically.
+        // SAFETY: these are the last `size % 8` bytes of the mapping, which exists as long as `self`. They are only
+        // accessed atomically.
         unsafe { std::slice::from_raw_parts(self.map.as_mut_ptr().add(self.size as usize - rest).cast(), rest) }
     }
 
@@ -384,7 +387,8 @@ impl Burst<'_> {
         }
     }
 
-    /// Ends the burst, and signals `to` if the burst marked any page that was clean: at most one signal per burst (rule L12.1).
+    /// Ends the burst, and signals `to` if the burst marked any page that was clean: at most one signal per burst
+    /// (rule L12.1).
     ///
     /// # Errors
     /// [`LogError::System`] if the signal fails. The marks are in the log in any case.
@@ -626,8 +630,8 @@ mod tests {
 
     #[test]
     fn no_byte_beyond_the_end_of_the_log_is_accessed() {
-        // The log ends with its page, and the next page is inaccessible: an access raises SIGSEGV. The kernel places a new
-        // mapping below the last one, unless another thread maps memory in between; then the next attempt succeeds.
+        // The log ends with its page, and the next page is inaccessible: an access raises SIGSEGV. The kernel places a
+        // new mapping below the last one, unless another thread maps memory in between; then the next attempt succeeds.
         for size in (8..=4096).step_by(8).filter(|size| *size < 128 || *size % 512 == 0) {
             let fd = memfd(4096);
             let attempts = (0..64).map(|_| {

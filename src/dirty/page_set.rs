@@ -1,8 +1,8 @@
 //! Sets of guest pages: the result of a harvest and the input of a migration round.
 //!
-//! A set is a bitmap with a summary above it, one bit per word that is not zero. Iterating, merging and clearing take time
-//! proportional to the pages in the set, also for a large guest. Page numbers are guest-physical addresses / 4096. Sets are
-//! not shared between processes; the shared bitmap is [`Log`](super::Log).
+//! A set is a bitmap with a summary above it, one bit per word that is not zero. Iterating, merging and clearing take
+//! time proportional to the pages in the set, also for a large guest. Page numbers are guest-physical addresses / 4096.
+//! Sets are not shared between processes; the shared bitmap is [`Log`](super::Log).
 
 use std::fmt;
 use std::ops::Range;
@@ -149,8 +149,8 @@ impl PageSet {
         new
     }
 
-    /// One block of the bitmap with its word of the summary, for a harvest that fills whole blocks. The caller reports the
-    /// pages that it adds to [`added`](PageSet::added).
+    /// One block of the bitmap with its word of the summary, for a harvest that fills whole blocks. The caller reports
+    /// the pages that it adds to [`added`](PageSet::added).
     #[inline]
     pub(super) fn block_mut(&mut self, block: usize) -> Option<(&mut [u64; BLOCK], &mut u64)> {
         let words = self.words.get_mut(block * BLOCK..)?.first_chunk_mut()?;

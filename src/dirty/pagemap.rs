@@ -1,9 +1,9 @@
 //! Dirty pages of memory that this process writes itself: PAGEMAP_SCAN with asynchronous write-protection.
 //!
 //! The kernel removes the write protection of a page at its first write, without notification. One ioctl reports these
-//! pages and protects them again. Only writes through the mappings of *this process* are seen. Other processes (a vhost-user
-//! back-end) and devices whose driver writes pages in other ways need a dirty log. The mappings themselves are in
-//! [`crate::memory`].
+//! pages and protects them again. Only writes through the mappings of *this process* are seen. Other processes (a
+//! vhost-user back-end) and devices whose driver writes pages in other ways need a dirty log. The mappings themselves
+//! are in [`crate::memory`].
 
 use std::fs::File;
 use std::io;
@@ -25,7 +25,8 @@ const BATCH: usize = 4096;
 pub enum PagemapError {
     /// The kernel does not permit this process a userfaultfd.
     #[error(
-        "userfaultfd refused ({0}): allow the call in the sandbox, set `sysctl vm.unprivileged_userfaultfd=1`, or run as root"
+        "userfaultfd refused ({0}): allow the call in the sandbox, set `sysctl vm.unprivileged_userfaultfd=1`, or run \
+         as root"
     )]
     Userfaultfd(io::Error),
     /// The kernel has no asynchronous write-protection or no PAGEMAP_SCAN.
@@ -52,13 +53,13 @@ pub enum PagemapError {
 ///
 /// A write is seen only if it goes through this process's page table. These writes are not seen:
 /// - writes of other processes through their own mappings, for example of a vhost-user back-end;
-/// - writes through pages that were pinned before, by the kernel or a device: io_uring fixed buffers, an O_DIRECT read that
-///   was in flight at a harvest, VFIO. They change memory and leave no trace in any page table;
+/// - writes through pages that were pinned before, by the kernel or a device: io_uring fixed buffers, an O_DIRECT read
+///   that was in flight at a harvest, VFIO. They change memory and leave no trace in any page table;
 /// - writes of KVM vCPUs, which have page tables of their own.
 ///
 /// They must be marked in a [`Log`](super::Log), harvested beside this source in a [`UnionSource`](super::UnionSource).
-/// [`MigrationParameters::verify`](crate::migrate::MigrationParameters::verify) finds writes that are not marked: it compares
-/// all memory by hashes before the guest is handed over.
+/// [`MigrationParameters::verify`](crate::migrate::MigrationParameters::verify) finds writes that are not marked: it
+/// compares all memory by hashes before the guest is handed over.
 ///
 /// A harvest takes 0.7 ms per GiB of clean memory. The first write to a page after a harvest takes 1.4 µs longer.
 #[derive(Debug)]

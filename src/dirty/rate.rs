@@ -1,7 +1,7 @@
 //! Dirty rates of a guest by source, and the forecast of a migration at such a rate.
 //!
-//! Pure arithmetic over harvested page sets: [`RateMeter`] measures, [`forecast`] predicts. Not here but in `migrate`: when
-//! to harvest, and the handling of a guest that does not converge.
+//! Pure arithmetic over harvested page sets: [`RateMeter`] measures, [`forecast`] predicts. Not here but in `migrate`:
+//! when to harvest, and the handling of a guest that does not converge.
 
 use std::time::Duration;
 
@@ -151,10 +151,10 @@ pub struct Forecast {
 /// Predicts a pre-copy migration of `guest_bytes` at `bandwidth` bytes of guest memory per second, which stops the
 /// guest when the rest can be sent in `downtime_ms`.
 ///
-/// Round 0 sends `v(0) = guest_bytes`. A round of `v(i)` bytes takes `v(i) / bandwidth` seconds and leaves
-/// `v(i + 1) = min(bytes_per_s · v(i) / bandwidth, working_set_bytes, guest_bytes)` dirty: a geometric series that the
-/// working set limits. The migration converges at the first `v(n)`, `n ≥ 1`, that is sent in `downtime_ms` (less than one
-/// page counts as 0). It does not converge if `v(i + 1) ≥ v(i)` comes first, or after 1000 rounds. With a bandwidth that is
+/// Round 0 sends `v(0) = guest_bytes`. A round of `v(i)` bytes takes `v(i) / bandwidth` seconds and leaves `v(i + 1) =
+/// min(bytes_per_s · v(i) / bandwidth, working_set_bytes, guest_bytes)` dirty: a geometric series that the working set
+/// limits. The migration converges at the first `v(n)`, `n ≥ 1`, that is sent in `downtime_ms` (less than one page
+/// counts as 0). It does not converge if `v(i + 1) ≥ v(i)` comes first, or after 1000 rounds. With a bandwidth that is
 /// not positive the migration does not converge and all figures are 0.
 pub fn forecast(model: &DirtyModel, bandwidth: f64, downtime_ms: f64, guest_bytes: u64) -> Forecast {
     if bandwidth.is_nan() || bandwidth <= 0.0 {

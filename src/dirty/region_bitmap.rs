@@ -1,9 +1,9 @@
 //! The dirty bitmap of a device built with rust-vmm's `vhost-user-backend`: `type Bitmap = RegionBitmap`.
 //!
-//! That crate makes a bitmap for each region of guest memory without the region's address, and passes the log to it later.
-//! Its own `BitmapMmapRegion` misses writes to memory that is added after the log, and marks also while LOG_ALL is off. Here
-//! a [`DeviceLog`] provides address and LOG_ALL to all bitmaps of a device. A bitmap without a `DeviceLog` marks from
-//! SET_LOG_BASE on and never stops.
+//! That crate makes a bitmap for each region of guest memory without the region's address, and passes the log to it
+//! later. Its own `BitmapMmapRegion` misses writes to memory that is added after the log, and marks also while LOG_ALL
+//! is off. Here a [`DeviceLog`] provides address and LOG_ALL to all bitmaps of a device. A bitmap without a `DeviceLog`
+//! marks from SET_LOG_BASE on and never stops.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
@@ -106,8 +106,8 @@ impl AttachedRegion {
             let Some(word) = self.pending.get((page / 64) as usize) else { break };
             word.fetch_or(1 << (page % 64), Ordering::Relaxed);
         }
-        // Pairs with the fence of `flush`. A thread that concurrently sets the attachment or the log flushes afterwards:
-        // either it sees these bits, or the call below sees the attachment and the log.
+        // Pairs with the fence of `flush`. A thread that concurrently sets the attachment or the log flushes
+        // afterwards: either it sees these bits, or the call below sees the attachment and the log.
         fence(Ordering::SeqCst);
         self.try_mark(offset, len);
     }

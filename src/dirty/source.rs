@@ -27,10 +27,10 @@ pub enum DirtyError {
 
 /// A source of dirty pages: a vhost log, KVM, pagemap, content hashes, or a union of several.
 ///
-/// Discarding a page (by a balloon, free page reporting, MADV_REMOVE, FALLOC_FL_PUNCH_HOLE) zeroes it without a write. No
-/// source reports that, so the destination keeps the contents that it has received. If the guest relies on the zeros, mark
-/// discarded pages as dirty; they are then sent as zero pages without being read. A verified migration fails at discarded
-/// pages that were not marked.
+/// Discarding a page (by a balloon, free page reporting, MADV_REMOVE, FALLOC_FL_PUNCH_HOLE) zeroes it without a write.
+/// No source reports that, so the destination keeps the contents that it has received. If the guest relies on the
+/// zeros, mark discarded pages as dirty; they are then sent as zero pages without being read. A verified migration
+/// fails at discarded pages that were not marked.
 pub trait DirtySource: Send {
     /// Begins tracking. Every write after the return is reported by a later harvest.
     ///
@@ -46,8 +46,8 @@ pub trait DirtySource: Send {
     /// [`DirtyError`] if the source failed. `into` keeps the pages found until then.
     fn harvest(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError>;
 
-    /// As [`harvest`](DirtySource::harvest), and possibly faster, for the last harvest. All writers that this source tracks
-    /// must have stopped.
+    /// As [`harvest`](DirtySource::harvest), and possibly faster, for the last harvest. All writers that this source
+    /// tracks must have stopped.
     ///
     /// # Errors
     /// As [`harvest`](DirtySource::harvest).

@@ -1,5 +1,6 @@
-//! Inflight tracking: a region shared with the front-end in which a back-end records the requests that it has taken. After a
-//! crash its successor serves exactly those that are not completed (vhost-user spec, "Inflight I/O tracking"; rules I1-I7).
+//! Inflight tracking: a region shared with the front-end in which a back-end records the requests that it has taken.
+//! After a crash its successor serves exactly those that are not completed (vhost-user spec, "Inflight I/O tracking";
+//! rules I1-I7).
 //!
 //! A worker wraps each ring operation: `take` after popping a request, `stage` after pushing its completion, the ring's
 //! publish, then `commit`. A successor calls [`InflightRegion::split`] with the used index of the ring, or
@@ -80,7 +81,8 @@ pub enum InflightError {
     },
     /// The version of the region is not known.
     #[error(
-        "the inflight region has version {version}: only version 1, and 0 for a fresh region, are supported (rules I1.2, I5.1)"
+        "the inflight region has version {version}: only version 1, and 0 for a fresh region, are supported \
+         (rules I1.2, I5.1)"
     )]
     Version {
         /// Version of the region.
@@ -112,8 +114,8 @@ pub enum InflightError {
     },
     /// The used index has advanced by more than a ring since the region was written.
     #[error(
-        "the inflight region does not belong to this ring: it has used index {region}, and the ring has {ring}, further \
-         than its {queue_size} entries (rule I3.1)"
+        "the inflight region does not belong to this ring: it has used index {region}, and the ring has {ring}, \
+         further than its {queue_size} entries (rule I3.1)"
     )]
     UsedIndex {
         /// Used index in the region.
@@ -125,8 +127,8 @@ pub enum InflightError {
     },
     /// The used position is outside the ring, or its wrap counter is neither 0 nor 1.
     #[error(
-        "the inflight region has used position {index} with wrap counter {wrap}, invalid in a ring of {ring_size} entries \
-         (rules I1.2, I4.5)"
+        "the inflight region has used position {index} with wrap counter {wrap}, invalid in a ring of {ring_size} \
+         entries (rules I1.2, I4.5)"
     )]
     Position {
         /// Position in the region.
@@ -139,7 +141,8 @@ pub enum InflightError {
     /// The chain of a request in flight is empty, leaves the entries, shares entries, or has another length or end than
     /// recorded.
     #[error(
-        "the inflight region is damaged: the request in flight at entry {head} has no valid chain of entries (rules I1.2, I4.1)"
+        "the inflight region is damaged: the request in flight at entry {head} has no valid chain of entries \
+         (rules I1.2, I4.1)"
     )]
     Chain {
         /// First entry of the request.
@@ -147,7 +150,8 @@ pub enum InflightError {
     },
     /// The last batch was published, but its requests cannot be told from those in flight.
     #[error(
-        "the inflight region is damaged: the free list from entry {head} does not hold the last batch (rules I1.2, I4.3)"
+        "the inflight region is damaged: the free list from entry {head} does not hold the last batch \
+         (rules I1.2, I4.3)"
     )]
     Batch {
         /// Head of the free list.

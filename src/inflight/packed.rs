@@ -1,9 +1,9 @@
 //! Inflight tracking of packed rings: the order of the stores, and recovery after a crash between any two of them.
 //!
-//! Used descriptors overwrite a request's descriptors in the ring, in any order. So each request is copied into entries of
-//! the region, taken from a free list, and is named by its first entry from then on. The header has the free list and the
-//! used position twice: the current and the committed values. They differ while a batch is being published, and the ring
-//! itself tells if it was published (rules I4.2, I4.3).
+//! Used descriptors overwrite a request's descriptors in the ring, in any order. So each request is copied into entries
+//! of the region, taken from a free list, and is named by its first entry from then on. The header has the free list
+//! and the used position twice: the current and the committed values. They differ while a batch is being published, and
+//! the ring itself shows if it was published (rules I4.2, I4.3).
 //!
 //! | step | stores, in this order | state after a crash in this step |
 //! |---|---|---|
@@ -13,11 +13,11 @@
 //! | `put_back` | `next` of the chain's last entry; the mark; both heads of the free list | the reverse of `take`: taken until the mark is cleared |
 //! | `commit` | the marks, `old_free_head`, the committed used position | committed |
 //!
-//! The specification marks a request before it fills its entries, and stores index and wrap counter one by one. With the
-//! order used here, a recovery by the specification gives the same result. It also leaves fewer intermediate states to
-//! implementations that do not follow the specification: DPDK takes every mark for a request with all its entries. Both used
-//! positions share eight aligned bytes and are stored at once, because a wrapped index with the old wrap counter is a
-//! position one whole ring away.
+//! The specification marks a request before it fills its entries, and stores index and wrap counter one by one. With
+//! the order used here, a recovery by the specification gives the same result. It also leaves fewer intermediate states
+//! to implementations that do not follow the specification: DPDK takes every mark for a request with all its entries.
+//! Both used positions share eight aligned bytes and are stored at once, because a wrapped index with the old wrap
+//! counter is a position one whole ring away.
 
 use std::mem::offset_of;
 
@@ -47,10 +47,10 @@ const ADDR: usize = offset_of!(PackedEntry, addr);
 
 /// Tracker of the requests of one packed ring (rule I4).
 ///
-/// Call [`take`](PackedInflight::take) for each request that is popped. For each batch, without a `take` in between, call
-/// [`stage`](PackedInflight::stage) for each of its requests, then the ring's publish, then
-/// [`commit`](PackedInflight::commit). The ring must publish a batch as a whole: it stores the flags of the first descriptor
-/// last.
+/// Call [`take`](PackedInflight::take) for each request that is popped. For each batch, without a `take` in between,
+/// call [`stage`](PackedInflight::stage) for each of its requests, then the ring's publish, then
+/// [`commit`](PackedInflight::commit). The ring must publish a batch as a whole: it stores the flags of the first
+/// descriptor last.
 #[derive(Debug)]
 pub struct PackedInflight<S: StoreSink = QueueRegion> {
     sink: S,
@@ -61,7 +61,8 @@ pub struct PackedInflight<S: StoreSink = QueueRegion> {
     /// Used position after the staged requests.
     used: PositionBits,
     committed: PositionBits,
-    /// Private copy of the links of each entry. Peers can write the region, so it is not read again while the ring runs.
+    /// Private copy of the links of each entry. Peers can write the region, so it is not read again while the ring
+    /// runs.
     links: Vec<EntryLink>,
     /// Number of descriptors in flight.
     descs_in_flight: u16,
@@ -103,11 +104,12 @@ impl<S: StoreSink> PackedInflight<S> {
         }
     }
 
-    /// Records that a request was taken. `descs` are its descriptors in the ring. Returns the entry that names the request
-    /// from now on. Call it before the request is executed, and not for a resubmitted request, which is recorded already.
+    /// Records that a request was taken. `descs` are its descriptors in the ring. Returns the entry that names the
+    /// request from now on. Call it before the request is executed, and not for a resubmitted request, which is
+    /// recorded already.
     ///
-    /// Returns `None` and records nothing while a batch is staged and not committed, for a request without descriptors, and
-    /// for one with more descriptors than the ring has besides those in flight.
+    /// Returns `None` and records nothing while a batch is staged and not committed, for a request without descriptors,
+    /// and for one with more descriptors than the ring has besides those in flight.
     #[inline]
     pub fn take(&mut self, descs: &[PackedDesc]) -> Option<u16> {
         let num = u16::try_from(descs.len()).ok()?;
@@ -137,8 +139,9 @@ impl<S: StoreSink> PackedInflight<S> {
         Some(head)
     }
 
-    /// Records that the request named `head`, the last one taken, was put back into the ring without being executed. Put
-    /// several requests back in reverse order: recovery relies on it that the requests in flight end at the avail position.
+    /// Records that the request named `head`, the last one taken, was put back into the ring without being executed.
+    /// Put several requests back in reverse order: recovery relies on it that the requests in flight end at the avail
+    /// position.
     ///
     /// Records nothing while a batch is staged and not committed, and for a request that is not in flight.
     pub fn put_back(&mut self, head: u16) {
@@ -151,7 +154,8 @@ impl<S: StoreSink> PackedInflight<S> {
         self.descs_in_flight = self.descs_in_flight.saturating_sub(num);
     }
 
-    /// Adds the request named `head` to the batch that the ring publishes next. A request that is not in flight is ignored.
+    /// Adds the request named `head` to the batch that the ring publishes next. A request that is not in flight is
+    /// ignored.
     #[inline]
     pub fn stage(&mut self, head: u16) {
         let Some(num) = self.free(head) else { return };
@@ -198,8 +202,8 @@ impl<S: StoreSink> PackedInflight<S> {
 /// State of a packed ring as recovered from the region, and the stores that repair region and ring.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PackedRecovery {
-    /// Stores that repair the region, in this order. [`PackedInflight::resume`] executes them. A crash after any of them and
-    /// another recovery give the same result.
+    /// Stores that repair the region, in this order. [`PackedInflight::resume`] executes them. A crash after any of
+    /// them and another recovery give the same result.
     pub stores: Vec<Store>,
     /// The requests to be served again, in this order.
     pub resubmit: Vec<PackedInflightRequest>,
@@ -207,9 +211,9 @@ pub struct PackedRecovery {
     pub base: Option<RingBase>,
     /// Position and repaired flags of stale descriptors in the ring. Store the flags before anything is published.
     ///
-    /// The predecessor was killed while it wrote a batch: it had written these used descriptors, and not yet the first one
-    /// of the batch, which would have published them. Without the repair the driver would find them used as soon as the
-    /// descriptor before them is used.
+    /// The predecessor was killed while it wrote a batch: it had written these used descriptors, and not yet the first
+    /// one of the batch, which would have published them. Without the repair the driver would find them used as soon as
+    /// the descriptor before them is used.
     pub stale: Vec<(u16, u16)>,
     /// Counter of the next request to be taken (rule I6.1).
     pub next_counter: u64,
@@ -230,14 +234,15 @@ pub struct PackedInflightRequest {
 
 /// Recovers the state of a packed ring from the bytes of its part (rules I4, I5, I6).
 ///
-/// `queue_size` is the number of entries of the part, `ring_size` that of the ring. `base` is the front-end's base of the
-/// ring. `flags_of` reads the flags of the ring's descriptor at a position below `ring_size`.
+/// `queue_size` is the number of entries of the part, `ring_size` that of the ring. `base` is the front-end's base of
+/// the ring. `flags_of` reads the flags of the ring's descriptor at a position below `ring_size`.
 ///
-/// A fresh region (version 0) is initialised with the used position of `base`. Its ring may have been used before without
-/// the region, as at the destination of a migration.
+/// A fresh region (version 0) is initialised with the used position of `base`. Its ring may have been used before
+/// without the region, as at the destination of a migration.
 ///
 /// # Errors
-/// [`InflightError`] for invalid contents, which do not tell the requests in flight. `bytes` may be arbitrary.
+/// [`InflightError`] for invalid contents, from which the requests in flight cannot be determined. `bytes` may be
+/// arbitrary.
 pub fn recover_packed(
     bytes: &[u8],
     queue_size: u16,
@@ -350,8 +355,8 @@ pub fn recover_packed(
     })
 }
 
-/// Initialises a fresh region (rules I4.7, I5.2). The version is stored last, so that the region stays fresh after a crash
-/// before it.
+/// Initialises a fresh region (rules I4.7, I5.2). The version is stored last, so that the region stays fresh after a
+/// crash before it.
 fn initialise(
     entries: &[PackedEntry],
     base: RingBase,
@@ -392,7 +397,8 @@ fn initialise(
     })
 }
 
-/// Returns true if a predecessor that stores index and wrap counter one by one was killed between the two, in its commit.
+/// Returns true if a predecessor that stores index and wrap counter one by one was killed between the two, in its
+/// commit.
 ///
 /// Both positions are then one whole ring apart. That is also the case for a batch as long as the ring which is not
 /// published yet, but then all descriptors of the ring are in flight.
@@ -400,7 +406,8 @@ fn is_torn(current: Position, committed: Position, entries: &[PackedEntry], mark
     current.index == committed.index && descriptors(entries, marked) != u32::from(ring_size)
 }
 
-/// Membership of each entry in the free list, which ends at the first index beyond the entries. `None` if it is circular.
+/// Membership of each entry in the free list, which ends at the first index beyond the entries. `None` if it is
+/// circular.
 fn free_list(entries: &[PackedEntry], free_head: u16) -> Option<Vec<bool>> {
     let mut free = vec![false; entries.len()];
     let mut index = usize::from(free_head);
@@ -457,8 +464,8 @@ fn in_flight(
     Ok((requests, busy))
 }
 
-/// Links all entries that are not `busy` into a new free list and returns its head. The list is empty until it is complete,
-/// so that after a crash in between it does not lead into the entries of a request.
+/// Links all entries that are not `busy` into a new free list and returns its head. The list is empty until it is
+/// complete, so that after a crash in between it does not lead into the entries of a request.
 fn rebuild_free_list(busy: &[bool], links: &mut [EntryLink], stores: &mut Vec<Store>) -> u16 {
     let end = links.len() as u16;
     stores.u32(FREE_HEAD_AT, pair(end, end));
@@ -489,8 +496,8 @@ fn used_bit(flags: u16) -> bool {
     flags >> PACKED_DESC_F_USED & 1 == 1
 }
 
-/// `flags` with the AVAIL and USED bits of a descriptor that the driver made available in the round of `wrap` and that is
-/// not used.
+/// `flags` with the AVAIL and USED bits of a descriptor that the driver made available in the round of `wrap` and that
+/// is not used.
 fn available(flags: u16, wrap: bool) -> u16 {
     let (avail, used) = (1 << PACKED_DESC_F_AVAIL, 1 << PACKED_DESC_F_USED);
     flags & !(avail | used) | if wrap { avail } else { used }

@@ -73,13 +73,14 @@ impl InflightRegion {
         Ok((region, fd))
     }
 
-    /// Maps the region that VHOST_USER_SET_INFLIGHT_FD describes: `size` bytes from `offset` of `fd` (rules I1.1, I1.2).
+    /// Maps the region that VHOST_USER_SET_INFLIGHT_FD describes: `size` bytes from `offset` of `fd`
+    /// (rules I1.1, I1.2).
     ///
     /// The contents are checked queue by queue, by [`InflightRegion::split`] or [`InflightRegion::packed`].
     ///
     /// # Errors
-    /// [`InflightError::Shape`], [`InflightError::TooSmall`] or [`InflightError::Misaligned`] for an invalid description,
-    /// [`InflightError::Map`] for a file that is too small or cannot be mapped.
+    /// [`InflightError::Shape`], [`InflightError::TooSmall`] or [`InflightError::Misaligned`] for an invalid
+    /// description, [`InflightError::Map`] for a file that is too small or cannot be mapped.
     pub fn map(
         kind: RingKind,
         fd: BorrowedFd<'_>,
@@ -114,12 +115,12 @@ impl InflightRegion {
         self.queue_size
     }
 
-    /// Starts tracking queue `queue`, a split ring of `ring_size` entries whose used index is `used_idx`. Returns the tracker
-    /// and the requests that a predecessor left in flight (rules I3, I5).
+    /// Starts tracking queue `queue`, a split ring of `ring_size` entries whose used index is `used_idx`. Returns the
+    /// tracker and the requests that a predecessor left in flight (rules I3, I5).
     ///
     /// # Errors
-    /// [`InflightError::RingKind`], [`InflightError::NoQueue`] or [`InflightError::RingTooLarge`] if the region is not for
-    /// this ring, otherwise the errors of [`recover_split`].
+    /// [`InflightError::RingKind`], [`InflightError::NoQueue`] or [`InflightError::RingTooLarge`] if the region is not
+    /// for this ring, otherwise the errors of [`recover_split`].
     pub fn split(
         &self,
         queue: u16,
@@ -131,13 +132,13 @@ impl InflightRegion {
         Ok((SplitInflight::resume(part, &recovery), recovery))
     }
 
-    /// Starts tracking queue `queue`, a packed ring of `ring_size` entries with the base `base`. Returns the tracker and the
-    /// requests that a predecessor left in flight (rules I4, I5). `flags_of` reads the flags of the ring's descriptor at a
-    /// position.
+    /// Starts tracking queue `queue`, a packed ring of `ring_size` entries with the base `base`. Returns the tracker
+    /// and the requests that a predecessor left in flight (rules I4, I5). `flags_of` reads the flags of the ring's
+    /// descriptor at a position.
     ///
     /// # Errors
-    /// [`InflightError::RingKind`], [`InflightError::NoQueue`] or [`InflightError::RingTooLarge`] if the region is not for
-    /// this ring, otherwise the errors of [`recover_packed`].
+    /// [`InflightError::RingKind`], [`InflightError::NoQueue`] or [`InflightError::RingTooLarge`] if the region is not
+    /// for this ring, otherwise the errors of [`recover_packed`].
     pub fn packed(
         &self,
         queue: u16,
@@ -195,8 +196,8 @@ impl InflightRegion {
 
 /// The part of one queue in a mapped region. Stores go to shared memory in program order.
 ///
-/// Program order is sufficient: killing a process does not undo or reorder stores that it has executed. So only the compiler
-/// must not reorder them, which release stores prevent.
+/// Program order is sufficient: killing a process does not undo or reorder stores that it has executed. So only the
+/// compiler must not reorder them, which release stores prevent.
 #[derive(Debug)]
 pub struct QueueRegion {
     first: NonNull<u8>,
@@ -212,8 +213,8 @@ impl QueueRegion {
     /// Copies all bytes, each read once.
     fn copy(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len];
-        // SAFETY: `len` bytes from `first` are mapped as long as `self` exists, and `VolatileSlice` supports memory that
-        // other processes write.
+        // SAFETY: `len` bytes from `first` are mapped as long as `self` exists, and `VolatileSlice` supports memory
+        // that other processes write.
         unsafe { VolatileSlice::new(self.first.as_ptr(), self.len) }.copy_to(&mut bytes);
         bytes
     }

@@ -42,8 +42,8 @@ impl<S: StoreSink> SplitInflight<S> {
         SplitInflight { sink, counter: next_counter, last_batch_head, batch: Vec::new() }
     }
 
-    /// Records that request `head` was taken. Call it before the request is executed, and not for a resubmitted request,
-    /// which is recorded already.
+    /// Records that request `head` was taken. Call it before the request is executed, and not for a resubmitted
+    /// request, which is recorded already.
     #[inline]
     pub fn take(&mut self, head: u16) {
         self.sink.u64(entry(head) + COUNTER, self.counter);
@@ -84,12 +84,13 @@ impl<S: StoreSink> SplitInflight<S> {
 /// State of a split ring as recovered from the region, and the stores that repair the region.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SplitRecovery {
-    /// Stores that repair the region, in this order. [`SplitInflight::resume`] executes them. A crash after any of them and
-    /// another recovery give the same result.
+    /// Stores that repair the region, in this order. [`SplitInflight::resume`] executes them. A crash after any of them
+    /// and another recovery give the same result.
     pub stores: Vec<Store>,
     /// Heads of the requests to be served again, in this order.
     pub resubmit: Vec<u16>,
-    /// Next index of the avail ring, which replaces the front-end's base. `None` on a fresh region, where the base is valid.
+    /// Next index of the avail ring, which replaces the front-end's base. `None` on a fresh region, where the base is
+    /// valid.
     pub next_avail: Option<u16>,
     /// Counter of the next request to be taken (rule I6.1).
     pub next_counter: u64,
@@ -99,11 +100,12 @@ pub struct SplitRecovery {
 
 /// Recovers the state of a split ring from the bytes of its part and the used index in the ring (rules I3, I5, I6).
 ///
-/// A fresh region (version 0) is initialised. Its ring may have been used before without the region, as at the destination
-/// of a migration.
+/// A fresh region (version 0) is initialised. Its ring may have been used before without the region, as at the
+/// destination of a migration.
 ///
 /// # Errors
-/// [`InflightError`] for invalid contents, which do not tell the requests in flight. `bytes` may be arbitrary.
+/// [`InflightError`] for invalid contents, from which the requests in flight cannot be determined. `bytes` may be
+/// arbitrary.
 pub fn recover_split(bytes: &[u8], used_idx: u16, queue_size: u16) -> Result<SplitRecovery, InflightError> {
     let too_small = || InflightError::TooSmall {
         size: bytes.len() as u64,
@@ -175,8 +177,8 @@ fn initialise(entries: &[SplitEntry], used_idx: u16, queue_size: u16) -> SplitRe
 
 /// The heads of the last batch, which was published and whose marks may not all be cleared yet.
 ///
-/// A device that publishes one request at a time need not store `next`. A circular list shows that `next` was not stored:
-/// only the head of such a batch is known.
+/// A device that publishes one request at a time need not store `next`. A circular list shows that `next` was not
+/// stored: only the head of such a batch is known.
 fn last_batch(header: &SplitHeader, entries: &[SplitEntry], used_idx: u16) -> Result<Vec<u16>, InflightError> {
     let queue_size = entries.len() as u16;
     let (region, ring) = (header.used_idx.get(), used_idx);

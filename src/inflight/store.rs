@@ -29,8 +29,8 @@ impl Store {
 
 /// The target of stores, which are executed in order. A crash may happen between any two of them.
 ///
-/// Offsets are in bytes from the start of the queue's part and aligned. Values are in host byte order. A store outside the
-/// queue's part is ignored.
+/// Offsets are in bytes from the start of the queue's part and aligned. Values are in host byte order. A store outside
+/// the queue's part is ignored.
 pub trait StoreSink {
     /// Stores one byte.
     fn u8(&mut self, offset: usize, value: u8);

@@ -107,8 +107,8 @@ impl OwnPageTable {
         Ok(OwnPageTable(File::open("/proc/self/pagemap")?))
     }
 
-    /// The extent at the start of `size` bytes at `address` of this process. A page that userfaultfd write-protects counts
-    /// as data even if it was never touched.
+    /// The extent at the start of `size` bytes at `address` of this process. A page that userfaultfd write-protects
+    /// counts as data even if it was never touched.
     pub(super) fn extent(&self, address: u64, size: u64) -> Extent {
         /// Number of entries read by one call: those of 2 MiB.
         const ENTRIES: usize = 512;
@@ -130,8 +130,8 @@ impl OwnPageTable {
 
 /// Splits runs of pages into data and holes, and caches the extent that was found last.
 ///
-/// A hole was a hole at some time since the finder was made, and its pages read as zero at that time. So a caller loses no
-/// writes if it first clears the dirty bits of the pages, then makes a new `ExtentFinder` and treats holes as zeros
+/// A hole was a hole at some time since the finder was made, and its pages read as zero at that time. So a caller loses
+/// no writes if it first clears the dirty bits of the pages, then makes a new `ExtentFinder` and treats holes as zeros
 /// (rule L13.1).
 #[derive(Debug, Default)]
 pub struct ExtentFinder {
@@ -145,8 +145,8 @@ impl ExtentFinder {
         ExtentFinder::default()
     }
 
-    /// The longest run at the start of `pages` (page numbers, whole pages of `region`) that is all hole (true) or all data
-    /// (false).
+    /// The longest run at the start of `pages` (page numbers, whole pages of `region`) that is all hole (true) or all
+    /// data (false).
     pub fn first(&mut self, region: &Region, pages: &Range<u64>) -> (Range<u64>, bool) {
         if !self.last.contains(&pages.start) {
             let extent = region.extent(pages.start * LOG_PAGE - region.gpa());
@@ -165,8 +165,8 @@ impl ExtentFinder {
 }
 
 impl Memory {
-    /// Calls `each` with the runs of pages that may hold other bytes than zeros, by increasing page number, until it returns
-    /// false. Holes that the regions know of are not touched.
+    /// Calls `each` with the runs of pages that may hold other bytes than zeros, by increasing page number, until it
+    /// returns false. Holes that the regions know of are not touched.
     pub fn data(&self, mut each: impl FnMut(Range<u64>) -> bool) {
         let mut extents = ExtentFinder::new();
         for region in self.regions() {

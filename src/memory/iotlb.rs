@@ -1,5 +1,5 @@
-//! The IOTLB of a device behind an IOMMU (VIRTIO_F_ACCESS_PLATFORM): a cache of translations from I/O virtual addresses to
-//! those of the front-end.
+//! The IOTLB of a device behind an IOMMU (VIRTIO_F_ACCESS_PLATFORM): a cache of translations from I/O virtual addresses
+//! to those of the front-end.
 //!
 //! The front-end's messages fill and empty it; its size is bounded. Not here but in `backend`: asking for missing
 //! translations, and waiting until an old translation is no longer in use.
@@ -81,7 +81,8 @@ pub enum IotlbError {
     },
     /// The permission has unknown bits.
     #[error(
-        "translation at {iova:#x}: permission {permission} is invalid, only bits 0 (read) and 1 (write) are known (rule T2.2)"
+        "translation at {iova:#x}: permission {permission} is invalid, only bits 0 (read) and 1 (write) are known \
+         (rule T2.2)"
     )]
     Permission {
         /// I/O virtual address.
@@ -111,8 +112,8 @@ struct IotlbEntry {
 }
 
 impl Iotlb {
-    /// Adds the translation of `size` bytes at `iova` to `user` in the front-end, and replaces older translations of these
-    /// bytes (rule T2.3). A permission of 0 is kept too: with it a front-end denies every access.
+    /// Adds the translation of `size` bytes at `iova` to `user` in the front-end, and replaces older translations of
+    /// these bytes (rule T2.3). A permission of 0 is kept too: with it a front-end denies every access.
     ///
     /// # Errors
     /// [`IotlbError`] for an invalid range or permission. The cache is unchanged then.
@@ -151,7 +152,8 @@ impl Iotlb {
     /// inside one translation and one region of `memory`.
     ///
     /// # Errors
-    /// [`TranslationError`] for the first byte that cannot be accessed. `each` may have been called for the bytes before it.
+    /// [`TranslationError`] for the first byte that cannot be accessed. `each` may have been called for the bytes
+    /// before it.
     pub fn translate(
         &self,
         memory: &Memory,
@@ -213,8 +215,8 @@ impl IotlbEntries {
     }
 }
 
-/// The addresses that an INVALIDATE message names. 0 bytes at address 0 mean all addresses: the size of the whole address
-/// space is 0 in 64 bits.
+/// The addresses that an INVALIDATE message names. 0 bytes at address 0 mean all addresses: the size of the whole
+/// address space is 0 in 64 bits.
 ///
 /// # Errors
 /// [`IotlbError::Range`] for an empty range elsewhere and for one that wraps around.

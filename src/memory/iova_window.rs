@@ -1,7 +1,7 @@
 //! The areas of a ring behind an IOMMU as contiguous memory: a [`Memory`] whose addresses are I/O virtual.
 //!
-//! An area is contiguous for the driver and may be scattered over guest memory page by page. Scattered pages are mapped a
-//! second time, one after the other.
+//! An area is contiguous for the driver and may be scattered over guest memory page by page. Scattered pages are mapped
+//! a second time, one after the other.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -31,8 +31,8 @@ impl IovaWindow {
     /// mapped, as only its pages are logged.
     ///
     /// # Errors
-    /// [`TranslationError::Missing`] for the first part without a translation, [`TranslationError::Memory`] for areas that
-    /// overlap or that are scattered in pieces other than whole pages.
+    /// [`TranslationError::Missing`] for the first part without a translation, [`TranslationError::Memory`] for areas
+    /// that overlap or that are scattered in pieces other than whole pages.
     pub fn open(
         memory: &Memory,
         iotlb: &Iotlb,
@@ -85,8 +85,8 @@ impl IovaWindow {
         true
     }
 
-    /// Calls `each` with the guest-physical address and the length of every piece of `len` bytes at `iova` that is in the
-    /// window. A piece is given twice if the logged range overlaps an area.
+    /// Calls `each` with the guest-physical address and the length of every piece of `len` bytes at `iova` that is in
+    /// the window. A piece is given twice if the logged range overlaps an area.
     pub fn each(&self, iova: u64, len: u64, mut each: impl FnMut(u64, u64)) {
         let end = iova.saturating_add(len);
         for piece in &self.pieces {

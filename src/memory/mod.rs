@@ -24,8 +24,8 @@ use std::sync::Arc;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, VolatileSlice};
 
-/// Size of a page of guest-physical memory, bytes: the unit of every dirty log and of every page that this crate moves. It
-/// does not depend on the page size of the host or the guest (rule L1.1).
+/// Size of a page of guest-physical memory, bytes: the unit of every dirty log and of every page that this crate moves.
+/// It does not depend on the page size of the host or the guest (rule L1.1).
 pub const LOG_PAGE: u64 = 4096;
 
 /// An error of guest memory.
@@ -77,8 +77,8 @@ pub enum MemoryError {
     },
     /// A part of a ring behind an IOMMU that cannot be mapped contiguously.
     #[error(
-        "ring area of {len:#x} bytes at I/O virtual address {addr:#x}: it is scattered over guest memory in pieces other \
-         than pages of 4 KiB: translate whole pages (rule T4.1)"
+        "ring area of {len:#x} bytes at I/O virtual address {addr:#x}: it is scattered over guest memory in pieces \
+         other than pages of 4 KiB: translate whole pages (rule T4.1)"
     )]
     Scattered {
         /// I/O virtual address.
@@ -100,7 +100,8 @@ pub enum MemoryError {
 
 /// An immutable set of regions, sorted by guest-physical address. Clones share the regions.
 ///
-/// A change of the memory table makes a new `Memory`. A clone of the old one keeps its mappings alive while it is in use.
+/// A change of the memory table makes a new `Memory`. A clone of the old one keeps its mappings alive while it is in
+/// use.
 #[derive(Clone, Default)]
 pub struct Memory(Arc<[Arc<Region>]>);
 
@@ -253,7 +254,8 @@ impl Memory {
         })
     }
 
-    /// Allocates the memory of `pages` (page numbers) for writing and keeps the contents. Pages outside regions are skipped.
+    /// Allocates the memory of `pages` (page numbers) for writing and keeps the contents. Pages outside regions are
+    /// skipped.
     ///
     /// # Errors
     /// The error of the system: out of memory, or a kernel before Linux 5.14.
@@ -261,7 +263,8 @@ impl Memory {
         self.parts(pages).try_for_each(|(region, range)| region.populate(range))
     }
 
-    /// Advises the system to use huge pages for `pages` (page numbers). The system may refuse it for this type of memory.
+    /// Advises the system to use huge pages for `pages` (page numbers). The system may refuse it for this type of
+    /// memory.
     pub fn advise_huge_pages(&self, pages: &Range<u64>) {
         for (region, range) in self.parts(pages) {
             if let Err(error) = region.advise_huge_pages(range) {
@@ -302,10 +305,11 @@ impl Memory {
 impl<B: Bitmap + Send + Sync + 'static> TryFrom<&GuestMemoryMmap<B>> for Memory {
     type Error = MemoryError;
 
-    /// Guest memory of a VMM built from rust-vmm's crates, to be migrated. It stays mapped as long as the result exists.
+    /// Guest memory of a VMM built from rust-vmm's crates, to be migrated. It stays mapped as long as the result
+    /// exists.
     ///
-    /// Writes of this crate are not marked in the bitmap `B`. Holes are found if vm-memory has mapped the memory itself. A
-    /// [`Pagemap`](crate::dirty::Pagemap) makes holes of private anonymous memory look used.
+    /// Writes of this crate are not marked in the bitmap `B`. Holes are found if vm-memory has mapped the memory
+    /// itself. A [`Pagemap`](crate::dirty::Pagemap) makes holes of private anonymous memory look used.
     ///
     /// # Errors
     /// [`MemoryError::Map`] with the error of the system.

@@ -47,8 +47,8 @@ enum Mapping {
     },
 }
 
-// SAFETY: the pointer is only returned, never dereferenced here; its memory stays mapped until the owner, which is `Send`,
-// is dropped.
+// SAFETY: the pointer is only returned, never dereferenced here; its memory stays mapped until the owner, which is
+// `Send`, is dropped.
 unsafe impl Send for Mapping {}
 // SAFETY: as for `Send`; the owner is `Sync`.
 unsafe impl Sync for Mapping {}
@@ -85,14 +85,15 @@ struct SharedFile {
     holes: HoleSearch,
 }
 
-// SAFETY: the pointers are to memory that `mapping` keeps mapped, and all access to it is volatile or atomic, as needed for
-// memory that other threads and processes write.
+// SAFETY: the pointers are to memory that `mapping` keeps mapped, and all access to it is volatile or atomic, as needed
+// for memory that other threads and processes write.
 unsafe impl Send for Region {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Region {}
 
 impl Region {
-    /// Maps `size` bytes of `fd` from `mmap_offset` as the region at `gpa` of the guest and at `user_addr` of the front-end.
+    /// Maps `size` bytes of `fd` from `mmap_offset` as the region at `gpa` of the guest and at `user_addr` of the
+    /// front-end.
     ///
     /// The fd may be closed afterwards. Memfds, files and hugetlbfs work. Offsets need no alignment.
     ///
@@ -137,8 +138,8 @@ impl Region {
         })
     }
 
-    /// The region at address `at`, of guest and front-end, that consists of `size` bytes of this one from `offset`. Both
-    /// share the mapping.
+    /// The region at address `at`, of guest and front-end, that consists of `size` bytes of this one from `offset`.
+    /// Both share the mapping.
     pub(super) fn part(&self, at: u64, offset: u64, size: u64) -> Result<Region, MemoryError> {
         if size == 0 || !self.holds(offset, size) || at.checked_add(size).is_none() {
             return Err(MemoryError::BadRange { gpa: at, size });
@@ -155,11 +156,12 @@ impl Region {
         })
     }
 
-    /// A region of `size` bytes at `at` made of parts: region, offset and length in bytes. Their pages are mapped a second
-    /// time, one after the other.
+    /// A region of `size` bytes at `at` made of parts: region, offset and length in bytes. Their pages are mapped a
+    /// second time, one after the other.
     ///
     /// # Errors
-    /// [`MemoryError::Scattered`] if parts do not join at page boundaries, [`MemoryError::BadRange`], [`MemoryError::Map`].
+    /// [`MemoryError::Scattered`] if parts do not join at page boundaries, [`MemoryError::BadRange`],
+    /// [`MemoryError::Map`].
     pub(super) fn join(at: u64, size: u64, parts: &[(&Region, u64, u64)]) -> Result<Region, MemoryError> {
         let scattered = MemoryError::Scattered { addr: at, len: size };
         let bad = MemoryError::BadRange { gpa: at, size };
@@ -208,8 +210,8 @@ impl Region {
         })
     }
 
-    /// Maps a region of this process's own guest memory and keeps `fd` to share it with devices. Its front-end address is its
-    /// address in this process.
+    /// Maps a region of this process's own guest memory and keeps `fd` to share it with devices. Its front-end address
+    /// is its address in this process.
     ///
     /// # Errors
     /// As [`Region::map`].
@@ -232,7 +234,8 @@ impl Region {
     /// The extent that begins `offset` bytes into the region.
     ///
     /// Holes are found in private anonymous memory, and in regions that keep their file ([`Region::share`]) on tmpfs
-    /// (memfds), hugetlbfs, ext4, XFS and Btrfs; the search moves the file position of the fd. Other regions are all data.
+    /// (memfds), hugetlbfs, ext4, XFS and Btrfs; the search moves the file position of the fd. Other regions are all
+    /// data.
     pub fn extent(&self, offset: u64) -> Extent {
         let size = self.size.saturating_sub(offset);
         match &self.backing {
@@ -244,8 +247,8 @@ impl Region {
         }
     }
 
-    /// The region of a mapping of rust-vmm's `vm-memory`, at `gpa` of the guest. Its front-end address is its address in this
-    /// process. A shared mapping of a file can be shared with devices.
+    /// The region of a mapping of rust-vmm's `vm-memory`, at `gpa` of the guest. Its front-end address is its address
+    /// in this process. A shared mapping of a file can be shared with devices.
     pub(super) fn of_mapping<B: Bitmap + Send + Sync + 'static>(
         gpa: u64,
         other: Arc<MmapRegion<B>>,
@@ -307,8 +310,8 @@ impl Region {
     /// Advises the kernel not to merge pages into huge ones, so that postcopy can place each page by itself.
     pub(super) fn avoid_huge_pages(&self) {
         let (start, len) = (self.mapping.as_mut_ptr().cast(), self.mapping.len());
-        // SAFETY: the range is this mapping, and the advice changes no contents. The kernel refuses it where it does not
-        // apply.
+        // SAFETY: the range is this mapping, and the advice changes no contents. The kernel refuses it where it does
+        // not apply.
         unsafe { libc::madvise(start, len, libc::MADV_NOHUGEPAGE) };
     }
 
@@ -322,8 +325,8 @@ impl Region {
         self.advise(range, 2 << 20, libc::MADV_HUGEPAGE)
     }
 
-    /// Gives an advice that changes no contents, for the part of `range` (offsets, bytes) that consists of whole `unit`s
-    /// (bytes) of addresses in this process.
+    /// Gives an advice that changes no contents, for the part of `range` (offsets, bytes) that consists of whole
+    /// `unit`s (bytes) of addresses in this process.
     fn advise(&self, range: Range<u64>, unit: u64, advice: libc::c_int) -> io::Result<()> {
         if range.end > self.size {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -342,7 +345,8 @@ impl Region {
         }
     }
 
-    /// Replaces the file's memory by zeroed private memory: reads return zero, and writes are seen by this process alone.
+    /// Replaces the file's memory by zeroed private memory: reads return zero, and writes are seen by this process
+    /// alone.
     pub(crate) fn blank(&self) -> io::Result<()> {
         let (start, len) = (self.mapping.as_mut_ptr().cast(), self.mapping.len());
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);

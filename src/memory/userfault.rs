@@ -1,8 +1,8 @@
 //! userfaultfd as postcopy uses it (rules P1.2, P1.4): memory whose pages are placed when a thread first accesses them.
 //!
-//! A thread that accesses a missing page of registered memory waits until the page is placed and the thread is woken. The
-//! fd can be passed to another process, which then reads the faults of the process that made it and wakes its threads, by
-//! addresses of that process. Not here: fetching pages from the source.
+//! A thread that accesses a missing page of registered memory waits until the page is placed and the thread is woken.
+//! The fd can be passed to another process, which then reads the faults of the process that made it and wakes its
+//! threads, by addresses of that process. Not here: fetching pages from the source.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -18,7 +18,8 @@ use crate::sys::nonblocking;
 pub enum UserfaultError {
     /// The kernel does not permit this process a userfaultfd for its own faults and for those in system calls.
     #[error(
-        "userfaultfd refused ({0}): allow the call in the sandbox, set `sysctl vm.unprivileged_userfaultfd=1`, or run as root"
+        "userfaultfd refused ({0}): allow the call in the sandbox, set `sysctl vm.unprivileged_userfaultfd=1`, or run \
+         as root"
     )]
     Refused(io::Error),
     /// The kernel does not support userfaultfd for shared memory and huge pages.
@@ -83,8 +84,8 @@ impl Userfault {
         Ok(())
     }
 
-    /// Wakes the threads that wait for pages in `len` bytes at `start`, an address in the process that made the userfaultfd.
-    /// Both are multiples of the page size.
+    /// Wakes the threads that wait for pages in `len` bytes at `start`, an address in the process that made the
+    /// userfaultfd. Both are multiples of the page size.
     ///
     /// # Errors
     /// The error of the system.
@@ -94,8 +95,8 @@ impl Userfault {
         Ok(())
     }
 
-    /// Places `page` at `offset` of `region` atomically and wakes the threads of this process that wait for it. `page` is one
-    /// or more whole pages, huge ones if the region has huge pages. Returns false if a page is there already.
+    /// Places `page` at `offset` of `region` atomically and wakes the threads of this process that wait for it. `page`
+    /// is one or more whole pages, huge ones if the region has huge pages. Returns false if a page is there already.
     ///
     /// # Errors
     /// `InvalidInput` for bytes that are not whole pages inside the region, otherwise the error of the system.
@@ -126,8 +127,8 @@ impl Userfault {
         }
     }
 
-    /// The address of the next unread fault, in the process that made the userfaultfd; `None` if there is none. The fd is
-    /// readable while there is one.
+    /// The address of the next unread fault, in the process that made the userfaultfd; `None` if there is none. The fd
+    /// is readable while there is one.
     ///
     /// # Errors
     /// The error of the system.
@@ -154,7 +155,8 @@ impl AsFd for Userfault {
     }
 }
 
-/// The ioctls that a sandbox must permit for a process that registers its own memory, beside the userfaultfd system call.
+/// The ioctls that a sandbox must permit for a process that registers its own memory, beside the userfaultfd system
+/// call.
 pub(crate) const IOCTLS: [libc::Ioctl; 4] = [
     nix::request_code_readwrite!(0xaa, 0x3f, size_of::<abi::Api>()),
     nix::request_code_readwrite!(0xaa, 0x00, size_of::<abi::Register>()),

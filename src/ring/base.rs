@@ -57,13 +57,15 @@ impl RingBase {
         self.0 as u16
     }
 
-    /// The avail position, of the next request to be taken, if this is the base of a packed ring. It may be outside the ring.
+    /// The avail position, of the next request to be taken, if this is the base of a packed ring. It may be outside the
+    /// ring.
     pub const fn packed_avail(self) -> Position {
         Position::from_bits(self.0 as u16)
     }
 
-    /// The avail and the used position of a packed ring, exactly as in the bits. Use it for bases that this crate has made:
-    /// in those a used position 0 with wrap counter 0 is valid, other than in a front-end's ([`RingBase::packed_used`]).
+    /// The avail and the used position of a packed ring, exactly as in the bits. Use it for bases that this crate has
+    /// made: in those a used position 0 with wrap counter 0 is valid, other than in a front-end's
+    /// ([`RingBase::packed_used`]).
     pub const fn packed_positions(self) -> (Position, Position) {
         (Position::from_bits(self.0 as u16), Position::from_bits((self.0 >> 16) as u16))
     }

@@ -1,6 +1,7 @@
 //! The buffers of one request, as the device receives them.
 //!
-//! Not here: reading descriptors from a ring (`split`, `packed`). The addresses of buffers are checked when they are used, by
+//! Not here: reading descriptors from a ring (`split`, `packed`). The addresses of buffers are checked when they are
+//! used, by
 //! [`crate::memory::Memory`]: that check is always needed, so another one here would only cost time.
 
 use zerocopy::{FromBytes, IntoBytes};
@@ -9,9 +10,9 @@ use crate::memory::{Access, Memory};
 
 use super::{RingError, RingIommu};
 
-/// Maximum number of buffers in a chain. It does not depend on the size of the ring: on small rings, block drivers put more
-/// buffers into an indirect table than the ring has entries, though virtio forbids it; on large rings, a guest could make the
-/// device hold gigabytes of buffers. QEMU has the same limit.
+/// Maximum number of buffers in a chain. It does not depend on the size of the ring: on small rings, block drivers put
+/// more buffers into an indirect table than the ring has entries, though virtio forbids it; on large rings, a guest
+/// could make the device hold gigabytes of buffers. QEMU has the same limit.
 pub(super) const MAX_BUFFERS: usize = 1024;
 /// Maximum size of a whole chain, bytes (virtio 1.2, "The Virtqueue Descriptor Table").
 const MAX_BYTES: u64 = 1 << 32;
@@ -29,7 +30,8 @@ pub struct Buffer {
 
 /// One request: its name, and its buffers in order.
 ///
-/// It is meant to be reused: taking the next request clears it and keeps its allocations. Buffers of 0 bytes are left out.
+/// It is meant to be reused: taking the next request clears it and keeps its allocations. Buffers of 0 bytes are left
+/// out.
 #[derive(Clone, Debug, Default)]
 pub struct Chain {
     /// Index of the head descriptor. On a packed ring, the buffer id.
@@ -114,8 +116,8 @@ fn bytes(buffers: &[Buffer]) -> u64 {
     buffers.iter().map(|buffer| u64::from(buffer.len)).sum()
 }
 
-/// Copies the indirect table of chain `head`, which has `len` bytes at `addr`, to `table`. The copy is what is checked and
-/// used, so later writes of the guest have no effect.
+/// Copies the indirect table of chain `head`, which has `len` bytes at `addr`, to `table`. The copy is what is checked
+/// and used, so later writes of the guest have no effect.
 pub(super) fn copy_table<T: FromBytes + IntoBytes + Clone>(
     memory: &Memory,
     iommu: Option<&RingIommu>,

@@ -14,8 +14,8 @@ use super::{Chain, PackedDevice, PackedLayout, RingBase, RingError, RingIommu, S
 pub struct RingLog {
     /// The dirty log.
     pub log: Arc<Log>,
-    /// Guest-physical address at which writes to the used ring are logged. It may differ from the address of the used ring.
-    /// On a packed ring, the same for the device event area.
+    /// Guest-physical address at which writes to the used ring are logged. It may differ from the address of the used
+    /// ring. On a packed ring, the same for the device event area.
     pub used_gpa: u64,
 }
 
@@ -30,8 +30,8 @@ pub enum RingLayout {
 }
 
 impl RingLayout {
-    /// The layout of a ring, packed or split by the negotiated `features`. `driver` is the address of the avail ring or of
-    /// the driver event area, `device` that of the used ring or of the device event area.
+    /// The layout of a ring, packed or split by the negotiated `features`. `driver` is the address of the avail ring or
+    /// of the driver event area, `device` that of the used ring or of the device event area.
     pub fn new(features: u64, size: u16, desc: u64, driver: u64, device: u64) -> RingLayout {
         match features & bit(VIRTIO_F_RING_PACKED) {
             0 => RingLayout::Split(SplitLayout { size, desc, avail: driver, used: device }),
@@ -39,8 +39,8 @@ impl RingLayout {
         }
     }
 
-    /// Sizes of the descriptor area, the driver area and the device area of a ring of `size` descriptors, packed or split by
-    /// the negotiated `features`, bytes.
+    /// Sizes of the descriptor area, the driver area and the device area of a ring of `size` descriptors, packed or
+    /// split by the negotiated `features`, bytes.
     pub fn area_bytes(features: u64, size: u16) -> [u64; 3] {
         let (size, event) = (u32::from(size), size_of::<PackedEvent>() as u64);
         let [driver, device] = match features & bit(VIRTIO_F_RING_PACKED) {
@@ -124,7 +124,8 @@ impl DeviceRing {
         }
     }
 
-    /// Puts the requests that were taken last back, given in the order of taking. Returns false if they are not the last.
+    /// Puts the requests that were taken last back, given in the order of taking. Returns false if they are not the
+    /// last.
     pub fn put_back(&mut self, chains: &[&Chain]) -> bool {
         match self {
             DeviceRing::Split(ring) => ring.put_back(chains.iter().map(|chain| chain.head)),

@@ -47,8 +47,8 @@ impl DriverRing {
     /// Opens a ring with the saved `state`.
     ///
     /// # Errors
-    /// As [`SplitDriver::restore`] and [`PackedDriver::restore`]; [`RingError::State`] for the state of the other kind of
-    /// ring.
+    /// As [`SplitDriver::restore`] and [`PackedDriver::restore`]; [`RingError::State`] for the state of the other kind
+    /// of ring.
     pub fn restore(
         memory: &Memory,
         layout: RingLayout,

@@ -6,8 +6,8 @@ use super::Position;
 
 /// An error that prevents the set-up or the further service of a ring.
 ///
-/// The `head` of a chain is the index of its head descriptor. On a packed ring it is the index of its first descriptor, or
-/// the buffer id of a request that is served again.
+/// The `head` of a chain is the index of its head descriptor. On a packed ring it is the index of its first descriptor,
+/// or the buffer id of a request that is served again.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RingError {
@@ -53,8 +53,8 @@ pub enum RingError {
     },
     /// The driver makes more requests available than the ring has entries.
     #[error(
-        "avail index {index} is more than the {size} entries of the ring ahead of the next index {next} or of the used index \
-         {used}"
+        "avail index {index} is more than the {size} entries of the ring ahead of the next index {next} or of the \
+         used index {used}"
     )]
     AvailIndex {
         /// Avail index of the driver.
@@ -68,8 +68,9 @@ pub enum RingError {
     },
     /// The descriptors of a packed ring contradict its base.
     #[error(
-        "the base has used position {index} with wrap counter {wrap}, but the descriptors of the ring show that it has moved \
-         on, and do not show its position: reset the device in the guest, or use a front-end with an inflight region (rule I12.4)",
+        "the base has used position {index} with wrap counter {wrap}, but the descriptors of the ring show that it \
+         has moved on, and do not show its position: reset the device in the guest, or use a front-end with an \
+         inflight region (rule I12.4)",
         wrap = u8::from(*.wrap)
     )]
     StaleBase {
@@ -78,11 +79,11 @@ pub enum RingError {
         /// Wrap counter of the used position.
         wrap: bool,
     },
-    /// The driver makes more descriptors available than the ring has: in a chain without an end, or in place of descriptors
-    /// in flight.
+    /// The driver makes more descriptors available than the ring has: in a chain without an end, or in place of
+    /// descriptors in flight.
     #[error(
-        "chain at {index}: has more than the {size} descriptors of the ring, of which {in_flight} are in flight (virtio 1.2, \
-         \"Next Flag: Descriptor Chaining\")"
+        "chain at {index}: has more than the {size} descriptors of the ring, of which {in_flight} are in flight \
+         (virtio 1.2, \"Next Flag: Descriptor Chaining\")"
     )]
     AvailDescriptors {
         /// Index of the chain's first descriptor.

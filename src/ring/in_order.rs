@@ -21,7 +21,8 @@ impl InOrderState {
         self.queue.push_back((head, bytes));
     }
 
-    /// The requests that the completion of `head` completes, oldest first, with `head` last. None if it is not in flight.
+    /// The requests that the completion of `head` completes, oldest first, with `head` last. None if it is not in
+    /// flight.
     pub(super) fn up_to(&self, head: u16) -> impl Iterator<Item = u16> {
         let count = self.queue.iter().position(|(of, _)| *of == head).map_or(0, |at| at + 1);
         self.queue.iter().take(count).map(|(head, _)| *head)
@@ -33,8 +34,8 @@ impl InOrderState {
         self.next().unwrap_or(last)
     }
 
-    /// Takes the oldest request of a completed batch, if there is one. The device reports the written length only for the
-    /// last request of a batch; the others count as written completely (virtio 1.2, "In-order use of descriptors").
+    /// Takes the oldest request of a completed batch, if there is one. The device reports the written length only for
+    /// the last request of a batch; the others count as written completely (virtio 1.2, "In-order use of descriptors").
     pub(super) fn next(&mut self) -> Option<UsedBuffer> {
         let batch = self.batch?;
         let (head, len) = self.queue.pop_front()?;

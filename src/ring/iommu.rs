@@ -1,5 +1,5 @@
-//! Address translation for a ring behind an IOMMU (VIRTIO_F_ACCESS_PLATFORM): of its buffers, its indirect tables and its
-//! log.
+//! Address translation for a ring behind an IOMMU (VIRTIO_F_ACCESS_PLATFORM): of its buffers, its indirect tables and
+//! its log.
 //!
 //! The areas of the ring are mapped in an [`IovaWindow`], so accesses to them need no translation.
 

@@ -1,8 +1,8 @@
-//! Virtqueues: the device side and the driver side of split and packed rings, the chains of buffers in them, and the base of
-//! a ring.
+//! Virtqueues: the device side and the driver side of split and packed rings, the chains of buffers in them, and the
+//! base of a ring.
 //!
-//! Every value read from a ring may have been written by a hostile peer: it is checked here, and every loop over descriptors
-//! is bounded. Not here: the contents of requests, and the delivery of notifications.
+//! Every value read from a ring may have been written by a hostile peer: it is checked here, and every loop over
+//! descriptors is bounded. Not here: the contents of requests, and the delivery of notifications.
 
 mod base;
 mod chain;

@@ -49,7 +49,8 @@ impl<T: SharedValue> SharedArray<T> {
         }
     }
 
-    /// The element at `index` modulo the length, for the free-running indexes of split rings, whose length is a power of two.
+    /// The element at `index` modulo the length, for the free-running indexes of split rings, whose length is a power
+    /// of two.
     #[inline]
     pub(super) fn at(&self, index: u16) -> &T {
         // The mask only clears bits, so the result is at most `last` for every length.
@@ -59,8 +60,8 @@ impl<T: SharedValue> SharedArray<T> {
     /// The element at `index`, or the last one if `index` is beyond it.
     #[inline]
     pub(super) fn nth(&self, index: u16) -> &T {
-        // SAFETY: `new` checked that `last + 1` elements are mapped and aligned, and `_memory` keeps them mapped as long as
-        // `self` exists. `T` is `SharedValue`: all access to it is atomic and every value is valid.
+        // SAFETY: `new` checked that `last + 1` elements are mapped and aligned, and `_memory` keeps them mapped as
+        // long as `self` exists. `T` is `SharedValue`: all access to it is atomic and every value is valid.
         unsafe { self.first.add(usize::from(index.min(self.last))).as_ref() }
     }
 }

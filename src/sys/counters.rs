@@ -1,4 +1,4 @@
-//! Counters of the facade `metrics`, or stand-ins that count nothing where the feature `metrics` is off.
+//! Counters of the facade `metrics`. Without the feature `metrics`, counters of the same interface that do nothing.
 
 #[cfg(all(feature = "metrics", feature = "backend"))]
 pub(crate) use metrics::Counter;
@@ -7,14 +7,14 @@ pub(crate) use metrics::counter;
 
 #[cfg(not(feature = "metrics"))]
 mod off {
-    /// A counter that counts nothing.
+    /// A counter that does nothing.
     pub(crate) struct Counter;
 
     impl Counter {
         pub(crate) fn increment(&self, _: u64) {}
     }
 
-    /// Evaluates the values of the labels, and returns a counter that counts nothing.
+    /// Evaluates the values of the labels and returns a counter that does nothing.
     macro_rules! counter {
         ($name:expr $(, $label:expr => $value:expr)* $(,)?) => {{
             let _ = ($name, $($value,)*);

@@ -1,4 +1,4 @@
-//! Waiting, within a limit, for threads that have been told to end.
+//! Waiting, within a limit, for threads that have been asked to end.
 #![forbid(unsafe_code)]
 
 use std::thread::JoinHandle;
@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 
 use tracing::error;
 
-/// Longest wait for a thread that only has to notice that it was told to end.
+/// Longest wait for a thread that only has to notice that it was asked to end.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Interval between looks at the thread.
 const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
-/// Waits for a thread that has been told to end and has no work to finish.
+/// Waits for a thread that has been asked to end and has no work to finish.
 ///
-/// A thread that does not end within 10 s is left behind: a peer that holds a kernel lock on a shared file can block that
-/// thread, and must not block the others.
+/// A thread that does not end within 10 s is left behind: a peer that holds a kernel lock on a shared file can block
+/// that thread, and must not block the others.
 pub(crate) fn join(thread: JoinHandle<()>) {
     join_within(thread, JOIN_TIMEOUT);
 }

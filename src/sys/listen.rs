@@ -81,8 +81,8 @@ impl BoundSocket {
 /// Listens at `path`. A socket that no process listens on is replaced.
 ///
 /// # Errors
-/// [`ListenError`] if the path is too long, if a process listens there, if the path is another kind of file, or if the system
-/// refuses.
+/// [`ListenError`] if the path is too long, if a process listens there, if the path is another kind of file, or if the
+/// system refuses.
 pub(crate) fn listen(path: &Path) -> Result<(UnixListener, SocketPathGuard), ListenError> {
     if path.as_os_str().len() > MAX_SOCKET_PATH {
         return Err(refused(&format!("the path is longer than {MAX_SOCKET_PATH} bytes: use a shorter one"), None));

@@ -1,7 +1,8 @@
-//! System calls that several modules need and that the wrappers in use (nix, std) do not cover: fd passing, listening at a
-//! path, reads and writes that never block, extended attributes.
+//! System calls that several modules need and that the wrappers in use (nix, std) do not cover: fd passing, listening
+//! at a path, reads and writes that never block, extended attributes.
 //!
-//! Each is behind a safe function. System calls that one module alone needs stay in that module.
+//! Each is behind a safe function. System calls that one module alone needs stay in that module. Beside them: waiting
+//! for threads, the limit of log lines, and counters.
 
 pub(crate) mod counters;
 pub(crate) mod join;

@@ -1,9 +1,10 @@
 //! Reads and writes of descriptors that a peer shares. They return at once whatever the peer does (rules F9.1, F9.2).
 //!
-//! O_NONBLOCK is a flag of the open file, which the peer can clear at any time. A poll does not help either: the peer may
-//! fill or empty the file right after it. RWF_NOWAIT and MSG_DONTWAIT apply to one call, so they are used here. A write to
-//! an eventfd has no such flag. Signals that the kernel itself sends to an eventfd never block, and asynchronous I/O
-//! (io_submit) sends one for every completion, so an eventfd is signalled by an empty asynchronous read.
+//! O_NONBLOCK is a flag of the open file, which the peer can clear at any time. A poll does not help either: the peer
+//! may fill or empty the file right after it. RWF_NOWAIT and MSG_DONTWAIT apply to one call, so they are used here. A
+//! write to an eventfd has no such flag. Signals that the kernel itself sends to an eventfd never block, and
+//! asynchronous I/O (io_submit) sends one for every completion, so an eventfd is signalled by an empty asynchronous
+//! read.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -118,8 +119,8 @@ pub(crate) fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> nix::Result<usize> {
 
 /// Returns true for an eventfd.
 pub(crate) fn is_eventfd(fd: BorrowedFd<'_>) -> bool {
-    // The kernel checks that the descriptor is an eventfd before it checks the flags, of which these are invalid: an eventfd
-    // gives EOPNOTSUPP and is not signalled.
+    // The kernel checks that the descriptor is an eventfd before it checks the flags, of which these are invalid: an
+    // eventfd gives EOPNOTSUPP and is not signalled.
     match submit(fd, u32::MAX) {
         Err(Errno::EOPNOTSUPP) => true,
         Ok(()) | Err(Errno::EINVAL | Errno::EBADF) => false,
@@ -170,7 +171,8 @@ fn ready(fd: BorrowedFd<'_>, flags: PollFlags) -> nix::Result<()> {
 /// Submits a read of 0 bytes, which completes at once and thereby signals `eventfd`.
 ///
 /// # Errors
-/// `EINVAL` if it is not an eventfd, `ENOSYS` if this process has no asynchronous I/O, otherwise the error of the system.
+/// `EINVAL` if it is not an eventfd, `ENOSYS` if this process has no asynchronous I/O, otherwise the error of the
+/// system.
 fn submit(eventfd: BorrowedFd<'_>, rw_flags: u32) -> nix::Result<()> {
     let context = context().ok_or(Errno::ENOSYS)?;
     let number = eventfd.as_raw_fd() as u32;
@@ -192,7 +194,8 @@ fn submit(eventfd: BorrowedFd<'_>, rw_flags: u32) -> nix::Result<()> {
 fn reap(context: c_ulong) {
     let mut events = [[0u64; 4]; REAP_BATCH];
     let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `events` has space for REAP_BATCH io_events of 32 bytes, which the kernel fills; it only reads the timespec.
+    // SAFETY: `events` has space for REAP_BATCH io_events of 32 bytes, which the kernel fills; it only reads the
+    // timespec.
     unsafe {
         libc::syscall(
             libc::SYS_io_getevents,

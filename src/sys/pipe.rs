@@ -30,8 +30,8 @@ pub(crate) enum WaitLimit<'a> {
 /// Reads to the end of the stream.
 ///
 /// # Errors
-/// `InvalidInput` for a file of a file system, `FileTooLarge` for more than [`MAX_STATE`] bytes, `TimedOut` at the limit
-/// `until`, otherwise the error of the system.
+/// `InvalidInput` for a file of a file system, `FileTooLarge` for more than [`MAX_STATE`] bytes, `TimedOut` at the
+/// limit `until`, otherwise the error of the system.
 pub(crate) fn read_all(pipe: BorrowedFd<'_>, until: &WaitLimit<'_>) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let mut chunk = vec![0; 64 << 10];
@@ -51,8 +51,8 @@ pub(crate) fn read_all(pipe: BorrowedFd<'_>, until: &WaitLimit<'_>) -> io::Resul
 /// Writes all of `bytes`.
 ///
 /// # Errors
-/// `InvalidInput` for a file of a file system, `BrokenPipe` if the reading end is closed, `TimedOut` at the limit `until`,
-/// otherwise the error of the system.
+/// `InvalidInput` for a file of a file system, `BrokenPipe` if the reading end is closed, `TimedOut` at the limit
+/// `until`, otherwise the error of the system.
 pub(crate) fn write_all(pipe: BorrowedFd<'_>, bytes: &[u8], until: &WaitLimit<'_>) -> io::Result<()> {
     let mut rest = bytes;
     let pipe = stream(pipe)?;

@@ -1,7 +1,7 @@
 //! Bytes and file descriptors over a UNIX stream socket.
 //!
-//! nix returns received fds as plain numbers, and returns none if the system could install only some of them: those would
-//! leak. Here each received fd is an `OwnedFd` from the start.
+//! nix returns received fds as plain numbers, and returns none if the system could install only some of them: those
+//! would leak. Here each received fd is an `OwnedFd` from the start.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -25,8 +25,8 @@ const _: () = assert!(unsafe { libc::CMSG_SPACE((MAX_FDS * size_of::<RawFd>()) a
 
 /// Receives at most `buf.len()` bytes without blocking, and returns their number; 0 at the end of the stream.
 ///
-/// Received fds are appended to `fds`, close-on-exec. Fds beyond `max_fds` in total are closed: every byte of the stream
-/// may bring [`MAX_FDS`] new ones.
+/// Received fds are appended to `fds`, close-on-exec. Fds beyond `max_fds` in total are closed: every byte of the
+/// stream may bring [`MAX_FDS`] new ones.
 ///
 /// # Errors
 /// `WouldBlock` if the socket has nothing to receive, otherwise the error of the system.
@@ -92,8 +92,8 @@ pub(crate) fn has_accepted(path: &Path) -> bool {
     accepted(&sockets, path)
 }
 
-/// As [`has_accepted`], from the contents of /proc/net/unix. The fields of a line are address, references, protocol, flags,
-/// type, state, inode and path. A connection that is not accepted yet has inode 0.
+/// As [`has_accepted`], from the contents of /proc/net/unix. The fields of a line are address, references, protocol,
+/// flags, type, state, inode and path. A connection that is not accepted yet has inode 0.
 fn accepted(sockets: &[u8], path: &Path) -> bool {
     const CONNECTED: &[u8] = b"03";
     sockets.split(|byte| *byte == b'\n').any(|line| {
@@ -157,8 +157,8 @@ pub(crate) fn send_with(
 /// Sends all of `bytes`, with `fds` attached to the first of them. A closed peer raises no SIGPIPE.
 ///
 /// # Errors
-/// `InvalidInput` for more than [`MAX_FDS`] fds, `WouldBlock` if a non-blocking socket is full, otherwise the error of the
-/// system.
+/// `InvalidInput` for more than [`MAX_FDS`] fds, `WouldBlock` if a non-blocking socket is full, otherwise the error of
+/// the system.
 pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     transmit(socket, bytes, fds, 0, || Err(io::ErrorKind::WouldBlock.into()))
 }
@@ -185,8 +185,8 @@ fn transmit(
         if sent == 0 && !fds.is_empty() {
             let len = size_of_val(fds) as u32;
             header.msg_control = control.0.as_mut_ptr().cast();
-            // SAFETY: CMSG_SPACE and CMSG_LEN only compute. The buffer has space for MAX_FDS fds, checked above and at its
-            // definition, and is aligned for a header, which CMSG_FIRSTHDR finds at its start.
+            // SAFETY: CMSG_SPACE and CMSG_LEN only compute. The buffer has space for MAX_FDS fds, checked above and at
+            // its definition, and is aligned for a header, which CMSG_FIRSTHDR finds at its start.
             unsafe {
                 header.msg_controllen = libc::CMSG_SPACE(len) as _;
                 let message = libc::CMSG_FIRSTHDR(&raw const header);
@@ -213,8 +213,8 @@ fn transmit(
     Ok(())
 }
 
-/// Returns true if the peer has not yet read everything that was sent to it. A peer that has not accepted the connection
-/// has read nothing.
+/// Returns true if the peer has not yet read everything that was sent to it. A peer that has not accepted the
+/// connection has read nothing.
 ///
 /// # Errors
 /// The error of the system.

@@ -1,7 +1,8 @@
 //! The position of a packed ring, deduced from its descriptors alone, for front-ends that have lost the base
 //! (rules I12.2 to I12.4).
 //!
-//! A drained ring in which every request has one descriptor consists of four runs. `w` is the wrap counter of the round:
+//! A drained ring in which every request has one descriptor consists of four runs. `w` is the wrap counter of the
+//! round:
 //!
 //! | descriptors | avail bit | used bit |
 //! |---|---|---|
@@ -10,8 +11,8 @@
 //! | available in this round | `w` | `!w` |
 //! | used in the previous round, or never | `!w` | `!w` |
 //!
-//! The position is the beginning of the third run. A used chain of several descriptors keeps the driver's flags in all but
-//! the first of them. If the ring may contain one, the position cannot be deduced.
+//! The position is the beginning of the third run. A used chain of several descriptors keeps the driver's flags in all
+//! but the first of them. If the ring may contain one, the position cannot be deduced.
 
 use super::{AVAIL, Position, USED};
 use crate::abi::virtio::{DESC_F_NEXT, PackedDesc};
@@ -42,8 +43,8 @@ pub(super) fn is_blank(desc: &PackedDesc) -> bool {
     (desc.addr.get(), desc.len.get(), desc.id.get(), desc.flags.get()) == (0, 0, 0, 0)
 }
 
-/// Returns true if the descriptors show that `used` is not the used position. They show nothing if no driver has written the
-/// descriptors before it.
+/// Returns true if the descriptors show that `used` is not the used position. They show nothing if no driver has
+/// written the descriptors before it.
 pub(super) fn contradicts(descs: &[PackedDesc], used: Position) -> bool {
     let Some((before, after)) = descs.split_at_checked(used.index.into()) else { return true };
     let is_unwritten = before.iter().all(is_blank);
@@ -51,7 +52,8 @@ pub(super) fn contradicts(descs: &[PackedDesc], used: Position) -> bool {
     !is_unwritten && before.iter().any(in_round_before) || after.iter().any(|desc| bits(desc) == (used.wrap, used.wrap))
 }
 
-/// Returns true if the available descriptors at `position` may be the rest of a used chain, which has the same buffer id.
+/// Returns true if the available descriptors at `position` may be the rest of a used chain, which has the same buffer
+/// id.
 fn may_be_rest_of_chain(descs: &[PackedDesc], position: Position) -> bool {
     let before = position.before(1, descs.len() as u16);
     let (Some(last), Some(rest)) =
@@ -79,8 +81,8 @@ mod tests {
     use super::*;
     use zerocopy::FromZeros;
 
-    /// A ring of `size` descriptors after `used` requests of one descriptor, all completed and taken by the driver, with
-    /// `available` more.
+    /// A ring of `size` descriptors after `used` requests of one descriptor, all completed and taken by the driver,
+    /// with `available` more.
     fn ring(size: u16, used: u32, available: u32) -> Vec<PackedDesc> {
         let mut descs = vec![PackedDesc::new_zeroed(); size.into()];
         let mut at = Position::START;

@@ -1,4 +1,5 @@
-//! The device side of a packed ring: it takes requests from the descriptor ring and writes completions to it and to its log.
+//! The device side of a packed ring: it takes requests from the descriptor ring and writes completions to it and to its
+//! log.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -18,14 +19,15 @@ use super::{
 };
 
 const DESC_BYTES: u64 = size_of::<PackedDesc>() as u64;
-/// Offset of the second half of a descriptor, bytes. A used descriptor is written from there; the address before it stays.
+/// Offset of the second half of a descriptor, bytes. A used descriptor is written from there; the address before it
+/// stays.
 const HALF: u64 = 8;
 
 /// The device side of a packed ring.
 ///
-/// It is used like a [`SplitDevice`](crate::ring::SplitDevice): requests are taken, waited for, completed and published in
-/// the same way. Data that a request writes must be logged before its completion is published (rule L10.1). With IN_ORDER
-/// negotiated, completions must be pushed in the order in which the requests were taken.
+/// It is used like a [`SplitDevice`](crate::ring::SplitDevice): requests are taken, waited for, completed and published
+/// in the same way. Data that a request writes must be logged before its completion is published (rule L10.1). With
+/// IN_ORDER negotiated, completions must be pushed in the order in which the requests were taken.
 pub struct PackedDevice {
     memory: Memory,
     areas: PackedAreas,
@@ -67,7 +69,8 @@ impl PackedDevice {
         base: RingBase,
     ) -> Result<PackedDevice, RingError> {
         let areas = PackedAreas::new(memory, &layout)?;
-        // Some front-ends begin every ring with base 0, which is the start of the second round of a packed ring (rule R4.4).
+        // Some front-ends begin every ring with base 0, which is the start of the second round of a packed ring
+        // (rule R4.4).
         let base = if base.bits() == 0 && areas.is_unused(layout.size) { RingBase::PACKED_START } else { base };
         let (avail, used) = (base.packed_avail(), base.packed_used());
         check(avail, used, layout.size)?;
@@ -90,14 +93,14 @@ impl PackedDevice {
         })
     }
 
-    /// Sets the log of further writes; `None` for no log. Writes to the descriptor ring are logged at its own address, writes
-    /// to the device event area at `used_gpa` (rules L4.1, L4.2).
+    /// Sets the log of further writes; `None` for no log. Writes to the descriptor ring are logged at its own address,
+    /// writes to the device event area at `used_gpa` (rules L4.1, L4.2).
     pub fn set_log(&mut self, log: Option<RingLog>) {
         self.log = log;
     }
 
-    /// Makes all addresses in the ring and of its log I/O virtual. The ring must have been opened in the memory of the IOMMU's
-    /// window.
+    /// Makes all addresses in the ring and of its log I/O virtual. The ring must have been opened in the memory of the
+    /// IOMMU's window.
     pub fn set_iommu(&mut self, iommu: RingIommu) {
         self.iommu = Some(iommu);
     }
@@ -132,16 +135,18 @@ impl PackedDevice {
         Err(RingError::AvailDescriptors { index: first.index, in_flight, size })
     }
 
-    /// The descriptors of the request that was taken last, for the inflight region: completions overwrite them in the ring (rule I4.1).
+    /// The descriptors of the request that was taken last, for the inflight region: completions overwrite them in the
+    /// ring (rule I4.1).
     pub fn descs(&self) -> &[PackedDesc] {
         &self.descs
     }
 
-    /// Reads a request that was taken before a crash into `chain`. `descs` are copies of its descriptors, whose NEXT flags are
-    /// ignored. An indirect table is read again.
+    /// Reads a request that was taken before a crash into `chain`. `descs` are copies of its descriptors, whose NEXT
+    /// flags are ignored. An indirect table is read again.
     ///
     /// # Errors
-    /// As [`PackedDevice::pop`], and [`RingError::Copies`] for a number of descriptors that is invalid for this ring (rule I1.2).
+    /// As [`PackedDevice::pop`], and [`RingError::Copies`] for a number of descriptors that is invalid for this ring
+    /// (rule I1.2).
     pub fn resubmit(&mut self, descs: &[PackedDesc], chain: &mut Chain) -> Result<(), RingError> {
         let size = self.layout.size;
         match descs.last() {
@@ -151,8 +156,8 @@ impl PackedDevice {
         collect(&self.memory, self.iommu.as_ref(), self.indirect, descs, &mut self.table, chain)
     }
 
-    /// Writes the completion of the request with buffer id `id`, which takes `slots` descriptors. `written` is the number of
-    /// bytes that the device wrote. The driver sees it after the next [`publish`](PackedDevice::publish).
+    /// Writes the completion of the request with buffer id `id`, which takes `slots` descriptors. `written` is the
+    /// number of bytes that the device wrote. The driver sees it after the next [`publish`](PackedDevice::publish).
     #[inline]
     pub fn push(&mut self, id: u16, slots: u16, written: u32) {
         let here = self.next_used.get();
@@ -163,9 +168,9 @@ impl PackedDevice {
 
     /// Publishes the completions pushed so far and logs these writes. Returns true if the driver must be notified.
     ///
-    /// The driver reads one descriptor after the other, so the first descriptor, which is written last, publishes the whole
-    /// batch. The log bits are set after the writes, so that a harvest that clears a bit also sees the data. After a crash
-    /// between the two, [`relog_used`](PackedDevice::relog_used) sets the missing bits.
+    /// The driver reads one descriptor after the other, so the first descriptor, which is written last, publishes the
+    /// whole batch. The log bits are set after the writes, so that a harvest that clears a bit also sees the data.
+    /// After a crash between the two, [`relog_used`](PackedDevice::relog_used) sets the missing bits.
     #[inline]
     #[must_use = "the driver may be waiting for a notification"]
     pub fn publish(&mut self) -> bool {
@@ -182,8 +187,8 @@ impl PackedDevice {
         let size = self.layout.size;
         let new = self.next_used.get();
         let old = std::mem::replace(&mut self.published, self.next_used).get();
-        // After the fence: a driver that is about to wait either sees the first descriptor, or its request for a notification
-        // is seen here.
+        // After the fence: a driver that is about to wait either sees the first descriptor, or its request for a
+        // notification is seen here.
         let notify_checked = std::mem::replace(&mut self.notify_checked, true);
         match notify_condition(&self.areas.driver, self.event_idx) {
             NotifyCondition::Nothing => false,
@@ -205,13 +210,13 @@ impl PackedDevice {
     #[must_use = "requests that are there already bring no kick"]
     pub fn enable_notifications(&mut self) -> bool {
         self.set_event(event_at(self.avail.get(), self.event_idx));
-        // After the fence that followed this write, or an earlier write of the same value: the driver sees the request for
-        // a kick, or its descriptor is seen here.
+        // After the fence that followed this write, or an earlier write of the same value: the driver sees the request
+        // for a kick, or its descriptor is seen here.
         self.areas.is_avail(self.avail.get())
     }
 
-    /// Marks the whole descriptor ring and the device event area in the log. After a crash it is not known which of the last
-    /// writes were marked.
+    /// Marks the whole descriptor ring and the device event area in the log. After a crash it is not known which of the
+    /// last writes were marked.
     pub fn relog_used(&self) {
         let ring = (self.layout.desc, desc_table_bytes(self.layout.size.into()));
         self.fence_and_log([ring].into_iter().chain(self.event_area()));
@@ -225,7 +230,8 @@ impl PackedDevice {
         parts.all(|(at, len)| are_marked(log, self.iommu.as_ref(), at, len))
     }
 
-    /// Continues at these positions, the result of recovery (rule I4.5). Completions that are not published are dropped.
+    /// Continues at these positions, the result of recovery (rule I4.5). Completions that are not published are
+    /// dropped.
     ///
     /// # Errors
     /// [`RingError::Positions`] for positions that are invalid for this ring (rule R4.5); nothing was changed.
@@ -237,14 +243,15 @@ impl PackedDevice {
         Ok(())
     }
 
-    /// The position of the ring as deduced from its descriptors (rules I12.2, I12.3); `None` if it cannot be deduced. The ring must be
-    /// drained, and its device must have written a used descriptor for every request, which IN_ORDER does not require.
+    /// The position of the ring as deduced from its descriptors (rules I12.2, I12.3); `None` if it cannot be deduced.
+    /// The ring must be drained, and its device must have written a used descriptor for every request, which IN_ORDER
+    /// does not require.
     pub fn deduced_position(&self) -> Option<Position> {
         deduce::used_position(&self.areas.descs(self.layout.size))
     }
 
-    /// Continues at the position deduced from the descriptors if it differs from the current one (rule I12.2), for a front-end that
-    /// may have lost the base. Returns true if it differs.
+    /// Continues at the position deduced from the descriptors if it differs from the current one (rule I12.2), for a
+    /// front-end that may have lost the base. Returns true if it differs.
     ///
     /// # Errors
     /// [`RingError::StaleBase`] if the descriptors contradict the base and the position cannot be deduced.
@@ -263,11 +270,11 @@ impl PackedDevice {
         }
     }
 
-    /// Puts the requests that were taken last back, given by buffer id and number of descriptors in the order of taking. The
-    /// next calls of [`pop`](PackedDevice::pop) take them again.
+    /// Puts the requests that were taken last back, given by buffer id and number of descriptors in the order of
+    /// taking. The next calls of [`pop`](PackedDevice::pop) take them again.
     ///
-    /// Returns false and changes nothing if these are not the requests that were taken last, in that order, or if completions
-    /// of other requests have overwritten them in the ring.
+    /// Returns false and changes nothing if these are not the requests that were taken last, in that order, or if
+    /// completions of other requests have overwritten them in the ring.
     pub fn put_back(&mut self, requests: impl Iterator<Item = (u16, u16)> + Clone) -> bool {
         let size = self.layout.size;
         let total: u32 = requests.clone().map(|(_, slots)| u32::from(slots)).sum();
@@ -304,8 +311,8 @@ impl PackedDevice {
         if index < self.layout.size { self.areas.half(index, Ordering::Relaxed).flags.get() } else { 0 }
     }
 
-    /// Stores flags of descriptors, given as (index, flags). It reverts the part of a batch that a predecessor had written
-    /// when it was killed (rule I4.6). These writes are marked by [`relog_used`](PackedDevice::relog_used).
+    /// Stores flags of descriptors, given as (index, flags). It reverts the part of a batch that a predecessor had
+    /// written when it was killed (rule I4.6). These writes are marked by [`relog_used`](PackedDevice::relog_used).
     pub fn restore_flags(&mut self, stale: &[(u16, u16)]) {
         for &(index, flags) in stale.iter().filter(|(index, _)| *index < self.layout.size) {
             let PackedDesc { len, id, .. } = self.areas.half(index, Ordering::Relaxed);
@@ -313,8 +320,9 @@ impl PackedDevice {
         }
     }
 
-    /// The base for the reply to GET_VRING_BASE (rule R4.2). The ring must be drained: a used position 0 with wrap counter 0, which
-    /// differs from the avail position, would be misread by the receiver (see [`RingBase::packed_used`]).
+    /// The base for the reply to GET_VRING_BASE (rule R4.2). The ring must be drained: a used position 0 with wrap
+    /// counter 0, which differs from the avail position, would be misread by the receiver (see
+    /// [`RingBase::packed_used`]).
     pub fn base(&self) -> RingBase {
         let (avail, used) = (self.avail.get(), self.published.get());
         RingBase::packed(avail.index, avail.wrap, used.index, used.wrap)

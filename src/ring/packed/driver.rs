@@ -53,8 +53,8 @@ pub struct PackedDriverState {
 
 /// The driver side of a packed ring.
 ///
-/// A driver misses no completion if it works in this order: [`pop_used`](PackedDriver::pop_used) until it returns `None`;
-/// `enable_notifications`, and from the start again if that returns true; then wait for a notification.
+/// A driver misses no completion if it works in this order: [`pop_used`](PackedDriver::pop_used) until it returns
+/// `None`; `enable_notifications`, and from the start again if that returns true; then wait for a notification.
 pub struct PackedDriver {
     memory: Memory,
     areas: PackedAreas,
@@ -167,15 +167,15 @@ impl PackedDriver {
         }
     }
 
-    /// Adds a request and returns its buffer id, or `None` while the ring has too few free descriptors. The device sees the
-    /// request after the next [`publish`](PackedDriver::publish).
+    /// Adds a request and returns its buffer id, or `None` while the ring has too few free descriptors. The device sees
+    /// the request after the next [`publish`](PackedDriver::publish).
     ///
-    /// With `table`, the request is indirect and takes a single descriptor. `table` is the guest-physical address of 16 bytes
-    /// per buffer, which must not be written until the request is completed. INDIRECT_DESC must be negotiated.
+    /// With `table`, the request is indirect and takes a single descriptor. `table` is the guest-physical address of 16
+    /// bytes per buffer, which must not be written until the request is completed. INDIRECT_DESC must be negotiated.
     ///
     /// # Errors
-    /// [`RingError::Request`] for a request that has no buffer or never fits, [`RingError::IndirectOutside`] for a `table`
-    /// outside guest memory.
+    /// [`RingError::Request`] for a request that has no buffer or never fits, [`RingError::IndirectOutside`] for a
+    /// `table` outside guest memory.
     pub fn add(
         &mut self,
         readable: &[Buffer],
@@ -279,8 +279,8 @@ impl PackedDriver {
         }
     }
 
-    /// Asks the device to notify of completions. Returns true if there are completions already, for which the device may not
-    /// notify.
+    /// Asks the device to notify of completions. Returns true if there are completions already, for which the device
+    /// may not notify.
     #[must_use = "completions that are there already bring no notification"]
     pub fn enable_notifications(&mut self) -> bool {
         set(&self.areas.driver, event_at(self.used, self.event_idx));
@@ -298,8 +298,8 @@ impl PackedDriver {
         self.size - self.used.until(self.avail, self.size).unwrap_or(self.size)
     }
 
-    /// Writes the next descriptor. The second half of the first unpublished one is held back: the device reads one descriptor
-    /// after the other and stops there.
+    /// Writes the next descriptor. The second half of the first unpublished one is held back: the device reads one
+    /// descriptor after the other and stops there.
     fn write_desc(&mut self, gpa: u64, len: u32, id: u16, flags: u16) {
         let half = half_bits(len, id, flags | self.avail.avail_flags());
         self.areas.set_addr(self.avail.index, gpa);

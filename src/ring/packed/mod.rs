@@ -78,8 +78,8 @@ impl Position {
         }
     }
 
-    /// The number of descriptors from here to `to` in a ring of `size` descriptors; `None` if it is more than a round or
-    /// negative.
+    /// The number of descriptors from here to `to` in a ring of `size` descriptors; `None` if it is more than a round
+    /// or negative.
     #[inline]
     pub fn until(self, to: Position, size: u16) -> Option<u16> {
         let round = if to.wrap == self.wrap { 0 } else { u32::from(size) };
@@ -111,8 +111,8 @@ impl Position {
 
 /// A [`Position`] in one integer, for fields that are loaded and stored for every request.
 ///
-/// With two fields, a load of both at once after a store of each waits until the stores have left the store buffer. That
-/// takes longer than all other work for a request.
+/// With two fields, a load of both at once after a store of each waits until the stores have left the store buffer.
+/// That takes longer than all other work for a request.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PositionBits(u16);
 
@@ -132,8 +132,8 @@ impl From<Position> for PositionBits {
 
 /// The areas of a ring, checked to be in guest memory. Values are in host byte order.
 ///
-/// The second half of a descriptor (length, id, flags) is read and written at once, and so is an event area: the flags always
-/// belong to the values beside them.
+/// The second half of a descriptor (length, id, flags) is read and written at once, and so is an event area: the flags
+/// always belong to the values beside them.
 struct PackedAreas {
     desc: SharedArray<[AtomicU64; 2]>,
     driver: SharedArray<AtomicU32>,
@@ -163,8 +163,8 @@ impl PackedAreas {
         })
     }
 
-    /// Reads each half of a descriptor once, so that the values that are checked are the values that are used. The second
-    /// half, which has the flags, is read first and with `order`.
+    /// Reads each half of a descriptor once, so that the values that are checked are the values that are used. The
+    /// second half, which has the flags, is read first and with `order`.
     #[inline]
     fn desc(&self, index: u16, order: Ordering) -> PackedDesc {
         let [addr, rest] = self.desc.nth(index);
@@ -195,8 +195,8 @@ impl PackedAreas {
 
     /// Returns true if the device has never used a descriptor.
     ///
-    /// After the first round at least one descriptor has the USED bit: a batch is shorter than a round, and the driver keeps
-    /// the bit when it makes the descriptor available in the second round.
+    /// After the first round at least one descriptor has the USED bit: a batch is shorter than a round, and the driver
+    /// keeps the bit when it makes the descriptor available in the second round.
     fn is_unused(&self, size: u16) -> bool {
         (0..size).all(|index| self.half(index, Ordering::Relaxed).flags.get() & USED == 0)
     }

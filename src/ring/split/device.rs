@@ -1,5 +1,5 @@
-//! The device side of a split ring: it takes requests from the avail ring and writes completions to the used ring and its
-//! log.
+//! The device side of a split ring: it takes requests from the avail ring and writes completions to the used ring and
+//! its log.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -21,9 +21,9 @@ const ELEMENT_BYTES: u64 = size_of::<UsedElem>() as u64;
 /// The device side of a split ring.
 ///
 /// A worker misses no request if it works in this order: `disable_notifications`; [`pop`] until it returns false;
-/// `enable_notifications`, and from the start again if that returns true; then wait for a kick. It [`push`]es completions and
-/// makes a batch of them visible with [`publish`], which also returns if the driver must be notified. Data that a request
-/// writes must be logged before its completion is published (rule L10.1).
+/// `enable_notifications`, and from the start again if that returns true; then wait for a kick. It [`push`]es
+/// completions and makes a batch of them visible with [`publish`], which also returns if the driver must be notified.
+/// Data that a request writes must be logged before its completion is published (rule L10.1).
 ///
 /// [`pop`]: SplitDevice::pop
 /// [`push`]: SplitDevice::push
@@ -102,8 +102,8 @@ impl SplitDevice {
         self.log = log;
     }
 
-    /// Makes all addresses in the ring and of its log I/O virtual. The ring must have been opened in the memory of the IOMMU's
-    /// window.
+    /// Makes all addresses in the ring and of its log I/O virtual. The ring must have been opened in the memory of the
+    /// IOMMU's window.
     pub fn set_iommu(&mut self, iommu: RingIommu) {
         self.iommu = Some(iommu);
     }
@@ -131,8 +131,8 @@ impl SplitDevice {
         self.read_chain(head, chain)
     }
 
-    /// Writes the completion of request `head`. `written` is the number of bytes that the device wrote. The driver sees it
-    /// after the next [`publish`](SplitDevice::publish).
+    /// Writes the completion of request `head`. `written` is the number of bytes that the device wrote. The driver sees
+    /// it after the next [`publish`](SplitDevice::publish).
     #[inline]
     pub fn push(&mut self, head: u16, written: u32) {
         self.areas.set_used(self.next_used, head, written);
@@ -141,8 +141,8 @@ impl SplitDevice {
 
     /// Publishes the completions pushed so far and logs these writes. Returns true if the driver must be notified.
     ///
-    /// The log bits are set after the writes, so that a harvest that clears a bit also sees the data. After a crash between
-    /// the two, [`relog_used`](SplitDevice::relog_used) sets the missing bits.
+    /// The log bits are set after the writes, so that a harvest that clears a bit also sees the data. After a crash
+    /// between the two, [`relog_used`](SplitDevice::relog_used) sets the missing bits.
     #[inline]
     #[must_use = "the driver may be waiting for a notification"]
     pub fn publish(&mut self) -> bool {
@@ -160,8 +160,8 @@ impl SplitDevice {
             (RING_ELEMENTS_OFFSET, (count - straight) * ELEMENT_BYTES),
             (RING_IDX_OFFSET, 2),
         ]);
-        // After the fence: a driver that is about to wait either sees the new index, or its request for a notification is
-        // seen here.
+        // After the fence: a driver that is about to wait either sees the new index, or its request for a notification
+        // is seen here.
         if !self.event_idx {
             return load(&self.areas.avail_flags, Ordering::Relaxed) & AVAIL_F_NO_INTERRUPT == 0;
         }
@@ -186,8 +186,8 @@ impl SplitDevice {
         } else {
             self.set_used_flags(0);
         }
-        // After the fence that followed this write, or an earlier write of the same value: the driver sees the request for
-        // a kick, or its avail index is seen here.
+        // After the fence that followed this write, or an earlier write of the same value: the driver sees the request
+        // for a kick, or its avail index is seen here.
         load(&self.areas.avail_idx, Ordering::Relaxed) != self.next_avail
     }
 

@@ -1,6 +1,7 @@
 //! The driver side of a split ring, used by the built-in guest and by tests: it adds requests and takes completions.
 //!
-//! Values written by the device are checked. The links between descriptors are kept here and never read from shared memory.
+//! Values written by the device are checked. The links between descriptors are kept here and never read from shared
+//! memory.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -38,8 +39,8 @@ pub struct SplitDriverState {
 
 /// The driver side of a split ring.
 ///
-/// A driver misses no completion if it works in this order: [`pop_used`](SplitDriver::pop_used) until it returns `None`;
-/// `enable_notifications`, and from the start again if that returns true; then wait for a notification.
+/// A driver misses no completion if it works in this order: [`pop_used`](SplitDriver::pop_used) until it returns
+/// `None`; `enable_notifications`, and from the start again if that returns true; then wait for a notification.
 pub struct SplitDriver {
     memory: Memory,
     areas: SplitAreas,
@@ -49,8 +50,8 @@ pub struct SplitDriver {
     links: Vec<u16>,
     /// By head: the number of descriptors of its chain; 0 if no request in flight has this head.
     lengths: Vec<u16>,
-    /// Head of the free list. Freed descriptors are appended to the list, so that with IN_ORDER descriptors are used in the
-    /// order of the table (virtio 1.2, "In-order use of descriptors").
+    /// Head of the free list. Freed descriptors are appended to the list, so that with IN_ORDER descriptors are used in
+    /// the order of the table (virtio 1.2, "In-order use of descriptors").
     first_free: u16,
     last_free: u16,
     free: u16,
@@ -185,12 +186,12 @@ impl SplitDriver {
     /// Adds a request and returns its head, or `None` while the ring has too few free descriptors. The device sees the
     /// request after the next [`publish`](SplitDriver::publish).
     ///
-    /// With `table`, the request is indirect and takes a single descriptor. `table` is the guest-physical address of 16 bytes
-    /// per buffer, which must not be written until the request is completed. INDIRECT_DESC must be negotiated.
+    /// With `table`, the request is indirect and takes a single descriptor. `table` is the guest-physical address of 16
+    /// bytes per buffer, which must not be written until the request is completed. INDIRECT_DESC must be negotiated.
     ///
     /// # Errors
-    /// [`RingError::Request`] for a request that has no buffer or never fits, [`RingError::IndirectOutside`] for a `table`
-    /// outside guest memory.
+    /// [`RingError::Request`] for a request that has no buffer or never fits, [`RingError::IndirectOutside`] for a
+    /// `table` outside guest memory.
     pub fn add(
         &mut self,
         readable: &[Buffer],
@@ -300,8 +301,8 @@ impl SplitDriver {
         }
     }
 
-    /// Asks the device to notify of completions. Returns true if there are completions already, for which the device may not
-    /// notify.
+    /// Asks the device to notify of completions. Returns true if there are completions already, for which the device
+    /// may not notify.
     #[must_use = "completions that are there already bring no notification"]
     pub fn enable_notifications(&mut self) -> bool {
         if self.event_idx {
