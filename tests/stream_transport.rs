@@ -277,7 +277,7 @@ fn unrelated_connections_are_dropped_and_the_migration_goes_on() {
     gone.write_all(&one.encode()[..20]).unwrap();
     drop(gone);
     migrate(&listener, &to, options(3), Codec::None);
-    assert_eq!(http.read(&mut [0; 1]).unwrap_or(0), 0, "the stranger was answered");
+    assert_eq!(http.read(&mut [0; 1]).unwrap_or(0), 0, "the peer was answered");
 }
 
 #[test]

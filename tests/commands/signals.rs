@@ -322,8 +322,8 @@ fn sigterm_makes_check_print_disk_contents_that_it_cannot_restore() {
     assert_eq!(left, 0, "what it has started runs on");
     // Of 32768 sectors, 20 parts of 102.
     let (_, told) =
-        told.split_once("the check was stopped; sectors 30728 to 32767 of the disk could not be put back").unwrap();
-    let (_, kept) = told.trim_end().rsplit_once("their bytes are in ").unwrap();
+        told.split_once("the check was stopped; sectors 30728 to 32767 of the disk were not restored").unwrap();
+    let (_, kept) = told.trim_end().rsplit_once("their old contents are in ").unwrap();
     assert!(std::fs::read(kept).unwrap() == before[30728 * 512..], "{kept}");
 }
 

@@ -27,23 +27,23 @@ fn opening(id: u128) -> Vec<u8> {
     writer.into_inner()
 }
 
-/// Connects `strangers` peers that each send `bytes` of their number and stay connected; then migrates a guest.
-fn assert_migrates_despite_peers(strangers: u128, channels: u16, bytes: impl Fn(u128) -> Vec<u8>) {
+/// Connects `peers` peers that each send `bytes` of their number and stay connected; then migrates a guest.
+fn assert_migrates_despite_peers(peers: u128, channels: u16, bytes: impl Fn(u128) -> Vec<u8>) {
     let folder = TempFolder::new();
     let destination = Destination::at(&folder.unix("destination"));
     let Uri::Unix(path) = &destination.uri else { panic!() };
     let connect = |number| {
-        let mut stranger = UnixStream::connect(path).unwrap();
+        let mut peer = UnixStream::connect(path).unwrap();
         // The destination may have dropped it for another.
-        let _ = stranger.write_all(&bytes(number));
-        stranger
+        let _ = peer.write_all(&bytes(number));
+        peer
     };
-    let strangers: Vec<UnixStream> = (1..=strangers).map(connect).collect();
+    let peers: Vec<UnixStream> = (1..=peers).map(connect).collect();
     let mut guest = Guest::running(PAGES);
     migrate_out(&mut guest, &destination.uri, &MigrationSetup::new().channels(channels)).outcome.unwrap();
     guest.assert_released();
     destination.join().guest();
-    drop(strangers);
+    drop(peers);
 }
 
 #[test]
@@ -73,8 +73,8 @@ fn a_peer_that_stops_after_its_accepted_layout_does_not_block_a_migration() {
     let uri = folder.unix("destination");
     let incoming = MigrationListener::start(StreamListener::bind(&uri).unwrap(), Outcomes::default()).unwrap();
     let Uri::Unix(path) = &uri else { panic!() };
-    let mut stranger = UnixStream::connect(path).unwrap();
-    stranger.write_all(&[&header(1, 1).encode()[..], &opening(1)].concat()).unwrap();
+    let mut peer = UnixStream::connect(path).unwrap();
+    peer.write_all(&[&header(1, 1).encode()[..], &opening(1)].concat()).unwrap();
     let take_in = || {
         let arriving = incoming.next().unwrap().unwrap();
         let mut incoming_guest = IncomingGuest::new(None);
@@ -85,7 +85,7 @@ fn a_peer_that_stops_after_its_accepted_layout_does_not_block_a_migration() {
     std::thread::scope(|scope| {
         let destination = scope.spawn(|| (take_in(), take_in()));
         // The replies to header and layout.
-        stranger.read_exact(&mut [0; HEADER_BYTES + FRAME_HEADER_BYTES]).unwrap();
+        peer.read_exact(&mut [0; HEADER_BYTES + FRAME_HEADER_BYTES]).unwrap();
         let mut guest = Guest::running(PAGES);
         // With the default time limits of a source.
         let setup = MigrationSetup { options: StreamOptions::new().unwrap(), ..MigrationSetup::new() };

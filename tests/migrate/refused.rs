@@ -228,15 +228,15 @@ fn a_destination_drops_other_connections_and_accepts_the_migration() {
     let folder = TempFolder::new();
     let destination = Destination::at(&folder.unix("socket"));
     let Uri::Unix(path) = &destination.uri else { panic!() };
-    let mut strangers = Vec::new();
+    let mut peers = Vec::new();
     for bytes in [b"GET / HTTP/1.1\r\nHost: a.b\r\nAccept: */*\r\n\r\n".as_slice(), b"short", &next_version_header()] {
-        let mut stranger = UnixStream::connect(path).unwrap();
-        stranger.write_all(bytes).unwrap();
-        strangers.push(stranger);
+        let mut peer = UnixStream::connect(path).unwrap();
+        peer.write_all(bytes).unwrap();
+        peers.push(peer);
     }
     // A source of another version receives this version.
     let mut answer = [0; HEADER_BYTES];
-    strangers[2].read_exact(&mut answer).unwrap();
+    peers[2].read_exact(&mut answer).unwrap();
     ConnectionHeader::decode(&answer).unwrap();
     let mut guest = Guest::running(PAGES);
     migrate_out(&mut guest, &destination.uri, &MigrationSetup::new()).outcome.unwrap();
