@@ -241,18 +241,20 @@ fn a_guest_waits_for_the_right_back_end_while_others_answer() {
     let other = UnixListener::bind(backend.socket()).unwrap();
     // They do not disconnect, which would be another reason to wait.
     let answering = |_| {
-        let (mut stranger, _) = other.accept().unwrap();
-        stranger.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
-        stranger
+        let (mut peer, _) = other.accept().unwrap();
+        peer.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();
+        peer
     };
-    let strangers = [(); 3].map(answering);
+    let peers = [(); 3].map(answering);
     let refused = |guest: &Guest, why: &str| guest.connections()[0].refused.as_ref().is_some_and(|it| it.contains(why));
     wait_for(&guest, "it says what is wrong", |guest| refused(guest, "GET_FEATURES"));
-    drop((other, strangers));
+    drop((other, peers));
     std::fs::remove_file(backend.socket()).unwrap();
     // A back-end with other options.
     backend.child = spawn_with(backend.folder.path(), "s", 1);
-    wait_for(&guest, "it says what is missing", |guest| refused(guest, "restart the back-end with the options it had"));
+    wait_for(&guest, "it says what is missing", |guest| {
+        refused(guest, "restart the back-end with its previous options")
+    });
     assert!(guest.connections()[0].away_ms.is_some() && guest.failure().is_none());
     backend.crash();
     wait_for(&guest, "the back-end is connected again", |guest| guest.stats().reconnects == 1);
