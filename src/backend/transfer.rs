@@ -168,7 +168,7 @@ mod tests {
         bytes[0] = 2;
         bytes.extend(XxHash3_64::oneshot(&bytes).to_le_bytes());
         let why = decode("net", &bytes).unwrap_err().to_string();
-        assert!(why.contains("device state version 2 came") && why.contains("update this program"), "{why}");
+        assert!(why.contains("received device state version 2") && why.contains("update this program"), "{why}");
     }
 
     #[test]
