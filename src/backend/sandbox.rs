@@ -1,9 +1,9 @@
-//! What a back-end may ask of the kernel once it serves: a filter of system calls (seccomp) for all its threads.
+//! seccomp filter of a serving process, for all its threads.
 //!
-//! Whoever takes the process over, by a bug that a front-end or a guest has found, keeps what it has open (the image, the
-//! tap, the guest's memory) and gets nothing else: no program, no file, no socket, no other process, no executable
-//! memory. `docs/security.md` says what each part is good for. io_uring would be a way around the filter: the rings are
-//! made before and restricted (`disk_io`), and no new ones can be had.
+//! Code that takes over the process, through a bug that a front-end or a guest exploits, keeps the open descriptors
+//! (image, tap, guest memory) and gets nothing else: no program, file, socket, other process or executable memory.
+//! `docs/security.md` explains each part. io_uring could bypass the filter, so its instances are created before and
+//! restricted (`disk_io`), and no new ones are permitted.
 
 #![forbid(unsafe_code)]
 
@@ -19,41 +19,40 @@ use seccompiler::{
 use crate::memory::userfault;
 use crate::sys::nonblocking;
 
-/// What happens to a process that asks for what it may not have.
+/// The action for a forbidden system call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ViolationAction {
-    /// It ends with SIGSYS.
+    /// The process ends with SIGSYS.
     #[default]
     Kill,
-    /// It goes on, and the kernel notes it in its log: to find out what is missing.
+    /// The call is executed and logged by the kernel, to find missing rules.
     Log,
 }
 
-/// A filter to be installed; by default what a device needs that has everything open.
+/// A filter to install. The default permits what a device with open files needs.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Sandbox {
-    /// What follows a violation.
+    /// The action for a forbidden system call.
     pub on_violation: ViolationAction,
-    /// Whether files may be removed, as for the listening socket at the end.
+    /// Permits removing files, for the listening socket at the end.
     pub allow_unlink: bool,
-    /// Whether SOCK_SEQPACKET sockets of the UNIX family may be made, bound and connected: `backend net --pair` looks for
-    /// its other end again and again.
+    /// Permits creating, binding and connecting SOCK_SEQPACKET sockets of the UNIX family, for `backend net --pair`.
     pub allow_pair: bool,
-    /// Whether SOCK_STREAM sockets of the UNIX family may be made and connected: a back-end that connects to its front-end does
-    /// so again and again.
+    /// Permits creating and connecting SOCK_STREAM sockets of the UNIX family, for a back-end that connects to its
+    /// front-end.
     pub allow_connect: bool,
-    /// Whether userfaultfds may be made, for postcopy (rule P1.2).
+    /// Permits creating userfaultfds, for postcopy (rule P1).
     pub allow_userfaultfd: bool,
 }
 
-/// Why there is no filter.
+/// The reason for which the filter cannot be installed.
 #[derive(Debug, thiserror::Error)]
 #[error("system calls can't be filtered: {0}; read docs/security.md, and then use --seccomp off")]
 pub struct SandboxError(#[source] seccompiler::Error);
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
-/// Allowed with any arguments. None of them takes a path or names another process.
+/// System calls permitted with any arguments. None takes a path or another process.
 const ALLOWED: &[i64] = &[
     // Data: of what is open.
     libc::SYS_read,
@@ -134,7 +133,8 @@ const ALLOWED: &[i64] = &[
     libc::SYS_exit_group,
 ];
 
-/// Refused with EACCES rather than punished: what libraries try and can do without, as when a panic prints where it was.
+/// System calls refused with EACCES, which libraries try and can do without, for example when a panic prints its
+/// location.
 const REFUSED: &[i64] = &[
     #[cfg(target_arch = "x86_64")]
     libc::SYS_readlink,
@@ -146,15 +146,16 @@ const REFUSED: &[i64] = &[
     #[cfg(target_arch = "x86_64")]
     libc::SYS_stat,
 ];
-/// Calls that ask about a file, by its fd or by its path, and which argument says so.
+/// System calls that query a file by descriptor or path, and the argument that has the flags.
 const STAT: [(i64, u8); 2] = [(libc::SYS_newfstatat, 3), (libc::SYS_statx, 2)];
 
-/// Options that may be asked for: what kind of socket it is, and what went wrong with it.
+/// Socket options that may be read: type, error, listening.
 const GETSOCKOPT: [i32; 3] = [libc::SO_TYPE, libc::SO_ERROR, libc::SO_ACCEPTCONN];
-/// Options that may be set: time limits. Others attach programs (SO_ATTACH_FILTER, SO_ATTACH_BPF) or reach deep into protocols.
+/// Socket options that may be set: timeouts. Others attach programs (SO_ATTACH_FILTER, SO_ATTACH_BPF) or configure
+/// protocols.
 const SETSOCKOPT: [i32; 2] = [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO];
 
-/// Commands of fcntl: flags, seals, and another number for what is open.
+/// fcntl commands: flags, seals, and duplicates of open descriptors.
 const FCNTL: &[i32] = &[
     libc::F_GETFD,
     libc::F_SETFD,
@@ -165,7 +166,7 @@ const FCNTL: &[i32] = &[
     libc::F_GET_SEALS,
 ];
 
-/// A thread: of this process, in its memory.
+/// clone flags of a thread of this process.
 const THREAD: i32 = libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND;
 const NAMESPACES: i32 = libc::CLONE_NEWNS
     | libc::CLONE_NEWUSER
@@ -176,21 +177,21 @@ const NAMESPACES: i32 = libc::CLONE_NEWNS
     | libc::CLONE_NEWCGROUP;
 
 impl Sandbox {
-    /// Installs the filter for all threads of the process, those to come included. There is no way back; programs that
-    /// were executed from here on would gain no privileges (`PR_SET_NO_NEW_PRIVS`).
+    /// Installs the filter for all current and future threads of the process. It cannot be removed, and sets
+    /// `PR_SET_NO_NEW_PRIVS`.
     ///
     /// # Errors
-    /// [`SandboxError`] when the kernel doesn't filter, or not for this process.
+    /// [`SandboxError`] if the kernel does not support the filter or refuses it.
     pub fn install(self) -> Result<(), SandboxError> {
         nonblocking::prepare();
-        // The one that forbids to install others comes last.
+        // The filter that forbids further filters is installed last.
         let programs = || Ok::<_, seccompiler::Error>([no_clone3()?, self.refusals()?, self.allowed_calls()?]);
         let install =
             |programs: [BpfProgram; 3]| programs.iter().try_for_each(|program| apply_filter_all_threads(program));
         programs().and_then(install).map_err(SandboxError)
     }
 
-    /// What is allowed, and what the other two filters answer.
+    /// Compiles the permitted calls, and those that the other two filters answer.
     fn allowed_calls(self) -> Result<BpfProgram, seccompiler::Error> {
         let mut rules: Rules = ALLOWED.iter().chain(REFUSED).map(|call| (*call, vec![])).collect();
         let mut only = |call, alternatives: Vec<SeccompRule>| rules.insert(call, alternatives);
@@ -251,11 +252,11 @@ impl Sandbox {
         compile(rules, violation, SeccompAction::Allow)
     }
 
-    /// Refusals of what is no reason to end.
+    /// Compiles the calls that are refused without ending the process.
     fn refusals(self) -> Result<BpfProgram, seccompiler::Error> {
         let mut rules: Rules = REFUSED.iter().map(|call| (*call, vec![])).collect();
         rules.extend(read_only_open()?);
-        // Whoever removes a socket looks first whether it is still the own one, and so follows no link.
+        // Before a socket file is removed it is checked, without following links, to be the own one.
         let allowed =
             if self.allow_unlink { libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW } else { libc::AT_EMPTY_PATH };
         for (call, flags) in STAT {
@@ -265,13 +266,14 @@ impl Sandbox {
     }
 }
 
-/// The flags of clone3 are in memory, where no filter can see them: told that there is no such call, libc uses clone.
+/// Compiles a filter that answers clone3 with ENOSYS. Its flags are in memory, which a filter cannot read; libc then
+/// uses clone.
 fn no_clone3() -> Result<BpfProgram, seccompiler::Error> {
     let rules = Rules::from([(libc::SYS_clone3, vec![])]);
     compile(rules, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))
 }
 
-/// Attempts to open something without changing anything.
+/// Rules for attempts to open a file for reading.
 fn read_only_open() -> Result<Rules, seccompiler::Error> {
     let changes = (libc::O_ACCMODE | libc::O_CREAT | libc::O_TRUNC) as u64;
     let reads = |flags| Ok::<_, seccompiler::Error>(vec![rule(&[(flags, MaskedEq(changes), 0)])?]);
@@ -282,7 +284,7 @@ fn read_only_open() -> Result<Rules, seccompiler::Error> {
     ]))
 }
 
-/// The call that removes a file, and no folder.
+/// The rule for removing a file, but not a directory.
 fn unlink_rule() -> Result<(i64, Vec<SeccompRule>), seccompiler::Error> {
     #[cfg(target_arch = "x86_64")]
     let call = (libc::SYS_unlink, vec![]);
@@ -291,7 +293,7 @@ fn unlink_rule() -> Result<(i64, Vec<SeccompRule>), seccompiler::Error> {
     Ok(call)
 }
 
-/// All conditions together: number of the argument, how it is compared, and with what.
+/// Returns a rule with all conditions: argument number, comparison and value.
 fn rule(conditions: &[(u8, SeccompCmpOp, u64)]) -> Result<SeccompRule, seccompiler::Error> {
     let conditions = conditions
         .iter()

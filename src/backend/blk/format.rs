@@ -1,10 +1,11 @@
-//! Formats of images that are not raw. A guest that was given such an image would see its metadata, and write over them.
+//! Detection of image formats other than raw. Served as raw, such an image would expose its metadata to the guest,
+//! which could overwrite it.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// Name of a format, and the bytes at this offset by which it is known.
+/// Format name, offset of its magic bytes, and the magic bytes.
 const BEGINNINGS: [(&str, usize, &[u8]); 11] = [
     ("qcow2", 0, b"QFI\xfb"),
     ("qed", 0, b"QED\0"),
@@ -18,12 +19,12 @@ const BEGINNINGS: [(&str, usize, &[u8]); 11] = [
     ("parallels", 0, b"WithoutFreeSpace"),
     ("parallels", 0, b"WithouFreSpacExt"),
 ];
-/// In the last sector of a vpc image of fixed size, and in the first one of others.
+/// Magic bytes in the last sector of a vpc image of fixed size, and in the first sector of others.
 const VPC: &[u8] = b"conectix";
-/// The beginning of the last sector, counted from the end.
+/// Offset of the last sector from the end.
 const LAST: u64 = 512;
 
-/// The format of an image of `bytes` bytes, by the name that qemu-img has for it; `None` for a raw one.
+/// Returns the format of an image of `bytes` bytes by its qemu-img name; `None` for a raw one.
 pub(super) fn find(file: &File, bytes: u64) -> io::Result<Option<&'static str>> {
     let (mut first, mut last) = ([0; 128], [0; VPC.len()]);
     // Shorter ones leave zeroes behind.

@@ -1,9 +1,9 @@
-//! The generation of an image, by which a saved guest is told whether its disk still holds what it held then (GET_DISK_GENERATION),
-//! and its identity, by which a guest that moves is told whether its disk is the same at the destination (GET_DISK_IDENTITY).
+//! Generation and identity of an image. A saved guest is compared with the generation (GET_DISK_GENERATION), a migrated
+//! one with the identity (GET_DISK_IDENTITY).
 //!
-//! It is an extended attribute of the image: a random number that names the disk, and one that names its contents. The
-//! second is replaced, on stable storage, before the first change after rings have started. It is not told while they
-//! run, so one replacement is enough for as long as they do.
+//! Both are random numbers in an extended attribute of the image: the identity names the disk, the generation its
+//! contents. The generation is replaced, on stable storage, before the first change after rings have started. It is not
+//! reported while they run, so one replacement per run is enough.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -16,25 +16,25 @@ use crate::abi::vhost_user::DiskGeneration;
 use crate::sys::random::random;
 use crate::sys::xattr;
 
-/// The attribute: two numbers of 32 hexadecimal digits with a colon between them.
+/// The attribute: two numbers of 32 hexadecimal digits, separated by a colon.
 const NAME: &CStr = c"user.vhost-migrate.generation";
 const TEXT_BYTES: usize = 65;
 
-/// The generation of one opened image.
+/// The generation of an open image.
 #[derive(Debug)]
 pub(super) struct ImageGeneration {
     file: File,
     writable: bool,
-    /// Running queues.
+    /// Number of running queues.
     queues: Mutex<usize>,
-    /// The generation was replaced since the first of them has started.
+    /// True if the generation was replaced since the first of them started.
     replaced: AtomicBool,
-    /// Held while it is replaced.
+    /// Held while the generation is replaced.
     replace_lock: Mutex<()>,
 }
 
 impl ImageGeneration {
-    /// For the image that `file` is; `None` if it can't have attributes.
+    /// Opens the generation of an image. Returns `None` if the image cannot have attributes.
     pub(super) fn new(file: &File, writable: bool) -> io::Result<Option<Arc<ImageGeneration>>> {
         if !file.metadata()?.is_file() || xattr::get::<TEXT_BYTES>(file, NAME).is_err_and(|error| !is_too_long(&error))
         {
@@ -44,10 +44,11 @@ impl ImageGeneration {
         Ok(Some(Arc::new(ImageGeneration { file, writable, queues, replaced, replace_lock: Mutex::default() })))
     }
 
-    /// The present one; an image that has none gets one. `image` keeps other processes from changing it meanwhile.
+    /// Returns the current generation; an image without one gets one. The lock of `image` keeps other processes from
+    /// changing it meanwhile.
     ///
     /// # Errors
-    /// If rings run here or in another process, or it can't be read or made.
+    /// An error if rings run in any process, or the attribute cannot be read or written.
     pub(super) fn current(&self, image: Option<&Arc<ImageLock>>) -> io::Result<DiskGeneration> {
         let queues = lock(&self.queues);
         let image = image.ok_or_else(not_locked_error)?;
@@ -58,11 +59,11 @@ impl ImageGeneration {
         self.read_or_make()
     }
 
-    /// The identity alone, which stays while rings run, here or in another process. An image that has none gets one, unless
+    /// Returns the identity, which is constant while rings run in any process. An image without one gets one, unless
     /// another process uses it.
     ///
     /// # Errors
-    /// If it can't be read or made.
+    /// An error if the attribute cannot be read or written.
     pub(super) fn identity(&self, image: Option<&Arc<ImageLock>>) -> io::Result<u128> {
         if let Some(generation) = self.read()? {
             return Ok(generation.identity);
@@ -72,13 +73,13 @@ impl ImageGeneration {
         self.read_or_make().map(|generation| generation.identity)
     }
 
-    /// Notes a queue that is going to run. The image must be claimed for at least as long.
+    /// Records a queue that is about to run. The image must be locked at least as long.
     pub(super) fn queue_started(self: &Arc<ImageGeneration>) -> RunningQueue {
         *lock(&self.queues) += 1;
         RunningQueue(self.clone())
     }
 
-    /// The present one; an image that has none gets one.
+    /// Returns the current generation; an image without one gets one.
     fn read_or_make(&self) -> io::Result<DiskGeneration> {
         match self.read()? {
             Some(generation) => Ok(generation),
@@ -90,7 +91,7 @@ impl ImageGeneration {
     fn read(&self) -> io::Result<Option<DiskGeneration>> {
         let text = match xattr::get::<TEXT_BYTES>(&self.file, NAME) {
             Ok(text) => text,
-            // Not ours.
+            // Not in this format.
             Err(error) if is_too_long(&error) => None,
             Err(error) => return Err(error),
         };
@@ -104,7 +105,7 @@ impl ImageGeneration {
         Ok(generation)
     }
 
-    /// Replaces the generation, unless that was done meanwhile.
+    /// Replaces the generation, unless that has been done.
     fn replace(&self) -> io::Result<()> {
         let _alone = lock(&self.replace_lock);
         if !self.replaced.load(Ordering::Relaxed) {
@@ -116,15 +117,15 @@ impl ImageGeneration {
     }
 }
 
-/// A running queue's use of the image, until dropped.
+/// A running queue that uses the image, until dropped.
 #[derive(Debug)]
 pub(super) struct RunningQueue(Arc<ImageGeneration>);
 
 impl RunningQueue {
-    /// To be called before every change of the image.
+    /// Must be called before every change of the image.
     ///
     /// # Errors
-    /// If the generation can't be replaced: the image must not be changed then.
+    /// An error if the generation cannot be replaced. The image must not be changed then.
     pub(super) fn before_change(&self) -> io::Result<()> {
         if self.0.replaced.load(Ordering::Relaxed) { Ok(()) } else { self.0.replace() }
     }
@@ -135,7 +136,7 @@ impl Drop for RunningQueue {
         let mut queues = lock(&self.0.queues);
         *queues -= 1;
         if *queues == 0 {
-            // Anybody may ask for it from now on, also another process.
+            // From now on the generation may be reported, also by another process.
             self.0.replaced.store(false, Ordering::Relaxed);
         }
     }
@@ -145,7 +146,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The reason that an image is not told which has no lock.
+/// The error for an image without a lock.
 fn not_locked_error() -> io::Error {
     io::Error::other("other processes may write the image at any time")
 }

@@ -1,10 +1,9 @@
-//! Who may use an image: one writer at a time, and nobody before the I/O of a back-end that died has ended.
+//! Lock of an image: one writer at a time, and none before the I/O of a killed back-end has ended.
 //!
-//! A process that is killed can leave I/O in the kernel: with io_uring and O_DIRECT it outlives the process, and a write
-//! that lands after its successor has served it again, and later ones, would undo those. A read that lands late writes
-//! into guest memory which its driver has used for something else since. A lock of the open file lives as long as such
-//! I/O does (flock(2)): it is held while queues run, so that a successor, or the destination of a migration, waits for
-//! it. The lock is exclusive for readers too (rule I9.2).
+//! A killed process can leave I/O in the kernel: with io_uring and O_DIRECT, I/O outlives its process. A late write
+//! would undo writes of its successor, and a late read would overwrite guest memory that its driver has reused. A
+//! flock(2) of the open file lives as long as such I/O. It is held while queues run, so a successor, or the destination
+//! of a migration, waits for it. The lock is exclusive for readers too (rule I9.2).
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -13,57 +12,57 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-/// How long to wait for whoever has the image.
+/// Maximum wait for the lock.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long to wait where the image is only tried: a predecessor that has stopped may still have I/O under way.
+/// Maximum wait of a probe. A stopped process may still have I/O in flight.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How often to look.
+/// Interval between attempts.
 const RETRY_INTERVAL: Duration = Duration::from_millis(1);
 
-/// The other processes that may use an image that is claimed.
+/// The access that other processes have to a locked image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum LockMode {
-    /// Nobody.
+    /// No other process has access.
     Exclusive,
-    /// Others that share it in the same way, and only read.
+    /// Other processes with the same mode may read.
     Shared,
 }
 
-/// The lock of one opened image.
+/// The lock of an open image.
 #[derive(Debug)]
 pub(super) struct ImageLock {
     file: File,
     mode: LockMode,
-    /// Claims that are held.
+    /// Number of guards.
     guards: Mutex<usize>,
 }
 
 impl ImageLock {
-    /// For the image that `file` is: the open file through which I/O may outlive the process.
+    /// Creates the lock of an image. `file` is the open file through which I/O may outlive the process.
     pub(super) fn new(file: &File, sharing: LockMode) -> io::Result<ImageLock> {
         Ok(ImageLock { file: file.try_clone()?, mode: sharing, guards: Mutex::new(0) })
     }
 
-    /// Waits until the image is free and claims it.
+    /// Waits for the lock.
     ///
     /// # Errors
-    /// When somebody else has it for too long.
+    /// A timeout if another process holds it.
     pub(super) fn lock(self: &Arc<ImageLock>) -> io::Result<ImageLockGuard> {
         self.lock_within(LOCK_TIMEOUT)
     }
 
-    /// Finds out whether it could be claimed, and leaves it to others.
+    /// Checks whether the lock is available, without keeping it.
     ///
     /// # Errors
-    /// When another process has it.
+    /// A timeout if another process holds it.
     pub(super) fn probe(self: &Arc<ImageLock>) -> io::Result<()> {
         self.lock_briefly().map(drop)
     }
 
-    /// Claims the image unless another process goes on using it.
+    /// Locks the image with a short timeout.
     ///
     /// # Errors
-    /// When another process has it.
+    /// A timeout if another process holds it.
     pub(super) fn lock_briefly(self: &Arc<ImageLock>) -> io::Result<ImageLockGuard> {
         self.lock_within(PROBE_TIMEOUT)
     }
@@ -102,7 +101,7 @@ impl ImageLock {
     }
 }
 
-/// The right to use an image, until dropped.
+/// Holds the lock until dropped.
 #[derive(Debug)]
 pub(super) struct ImageLockGuard(Arc<ImageLock>);
 

@@ -1,7 +1,8 @@
-//! A disk: a raw image file or a block device as a virtio-blk device.
+//! Block device: a raw image file or a block device as a virtio-blk device.
 //!
-//! Here: opening the image, what is offered, configuration space. How requests are served is in `queue`, who may use the
-//! image when in `image_lock`, what a saved guest compares it by in `generation`, what is no raw image in `format`.
+//! This file opens the image, and has the features and the configuration space. Requests are served in `queue`.
+//! `image_lock` is the lock of the image, `generation` identifies the disk and its contents, and `format` detects
+//! images that are not raw.
 
 #![forbid(unsafe_code)]
 
@@ -40,66 +41,66 @@ use crate::backend::disk_io::{
     self, Alignment, DiskEngine, ImageFiles, ThreadEngine, UringEngine, UringPool, WriteBack,
 };
 
-/// Most data segments of a request, if rings are large enough.
+/// Maximum number of data segments of a request, if rings are large enough.
 const MAX_SEGMENTS: u16 = 126;
-/// Most sectors of one discard or write-zeroes: 1 GiB.
+/// Maximum number of sectors of a discard or write-zeroes request: 1 GiB.
 const MAX_CLEAR_SECTORS: u32 = 1 << 21;
-/// Largest block that guests are told of, in bytes: Linux takes none that is larger than its pages.
+/// Maximum block size reported to guests in bytes. Linux accepts none larger than its pages.
 const MAX_BLOCK: u64 = 4096;
 
-/// How the disk is read and written.
+/// The I/O engine of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Aio {
-    /// io_uring where the system has it, else threads.
+    /// io_uring if the system supports it, otherwise threads.
     #[default]
     IoUring,
     /// Threads.
     Threads,
 }
 
-/// What kind of disk to be.
+/// Options of a block device.
 #[derive(Debug, Clone)]
 pub struct BlkOptions {
     /// The raw image, or a block device.
     pub image: PathBuf,
-    /// Whether to take the image for a raw one whatever it begins with. A guest can write anything to the beginning of its
-    /// disk.
+    /// True to serve the image as raw even if it looks like another format. A guest can write anything to the start of
+    /// its disk.
     pub raw: bool,
-    /// Whether the guest may only read.
+    /// True if the guest may only read.
     pub read_only: bool,
-    /// Queues.
+    /// Number of queues.
     pub queues: u16,
-    /// Most entries of a ring; a power of two.
+    /// Maximum number of entries of a ring, a power of two.
     pub max_queue_size: u16,
-    /// What the guest reads as the disk's identity; at most 20 bytes.
+    /// The serial number that the guest reads, at most 20 bytes.
     pub serial: String,
-    /// How to read and write.
+    /// The I/O engine.
     pub aio: Aio,
-    /// Whether to go past the page cache (O_DIRECT). The guest is told the block size that this needs; if it writes less
-    /// than a block all the same, that goes through the page cache to stable storage.
+    /// True to bypass the page cache (O_DIRECT). The required block size is reported to the guest; writes of partial
+    /// blocks go through the page cache to stable storage.
     pub direct: bool,
-    /// Whether drivers are offered completions in the order of their requests. A slow request then holds up those after
-    /// it.
+    /// True to offer IN_ORDER. A slow request then delays those after it.
     pub in_order: bool,
-    /// Whether a front-end may stop queues without draining them and move what is in flight with the inflight region: the
-    /// unstable GET_VRING_BASE_INFLIGHT and SKIP_DRAIN (rule I8.1).
+    /// True to let a front-end stop queues without draining them and move requests in flight with the inflight region:
+    /// the unstable GET_VRING_BASE_INFLIGHT and SKIP_DRAIN (rule I8.1).
     pub inflight_migration: bool,
-    /// Whether drivers are offered to be behind an IOMMU (ACCESS_PLATFORM). Only for front-ends that translate: others may
-    /// pass the offer on without being able to.
+    /// True to offer ACCESS_PLATFORM. Only for front-ends that translate: others may pass the offer on without support
+    /// (rule T5.1).
     pub iommu: bool,
-    /// Whether other processes may write the image at the same time: it is not locked then.
+    /// True if other processes may write the image at the same time. The image is then not locked.
     pub share_rw: bool,
-    /// Whether other processes may read a read-only image at the same time; they must ask for it too. A read of a process
-    /// that was killed then lands in guest memory at any time after its successor has begun (rule I9.2).
+    /// True if other processes with this option may read a read-only image at the same time. A read of a killed process
+    /// can then complete into guest memory after its successor has started (rule I9).
     pub share_readers: bool,
-    /// Whether to offer postcopy, and for it no memory slots (rule P1.1). Not together with `iommu`, which counts more.
+    /// True to offer postcopy, and therefore no memory slots (rule P1.1). `iommu` takes precedence.
     pub postcopy: bool,
-    /// How many front-ends may be connected at the same time; only one of them has rings that run.
+    /// Maximum number of front-ends that may be connected at the same time. Only one of them can run rings.
     pub max_front_ends: u16,
 }
 
 impl BlkOptions {
-    /// A writable disk of one queue of up to 1024 entries, without an identity, and with none of what has to be asked for.
+    /// Returns the options of a writable disk with one queue of up to 1024 entries, no serial number, and all other
+    /// features off.
     pub fn new(image: impl Into<PathBuf>) -> BlkOptions {
         BlkOptions {
             image: image.into(),
@@ -121,11 +122,11 @@ impl BlkOptions {
     }
 }
 
-/// Why there is no disk; the texts say what to do.
+/// The reason for which a disk cannot be opened. Messages have advice.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BlkError {
-    /// The image can't be opened.
+    /// The image cannot be opened.
     #[error("can't open image {image}: {source}; {advice}", image = image.display())]
     Open {
         /// The image.
@@ -135,20 +136,20 @@ pub enum BlkError {
         /// What to do.
         advice: &'static str,
     },
-    /// A directory, a terminal, …
+    /// The image is neither a file nor a block device.
     #[error("{image} is neither a file nor a block device: give the path of a raw image", image = image.display())]
     NotADisk {
         /// The image.
         image: PathBuf,
     },
-    /// A file system that reads and writes through the page cache whatever it is asked for.
+    /// The file system does not support I/O past the page cache.
     #[error("{image} can't be used past the page cache, its file system does not do that: leave out --direct, or move it",
         image = image.display())]
     NotDirect {
         /// The image.
         image: PathBuf,
     },
-    /// An image in another format than raw.
+    /// The image has another format than raw.
     #[error("{image} looks like a {format} image, and only raw ones are served: convert it with qemu-img convert -O raw, or \
         use --format raw if the guest itself has written that", image = image.display())]
     Format {
@@ -157,7 +158,7 @@ pub enum BlkError {
         /// What it looks like, by qemu-img's name.
         format: &'static str,
     },
-    /// An image of less than a sector.
+    /// The image is smaller than a sector.
     #[error("image {image} has {bytes} bytes: make it at least 512 bytes large, for example with truncate -s 1G",
         image = image.display())]
     TooSmall {
@@ -166,7 +167,7 @@ pub enum BlkError {
         /// Its size.
         bytes: u64,
     },
-    /// An image that has become smaller while it is served.
+    /// The image has shrunk while it is served.
     #[error("image {image} has {bytes} bytes: the guest was told {capacity}, and that stays; make it as large again",
         image = image.display())]
     Shrunk {
@@ -177,13 +178,13 @@ pub enum BlkError {
         /// What the guest was told.
         capacity: u64,
     },
-    /// A serial that doesn't fit.
+    /// The serial number is too long.
     #[error("serial {serial:?} has {len} bytes: at most 20 fit", len = serial.len())]
     Serial {
         /// The serial.
         serial: String,
     },
-    /// A number of queues or of entries that can't be.
+    /// An invalid number of queues or of entries.
     #[error("{queues} queues of {size} entries: use 1 to 256 queues, and a power of two from 2 to 32768 entries")]
     QueueLayout {
         /// Queues.
@@ -193,23 +194,23 @@ pub enum BlkError {
     },
 }
 
-/// An opened disk; also the [`VirtioDevice`] to serve.
+/// An open block device, implements [`VirtioDevice`].
 #[derive(Debug)]
 pub struct BlkDevice {
     files: Arc<ImageFiles>,
-    /// Of io_uring, if that is used.
+    /// io_uring instances, if they are used.
     urings: Option<Arc<UringPool>>,
-    /// In sectors of 512 bytes; it only grows.
+    /// Size in sectors of 512 bytes. It only grows.
     capacity: Arc<AtomicU64>,
-    /// Who is to be told when it does.
+    /// Front-ends to notify when the disk grows.
     frontends: Mutex<Vec<Weak<FrontendHandle>>>,
     block_size: u32,
-    /// Whether parts of it can be deallocated or zeroed.
+    /// True if parts of the image can be deallocated or zeroed.
     can_clear: bool,
     serial: [u8; VIRTIO_BLK_ID_BYTES],
-    /// Locked while queues run.
+    /// The lock of the image, held while queues run.
     image: Option<Arc<ImageLock>>,
-    /// Unless the image can't have one.
+    /// The generation of the image, if it can have one.
     generation: Option<Arc<ImageGeneration>>,
     options: BlkOptions,
 }
@@ -218,7 +219,7 @@ impl BlkDevice {
     /// Opens the image.
     ///
     /// # Errors
-    /// [`BlkError`], in words for whoever gave the options.
+    /// [`BlkError`], with a message for the user.
     pub fn open(options: BlkOptions) -> Result<BlkDevice, BlkError> {
         let image = options.image.clone();
         let mut serial = [0; VIRTIO_BLK_ID_BYTES];
@@ -268,7 +269,7 @@ impl BlkDevice {
         let image = (!options.share_rw).then(|| Arc::new(lock));
         let urings = match options.aio {
             Aio::IoUring => UringPool::new(queues, entries)
-                .inspect_err(|error| info!("io_uring is not to be had ({error}): disk I/O is done by threads")),
+                .inspect_err(|error| info!("io_uring is not available ({error}): threads are used for disk I/O")),
             Aio::Threads => Err(io::ErrorKind::Unsupported.into()),
         };
         let urings = urings.ok().map(Arc::new);
@@ -287,18 +288,18 @@ impl BlkDevice {
         })
     }
 
-    /// Its size, in sectors of 512 bytes.
+    /// Returns the size in sectors of 512 bytes.
     pub fn capacity(&self) -> u64 {
         self.capacity.load(Ordering::Relaxed)
     }
 
-    /// Looks at the image's size again. A larger image is a larger disk from now on, and the front-end is told; returns the
-    /// size, in sectors of 512 bytes.
+    /// Reads the image size again. If it has grown, so has the disk, and the front-ends are notified. Returns the size
+    /// in sectors of 512 bytes.
     ///
     /// # Errors
-    /// [`BlkError::Shrunk`], and whatever keeps it from looking; the disk stays as it is.
+    /// [`BlkError::Shrunk`], or the error of the system. The disk is then unchanged.
     pub fn grow(&self) -> Result<u64, BlkError> {
-        // Held meanwhile, so that the last of several is the last to be told.
+        // Held until the notifications are sent, so that concurrent calls notify in order.
         let hosts = self.frontends.lock().unwrap_or_else(PoisonError::into_inner);
         let image = &self.options.image;
         let bytes = size(image, &self.files.buffered)?;
@@ -309,7 +310,7 @@ impl BlkDevice {
         if now > before {
             self.capacity.store(now, Ordering::Relaxed);
             info!(
-                "{}: the disk has {} bytes now, it had {}",
+                "{}: the disk has grown to {} bytes from {}",
                 image.display(),
                 now * SECTOR_BYTES,
                 before * SECTOR_BYTES
@@ -360,7 +361,7 @@ impl VirtioDevice for BlkDevice {
     fn config(&self) -> Vec<u8> {
         let mut config = BlkConfig::new_zeroed();
         config.capacity = self.capacity().into();
-        // A driver without indirect descriptors needs one of the ring for each, beside the header and the status.
+        // Without indirect descriptors, each segment takes a descriptor of the ring, as do header and status.
         let segments = self.options.max_queue_size.saturating_sub(2).min(MAX_SEGMENTS);
         config.seg_max = u32::from(segments).into();
         config.blk_size = self.block_size.into();
@@ -422,13 +423,13 @@ impl VirtioDevice for BlkDevice {
 
     fn start_queue(&self, index: u16, _size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
         let claim = self.image.as_ref().map(ImageLock::lock).transpose()?;
-        // Others may have changed the image until now.
+        // Another process may have changed the image before it was locked.
         self.files.drop_cache();
         Ok(Box::new(BlkQueue::new(self, index, features, self.engine()?, claim)))
     }
 }
 
-/// Bytes of an image, or of a block device.
+/// Returns the size of an image or block device in bytes.
 fn size(image: &Path, mut file: &File) -> Result<u64, BlkError> {
     file.seek(SeekFrom::End(0)).map_err(|source| open_error(image, source))
 }
@@ -454,7 +455,8 @@ fn open_error(image: &Path, source: io::Error) -> BlkError {
     BlkError::Open { image: image.to_owned(), source, advice }
 }
 
-/// Whether the file system takes space back: asked about bytes behind the end, where it changes nothing.
+/// Returns true if the file system can deallocate ranges. It is asked for a range behind the end, where this changes
+/// nothing.
 fn punches_holes(file: &File, end: u64) -> bool {
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let Ok(end) = i64::try_from(end) else { return false };

@@ -1,7 +1,7 @@
-//! The requests of a virtio-blk queue (virtio 1.2, "Block Device").
+//! Requests of a virtio-blk queue (virtio 1.2, "Block Device").
 //!
-//! A request is a header to read, data, and a status byte, which is the last byte to write; how they are cut into
-//! descriptors says nothing. Errors of the disk go to the guest as IOERR and to the log; they never stop the queue.
+//! A request is a readable header, data, and a status byte, the last writable byte. The split into descriptors has no
+//! meaning. Disk errors are reported to the guest as IOERR and logged; they never stop the queue.
 
 use std::collections::VecDeque;
 use std::io;
@@ -29,32 +29,32 @@ const HEADER: u64 = size_of::<BlkRequestHeader>() as u64;
 
 pub(super) struct BlkQueue {
     index: u16,
-    /// In sectors; the disk may grow.
+    /// Size in sectors. The disk may grow.
     capacity: Arc<AtomicU64>,
     can_clear: bool,
     read_only: bool,
-    /// The best way for data.
+    /// The preferred path for data.
     path: IoPath,
-    /// Whether what is written or zeroed is complete only when it is on stable storage: for drivers that never flush.
+    /// True if writes and zeroes complete only on stable storage, for drivers without FLUSH.
     durable: bool,
     serial: [u8; VIRTIO_BLK_ID_BYTES],
     engine: Box<dyn DiskEngine>,
-    /// Given up after the engine, which waits for its I/O, and before the claim.
+    /// Dropped after the engine, which waits for its I/O, and before the lock.
     generation: Option<RunningQueue>,
     _lock: Option<ImageLockGuard>,
-    /// Requests that are complete.
+    /// Completed requests.
     ready: Vec<Request>,
-    /// While the queue is suspended: requests that it did not complete.
+    /// Incomplete requests, while the queue is being suspended.
     unserved: Option<Vec<Request>>,
-    /// Attempts that came back.
+    /// Attempts that have ended.
     attempts: VecDeque<(DiskIo, io::Result<u64>)>,
 }
 
-/// What a request turns out to be.
+/// A decoded request.
 enum ParsedRequest {
-    /// Answer it with this status.
+    /// Complete with this status.
     Complete(u8),
-    /// Do this first: operation, first byte on the disk, bytes, and where in the request its data is.
+    /// Execute this operation: first byte on the disk, number of bytes, and offset of the data in the request.
     Io { op: DiskOp, start: u64, len: u64, at: u64 },
 }
 
@@ -115,7 +115,7 @@ impl BlkQueue {
         }
     }
 
-    /// A range of the disk, if it is one.
+    /// Returns the operation on a range, if it is on the disk.
     fn transfer(&self, op: DiskOp, sector: u64, len: u64, at: u64) -> ParsedRequest {
         let (start, capacity) =
             (sector.checked_mul(SECTOR_BYTES), self.capacity.load(Ordering::Relaxed) * SECTOR_BYTES);
@@ -157,10 +157,10 @@ impl BlkQueue {
         }
     }
 
-    /// Finishes a request after an attempt, or makes the next one.
+    /// Completes a request after an attempt, or makes the next attempt.
     fn handle_result(&mut self, mut io: DiskIo, result: io::Result<u64>) {
         let status = match result {
-            // The zeroes are there; without FLUSH the driver counts on that they stay (virtio 1.2, 5.2.6.2).
+            // Without FLUSH the driver relies on durable zeroes (virtio 1.2, 5.2.6.2).
             Ok(_) if matches!(io.op, DiskOp::Zero { .. }) && self.durable => {
                 return self.retry(DiskIo { op: DiskOp::Flush, ..io });
             }
@@ -173,7 +173,7 @@ impl BlkQueue {
                     false => self.disk_error(&io, "the image ends here: was it truncated?"),
                 }
             }
-            // No call was made: the driver's buffers are not in guest memory.
+            // No system call was made: a buffer is outside guest memory.
             Err(error) if error.kind() == io::ErrorKind::InvalidInput && error.raw_os_error().is_none() => {
                 debug!("queue {}: {error}", self.index);
                 VIRTIO_BLK_S_IOERR
@@ -181,11 +181,11 @@ impl BlkQueue {
             Err(error) => match error.raw_os_error().map(Errno::from_raw) {
                 Some(Errno::EINTR | Errno::EAGAIN) => return self.retry(io),
                 Some(Errno::ECANCELED) if self.unserved.is_some() => return self.retry(io),
-                // Direct I/O needs more than the file has told.
+                // Direct I/O has stricter requirements than the file reports.
                 Some(Errno::EINVAL) if io.path != IoPath::Cached => {
                     return self.retry(DiskIo { path: io.path.next(), ..io });
                 }
-                // A discard is a hint; zeroes can be had the other way.
+                // A discard is a hint. Zeroes have another method.
                 Some(Errno::EOPNOTSUPP) => match io.op {
                     DiskOp::Discard => VIRTIO_BLK_S_OK,
                     DiskOp::Zero { unmap, is_fallback: false } => {
@@ -197,13 +197,13 @@ impl BlkQueue {
             },
         };
         if io.op == DiskOp::Read && status != VIRTIO_BLK_S_OK {
-            // All of the buffer was lent, and the rest of it has not been read.
+            // All of the buffer was lent, but not all of it was read.
             io.request.limit_used_len(io.request_offset);
         }
         self.complete(io.request, status);
     }
 
-    /// Makes another attempt, unless that is left to a successor.
+    /// Makes another attempt, unless the queue is being suspended.
     fn retry(&mut self, io: DiskIo) {
         match &mut self.unserved {
             Some(unserved) => unserved.push(io.request),
@@ -211,8 +211,7 @@ impl BlkQueue {
         }
     }
 
-    /// Takes in all attempts that came back, until nothing comes back any more: what follows from one may be another, to be
-    /// passed on now.
+    /// Collects attempts until none has ended. Each may start another attempt, which is submitted in the same call.
     fn collect(&mut self) {
         loop {
             self.engine.completions(&mut self.attempts);
@@ -225,7 +224,7 @@ impl BlkQueue {
         }
     }
 
-    /// Puts the status into the last byte and gives the request back.
+    /// Writes the status byte and completes the request.
     fn complete(&mut self, mut request: Request, status: u8) {
         if status != VIRTIO_BLK_S_OK {
             counters::request_failed(self.index);
@@ -247,7 +246,7 @@ impl BlkQueue {
 
 impl Queue for BlkQueue {
     fn submit(&mut self, mut request: Request) {
-        // Nobody could be told how it went.
+        // There is no room for a status byte.
         if request.writable_len() == 0 {
             return self.complete(request, VIRTIO_BLK_S_IOERR);
         }

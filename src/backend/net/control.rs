@@ -1,7 +1,7 @@
-//! The control queue: receive modes, MAC addresses, queue pairs, announcing (virtio 1.2, 5.1.6.5).
+//! The control queue: receive modes, MAC addresses, queue pairs, announcements (virtio 1.2, 5.1.6.5).
 //!
-//! A command is a class, a number and data to read, and one byte to write: whether it was done. Under QEMU nothing comes
-//! this way, it keeps the control queue to itself.
+//! A command is a class, a number and readable data, and one writable byte for its result. QEMU does not forward the
+//! control queue.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -23,12 +23,12 @@ use crate::abi::virtio::{
 };
 use crate::backend::{Queue, Request};
 
-/// Longest command that is read, bytes: two tables of some thousand addresses.
+/// Maximum size of a command in bytes: two tables of some thousand addresses.
 const MAX_COMMAND: u64 = 64 << 10;
 
 pub(super) struct ControlQueue {
     shared: Arc<SharedNetState>,
-    /// Pairs that the device has.
+    /// Number of pairs of the device.
     pairs: u16,
     features: u64,
     done: Vec<Request>,
@@ -40,7 +40,7 @@ impl ControlQueue {
         ControlQueue { shared: hub, pairs, features, done: Vec::new() }
     }
 
-    /// Does what a command says; `None` if it can't be done.
+    /// Executes a command. Returns `None` if it fails.
     fn execute(&self, request: &Request) -> Option<()> {
         let len = request.readable_len();
         if len > MAX_COMMAND {
@@ -94,7 +94,7 @@ impl ControlQueue {
     }
 }
 
-/// A number of addresses, and they themselves; what follows.
+/// Decodes an address table. Returns it and the rest of the data.
 fn split_table(data: &[u8]) -> Option<(AddressTable, &[u8])> {
     let (count, rest) = U32::read_from_prefix(data).ok()?;
     let bytes = usize::try_from(count.get()).ok()?.checked_mul(size_of::<Mac>())?;

@@ -1,46 +1,46 @@
-//! Which received frames the driver wants: receive modes and MAC addresses (virtio 1.2, 5.1.6.5.1 and 5.1.6.5.2).
+//! Receive filter of the driver: receive modes and MAC addresses (virtio 1.2, 5.1.6.5.1 and 5.1.6.5.2).
 
 /// A MAC address.
 pub type Mac = [u8; 6];
 
-/// Most addresses of each kind; a driver with more gets all frames of that kind, and has to look for itself.
+/// Maximum number of addresses per table. A driver with more receives all frames of that kind.
 pub(super) const MAX_ADDRESSES: usize = 64;
 const BROADCAST: Mac = [0xff; 6];
 
-/// The modes and addresses in force.
+/// The current modes and addresses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ReceiveFilter {
     /// The driver's own address.
     pub(super) mac: Mac,
-    /// Everything.
+    /// Accept every frame.
     pub(super) promiscuous: bool,
-    /// All multicast.
+    /// Accept every multicast frame.
     pub(super) all_multicast: bool,
-    /// All unicast.
+    /// Accept every unicast frame.
     pub(super) all_unicast: bool,
-    /// No multicast.
+    /// Reject multicast frames.
     pub(super) no_multicast: bool,
-    /// No unicast.
+    /// Reject unicast frames.
     pub(super) no_unicast: bool,
-    /// No broadcast.
+    /// Reject broadcast frames.
     pub(super) no_broadcast: bool,
-    /// Other unicast addresses.
+    /// Further unicast addresses.
     pub(super) unicast: AddressTable,
     /// Multicast addresses.
     pub(super) multicast: AddressTable,
 }
 
-/// A table of addresses that are wanted.
+/// A table of accepted addresses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum AddressTable {
-    /// These.
+    /// The listed addresses.
     Listed(Vec<Mac>),
-    /// More than fit.
+    /// All addresses, because the table was too long.
     All,
 }
 
 impl AddressTable {
-    /// Of as many as the driver names.
+    /// Creates a table of the given addresses.
     pub(super) fn new(macs: &[Mac]) -> AddressTable {
         if macs.len() > MAX_ADDRESSES { AddressTable::All } else { AddressTable::Listed(macs.to_vec()) }
     }
@@ -54,8 +54,8 @@ impl AddressTable {
 }
 
 impl ReceiveFilter {
-    /// Everything passes, until the driver says otherwise: it may have no control queue, or one that the front-end keeps to
-    /// itself, as QEMU does.
+    /// Creates a filter that accepts every frame. A driver may have no control queue, or one that the front-end does
+    /// not forward, as with QEMU.
     pub(super) fn new(mac: Mac) -> ReceiveFilter {
         let none = AddressTable::Listed(Vec::new());
         ReceiveFilter {
@@ -75,7 +75,8 @@ impl ReceiveFilter {
         (self.unicast, self.multicast) = (unicast, multicast);
     }
 
-    /// Whether the driver wants this frame. One without a whole destination goes only to those who want everything.
+    /// Returns true if the driver accepts this frame. A frame with a truncated destination is accepted in promiscuous
+    /// mode only.
     pub(super) fn accepts(&self, frame: &[u8]) -> bool {
         if self.promiscuous {
             return true;

@@ -1,15 +1,16 @@
-//! A network interface: a tap, a loop, or another such process at the other end, as a virtio-net device.
+//! Network device: a tap, a loopback, or another process at the other end, as a virtio-net device.
 //!
 //! | file | purpose |
 //! |---|---|
-//! | `state` | what packets travel on, and which queue hears what |
+//! | `state` | the ports to the other end, and the state shared by the queues |
 //! | `receive`, `transmit`, `control` | the queues |
-//! | `filter` | which received packets the driver wants |
-//! | `saved_state` | what the driver has set, as it travels |
-//! | `tap`, `pair` | what can be at the other end: the host's network, or another such process |
+//! | `filter` | receive filter of the driver |
+//! | `saved_state` | driver settings as part of the device state |
+//! | `tap`, `pair` | other ends: the host's network, another process |
 //!
-//! Here: what is offered, configuration space, announcing. Nothing is offloaded: checksums and segments are the driver's.
-//! QEMU keeps control queue and configuration space to itself; the data queues work all the same.
+//! This file has the features, the configuration space and announcements. There are no offloads: checksums and
+//! segmentation are left to the driver. QEMU implements control queue and configuration space itself; the data queues
+//! work with it.
 
 mod control;
 mod filter;
@@ -45,58 +46,58 @@ use crate::abi::virtio::{
 };
 use crate::sys::log_limit::limited;
 
-/// Most queue pairs: a vhost-user message names one of 256 rings.
+/// Maximum number of queue pairs: a vhost-user message addresses 256 rings.
 pub const MAX_PAIRS: u16 = 127;
-/// Smallest MTU that a device may have (virtio 1.2, 5.1.4.1).
+/// Minimum MTU (virtio 1.2, 5.1.4.1).
 pub const MIN_MTU: u16 = 68;
-/// Bytes of the header that a legacy driver without mergeable buffers knows.
+/// Header size of a legacy driver without mergeable buffers.
 const LEGACY_HEADER: usize = HEADER - 2;
-/// Bytes of configuration space, up to and with the MTU: what lies behind belongs to features that are not offered.
+/// Size of the configuration space, up to the MTU. Later fields belong to features that are not offered.
 const CONFIG_BYTES: usize = 12;
 
-/// What is at the other end.
+/// The other end of the network device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NetPeer {
-    /// The guest itself: what a pair sends, it receives.
+    /// The guest itself: each pair receives what it sends.
     Loopback,
     /// A tap of the host, by name.
     Tap(String),
-    /// Another such process: both name the same socket, and have as many pairs.
+    /// Another process of this program with the same socket path and number of pairs.
     Pair(PathBuf),
 }
 
-/// What kind of interface to be.
+/// Options of a network device.
 #[derive(Debug, Clone)]
 pub struct NetOptions {
-    /// What is at the other end.
+    /// The other end.
     pub peer: NetPeer,
-    /// Queue pairs.
+    /// Number of queue pairs.
     pub pairs: u16,
-    /// Most entries of a ring; a power of two.
+    /// Maximum number of entries of a ring, a power of two.
     pub max_queue_size: u16,
-    /// The driver's address.
+    /// The MAC address of the driver.
     pub mac: Mac,
-    /// Whether drivers are offered to be behind an IOMMU (ACCESS_PLATFORM). Only for front-ends that translate: others may
-    /// pass the offer on without being able to.
+    /// True to offer ACCESS_PLATFORM. Only for front-ends that translate: others may pass the offer on without support
+    /// (rule T5.1).
     pub iommu: bool,
-    /// The largest IP packet, if the driver shall be told, in bytes.
+    /// Maximum size of an IP packet in bytes, if it is reported to the driver.
     pub mtu: Option<u16>,
-    /// Whether to offer postcopy, and for it no memory slots (rule P1.1). Not together with `iommu`, which counts more.
+    /// True to offer postcopy, and therefore no memory slots (rule P1.1). `iommu` takes precedence.
     pub postcopy: bool,
 }
 
 impl NetOptions {
-    /// An interface of one pair of queues of up to 1024 entries, with none of what has to be asked for.
+    /// Returns the options of a device with one pair of queues of up to 1024 entries and all other features off.
     pub fn new(peer: NetPeer, mac: Mac) -> NetOptions {
         NetOptions { peer, pairs: 1, max_queue_size: 1024, mac, iommu: false, mtu: None, postcopy: false }
     }
 }
 
-/// Why there is no interface; the texts say what to do.
+/// The reason for which a network device cannot be opened. Messages have advice.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NetError {
-    /// A number of pairs or of entries that can't be.
+    /// An invalid number of pairs or of entries.
     #[error("{pairs} queue pairs of {size} entries: use 1 to 127 pairs, and a power of two from 2 to 32768 entries")]
     QueueLayout {
         /// Pairs.
@@ -104,25 +105,25 @@ pub enum NetError {
         /// Entries.
         size: u16,
     },
-    /// An address for several, or for nobody.
+    /// A multicast or zero MAC address.
     #[error("{mac:02x?} can't be an interface's address: use one whose first byte is even, and not all zeroes")]
     Mac {
         /// The address.
         mac: Mac,
     },
-    /// An MTU that can't be.
+    /// An invalid MTU.
     #[error("an MTU of {mtu} bytes: use 68 or more")]
     Mtu {
         /// The MTU.
         mtu: u16,
     },
-    /// A name that no interface of Linux can have.
+    /// An invalid interface name.
     #[error("{name:?} can't be a tap's name: it has 1 to 15 bytes, and no '/' or '%'")]
     TapName {
         /// The name.
         name: String,
     },
-    /// The tap can't be opened.
+    /// The tap cannot be opened.
     #[error("can't open tap {name}: {source}; {advice}")]
     Tap {
         /// Its name.
@@ -132,7 +133,7 @@ pub enum NetError {
         /// What to do.
         advice: &'static str,
     },
-    /// The socket of a pair can't be used.
+    /// The socket of a pair cannot be used.
     #[error("can't use {path} for a pair: {source}; give a path of at most 107 bytes in a directory that you may write to",
         path = path.display())]
     Pair {
@@ -141,7 +142,7 @@ pub enum NetError {
         /// What the system said.
         source: io::Error,
     },
-    /// The system refused something.
+    /// A system call failed.
     #[error("can't {what}: {source}")]
     System {
         /// What was tried.
@@ -151,22 +152,22 @@ pub enum NetError {
     },
 }
 
-/// An interface; also the [`VirtioDevice`] to serve.
+/// An open network device, implements [`VirtioDevice`].
 #[derive(Debug)]
 pub struct NetDevice {
     shared: Arc<SharedNetState>,
     options: NetOptions,
-    /// Who is to be told when the driver shall announce itself.
+    /// The front-end to notify when the driver is to announce itself.
     frontend: Mutex<Arc<FrontendHandle>>,
-    /// Finds the other end of a pair, as long as it lives.
+    /// Connects the other end of a pair.
     _connector: Option<PairConnector>,
 }
 
 impl NetDevice {
-    /// Opens whatever is at the other end.
+    /// Opens the other end.
     ///
     /// # Errors
-    /// [`NetError`], in words for whoever gave the options.
+    /// [`NetError`], with a message for the user.
     pub fn open(options: NetOptions) -> Result<NetDevice, NetError> {
         let NetOptions { pairs, max_queue_size: size, mac, mtu, .. } = options;
         if !(1..=MAX_PAIRS).contains(&pairs) || !(2..=32768).contains(&size) || !size.is_power_of_two() {
@@ -192,12 +193,12 @@ impl NetDevice {
         Ok(NetDevice { shared: hub, options, frontend: Mutex::default(), _connector: link })
     }
 
-    /// What became of packets so far.
+    /// Returns the packet counters.
     pub fn packet_counts(&self) -> PacketCounts {
         self.shared.counters.read()
     }
 
-    /// What the queue at `index` is for, which depends on what the driver negotiated (virtio 1.2, 5.1.2).
+    /// Returns the role of the queue at `index`, which depends on the negotiated features (virtio 1.2, 5.1.2).
     fn queue_role(&self, index: u16, features: u64) -> Option<QueueRole> {
         let pairs = if features & bit(VIRTIO_NET_F_MQ) != 0 { self.options.pairs } else { 1 };
         if features & bit(VIRTIO_NET_F_CTRL_VQ) != 0 && index == 2 * pairs {
@@ -211,7 +212,7 @@ impl NetDevice {
         }
     }
 
-    /// Makes the network learn where `mac` is now: broadcasts a RARP in its name, and asks the driver to announce itself.
+    /// Announces the address of the driver: broadcasts a RARP packet for `mac`, and asks the driver to announce itself.
     fn announce(&self, mac: Mac) {
         self.shared.update(|state| state.must_announce = true);
         self.config_changed();
@@ -220,7 +221,7 @@ impl NetDevice {
         }
         let state = self.shared.state();
         if !state.port(0).is_some_and(|wire| wire.send(&rarp_packet(mac))) {
-            limited!(warn, "nobody hears that {mac:02x?} is here now: the other end is not there or has no room");
+            limited!(warn, "can't announce {mac:02x?}: the other end is not connected or has no room");
         }
     }
 
@@ -260,12 +261,12 @@ impl VirtioDevice for NetDevice {
             | or(self.options.mtu.is_some(), bit(VIRTIO_NET_F_MTU))
     }
 
-    /// Pairs of receive and transmit queues, then the control queue.
+    /// Returns the number of queues: receive and transmit queues, then the control queue.
     fn queues(&self) -> u16 {
         2 * self.options.pairs + 1
     }
 
-    /// Pairs: QEMU and DPDK compare it with the pairs that they want.
+    /// Returns the number of pairs, which QEMU and DPDK compare with the pairs that they need.
     fn queue_num(&self) -> u64 {
         self.options.pairs.into()
     }
@@ -290,14 +291,14 @@ impl VirtioDevice for NetDevice {
         config.as_bytes().get(..CONFIG_BYTES).unwrap_or_default().to_vec()
     }
 
-    /// Takes what a migration brings: the address. The driver itself sets that over the control queue.
+    /// Accepts the address from a migration. The driver itself sets it over the control queue.
     fn set_config(&self, offset: u32, bytes: &[u8], flags: u32) -> Result<(), BackendError> {
         let refused = |why| Err(BackendError::Config { code: Code::SET_CONFIG, offset, len: bytes.len() as u32, why });
         if flags != CONFIG_TYPE_MIGRATION {
             return refused("the driver sets the address over the control queue, and nothing else is writable");
         }
         let Some(mac) = bytes.first_chunk::<6>().filter(|_| offset == 0) else {
-            return refused("a migration brings it from its start on, with the address");
+            return refused("a migration must write it from offset 0, with the address");
         };
         self.shared.update(|state| {
             (state.filter.mac, state.must_announce, state.from_previous_connection) = (*mac, true, false)
@@ -333,7 +334,7 @@ impl VirtioDevice for NetDevice {
 
     fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
         let (filter, pairs) = saved_state::load(state, self.options.pairs, self.options.mtu)?;
-        // It is somewhere else now, and its driver, once it runs, has to say so.
+        // The device has moved: its driver must announce itself.
         self.shared.update(|state| {
             (state.filter, state.driver_pairs, state.must_announce, state.from_previous_connection) =
                 (filter, Some(pairs), true, false);
@@ -349,7 +350,7 @@ impl VirtioDevice for NetDevice {
         });
     }
 
-    /// What another driver has set is not for one that begins anew, or has no control queue to say otherwise.
+    /// Discards the settings of a previous driver, unless the driver resumes and has a control queue to change them.
     fn ring_activated(&self, goes_on: bool, features: u64) {
         if !self.shared.state().from_previous_connection {
             return;
@@ -375,7 +376,7 @@ impl VirtioDevice for NetDevice {
     }
 }
 
-/// A RARP request for its own address, broadcast by `mac` (RFC 903), behind the header of a wire.
+/// Returns a broadcast RARP request for its own address (RFC 903), with the packet header.
 fn rarp_packet(mac: Mac) -> Vec<u8> {
     const SHORTEST_FRAME: usize = 60;
     let mut message = vec![0; HEADER];
@@ -391,7 +392,7 @@ fn rarp_packet(mac: Mac) -> Vec<u8> {
     message
 }
 
-/// A wire whose end is its start.
+/// Returns a port that receives what it sends.
 fn loopback_port() -> Result<PeerPort, NetError> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let ends = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);

@@ -1,9 +1,9 @@
-//! Two processes, each the network of the other: a SOCK_SEQPACKET connection for each queue pair.
+//! Two processes connected as a pair, with a SOCK_SEQPACKET connection per queue pair.
 //!
-//! Whoever gets the lock of `SOCKET.lock` listens at `SOCKET`, the other connects. When one of them dies, the other waits,
-//! or takes over listening, and both go on when a new one comes. A third one, as of a guest that is migrated to it, waits
-//! until one of the two is gone; what it sends meanwhile is kept as far as it fits. The first message of a connection says
-//! which pair it is for; all others are packets.
+//! The process that gets the lock of `SOCKET.lock` listens at `SOCKET`, the other one connects. When one ends, the
+//! other waits or takes over listening, and both continue when a new one connects. A third process, for example the
+//! destination of a migration, waits until one of the two has ended; packets that it sends meanwhile are queued as far
+//! as they fit. The first message of a connection names its pair, all others are packets.
 
 use std::cell::Cell;
 use std::fs::{File, OpenOptions};
@@ -29,30 +29,30 @@ use super::state::{PeerPort, SharedNetState};
 use crate::sys::join::join;
 use crate::sys::log_limit::limited;
 
-/// How long to wait before the other end is looked for again, in milliseconds.
+/// Interval between connection attempts, in milliseconds.
 const RETRY_MS: u16 = 100;
-/// How long whoever has connected may take to say for which pair.
+/// Maximum time for a new connection to send its first message.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What the system says when a connection has to wait.
+/// System errors after which a connection attempt is delayed.
 const EXHAUSTED: [Errno; 4] = [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOBUFS];
-/// How long it waits then, in milliseconds.
+/// The delay, in milliseconds.
 const EXHAUSTED_RETRY_MS: u16 = 1000;
 
-/// First message of a connection.
+/// The first message of a connection.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 struct Hello {
     magic: [u8; 8],
-    /// Which of the sender's pairs this connection is for.
+    /// The sender's pair that this connection is for.
     pair: U16,
-    /// How many it has.
+    /// The sender's number of pairs.
     pairs: U16,
 }
 
 const MAGIC: [u8; 8] = *b"vm-pair1";
 
-/// Connects, and connects again, until it is dropped.
+/// Connects and reconnects the pair until dropped.
 #[derive(Debug)]
 pub(super) struct PairConnector {
     stop: Arc<EventFd>,
@@ -60,7 +60,7 @@ pub(super) struct PairConnector {
 }
 
 impl PairConnector {
-    /// Begins to look for the other end at `path`, and puts the wires to it into `hub`.
+    /// Starts connecting to the other end at `path`. Ports are put into `shared`.
     pub(super) fn start(path: &Path, pairs: u16, hub: Arc<SharedNetState>) -> Result<PairConnector, NetError> {
         let refused = |source: io::Error| NetError::Pair { path: path.to_owned(), source };
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(|errno| refused(errno.into()))?);
@@ -77,7 +77,7 @@ impl PairConnector {
             listener: None,
             exhausted: Cell::default(),
         };
-        // Who is first listens, before anybody is told that this end is there.
+        // The first process listens before it reports that it is ready.
         end.connect_or_listen();
         let thread = thread::Builder::new().name("pair".into()).spawn(move || end.run()).map_err(refused)?;
         Ok(PairConnector { stop, thread: Some(thread) })
@@ -100,9 +100,9 @@ struct PairEnd {
     pairs: u16,
     shared: Arc<SharedNetState>,
     stop: Arc<EventFd>,
-    /// While this end is the one that listens.
+    /// The listening socket, if this end listens.
     listener: Option<UnixListener>,
-    /// The last connection could not be accepted, as there was no descriptor for it.
+    /// The last connection could not be accepted for lack of file descriptors.
     exhausted: Cell<bool>,
 }
 
@@ -116,7 +116,7 @@ impl PairEnd {
         }
     }
 
-    /// Looks for the other end, unless it is the other end's turn.
+    /// Connects to the other end, unless this end listens.
     fn connect_or_listen(&mut self) {
         if self.listener.is_none()
             && let Err(error) = self.connect()
@@ -125,7 +125,7 @@ impl PairEnd {
         }
     }
 
-    /// Connects what is not connected; if nobody listens, listens itself.
+    /// Connects missing pairs. Listens if nothing listens at the path.
     fn connect(&mut self) -> io::Result<()> {
         let state = self.shared.state();
         for pair in (0..self.pairs).filter(|pair| state.port(*pair).is_none()) {
@@ -141,12 +141,12 @@ impl PairEnd {
         Ok(())
     }
 
-    /// Listens, unless the other end is about to.
+    /// Listens, unless the other end holds the lock.
     fn listen(&mut self) -> io::Result<()> {
         if self.lock.try_lock().is_err() {
             return Ok(());
         }
-        // Whoever made a socket there is dead: it would have the lock.
+        // A socket file there is stale: its creator would hold the lock.
         match std::fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -154,7 +154,7 @@ impl PairEnd {
         let fd = seqpacket(SockFlag::SOCK_NONBLOCK)?;
         bind(fd.as_raw_fd(), &UnixAddr::new(&self.path)?)?;
         listen(&fd, Backlog::MAXCONN)?;
-        limited!(info, "{}: waits for the other end", self.path.display());
+        limited!(info, "{}: waiting for the other end", self.path.display());
         self.listener = Some(fd.into());
         Ok(())
     }
@@ -167,7 +167,7 @@ impl PairEnd {
         let count = io::Read::read(&mut &stream, &mut bytes)?;
         let hello = Hello::read_from_bytes(bytes.get(..count).unwrap_or_default());
         let Some(hello) = hello.ok().filter(|hello| hello.magic == MAGIC) else {
-            return Err(io::Error::other("somebody has connected who is no back-end with --pair"));
+            return Err(io::Error::other("a process has connected that is no back-end with --pair"));
         };
         let (pair, pairs) = (hello.pair.get(), hello.pairs.get());
         if pairs != self.pairs || pair >= pairs {
@@ -197,7 +197,8 @@ impl PairEnd {
         });
     }
 
-    /// Waits until something is to be done, and does it: connections that come, and those that end. True at the end.
+    /// Waits for events and handles them: new connections, and connections that have ended. Returns true when this end
+    /// is to stop.
     fn wait(&self) -> bool {
         let state = self.shared.state();
         let missing = state.ports.iter().any(Option::is_none);
@@ -206,12 +207,12 @@ impl PairEnd {
             false => PollTimeout::NONE,
         };
         let wires = || (0..).zip(&state.ports).filter_map(|(pair, wire)| Some((pair, wire.as_ref()?)));
-        // Without a free pair, whoever connects waits.
+        // Without a free pair, a new connection waits.
         let listener = self.listener.as_ref().filter(|_| missing);
         let listening = listener.map(AsFd::as_fd);
         let mut fds = vec![PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)];
         fds.extend(listening.iter().map(|fd: &BorrowedFd<'_>| PollFd::new(*fd, PollFlags::POLLIN)));
-        // Only asked whether the other end has hung up.
+        // Only a hang-up is of interest.
         fds.extend(wires().map(|(_, wire)| PollFd::new(wire.input(), PollFlags::empty())));
         if let Err(errno) = poll(&mut fds, timeout)
             && errno != Errno::EINTR
@@ -238,14 +239,15 @@ impl PairEnd {
 }
 
 impl PairEnd {
-    /// Says why a connection is not taken. Without descriptors it can't be, and stays: that is said once and tried later.
+    /// Logs the reason for which a connection was not accepted. Without file descriptors it stays pending: that is
+    /// logged once and retried later.
     fn report_refused(&self, refused: &io::Error) {
         let exhausted = refused.raw_os_error().is_some_and(|errno| EXHAUSTED.contains(&Errno::from_raw(errno)));
         if !self.exhausted.replace(exhausted) || !exhausted {
             limited!(error, "{}: {refused}", self.path.display());
         }
         if exhausted {
-            // The result is looked at by the next wait.
+            // The result is checked by the next wait.
             let _ = poll(&mut [PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)], EXHAUSTED_RETRY_MS);
         }
     }
@@ -255,7 +257,7 @@ fn seqpacket(flags: SockFlag) -> nix::Result<OwnedFd> {
     socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC | flags, None)
 }
 
-/// Never waits: EAGAIN is an end whose queue of connections is full.
+/// Connects without blocking. EAGAIN means that the other end's backlog is full.
 fn connect_nonblocking(path: &Path) -> nix::Result<UnixStream> {
     let fd = seqpacket(SockFlag::SOCK_NONBLOCK)?;
     connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;

@@ -1,8 +1,8 @@
-//! The receive queue: packets that nobody asked for, put into buffers that the driver has provided.
+//! The receive queue: puts packets into buffers that the driver has provided.
 //!
-//! A buffer is taken from the ring only when there is a packet for it, and written only when the packet fits into those
-//! taken: so whatever is in flight is either being filled, or untouched and can go back. All buffers of a packet are
-//! complete at once, and so are published in one batch, in order (virtio 1.2, 5.1.6.4).
+//! A buffer is taken from the ring only when there is a packet for it, and written only when the packet fits into the
+//! buffers taken. So a buffer in flight is either being filled, or untouched and can be put back. All buffers of a
+//! packet complete at once and are published in one batch, in order (virtio 1.2, 5.1.6.4).
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,30 +17,30 @@ use super::state::{HEADER, MAX_FRAME, NetStateCache, PeerPort, SharedNetState, c
 use crate::backend::{Queue, Request};
 use crate::sys::log_limit::limited;
 
-/// Packets looked at before orders are: more than that may not be for the guest.
+/// Maximum number of packets read before commands are received. Filtered packets count.
 const BATCH: usize = 256;
 
 pub(super) struct ReceiveQueue {
     pair: u16,
-    /// Bytes of the header as this driver knows it.
+    /// Header size of this driver in bytes.
     header: usize,
     mergeable: bool,
-    /// Entries of the ring: more buffers than that never come for one packet.
+    /// Size of the ring: no packet can have more buffers.
     size: usize,
     net_state: NetStateCache,
-    /// Rings when the state has changed.
+    /// Signalled when the shared state has changed.
     wake: Arc<EventFd>,
-    /// Readable when one of the wires or the ear is.
+    /// Readable when a port or `wake` is.
     readable: Epoll,
     ports: Vec<Arc<PeerPort>>,
-    /// Where to look first, so that no wire starves.
+    /// The port to read first, so that none starves.
     next_port: usize,
     buffer: Box<[u8]>,
-    /// Bytes of the packet in `buffer`, its header of 12 bytes included.
+    /// Size of the packet in `buffer` with its 12-byte header.
     packet: Option<usize>,
-    /// Taken, and untouched.
+    /// Taken and untouched buffers.
     free_buffers: VecDeque<Request>,
-    /// Writable bytes of those.
+    /// Number of writable bytes in `free_buffers`.
     free_bytes: u64,
     done: Vec<Request>,
 }
@@ -63,7 +63,7 @@ impl ReceiveQueue {
             readable: epoll_for(&ear, &[])?,
             ports: Vec::new(),
             next_port: 0,
-            // One byte more than the longest: what fills it is too long.
+            // One byte more than the longest packet: a packet that fills it is too long.
             buffer: vec![0; HEADER + MAX_FRAME + 1].into(),
             packet: None,
             free_buffers: VecDeque::new(),
@@ -81,9 +81,9 @@ impl ReceiveQueue {
         Ok(queue)
     }
 
-    /// Hears the wires that are this queue's now.
+    /// Updates the ports of this queue.
     fn refresh(&mut self) {
-        // Again until nothing has changed: a signal that is taken may be of a change after the one that was looked at.
+        // Repeated until nothing has changed: a consumed signal may belong to a later change.
         while self.net_state.refresh() {
             let _ = self.wake.read();
             self.ports = self.net_state.state.ports_received_by(self.pair);
@@ -94,7 +94,7 @@ impl ReceiveQueue {
         }
     }
 
-    /// Gets the next packet that the driver wants; false if there is none for now.
+    /// Reads the next accepted packet. Returns false if there is none.
     fn receive_packet(&mut self) -> bool {
         self.refresh();
         for _ in 0..BATCH {
@@ -108,7 +108,7 @@ impl ReceiveQueue {
             });
             let Some(len) = received else { return false };
             self.next_port = (self.next_port + 1) % self.ports.len();
-            // It may have come after an answer that this queue has not heard of.
+            // The packet may have been sent after a filter change that this queue has not seen yet.
             self.refresh();
             let Some(frame) = self.buffer.get(HEADER..len).filter(|frame| frame.len() <= MAX_FRAME) else {
                 count(&self.net_state.shared.counters.received_malformed);
@@ -124,12 +124,12 @@ impl ReceiveQueue {
         false
     }
 
-    /// Puts the packet into the buffers held, or drops it if no buffers can ever hold it. It stays if more are needed.
+    /// Puts the packet into the free buffers. Drops it if no buffers can ever hold it, and keeps it if more are needed.
     fn place_packet(&mut self) {
         let Some(len) = self.packet else { return };
         self.refresh();
         if self.pair >= self.net_state.state.pairs_in_use() {
-            // It came before the driver had said so (rule R11.3).
+            // The packet arrived before the driver reduced its pairs (rule R11.3).
             count(&self.net_state.shared.counters.received_dropped);
             self.packet = None;
             return;
@@ -158,7 +158,7 @@ impl ReceiveQueue {
                 break;
             }
         }
-        // Nothing is offloaded: all of the header is zero but the number of buffers, which is the last field of the longer one.
+        // Without offloads the header is zero except num_buffers, the last field of the longer header.
         if let Some(header) = self.buffer.first_chunk_mut::<HEADER>() {
             *header = [0; HEADER];
             if self.header == HEADER {
@@ -172,7 +172,7 @@ impl ReceiveQueue {
             let (now, later) = rest.split_at(here);
             rest = later;
             if let Err(error) = request.write(0, now) {
-                // Checked when it came.
+                // Checked in `submit`.
                 limited!(warn, "receive queue {}: {error}", self.pair);
             }
             self.done.push(request);
@@ -214,7 +214,7 @@ impl Queue for ReceiveQueue {
     }
 
     fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        // With a packet at hand it waits for buffers, and for nothing else.
+        // With a packet, the queue only waits for buffers.
         self.packet.is_none().then(|| self.readable.0.as_fd())
     }
 }

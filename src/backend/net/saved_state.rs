@@ -1,4 +1,4 @@
-//! What the driver has set, as it travels with the device: the filter, the pairs in use.
+//! Driver settings as part of the device state: receive filter and pairs in use.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,9 +7,9 @@ use super::state::NetState;
 use crate::backend::BackendError;
 use crate::stream::record;
 
-/// Version of [`Saved`].
+/// Version of [`SavedNetState`].
 const VERSION: u16 = 1;
-/// More bytes than the largest [`Saved`] has.
+/// Upper limit for the size of a [`SavedNetState`].
 const MAX_BYTES: usize = 4 << 10;
 
 /// The record.
@@ -22,15 +22,15 @@ struct SavedNetState {
     no_multicast: bool,
     no_unicast: bool,
     no_broadcast: bool,
-    /// `None`: more than fit, so all.
+    /// `None` if the table was too long, which accepts all.
     unicast: Option<Vec<Mac>>,
     multicast: Option<Vec<Mac>>,
     pairs: u16,
-    /// What the driver was told when it read configuration space.
+    /// The MTU that the driver has read from configuration space.
     mtu: Option<u16>,
 }
 
-/// The record of `state`, for a device whose driver was told `mtu`.
+/// Encodes `state` of a device that reports `mtu` to its driver.
 pub(super) fn save(state: &NetState, mtu: Option<u16>) -> Result<Vec<u8>, BackendError> {
     let ReceiveFilter {
         mac,
@@ -63,7 +63,7 @@ pub(super) fn save(state: &NetState, mtu: Option<u16>) -> Result<Vec<u8>, Backen
     record::encode(VERSION, &saved).map_err(|error| BackendError::DeviceState { why: error.to_string() })
 }
 
-/// What a record says, checked against this device: filter, pairs in use.
+/// Decodes a record and checks it against this device. Returns filter and pairs in use.
 pub(super) fn load(bytes: &[u8], pairs: u16, mtu: Option<u16>) -> Result<(ReceiveFilter, u16), BackendError> {
     let refused = |why: String| BackendError::DeviceState { why };
     let saved: SavedNetState =

@@ -1,7 +1,7 @@
-//! Where packets go to and come from: one wire per queue pair, and which receive queue hears which of them.
+//! Ports to the other end, and the state that the queues of a network device share.
 //!
-//! Every wire, whatever is at its other end, carries messages of a 12-byte virtio-net header and a frame. The kernel keeps
-//! what was sent and not read yet, and drops what is too much; so nothing here grows with what others send.
+//! A port carries messages of a 12-byte virtio-net header and a frame. The kernel buffers unread packets and drops the
+//! excess, so memory use here does not depend on the sender.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -17,12 +17,12 @@ use tracing::warn;
 use super::filter::{Mac, ReceiveFilter};
 use crate::abi::virtio::NetHeader;
 
-/// Bytes of the header before each frame on a wire.
+/// Size of the header before each frame in bytes.
 pub(super) const HEADER: usize = size_of::<NetHeader>();
-/// Longest frame, bytes: 64 KiB of IP with an Ethernet header (virtio 1.2, 5.1.6.3.1).
+/// Maximum size of a frame in bytes: 64 KiB of IP with an Ethernet header (virtio 1.2, 5.1.6.3.1).
 pub(super) const MAX_FRAME: usize = 65550;
 
-/// A way out and a way in.
+/// The descriptors to send to and receive from the other end for one queue pair.
 #[derive(Debug)]
 pub(super) struct PeerPort {
     output: OwnedFd,
@@ -30,12 +30,12 @@ pub(super) struct PeerPort {
 }
 
 impl PeerPort {
-    /// Both must not block.
+    /// Creates a port. Both descriptors must be non-blocking.
     pub(super) fn new(output: OwnedFd, input: OwnedFd) -> PeerPort {
         PeerPort { output, input }
     }
 
-    /// Sends a header and a frame; false if the other end has no room or is gone.
+    /// Sends a header and a frame. Returns false if the other end has no room or is gone.
     pub(super) fn send(&self, message: &[u8]) -> bool {
         loop {
             match write(&self.output, message) {
@@ -45,11 +45,11 @@ impl PeerPort {
         }
     }
 
-    /// Receives a header and a frame, or what somebody else sent; the number of bytes, `None` if there is nothing. What is
+    /// Receives a header and a frame, unchecked. Returns the number of bytes, `None` if there is no packet. A packet
     /// longer than `buffer` fills it.
     ///
     /// # Errors
-    /// Why nothing will ever come: the other end is closed, or the tap has been deleted.
+    /// The reason for which no packets can arrive any more: the other end is closed, or the tap was deleted.
     pub(super) fn receive(&self, buffer: &mut [u8]) -> nix::Result<Option<usize>> {
         loop {
             match read(&self.input, buffer) {
@@ -66,38 +66,38 @@ impl PeerPort {
     }
 }
 
-/// What queues go by. A change replaces it as a whole.
+/// State of the device that its queues use. A change replaces it as a whole.
 #[derive(Debug, Clone)]
 pub(super) struct NetState {
-    /// By pair; `None` while nobody is at the other end.
+    /// Ports by pair; `None` without another end.
     pub(super) ports: Vec<Option<Arc<PeerPort>>>,
-    /// Which frames the driver wants.
+    /// The receive filter.
     pub(super) filter: ReceiveFilter,
-    /// Pairs that the driver has said it uses, from the first on.
+    /// Number of pairs set by the driver with VQ_PAIRS_SET.
     pub(super) driver_pairs: Option<u16>,
-    /// Whether the control queue has run since the front-end connected, so that the driver can say that.
+    /// True if the control queue has run since the front-end connected, so the driver can set its pairs.
     pub(super) control_queue_ran: bool,
-    /// Whether the driver shall announce itself.
+    /// True if the driver is to announce itself.
     pub(super) must_announce: bool,
-    /// Whether what was set is from before the front-end connected, and no ring has run since.
+    /// True if the settings are of a previous connection and no ring has run since.
     pub(super) from_previous_connection: bool,
-    /// The pairs whose receive queues run, with what wakes them when this changes.
+    /// The eventfd that wakes each running receive queue, by pair.
     receivers: BTreeMap<u16, Arc<EventFd>>,
 }
 
 impl NetState {
-    /// How many pairs may receive, from the first on: what the driver has said, one until it does, or as many as run if it
-    /// can't say it here (rule R11.2).
+    /// Returns the number of pairs that receive: that set by the driver; before that one, or all if the driver cannot
+    /// set it here (rules R11.1, R11.2).
     pub(super) fn pairs_in_use(&self) -> u16 {
         self.driver_pairs.unwrap_or(if self.control_queue_ran { 1 } else { self.ports.len() as u16 })
     }
 
-    /// Forgets all that a driver has set.
+    /// Discards all driver settings.
     pub(super) fn reset_driver_settings(&mut self, mac: Mac) {
         (self.filter, self.driver_pairs) = (ReceiveFilter::new(mac), None);
     }
 
-    /// The wires that the receive queue of `pair` hears: its own, and a share of those whose own queue doesn't run.
+    /// Returns the ports of the receive queue of `pair`: its own, and a share of those without a running queue.
     pub(super) fn ports_received_by(&self, pair: u16) -> Vec<Arc<PeerPort>> {
         let listening: Vec<u16> = self.receivers.keys().copied().filter(|ear| *ear < self.pairs_in_use()).collect();
         if listening.is_empty() {
@@ -111,35 +111,35 @@ impl NetState {
         wires.filter_map(|(_, wire)| wire.clone()).collect()
     }
 
-    /// The wire that `pair` sends on.
+    /// Returns the port on which `pair` sends.
     pub(super) fn port(&self, pair: u16) -> Option<&Arc<PeerPort>> {
         self.ports.get(usize::from(pair))?.as_ref()
     }
 }
 
-/// What became of packets, since the start.
+/// Packet counts since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PacketCounts {
-    /// Sent by the guest and passed on.
+    /// Sent by the guest and forwarded.
     pub sent: u64,
-    /// Sent by the guest and dropped: without a whole header, too long, or not in its memory.
+    /// Sent by the guest and dropped: truncated header, too long, or outside guest memory.
     pub sent_malformed: u64,
-    /// Sent by the guest and dropped: the other end had no room, or was not there.
+    /// Sent by the guest and dropped: the other end had no room or was not connected.
     pub sent_dropped: u64,
-    /// Handed to the guest.
+    /// Received by the guest.
     pub received: u64,
-    /// Received and dropped: without a whole header, or too long.
+    /// Received and dropped: truncated header, or too long.
     pub received_malformed: u64,
-    /// Received and dropped: the guest's buffers can't hold it.
+    /// Received and dropped: larger than the guest's buffers.
     pub received_dropped: u64,
-    /// Received and dropped: not for the guest, by the filter it has set.
+    /// Received and dropped by the receive filter.
     pub received_filtered: u64,
-    /// Buffers that the guest provided and that nothing can be put in.
+    /// Receive buffers of the guest that are unusable.
     pub bad_buffers: u64,
 }
 
-/// [`PacketCounts`] that go on counting.
+/// The counters behind [`PacketCounts`].
 #[derive(Debug, Default)]
 pub(super) struct PacketCounters {
     pub(super) sent: AtomicU64,
@@ -172,13 +172,13 @@ pub(super) fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
-/// The device's wires and what the driver has set, shared by its queues.
+/// The state of a network device, shared by its queues.
 #[derive(Debug)]
 pub(super) struct SharedNetState {
     state: Mutex<Arc<NetState>>,
-    /// Counts the changes of `state`.
+    /// Number of changes of `state`.
     generation: AtomicU64,
-    /// Packets that were received by queues which have stopped since, by pair.
+    /// Packets received by queues that have stopped, by pair.
     unplaced_packets: Mutex<BTreeMap<u16, Vec<u8>>>,
     pub(super) counters: PacketCounters,
 }
@@ -207,7 +207,7 @@ impl SharedNetState {
         lock(&self.state).clone()
     }
 
-    /// Changes the state, and wakes the receive queues for it.
+    /// Changes the state, and wakes the receive queues.
     pub(super) fn update(&self, change: impl FnOnce(&mut NetState)) {
         let mut state = lock(&self.state);
         change(Arc::make_mut(&mut state));
@@ -217,7 +217,7 @@ impl SharedNetState {
         }
     }
 
-    /// Takes out a wire over which nothing comes any more, whoever finds that first.
+    /// Removes a port whose other end is gone, unless that has been done.
     pub(super) fn remove_port(&self, wire: &Arc<PeerPort>, why: Errno) {
         let is_this = |there: &Option<Arc<PeerPort>>| there.as_ref().is_some_and(|there| Arc::ptr_eq(there, wire));
         let Some(pair) = self.state().ports.iter().position(is_this) else { return };
@@ -230,11 +230,11 @@ impl SharedNetState {
                 );
             }
         });
-        // Whoever watches a connection sees that it has ended; a tap is none.
+        // Makes the end of a connection visible to its poller. A tap is no connection.
         let _ = shutdown(wire.output.as_raw_fd(), Shutdown::Both);
     }
 
-    /// A receive queue begins to run; the packet that its predecessor left.
+    /// Adds a running receive queue. Returns the packet that its predecessor left.
     pub(super) fn receiver_started(&self, pair: u16, ear: Arc<EventFd>) -> Option<Vec<u8>> {
         self.update(|state| {
             state.receivers.insert(pair, ear);
@@ -242,7 +242,7 @@ impl SharedNetState {
         lock(&self.unplaced_packets).remove(&pair)
     }
 
-    /// It has ended, with a packet that found no buffers.
+    /// Removes a receive queue, with a packet that found no buffers.
     pub(super) fn receiver_stopped(&self, pair: u16, packet: Option<Vec<u8>>) {
         if let Some(packet) = packet {
             lock(&self.unplaced_packets).insert(pair, packet);
@@ -253,7 +253,7 @@ impl SharedNetState {
     }
 }
 
-/// A queue's look at the state: no lock is taken while nothing changes.
+/// A queue's copy of the state, which takes no lock while nothing changes.
 pub(super) struct NetStateCache {
     pub(super) shared: Arc<SharedNetState>,
     pub(super) state: Arc<NetState>,
@@ -266,19 +266,19 @@ impl NetStateCache {
         NetStateCache { state: hub.state(), generation, shared: hub }
     }
 
-    /// Takes note of changes; false if there were none.
+    /// Updates the copy. Returns false if nothing has changed.
     pub(super) fn refresh(&mut self) -> bool {
         let generation = self.shared.generation.load(Ordering::Acquire);
         if generation == self.generation {
             return false;
         }
-        // A change after the number was read is noticed the next time.
+        // A change after the number was read is seen by the next call.
         (self.generation, self.state) = (generation, self.shared.state());
         true
     }
 }
 
-/// A thread that panicked while it held the lock has left a whole state behind: changes are made of plain stores.
+/// Locks a mutex. A panic of a lock holder leaves the state consistent, because changes are plain stores.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

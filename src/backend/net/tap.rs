@@ -1,4 +1,5 @@
-//! Taps: network interfaces of the host whose other end is a file. The only `unsafe` here: their ioctls.
+//! Taps: network interfaces of the host whose other end is a file descriptor. The only `unsafe` of the network device:
+//! the ioctls.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -25,14 +26,14 @@ nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF, InterfaceRequest);
 nix::ioctl_write_ptr_bad!(tun_set_header, libc::TUNSETVNETHDRSZ, c_int);
 nix::ioctl_write_int_bad!(tun_set_offload, libc::TUNSETOFFLOAD);
 
-/// Opens one queue per pair of the tap `name`; one that doesn't exist is made, and goes away with this process.
+/// Opens one queue per pair of the tap `name`. A tap that does not exist is created, and removed with this process.
 pub(super) fn open(name: &str, pairs: u16) -> Result<Vec<PeerPort>, NetError> {
     let one = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     let several = one | libc::IFF_MULTI_QUEUE;
     if pairs > 1 {
         return (0..pairs).map(|_| queue(name, several)).collect();
     }
-    // A tap that was made for several queues can only be opened as such.
+    // A tap created with multi_queue can only be opened with it.
     let wire = queue(name, one).or_else(|error| queue(name, several).map_err(|_| error))?;
     Ok(vec![wire])
 }
@@ -62,7 +63,7 @@ fn queue(name: &str, flags: c_int) -> Result<PeerPort, NetError> {
     unsafe { tun_set_iff(fd, &raw const request) }.map_err(failed)?;
     // SAFETY: an int, which is only read.
     unsafe { tun_set_header(fd, &raw const header) }.map_err(failed)?;
-    // SAFETY: takes no pointer. A user before us may have asked for packets that the driver was not asked about.
+    // SAFETY: takes no pointer. A previous user may have enabled offloads that the driver has not negotiated.
     unsafe { tun_set_offload(fd, 0) }.map_err(failed)?;
     let input = tap.try_clone().map_err(refused)?;
     Ok(PeerPort::new(tap.into(), input.into()))

@@ -1,4 +1,4 @@
-//! The transmit queue: what the driver sends goes out on its pair's wire at once, or is dropped.
+//! The transmit queue: sends each packet on the port of its pair immediately, or drops it.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::backend::{Queue, Request};
 
 pub(super) struct TransmitQueue {
     pair: u16,
-    /// Bytes of the header as this driver knows it.
+    /// Header size of this driver in bytes.
     header: usize,
     net_state: NetStateCache,
     buffer: Vec<u8>,
@@ -29,7 +29,7 @@ impl TransmitQueue {
             debug!("transmit queue {}: a packet of {} bytes is dropped", self.pair, request.readable_len());
             return count(&counters.sent_malformed);
         };
-        // Nothing is offloaded, so what the header says is nothing to go by: ours is zero.
+        // Without offloads the driver's header is ignored and sent as zero.
         self.buffer.resize(HEADER, 0);
         self.buffer.resize(HEADER + frame, 0);
         let to = self.buffer.get_mut(HEADER..).unwrap_or_default();
