@@ -129,17 +129,17 @@ impl FrontendHandle {
     pub(super) fn attach(self: &Arc<FrontendHandle>, socket: OwnedFd) -> Result<BackendChannel, BackendError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?;
-        let line = ChannelSocket { socket: Arc::new(socket), wake: Arc::new(wake) };
-        self.lock().channel = Some(line.clone());
-        let host = self.clone();
-        let thread = thread::Builder::new().name("channel".into()).spawn(move || host.run(&line));
-        let attached = |thread| BackendChannel { frontend: self.clone(), thread };
+        let channel = ChannelSocket { socket: Arc::new(socket), wake: Arc::new(wake) };
+        self.lock().channel = Some(channel.clone());
+        let frontend = self.clone();
+        let thread = thread::Builder::new().name("channel".into()).spawn(move || frontend.run(&channel));
+        let channel_guard = |thread| BackendChannel { frontend: self.clone(), thread };
         let thread = thread.map_err(|error| {
-            drop(attached(None));
+            drop(channel_guard(None));
             BackendError::system("start a thread")(error)
         })?;
         self.set_and_send(|_| true);
-        Ok(attached(Some(thread)))
+        Ok(channel_guard(Some(thread)))
     }
 
     /// Returns true if there is a channel.
@@ -168,9 +168,9 @@ impl FrontendHandle {
     }
 
     /// Changes the state with `note`, and sends if that added a notification.
-    fn set_and_send(&self, note: impl FnOnce(&mut ChannelState) -> bool) {
+    fn set_and_send(&self, change: impl FnOnce(&mut ChannelState) -> bool) {
         let mut state = self.lock();
-        if note(&mut state) {
+        if change(&mut state) {
             state.send_or_wake();
         }
     }
@@ -181,25 +181,26 @@ impl FrontendHandle {
     }
 
     /// Thread of the channel: reads acknowledgements and sends queued requests while `line` is the current socket.
-    fn run(&self, line: &ChannelSocket) {
-        let mut heard = Vec::new();
+    fn run(&self, channel: &ChannelSocket) {
+        let mut received = Vec::new();
         loop {
             let waiting = {
                 let state = self.lock();
-                if !state.channel.as_ref().is_some_and(|now| Arc::ptr_eq(&now.socket, &line.socket)) {
+                if !state.channel.as_ref().is_some_and(|now| Arc::ptr_eq(&now.socket, &channel.socket)) {
                     return;
                 }
                 !state.unsent_bytes.is_empty() || state.next().is_some()
             };
             let events = if waiting { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
-            let mut fds = [PollFd::new(line.wake.as_fd(), PollFlags::POLLIN), PollFd::new(line.socket.as_fd(), events)];
+            let mut fds =
+                [PollFd::new(channel.wake.as_fd(), PollFlags::POLLIN), PollFd::new(channel.socket.as_fd(), events)];
             if poll(&mut fds, PollTimeout::NONE).is_err_and(|errno| errno != Errno::EINTR) {
                 return self.lock().close("poll failed");
             }
-            let _ = line.wake.read();
-            let result = read_available(&line.socket, &mut heard).and_then(|()| {
+            let _ = channel.wake.read();
+            let result = read_available(&channel.socket, &mut received).and_then(|()| {
                 let mut state = self.lock();
-                state.take_acknowledgements(&mut heard)?;
+                state.take_acknowledgements(&mut received)?;
                 state.flush();
                 Ok(())
             });
@@ -224,15 +225,15 @@ impl ChannelState {
     /// Sends what there is room for, and wakes the thread for the rest.
     fn send_or_wake(&mut self) {
         if !self.flush()
-            && let Some(line) = &self.channel
+            && let Some(channel) = &self.channel
         {
-            let _ = line.wake.write(1);
+            let _ = channel.wake.write(1);
         }
     }
 
     /// Sends what there is room for. Returns false if something is left.
     fn flush(&mut self) -> bool {
-        let Some(line) = self.channel.clone() else { return true };
+        let Some(channel) = self.channel.clone() else { return true };
         loop {
             let next = if self.unsent_bytes.is_empty() { self.next() } else { None };
             let bytes = match &next {
@@ -240,7 +241,7 @@ impl ChannelState {
                 None => std::mem::take(&mut self.unsent_bytes),
                 Some(next) => self.encode(next),
             };
-            match send(line.socket.as_raw_fd(), &bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+            match send(channel.socket.as_raw_fd(), &bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
                 Ok(count) => {
                     self.unsent_bytes = bytes.get(count..).unwrap_or_default().to_vec();
                     if let Some(next) = next {
@@ -299,8 +300,8 @@ impl ChannelState {
     }
 
     /// Decodes complete acknowledgements from `heard`.
-    fn take_acknowledgements(&mut self, heard: &mut Vec<u8>) -> Result<(), &'static str> {
-        while let Some((bytes, rest)) = heard.split_first_chunk::<ACK_BYTES>() {
+    fn take_acknowledgements(&mut self, received: &mut Vec<u8>) -> Result<(), &'static str> {
+        while let Some((bytes, rest)) = received.split_first_chunk::<ACK_BYTES>() {
             let (head, number) = bytes.split_at(size_of::<Header>());
             let header = Header::read_from_bytes(head).ok();
             let number = u64::read_from_bytes(number).unwrap_or_default();
@@ -315,14 +316,14 @@ impl ChannelState {
             };
             // The receiver may have been dropped.
             let _ = answer.try_send(number);
-            *heard = rest.to_vec();
+            *received = rest.to_vec();
         }
         Ok(())
     }
 
     /// Closes the channel. Pending notifications are kept for the next one.
     fn close(&mut self, why: &str) {
-        let Some(line) = self.channel.take() else { return };
+        let Some(channel) = self.channel.take() else { return };
         if self.queued.is_empty() && self.unacknowledged.is_empty() {
             limited!(info, "the back-end channel is closed: {why}");
         } else {
@@ -331,8 +332,8 @@ impl ChannelState {
         self.queued.clear();
         self.unacknowledged.clear();
         self.unsent_bytes.clear();
-        let _ = shutdown(line.socket.as_raw_fd(), Shutdown::Both);
-        let _ = line.wake.write(1);
+        let _ = shutdown(channel.socket.as_raw_fd(), Shutdown::Both);
+        let _ = channel.wake.write(1);
     }
 }
 
@@ -358,12 +359,12 @@ pub(super) fn check_socket(fd: OwnedFd) -> Result<OwnedFd, BackendError> {
 }
 
 /// Reads at most one acknowledgement, so `heard` stays bounded. File descriptors are closed by the system.
-fn read_available(socket: &OwnedFd, heard: &mut Vec<u8>) -> Result<(), &'static str> {
+fn read_available(socket: &OwnedFd, received: &mut Vec<u8>) -> Result<(), &'static str> {
     let mut buffer = [0; ACK_BYTES];
     match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
         Ok(0) => Err("closed by the front-end"),
         Ok(count) => {
-            heard.extend(buffer.get(..count).unwrap_or_default());
+            received.extend(buffer.get(..count).unwrap_or_default());
             Ok(())
         }
         Err(Errno::EAGAIN | Errno::EINTR) => Ok(()),
@@ -385,10 +386,10 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(60);
 
     fn open() -> (Arc<FrontendHandle>, BackendChannel, UnixStream) {
-        let (host, (ours, theirs)) = (Arc::new(FrontendHandle::default()), UnixStream::pair().unwrap());
+        let (frontend, (ours, theirs)) = (Arc::new(FrontendHandle::default()), UnixStream::pair().unwrap());
         theirs.set_read_timeout(Some(PATIENCE)).unwrap();
-        let attached = host.attach(ours.into()).unwrap();
-        (host, attached, theirs)
+        let channel_guard = frontend.attach(ours.into()).unwrap();
+        (frontend, channel_guard, theirs)
     }
 
     /// The next message: number, flags, first four bytes of what follows.
@@ -416,48 +417,49 @@ mod tests {
 
     #[test]
     fn notifications_before_the_channel_is_set_are_sent_over_it() {
-        let (host, (ours, mut theirs)) = (Arc::new(FrontendHandle::default()), UnixStream::pair().unwrap());
-        assert!(host.send(Code::IOTLB_MSG, &[0u8; 32]).is_err());
-        host.config_changed();
-        host.config_changed();
-        host.call(3);
-        let _attached = host.attach(ours.into()).unwrap();
+        let (frontend, (ours, mut theirs)) = (Arc::new(FrontendHandle::default()), UnixStream::pair().unwrap());
+        assert!(frontend.send(Code::IOTLB_MSG, &[0u8; 32]).is_err());
+        frontend.config_changed();
+        frontend.config_changed();
+        frontend.call(3);
+        let _attached = frontend.attach(ours.into()).unwrap();
         assert_eq!(next(&mut theirs), (Code::VRING_CALL, 1, Some(3)));
         assert_eq!(next(&mut theirs), (Code::CONFIG_CHANGE_MSG, 1, None));
-        host.error(7);
+        frontend.error(7);
         assert_eq!(next(&mut theirs), (Code::VRING_ERR, 1, Some(7)));
     }
 
     #[test]
     fn pending_notifications_are_sent_once_when_the_front_end_reads_again() {
-        let (host, _attached, mut theirs) = open();
+        let (frontend, _attached, mut theirs) = open();
         let mut sent = 0;
-        while host.send(Code::IOTLB_MSG, &[sent, 0]).is_ok() {
+        while frontend.send(Code::IOTLB_MSG, &[sent, 0]).is_ok() {
             sent += 1;
         }
         assert!(sent as usize >= MAX_QUEUED, "{sent}");
         for _ in 0..100_000 {
-            host.config_changed();
-            host.call(1);
-            host.call(2);
+            frontend.config_changed();
+            frontend.call(1);
+            frontend.call(2);
         }
         for number in 0..sent {
             assert_eq!(next(&mut theirs), (Code::IOTLB_MSG, 1, Some(number)));
         }
         let rest = [(Code::VRING_CALL, 1, Some(1)), (Code::VRING_CALL, 1, Some(2)), (Code::CONFIG_CHANGE_MSG, 1, None)];
         assert_eq!([next(&mut theirs), next(&mut theirs), next(&mut theirs)], rest);
-        wait_until(|| host.lock().next().is_none());
+        wait_until(|| frontend.lock().next().is_none());
         theirs.set_nonblocking(true).unwrap();
         assert!(theirs.read(&mut [0]).is_err(), "something was told twice");
     }
 
     #[test]
     fn fragmented_acknowledgements_reach_their_senders() {
-        let (host, _attached, mut theirs) = open();
-        assert!(host.send_with_reply(Code::IOTLB_MSG, &1u64).unwrap().is_none(), "REPLY_ACK is not agreed on");
+        let (frontend, _attached, mut theirs) = open();
+        assert!(frontend.send_with_reply(Code::IOTLB_MSG, &1u64).unwrap().is_none(), "REPLY_ACK is not agreed on");
         assert_eq!(next(&mut theirs).1, 1);
-        host.set_reply_ack(true);
-        let asked: Vec<_> = (0..100u64).map(|n| host.send_with_reply(Code::IOTLB_MSG, &n).unwrap().unwrap()).collect();
+        frontend.set_reply_ack(true);
+        let asked: Vec<_> =
+            (0..100u64).map(|n| frontend.send_with_reply(Code::IOTLB_MSG, &n).unwrap().unwrap()).collect();
         let mut answers = Vec::new();
         for n in 0..100 {
             assert_eq!(next(&mut theirs), (Code::IOTLB_MSG, 9, Some(n)));
@@ -477,30 +479,30 @@ mod tests {
         let long = [long.as_bytes(), &[0; 16]].concat();
         let wrong: [Vec<u8>; 4] = [vec![0xff; 999], ack(Code::VRING_CALL, 0), long, vec![0; 20]];
         for bytes in wrong {
-            let (host, attached, mut theirs) = open();
-            host.set_reply_ack(true);
-            let asked = host.send_with_reply(Code::IOTLB_MSG, &0u64).unwrap().unwrap();
+            let (frontend, channel_guard, mut theirs) = open();
+            frontend.set_reply_ack(true);
+            let asked = frontend.send_with_reply(Code::IOTLB_MSG, &0u64).unwrap().unwrap();
             theirs.write_all(&bytes).unwrap();
             assert!(asked.recv_timeout(PATIENCE).is_err());
-            wait_until(|| host.lock().channel.is_none());
-            assert!(host.send_with_reply(Code::IOTLB_MSG, &0u64).is_err());
-            host.config_changed();
-            drop(attached);
+            wait_until(|| frontend.lock().channel.is_none());
+            assert!(frontend.send_with_reply(Code::IOTLB_MSG, &0u64).is_err());
+            frontend.config_changed();
+            drop(channel_guard);
             let (ours, mut theirs) = UnixStream::pair().unwrap();
-            let _attached = host.attach(ours.into()).unwrap();
+            let _attached = frontend.attach(ours.into()).unwrap();
             assert_eq!(next(&mut theirs), (Code::CONFIG_CHANGE_MSG, 1, None));
         }
     }
 
     #[test]
     fn a_closed_or_invalid_channel_socket_is_handled() {
-        let (host, _attached, theirs) = open();
-        host.set_reply_ack(true);
-        let asked = host.send_with_reply(Code::IOTLB_MSG, &0u64).unwrap().unwrap();
+        let (frontend, _attached, theirs) = open();
+        frontend.set_reply_ack(true);
+        let asked = frontend.send_with_reply(Code::IOTLB_MSG, &0u64).unwrap().unwrap();
         drop(theirs);
         assert!(asked.recv_timeout(PATIENCE).is_err());
-        wait_until(|| host.lock().channel.is_none());
-        host.call(0);
+        wait_until(|| frontend.lock().channel.is_none());
+        frontend.call(0);
         let file = tempfile::tempfile().unwrap();
         let error = check_socket(file.into()).unwrap_err();
         assert!(error.to_string().contains("no UNIX socket"), "{error}");
@@ -511,10 +513,10 @@ mod tests {
         let listener = std::os::unix::net::UnixListener::bind(folder.path().join("socket")).unwrap();
         let datagrams = std::os::unix::net::UnixDatagram::unbound().unwrap();
         for socket in [OwnedFd::from(listener), OwnedFd::from(datagrams)] {
-            let host = Arc::new(FrontendHandle::default());
-            let _attached = host.attach(check_socket(socket).unwrap()).unwrap();
-            host.config_changed();
-            wait_until(|| host.lock().channel.is_none());
+            let frontend = Arc::new(FrontendHandle::default());
+            let _attached = frontend.attach(check_socket(socket).unwrap()).unwrap();
+            frontend.config_changed();
+            wait_until(|| frontend.lock().channel.is_none());
         }
     }
 }

@@ -87,8 +87,8 @@ pub trait VirtioDevice: Send + Sync {
 
     /// Called when a front-end has connected. The device uses `frontend` to report changes of its configuration space.
     /// The handle does nothing once the connection has ended.
-    fn connected(&self, host: Arc<FrontendHandle>) {
-        let _ = host;
+    fn connected(&self, frontend: Arc<FrontendHandle>) {
+        let _ = frontend;
     }
 
     /// Called before a ring runs for the first time on a connection. `resumed` is true if the base or the inflight

@@ -40,8 +40,8 @@ struct PendingMiss {
 }
 
 impl IotlbMisses {
-    pub(super) fn new(index: u16, iotlb: Arc<Iotlb>, host: Arc<FrontendHandle>) -> IotlbMisses {
-        IotlbMisses { index, iotlb, frontend: host, pending: None }
+    pub(super) fn new(index: u16, iotlb: Arc<Iotlb>, frontend: Arc<FrontendHandle>) -> IotlbMisses {
+        IotlbMisses { index, iotlb, frontend, pending: None }
     }
 
     /// Sends a miss, unless it is already pending.
@@ -50,18 +50,18 @@ impl IotlbMisses {
     /// [`BackendError::AccessRefused`] if the front-end has refused it (rule T1.4), [`BackendError::BackendChannel`] if
     /// there is no channel.
     pub(super) fn ask(&mut self, miss: IotlbMiss) -> Result<(), BackendError> {
-        let same = |asked: &&PendingMiss| (asked.miss.iova, asked.miss.access) == (miss.iova, miss.access);
-        if let Some(asked) = self.pending.as_ref().filter(same) {
+        let same = |pending: &&PendingMiss| (pending.miss.iova, pending.miss.access) == (miss.iova, miss.access);
+        if let Some(pending) = self.pending.as_ref().filter(same) {
             let refused = BackendError::AccessRefused { index: self.index, iova: miss.iova, access: miss.access };
             if miss.denied {
                 // Best effort: the channel may be full.
                 let _ = self.frontend.send(BackendRequest::IOTLB_MSG, &iotlb_msg(VHOST_IOTLB_ACCESS_FAIL, &miss));
                 return Err(refused);
             }
-            match asked.reply.as_ref().map(Receiver::try_recv) {
+            match pending.reply.as_ref().map(Receiver::try_recv) {
                 Some(Ok(1..)) => return Err(refused),
                 // The update travels over another socket than the acknowledgement and may arrive later (rule T1.3).
-                _ if asked.sent_at.elapsed() < RETRY_INTERVAL => return Ok(()),
+                _ if pending.sent_at.elapsed() < RETRY_INTERVAL => return Ok(()),
                 // The acknowledgement is still pending.
                 Some(Err(TryRecvError::Empty)) => return Ok(()),
                 _ => {}
@@ -72,8 +72,8 @@ impl IotlbMisses {
             self.iotlb.invalidate(&(miss.iova..=miss.iova));
         }
         debug!("ring {}: miss at {:#x}, {:?}", self.index, miss.iova, miss.access);
-        let answer = self.frontend.send_with_reply(BackendRequest::IOTLB_MSG, &iotlb_msg(VHOST_IOTLB_MISS, &miss))?;
-        self.pending = Some(PendingMiss { miss, reply: answer, sent_at: Instant::now() });
+        let reply = self.frontend.send_with_reply(BackendRequest::IOTLB_MSG, &iotlb_msg(VHOST_IOTLB_MISS, &miss))?;
+        self.pending = Some(PendingMiss { miss, reply, sent_at: Instant::now() });
         Ok(())
     }
 
@@ -89,16 +89,16 @@ impl IotlbMisses {
 
     /// Returns the time after which to check for the acknowledgement or repeat the miss.
     pub(super) fn poll_interval(&self) -> Option<Duration> {
-        self.pending.as_ref().map(|asked| if asked.reply.is_some() { REPLY_POLL_INTERVAL } else { RETRY_INTERVAL })
+        self.pending.as_ref().map(|pending| if pending.reply.is_some() { REPLY_POLL_INTERVAL } else { RETRY_INTERVAL })
     }
 
     /// Maps the areas of a ring. Returns `None` while a translation is missing.
     ///
     /// # Errors
     /// As [`IotlbMisses::ask`], or an invalid area.
-    pub(super) fn map_areas(&mut self, setup: &VringConfig) -> Result<Option<IovaWindow>, BackendError> {
+    pub(super) fn map_areas(&mut self, config: &VringConfig) -> Result<Option<IovaWindow>, BackendError> {
         let index = self.index;
-        match IovaWindow::open(&setup.memory, &self.iotlb, &ring_areas(setup), used_log_range(setup)) {
+        match IovaWindow::open(&config.memory, &self.iotlb, &ring_areas(config), used_log_range(config)) {
             Ok(window) => {
                 self.clear();
                 Ok(Some(window))
@@ -125,8 +125,8 @@ impl MappedRing {
     }
 
     /// Returns what the ring itself needs for its translations.
-    pub(super) fn ring_iommu(&self, setup: &VringConfig) -> RingIommu {
-        RingIommu { memory: setup.memory.clone(), iotlb: self.misses.iotlb.clone(), window: self.window.clone() }
+    pub(super) fn ring_iommu(&self, config: &VringConfig) -> RingIommu {
+        RingIommu { memory: config.memory.clone(), iotlb: self.misses.iotlb.clone(), window: self.window.clone() }
     }
 
     /// Records the buffers of a request in flight.
@@ -174,18 +174,18 @@ impl MappedRing {
 }
 
 /// Returns the areas of a ring with the access that the device needs.
-fn ring_areas(setup: &VringConfig) -> [(u64, u64, Access); 3] {
-    let [desc, driver, device] = setup.layout.areas();
-    let [desc_bytes, driver_bytes, device_bytes] = RingLayout::area_bytes(setup.features, setup.layout.size());
+fn ring_areas(config: &VringConfig) -> [(u64, u64, Access); 3] {
+    let [desc, driver, device] = config.layout.areas();
+    let [desc_bytes, driver_bytes, device_bytes] = RingLayout::area_bytes(config.features, config.layout.size());
     // Completions are written into a packed ring's descriptors; the device reads what it wrote in its own area.
-    let on_descs = if let RingLayout::Packed(_) = setup.layout { Access::ReadWrite } else { Access::Read };
+    let on_descs = if let RingLayout::Packed(_) = config.layout { Access::ReadWrite } else { Access::Read };
     [(desc, desc_bytes, on_descs), (driver, driver_bytes, Access::Read), (device, device_bytes, Access::ReadWrite)]
 }
 
 /// Returns the address range under which the device's area is logged (rule L5.1).
-pub(super) fn used_log_range(setup: &VringConfig) -> Option<(u64, u64)> {
-    let [_, _, bytes] = RingLayout::area_bytes(setup.features, setup.layout.size());
-    setup.logging.used.as_ref().map(|(_, at)| (*at, bytes))
+pub(super) fn used_log_range(config: &VringConfig) -> Option<(u64, u64)> {
+    let [_, _, bytes] = RingLayout::area_bytes(config.features, config.layout.size());
+    config.logging.used.as_ref().map(|(_, at)| (*at, bytes))
 }
 
 fn iotlb_msg(kind: u8, miss: &IotlbMiss) -> IotlbMsg {

@@ -29,13 +29,13 @@ impl Notifier {
     }
 
     /// Creates an in-band call notifier for ring `index`.
-    pub(super) fn call(host: Arc<FrontendHandle>, index: u16) -> Notifier {
-        Notifier(NotifierTarget::Call(host, index))
+    pub(super) fn call(frontend: Arc<FrontendHandle>, index: u16) -> Notifier {
+        Notifier(NotifierTarget::Call(frontend, index))
     }
 
     /// Creates an in-band error notifier for ring `index`.
-    pub(super) fn error(host: Arc<FrontendHandle>, index: u16) -> Notifier {
-        Notifier(NotifierTarget::Error(host, index))
+    pub(super) fn error(frontend: Arc<FrontendHandle>, index: u16) -> Notifier {
+        Notifier(NotifierTarget::Error(frontend, index))
     }
 
     /// Signals once. The signal is dropped if the receiver has hung up or has no room (rule F8.2).
@@ -44,8 +44,8 @@ impl Notifier {
             NotifierTarget::Fd(fd) => {
                 let _ = nonblocking::signal(fd.as_fd());
             }
-            NotifierTarget::Call(host, index) => host.call(*index),
-            NotifierTarget::Error(host, index) => host.error(*index),
+            NotifierTarget::Call(frontend, index) => frontend.call(*index),
+            NotifierTarget::Error(frontend, index) => frontend.error(*index),
         }
     }
 }

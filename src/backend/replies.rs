@@ -31,9 +31,9 @@ impl PendingReplies {
     }
 
     /// Appends a reply. Returns the number of pending bytes.
-    pub(super) fn add(&self, answer: &[u8]) -> usize {
+    pub(super) fn add(&self, reply: &[u8]) -> usize {
         let mut waiting = self.lock();
-        waiting.extend(answer);
+        waiting.extend(reply);
         waiting.len()
     }
 

@@ -36,104 +36,104 @@ impl RingTask {
     /// Starts serving the ring. The inner result is that of the recovery from a previous back-end.
     pub(super) fn start_worker(
         &self,
-        setup: VringConfig,
-        in_use: Option<MappedRing>,
+        config: VringConfig,
+        iommu: Option<MappedRing>,
     ) -> Result<(Worker, Result<(), BackendError>), BackendError> {
         let index = self.index;
         let broken = |source| BackendError::BrokenRing { index, source };
         // Before the ring and the inflight region are read: a previous back-end that still uses the image may change both
         // until the queue has locked it (rule I10.1).
-        let queue = self.device.start_queue(index, setup.layout.size(), setup.features);
+        let queue = self.device.start_queue(index, config.layout.size(), config.features);
         let queue = queue.map_err(BackendError::system("serve a queue"))?;
-        let areas = in_use.as_ref().map_or(&setup.memory, |in_use| in_use.window.memory());
-        let mut ring = DeviceRing::new(areas, setup.layout, setup.features, setup.base).map_err(broken)?;
-        if let Some(in_use) = &in_use {
-            ring.set_iommu(in_use.ring_iommu(&setup));
+        let areas = iommu.as_ref().map_or(&config.memory, |iommu| iommu.window.memory());
+        let mut ring = DeviceRing::new(areas, config.layout, config.features, config.base).map_err(broken)?;
+        if let Some(iommu) = &iommu {
+            ring.set_iommu(iommu.ring_iommu(&config));
         }
-        ring.set_log(setup.logging.of_ring());
+        ring.set_log(config.logging.of_ring());
         let found = match &mut ring {
-            DeviceRing::Packed(ring) if setup.is_first_start && setup.inflight.is_none() => {
-                find_packed_position(index, &setup, ring)
+            DeviceRing::Packed(ring) if config.is_first_start && config.inflight.is_none() => {
+                find_packed_position(index, &config, ring)
             }
             _ => Ok(()),
         };
-        let goes_on = !ring.base().is_initial(setup.features);
-        let inflight = setup
+        let goes_on = !ring.base().is_initial(config.features);
+        let inflight = config
             .inflight
             .as_ref()
-            .map(|region| InflightTracker::start(region, index, &mut ring, setup.is_first_start))
+            .map(|region| InflightTracker::start(region, index, &mut ring, config.is_first_start))
             .transpose()?;
         let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.was_used());
-        if setup.is_first_start {
-            self.device.ring_activated(has_a_past || goes_on, setup.features);
+        if config.is_first_start {
+            self.device.ring_activated(has_a_past || goes_on, config.features);
         }
-        if setup.is_first_start && (has_a_past || goes_on) {
-            mark_memory_if_log_is_new(index, &setup, &ring);
+        if config.is_first_start && (has_a_past || goes_on) {
+            mark_memory_if_log_is_new(index, &config, &ring);
         }
         let (inbox, wake) = (self.commands.clone(), self.wake.clone());
-        let mut worker = Worker::new(index, inbox, wake, ring, queue, setup, in_use);
+        let mut worker = Worker::new(index, inbox, wake, ring, queue, config, iommu);
         // A ring with an unknown position is treated as broken (rule I12).
         let recovered = found.and_then(|()| worker.recover(inflight));
         Ok((worker, recovered))
     }
 
     /// Serves a ring behind an IOMMU whenever its areas are translated, until it is stopped (rules T1, T3).
-    pub(super) fn run_translated(&self, mut setup: VringConfig, iotlb: &Arc<Iotlb>) -> RingBase {
-        let (index, mut broken, mut held, mut refused) = (self.index, false, false, false);
-        let mut asking = IotlbMisses::new(index, iotlb.clone(), setup.frontend.clone());
+    pub(super) fn run_translated(&self, mut config: VringConfig, iotlb: &Arc<Iotlb>) -> RingBase {
+        let (index, mut broken, mut enabled, mut refused) = (self.index, false, true, false);
+        let mut misses = IotlbMisses::new(index, iotlb.clone(), config.frontend.clone());
         loop {
-            while let Ok(order) = self.commands.try_recv() {
-                match order {
+            while let Ok(command) = self.commands.try_recv() {
+                match command {
                     WorkerCommand::Logging(logging, done) => {
-                        setup.logging = logging;
+                        config.logging = logging;
                         let _ = done.send(());
                     }
                     WorkerCommand::Notifiers { call, error, done } => {
-                        (setup.call, setup.error, setup.call_changed) = (call, error, true);
+                        (config.call, config.error, config.call_changed) = (call, error, true);
                         let _ = done.send(());
                     }
                     WorkerCommand::Invalidate(_, done) => drop(done.send(())),
-                    WorkerCommand::SetEnabled(yes, done) => {
-                        held = yes;
+                    WorkerCommand::SetEnabled(now, done) => {
+                        enabled = now;
                         let _ = done.send(());
                     }
-                    WorkerCommand::Stop | WorkerCommand::Suspend | WorkerCommand::Abandon => return setup.base,
+                    WorkerCommand::Stop | WorkerCommand::Suspend | WorkerCommand::Abandon => return config.base,
                 }
             }
-            let window = if broken { Ok(None) } else { asking.map_areas(&setup) };
+            let window = if broken { Ok(None) } else { misses.map_areas(&config) };
             let opened = window.and_then(|window| match window {
                 None => Ok(None),
                 Some(window) => {
-                    let asker = IotlbMisses::new(index, iotlb.clone(), setup.frontend.clone());
-                    self.start_worker(setup.clone(), Some(MappedRing::new(asker, Arc::new(window)))).map(Some)
+                    let misses = IotlbMisses::new(index, iotlb.clone(), config.frontend.clone());
+                    self.start_worker(config.clone(), Some(MappedRing::new(misses, Arc::new(window)))).map(Some)
                 }
             });
             match opened {
                 Ok(Some((mut worker, recovered))) => {
-                    worker.held = held;
+                    worker.enabled = enabled;
                     match worker.run(recovered) {
                         StopReason::Commanded(base) => return base,
                         StopReason::Unmapped(left, done) => {
-                            ParkedRing { setup, broken, held } = *left;
-                            (setup.is_first_start, refused) = (false, false);
+                            ParkedRing { config, broken, enabled } = *left;
+                            (config.is_first_start, refused) = (false, false);
                             let _ = done.send(());
                         }
                     }
                 }
-                Ok(None) => self.wait_for_translation(&mut setup, asking.poll_interval().filter(|_| !broken)),
+                Ok(None) => self.wait_for_translation(&mut config, misses.poll_interval().filter(|_| !broken)),
                 Err(error) => {
                     // The areas may be mapped later; the driver has lost nothing. The error is reported once.
                     broken = !matches!(error, BackendError::AccessRefused { .. });
                     if broken || !std::mem::replace(&mut refused, true) {
                         limited!(warn, "{error}");
                         RingCounters::new(index).ring_broken();
-                        if let Some(notifier) = &setup.error {
+                        if let Some(notifier) = &config.error {
                             notifier.signal();
                         }
                     }
                     if !broken {
-                        self.wait_for_translation(&mut setup, Some(REFUSAL_RETRY_INTERVAL));
-                        asking.clear();
+                        self.wait_for_translation(&mut config, Some(REFUSAL_RETRY_INTERVAL));
+                        misses.clear();
                     }
                 }
             }
@@ -141,35 +141,35 @@ impl RingTask {
     }
 
     /// Waits for a command, a kick or an IOTLB update.
-    fn wait_for_translation(&self, setup: &mut VringConfig, patience: Option<Duration>) {
-        let kick = setup.kick.clone();
+    fn wait_for_translation(&self, config: &mut VringConfig, timeout_after: Option<Duration>) {
+        let kick = config.kick.clone();
         let fds = [Some(self.wake.as_fd()), kick.as_ref().map(|kick| kick.as_fd())];
-        let [_, kicked] = poll_readable(fds, poll_timeout(patience));
+        let [_, kicked] = poll_readable(fds, poll_timeout(timeout_after));
         let _ = self.wake.read();
         if let Some(kick) = kick.filter(|_| kicked)
             && kick.take(self.index, &self.wake).is_err()
         {
             // The descriptor is unusable.
-            setup.kick = None;
+            config.kick = None;
         }
     }
 }
 
 /// Marks all guest memory if the log has no marks of a ring with a past: the log of the previous back-end, with its
 /// marks, is then lost (rules L15.1, L15.2). Marks of other devices in the same log say nothing.
-fn mark_memory_if_log_is_new(index: u16, setup: &VringConfig, ring: &DeviceRing) {
-    let Some(log) = setup.logging.data.as_ref().filter(|_| !ring.is_used_marked()) else { return };
+fn mark_memory_if_log_is_new(index: u16, config: &VringConfig, ring: &DeviceRing) {
+    let Some(log) = config.logging.data.as_ref().filter(|_| !ring.is_used_marked()) else { return };
     limited!(
         warn,
         "ring {index}: the log of the previous back-end is lost: all guest memory is marked as written (rule L15.2)"
     );
-    log.mark_memory(&setup.memory);
+    log.mark_memory(&config.memory);
 }
 
 /// Determines the position of a packed ring without an inflight region from its descriptors (rule I12), because the given
 /// base may be stale.
-fn find_packed_position(index: u16, setup: &VringConfig, ring: &mut PackedDevice) -> Result<(), BackendError> {
-    let in_order = setup.features & bit(VIRTIO_F_IN_ORDER) != 0;
+fn find_packed_position(index: u16, config: &VringConfig, ring: &mut PackedDevice) -> Result<(), BackendError> {
+    let in_order = config.features & bit(VIRTIO_F_IN_ORDER) != 0;
     if !in_order && ring.find_position().map_err(|source| BackendError::BrokenRing { index, source })? {
         let base = ring.base();
         limited!(

@@ -169,10 +169,10 @@ fn serve_several(
     stop: BorrowedFd<'_>,
 ) -> Result<(), BackendError> {
     let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
-    let seats = u32::try_from(device.max_front_ends()).unwrap_or(u32::MAX);
+    let max_front_ends = u32::try_from(device.max_front_ends()).unwrap_or(u32::MAX);
     // Readable while another front-end can be served.
-    let free = EventFd::from_value_and_flags(seats, flags).map_err(BackendError::system("make an eventfd"))?;
-    let (free, turns, mut failing) = (&free, &Arc::new(RingLock::default()), false);
+    let free = EventFd::from_value_and_flags(max_front_ends, flags).map_err(BackendError::system("make an eventfd"))?;
+    let (free, ring_lock, mut failing) = (&free, &Arc::new(RingLock::default()), false);
     thread::scope(|scope| {
         for number in 0.. {
             if let WaitResult::Stop = wait(free.as_fd(), PollFlags::POLLIN, stop, PollTimeout::NONE)? {
@@ -185,7 +185,7 @@ fn serve_several(
             };
             let _ = free.read();
             let serve = move || {
-                run_connection(&connection, device, stop, None, Some(RingLockClient::new(turns, number)));
+                run_connection(&connection, device, stop, None, Some(RingLockClient::new(ring_lock, number)));
                 let _ = free.write(1);
             };
             if let Err(e) = thread::Builder::new().name("front-end".into()).spawn_scoped(scope, serve) {
@@ -207,11 +207,11 @@ pub fn connect_and_serve(
     device: &Arc<dyn VirtioDevice>,
     stop: BorrowedFd<'_>,
 ) -> Result<(), BackendError> {
-    let mut said = None;
+    let mut last_error = None;
     loop {
         match socket::connect(path).and_then(|connection| connection.set_nonblocking(false).map(|()| connection)) {
             Ok(connection) => {
-                said = None;
+                last_error = None;
                 if run_connection(&connection, device, stop, None, None) {
                     return Ok(());
                 }
@@ -220,7 +220,7 @@ pub fn connect_and_serve(
                 return Err(BackendError::Connect { path: path.display().to_string(), source });
             }
             Err(error) => {
-                if said.replace(error.kind()) != Some(error.kind()) {
+                if last_error.replace(error.kind()) != Some(error.kind()) {
                     limited!(info, "{}: waiting for a front-end to listen ({error})", path.display());
                 }
             }
@@ -242,22 +242,22 @@ fn run_connection(
     device: &Arc<dyn VirtioDevice>,
     stop: BorrowedFd<'_>,
     next: Option<BorrowedFd<'_>>,
-    turn: Option<RingLockClient>,
+    ring_lock: Option<RingLockClient>,
 ) -> bool {
     limited!(info, "front-end connected");
     counters::frontend_connected();
-    let answers = match PendingReplies::new(connection.as_fd()) {
-        Ok(answers) => Arc::new(answers),
+    let replies = match PendingReplies::new(connection.as_fd()) {
+        Ok(replies) => Arc::new(replies),
         Err(error) => {
             limited!(error, "the connection is closed: no file descriptor available: {error}");
             return false;
         }
     };
     let mut channel =
-        Connection { socket: connection.as_fd(), stop, next, messages_since_poll: 0, replies: answers.clone() };
+        Connection { socket: connection.as_fd(), stop, next, messages_since_poll: 0, replies: replies.clone() };
     let mut rings = Workers::new(device.clone());
-    rings.set_replies(answers);
-    turn.into_iter().for_each(|turn| rings.use_ring_lock(turn));
+    rings.set_replies(replies);
+    ring_lock.into_iter().for_each(|ring_lock| rings.use_ring_lock(ring_lock));
     if let Err(error) = rings.watch_connection(connection.as_fd()) {
         limited!(warn, "can't detect a hang-up while a ring is being stopped: {error}");
     }

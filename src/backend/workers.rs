@@ -103,15 +103,15 @@ impl Workers {
     }
 
     /// Sets the pending replies, which are sent before waiting for a ring.
-    pub(super) fn set_replies(&mut self, answers: Arc<PendingReplies>) {
-        self.replies = Some(answers);
+    pub(super) fn set_replies(&mut self, replies: Arc<PendingReplies>) {
+        self.replies = Some(replies);
     }
 
     /// Waits for a ring, and sends pending replies if that takes long.
     fn wait_for_ack<T>(&self, ring: &Receiver<T>) -> Option<T> {
         match ring.recv_timeout(REPLY_DELAY) {
             Err(RecvTimeoutError::Timeout) => {
-                self.replies.iter().for_each(|answers| answers.try_send());
+                self.replies.iter().for_each(|replies| replies.try_send());
                 ring.recv().ok()
             }
             received => received.ok(),
@@ -142,19 +142,19 @@ impl Workers {
         self.stop_workers(|| WorkerCommand::Stop);
     }
 
-    fn stop_workers(&mut self, order: fn() -> WorkerCommand) {
+    fn stop_workers(&mut self, command: fn() -> WorkerCommand) {
         for handle in self.running.iter().flatten() {
-            handle.send(order());
+            handle.send(command());
         }
         for handle in self.running.iter_mut().filter_map(Option::take) {
             let _ = handle.final_base.recv();
         }
     }
 
-    fn stop_ring(&mut self, index: u16, order: WorkerCommand) -> Result<RingBase, BackendError> {
+    fn stop_ring(&mut self, index: u16, command: WorkerCommand) -> Result<RingBase, BackendError> {
         let lost = BackendError::WorkerLost { index };
         let Some(handle) = self.running.get_mut(usize::from(index)).and_then(Option::take) else { return Err(lost) };
-        handle.send(order);
+        handle.send(command);
         let mut wait = REPLY_DELAY;
         loop {
             match handle.final_base.recv_timeout(wait) {
@@ -163,7 +163,7 @@ impl Workers {
                     return handle.final_base.recv().map_err(|_| lost);
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    self.replies.iter().for_each(|answers| answers.try_send());
+                    self.replies.iter().for_each(|replies| replies.try_send());
                     wait = HANG_UP_POLL_INTERVAL;
                 }
                 ended => return ended.map_err(|_| lost),
@@ -194,9 +194,9 @@ impl Workers {
 }
 
 impl WorkerHandle {
-    fn send(&self, order: WorkerCommand) {
+    fn send(&self, command: WorkerCommand) {
         // A worker receives commands until it is stopped.
-        let _ = self.commands.send(order);
+        let _ = self.commands.send(command);
         let _ = self.wake.write(1);
     }
 }
@@ -213,7 +213,7 @@ impl Drop for Workers {
 
 impl VringController for Workers {
     fn before_blocking(&mut self) {
-        self.replies.iter().for_each(|answers| answers.try_send());
+        self.replies.iter().for_each(|replies| replies.try_send());
     }
 
     fn prepare(&mut self, index: u16) {
@@ -222,9 +222,9 @@ impl VringController for Workers {
         }
     }
 
-    fn start(&mut self, index: u16, setup: VringConfig) -> Result<(), BackendError> {
+    fn start(&mut self, index: u16, config: VringConfig) -> Result<(), BackendError> {
         let take = |turn: &RingLockClient| {
-            self.replies.iter().for_each(|answers| answers.try_send());
+            self.replies.iter().for_each(|replies| replies.try_send());
             turn.acquire(|| self.has_hung_up())
         };
         if self.ring_lock.as_ref().is_some_and(|turn| !take(turn)) {
@@ -234,18 +234,18 @@ impl VringController for Workers {
         let wake = Arc::new(EventFd::from_flags(flags).map_err(BackendError::system("make an eventfd"))?);
         let (orders, inbox) = unbounded();
         let (ready, is_ready) = bounded(1);
-        setup.kick.iter().for_each(|kick| kick.add_waker(&wake));
-        let (device, woken, postcopy) = (self.device.clone(), wake.clone(), setup.in_postcopy);
+        config.kick.iter().for_each(|kick| kick.add_waker(&wake));
+        let (device, woken, postcopy) = (self.device.clone(), wake.clone(), config.in_postcopy);
         let (ending, ended) = bounded(1);
         let serve = move || {
             let post = RingTask { index, device, commands: inbox, wake: woken };
-            if let Some(iotlb) = setup.iotlb.clone() {
+            if let Some(iotlb) = config.iotlb.clone() {
                 // Errors of the ring are found once its areas are translated.
                 let _ = ready.send(Ok(()));
-                return post.run_translated(setup, &iotlb);
+                return post.run_translated(config, &iotlb);
             }
-            let (base, failed) = (setup.base, setup.error.clone());
-            match post.start_worker(setup, None) {
+            let (base, failed) = (config.base, config.error.clone());
+            match post.start_worker(config, None) {
                 Err(error) => {
                     if postcopy {
                         limited!(warn, "{error}");
@@ -283,10 +283,10 @@ impl VringController for Workers {
         self.stop_ring(index, WorkerCommand::Suspend)
     }
 
-    fn set_enabled(&mut self, index: u16, yes: bool) {
+    fn set_enabled(&mut self, index: u16, enabled: bool) {
         if let Some(handle) = self.handle(index) {
             let (done, is_done) = bounded(1);
-            handle.send(WorkerCommand::SetEnabled(yes, done));
+            handle.send(WorkerCommand::SetEnabled(enabled, done));
             let _ = self.wait_for_ack(&is_done);
         }
     }
@@ -300,13 +300,13 @@ impl VringController for Workers {
     }
 
     fn invalidate(&mut self, iovas: &RangeInclusive<u64>) {
-        let tell = |handle: &WorkerHandle| {
+        let send = |handle: &WorkerHandle| {
             let (done, is_done) = bounded(1);
             handle.send(WorkerCommand::Invalidate(iovas.clone(), done));
             is_done
         };
-        let told: Vec<_> = self.running.iter().flatten().map(tell).collect();
-        for is_done in told {
+        let pending: Vec<_> = self.running.iter().flatten().map(send).collect();
+        for is_done in pending {
             let _ = self.wait_for_ack(&is_done);
         }
     }

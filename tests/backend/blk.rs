@@ -463,7 +463,7 @@ fn invalid_disk_options_are_refused_with_a_one_line_error() {
         (&["--image", &at("tiny"), "--socket", &at("s")], "at least 512 bytes"),
         (&["--image", folder.path().to_str().unwrap(), "--socket", &at("s"), "--read-only"], "raw image"),
         (&["--image", "/dev/null", "--socket", &at("s")], "neither a file nor a block device"),
-        (&["--image", &at("image"), "--socket", &at("file")], "no socket"),
+        (&["--image", &at("image"), "--socket", &at("file")], "a file that is not a socket"),
         (&["--image", &at("image"), "--fd", "77"], "no socket that was passed on"),
     ];
     for (arguments, advice) in cases {

@@ -55,7 +55,7 @@ impl ImageGeneration {
         if *queues > 0 {
             return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another front-end runs rings"));
         }
-        let _claim = image.lock_briefly()?;
+        let _guard = image.lock_briefly()?;
         self.read_or_make()
     }
 
@@ -68,7 +68,7 @@ impl ImageGeneration {
         if let Some(generation) = self.read()? {
             return Ok(generation.identity);
         }
-        let _claim = image.ok_or_else(not_locked_error)?.lock_briefly()?;
+        let _guard = image.ok_or_else(not_locked_error)?.lock_briefly()?;
         let _alone = lock(&self.replace_lock);
         self.read_or_make().map(|generation| generation.identity)
     }
@@ -212,31 +212,31 @@ mod tests {
     #[test]
     fn the_generation_is_refused_while_another_process_may_change_the_image() {
         let file = image();
-        let (generation, mine) = open(&file, true);
+        let (generation, own_lock) = open(&file, true);
         assert!(generation.current(None).is_err(), "shared with other writers");
-        let (_, theirs) = open(&file, true);
-        let claim = theirs.lock().unwrap();
-        assert!(generation.current(Some(&mine)).is_err());
-        drop(claim);
-        assert!(generation.current(Some(&mine)).is_ok());
+        let (_, other_lock) = open(&file, true);
+        let guard = other_lock.lock().unwrap();
+        assert!(generation.current(Some(&own_lock)).is_err());
+        drop(guard);
+        assert!(generation.current(Some(&own_lock)).is_ok());
     }
 
     /// Rules G1.5 and G1.8.
     #[test]
     fn the_identity_is_available_while_rings_run_in_any_process() {
         let file = image();
-        let (generation, mine) = open(&file, true);
+        let (generation, own_lock) = open(&file, true);
         let queue = generation.queue_started();
-        let claim = mine.lock().unwrap();
-        let (other, theirs) = open(&file, true);
-        assert!(other.identity(Some(&theirs)).is_err(), "another process may be about to give it one");
-        let identity = generation.identity(Some(&mine)).unwrap();
-        assert_eq!(other.identity(Some(&theirs)).unwrap(), identity);
+        let guard = own_lock.lock().unwrap();
+        let (other, other_lock) = open(&file, true);
+        assert!(other.identity(Some(&other_lock)).is_err(), "another process may be about to give it one");
+        let identity = generation.identity(Some(&own_lock)).unwrap();
+        assert_eq!(other.identity(Some(&other_lock)).unwrap(), identity);
         assert_eq!(other.identity(None).unwrap(), identity, "shared with other writers");
         queue.before_change().unwrap();
-        assert_eq!(other.identity(Some(&theirs)).unwrap(), identity);
-        drop((queue, claim));
-        assert_eq!(generation.current(Some(&mine)).unwrap().identity, identity);
+        assert_eq!(other.identity(Some(&other_lock)).unwrap(), identity);
+        drop((queue, guard));
+        assert_eq!(generation.current(Some(&own_lock)).unwrap().identity, identity);
 
         let another = image();
         let (generation, image) = open(&another, true);

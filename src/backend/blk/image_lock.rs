@@ -68,11 +68,11 @@ impl ImageLock {
     }
 
     fn lock_within(self: &Arc<ImageLock>, time: Duration) -> io::Result<ImageLockGuard> {
-        let mut claims = self.guards.lock().unwrap_or_else(PoisonError::into_inner);
-        if *claims == 0 {
+        let mut guards = self.guards.lock().unwrap_or_else(PoisonError::into_inner);
+        if *guards == 0 {
             self.lock_file(Instant::now() + time)?;
         }
-        *claims += 1;
+        *guards += 1;
         Ok(ImageLockGuard(self.clone()))
     }
 
@@ -152,10 +152,10 @@ mod tests {
         other.lock().unwrap();
         assert!(image.probe().unwrap_err().to_string().contains("another process has locked the image"));
         drop(other);
-        let claim = image.lock().unwrap();
+        let guard = image.lock().unwrap();
         image.probe().unwrap();
         assert!(!is_free(file.path()));
-        drop(claim);
+        drop(guard);
     }
 
     #[test]
@@ -178,7 +178,7 @@ mod tests {
     fn shared_locks_of_one_image_coexist() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let (one, other) = (open(file.path(), LockMode::Shared), open(file.path(), LockMode::Shared));
-        let _claims = (one.lock().unwrap(), other.lock().unwrap());
+        let _guards = (one.lock().unwrap(), other.lock().unwrap());
         assert!(!is_free(file.path()));
     }
 }

@@ -168,7 +168,7 @@ pub enum BlkError {
         bytes: u64,
     },
     /// The image has shrunk while it is served.
-    #[error("image {image} has {bytes} bytes: the guest was told {capacity}, and that stays; make it as large again",
+    #[error("image {image} has {bytes} bytes: the guest was result {capacity}, and that stays; make it as large again",
         image = image.display())]
     Shrunk {
         /// The image.

@@ -64,7 +64,7 @@ impl BlkQueue {
         index: u16,
         features: u64,
         engine: Box<dyn DiskEngine>,
-        claim: Option<ImageLockGuard>,
+        guard: Option<ImageLockGuard>,
     ) -> BlkQueue {
         BlkQueue {
             index,
@@ -76,7 +76,7 @@ impl BlkQueue {
             serial: disk.serial,
             engine,
             generation: disk.generation.as_ref().map(ImageGeneration::queue_started),
-            _lock: claim,
+            _lock: guard,
             ready: Vec::new(),
             unserved: None,
             attempts: VecDeque::new(),

@@ -71,9 +71,9 @@ struct Slot {
 
 impl UringEngine {
     /// On one of the rings, if not all are in use.
-    pub(crate) fn new(files: Arc<ImageFiles>, home: &Arc<UringPool>) -> Option<UringEngine> {
-        let ring = ManuallyDrop::new(home.idle().pop()?);
-        Some(UringEngine { ring, pool: home.clone(), files, slots: Vec::new(), free: Vec::new(), failed: Vec::new() })
+    pub(crate) fn new(files: Arc<ImageFiles>, pool: &Arc<UringPool>) -> Option<UringEngine> {
+        let ring = ManuallyDrop::new(pool.idle().pop()?);
+        Some(UringEngine { ring, pool: pool.clone(), files, slots: Vec::new(), free: Vec::new(), failed: Vec::new() })
     }
 
     fn submission_entry(&Attempt { fd, start, ref iovecs, flags, .. }: &Attempt, io: &DiskIo) -> squeue::Entry {

@@ -35,9 +35,9 @@ pub(super) struct ControlQueue {
 }
 
 impl ControlQueue {
-    pub(super) fn new(hub: Arc<SharedNetState>, pairs: u16, features: u64) -> ControlQueue {
-        hub.update(|state| state.control_queue_ran = true);
-        ControlQueue { shared: hub, pairs, features, done: Vec::new() }
+    pub(super) fn new(shared: Arc<SharedNetState>, pairs: u16, features: u64) -> ControlQueue {
+        shared.update(|state| state.control_queue_ran = true);
+        ControlQueue { shared, pairs, features, done: Vec::new() }
     }
 
     /// Executes a command. Returns `None` if it fails.

@@ -179,18 +179,18 @@ impl NetDevice {
         if let Some(mtu) = mtu.filter(|mtu| *mtu < MIN_MTU) {
             return Err(NetError::Mtu { mtu });
         }
-        let there = |wires: Vec<PeerPort>| wires.into_iter().map(|wire| Some(Arc::new(wire))).collect();
-        let wires = match &options.peer {
+        let there = |ports: Vec<PeerPort>| ports.into_iter().map(|port| Some(Arc::new(port))).collect();
+        let ports = match &options.peer {
             NetPeer::Loopback => there((0..pairs).map(|_| loopback_port()).collect::<Result<_, _>>()?),
             NetPeer::Tap(name) => there(tap::open(name, pairs)?),
             NetPeer::Pair(_) => (0..pairs).map(|_| None).collect(),
         };
-        let hub = Arc::new(SharedNetState::new(wires, ReceiveFilter::new(mac)));
-        let link = match &options.peer {
-            NetPeer::Pair(path) => Some(PairConnector::start(path, pairs, hub.clone())?),
+        let shared = Arc::new(SharedNetState::new(ports, ReceiveFilter::new(mac)));
+        let connector = match &options.peer {
+            NetPeer::Pair(path) => Some(PairConnector::start(path, pairs, shared.clone())?),
             _ => None,
         };
-        Ok(NetDevice { shared: hub, options, frontend: Mutex::default(), _connector: link })
+        Ok(NetDevice { shared, options, frontend: Mutex::default(), _connector: connector })
     }
 
     /// Returns the packet counters.
@@ -220,7 +220,7 @@ impl NetDevice {
             return;
         }
         let state = self.shared.state();
-        if !state.port(0).is_some_and(|wire| wire.send(&rarp_packet(mac))) {
+        if !state.port(0).is_some_and(|port| port.send(&rarp_packet(mac))) {
             limited!(warn, "can't announce {mac:02x?}: the other end is not connected or has no room");
         }
     }
@@ -307,9 +307,9 @@ impl VirtioDevice for NetDevice {
         Ok(())
     }
 
-    fn connected(&self, host: Arc<FrontendHandle>) {
+    fn connected(&self, frontend: Arc<FrontendHandle>) {
         self.shared.update(|state| (state.from_previous_connection, state.control_queue_ran) = (true, false));
-        *self.frontend.lock().unwrap_or_else(PoisonError::into_inner) = host;
+        *self.frontend.lock().unwrap_or_else(PoisonError::into_inner) = frontend;
     }
 
     fn handle_message(&self, code: Code, number: u64) -> Result<(), BackendError> {
@@ -366,11 +366,11 @@ impl VirtioDevice for NetDevice {
     fn start_queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
         let mergeable = features & bit(VIRTIO_NET_F_MRG_RXBUF) != 0;
         let header = if mergeable || features & bit(VIRTIO_F_VERSION_1) != 0 { HEADER } else { LEGACY_HEADER };
-        let hub = self.shared.clone();
+        let shared = self.shared.clone();
         Ok(match self.queue_role(index, features) {
-            Some(QueueRole::Receive(pair)) => Box::new(ReceiveQueue::new(hub, pair, size, header, mergeable)?),
-            Some(QueueRole::Transmit(pair)) => Box::new(TransmitQueue::new(hub, pair, header)),
-            Some(QueueRole::Control) => Box::new(ControlQueue::new(hub, self.options.pairs, features)),
+            Some(QueueRole::Receive(pair)) => Box::new(ReceiveQueue::new(shared, pair, size, header, mergeable)?),
+            Some(QueueRole::Transmit(pair)) => Box::new(TransmitQueue::new(shared, pair, header)),
+            Some(QueueRole::Control) => Box::new(ControlQueue::new(shared, self.options.pairs, features)),
             None => return Err(io::Error::other("a control queue that the driver has not negotiated")),
         })
     }

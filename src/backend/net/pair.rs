@@ -61,7 +61,7 @@ pub(super) struct PairConnector {
 
 impl PairConnector {
     /// Starts connecting to the other end at `path`. Ports are put into `shared`.
-    pub(super) fn start(path: &Path, pairs: u16, hub: Arc<SharedNetState>) -> Result<PairConnector, NetError> {
+    pub(super) fn start(path: &Path, pairs: u16, shared: Arc<SharedNetState>) -> Result<PairConnector, NetError> {
         let refused = |source: io::Error| NetError::Pair { path: path.to_owned(), source };
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(|errno| refused(errno.into()))?);
         let mut lock = path.as_os_str().to_owned();
@@ -72,7 +72,7 @@ impl PairConnector {
             path: path.to_owned(),
             lock,
             pairs,
-            shared: hub,
+            shared,
             stop: stop.clone(),
             listener: None,
             exhausted: Cell::default(),
@@ -183,16 +183,16 @@ impl PairEnd {
 
     fn add(&self, pair: u16, stream: UnixStream) -> io::Result<()> {
         stream.set_nonblocking(true)?;
-        let wire = Arc::new(PeerPort::new(stream.try_clone()?.into(), stream.into()));
+        let port = Arc::new(PeerPort::new(stream.try_clone()?.into(), stream.into()));
         limited!(info, "{}: pair {pair} is connected", self.path.display());
-        self.set(pair, Some(wire));
+        self.set(pair, Some(port));
         Ok(())
     }
 
-    fn set(&self, pair: u16, wire: Option<Arc<PeerPort>>) {
+    fn set(&self, pair: u16, port: Option<Arc<PeerPort>>) {
         self.shared.update(|state| {
             if let Some(place) = state.ports.get_mut(usize::from(pair)) {
-                *place = wire;
+                *place = port;
             }
         });
     }
@@ -206,14 +206,14 @@ impl PairEnd {
             true => PollTimeout::from(RETRY_MS),
             false => PollTimeout::NONE,
         };
-        let wires = || (0..).zip(&state.ports).filter_map(|(pair, wire)| Some((pair, wire.as_ref()?)));
+        let ports = || (0..).zip(&state.ports).filter_map(|(pair, port)| Some((pair, port.as_ref()?)));
         // Without a free pair, a new connection waits.
         let listener = self.listener.as_ref().filter(|_| missing);
         let listening = listener.map(AsFd::as_fd);
         let mut fds = vec![PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)];
         fds.extend(listening.iter().map(|fd: &BorrowedFd<'_>| PollFd::new(*fd, PollFlags::POLLIN)));
         // Only a hang-up is of interest.
-        fds.extend(wires().map(|(_, wire)| PollFd::new(wire.input(), PollFlags::empty())));
+        fds.extend(ports().map(|(_, port)| PollFd::new(port.input(), PollFlags::empty())));
         if let Err(errno) = poll(&mut fds, timeout)
             && errno != Errno::EINTR
         {
@@ -230,7 +230,7 @@ impl PairEnd {
         {
             self.report_refused(&refused);
         }
-        for ((pair, _), _) in wires().zip(ready).filter(|(_, gone)| *gone) {
+        for ((pair, _), _) in ports().zip(ready).filter(|(_, gone)| *gone) {
             limited!(info, "{}: the other end of pair {pair} is gone", self.path.display());
             self.set(pair, None);
         }

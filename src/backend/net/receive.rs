@@ -47,20 +47,20 @@ pub(super) struct ReceiveQueue {
 
 impl ReceiveQueue {
     pub(super) fn new(
-        hub: Arc<SharedNetState>,
+        shared: Arc<SharedNetState>,
         pair: u16,
         size: u16,
         header: usize,
         mergeable: bool,
     ) -> io::Result<ReceiveQueue> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let ear = Arc::new(EventFd::from_flags(flags)?);
+        let wake = Arc::new(EventFd::from_flags(flags)?);
         let mut queue = ReceiveQueue {
             pair,
             header,
             mergeable,
             size: size.into(),
-            readable: epoll_for(&ear, &[])?,
+            readable: epoll_for(&wake, &[])?,
             ports: Vec::new(),
             next_port: 0,
             // One byte more than the longest packet: a packet that fills it is too long.
@@ -69,10 +69,10 @@ impl ReceiveQueue {
             free_buffers: VecDeque::new(),
             free_bytes: 0,
             done: Vec::new(),
-            net_state: NetStateCache::new(hub.clone()),
-            wake: ear.clone(),
+            net_state: NetStateCache::new(shared.clone()),
+            wake: wake.clone(),
         };
-        if let Some(packet) = hub.receiver_started(pair, ear)
+        if let Some(packet) = shared.receiver_started(pair, wake)
             && let Some(to) = queue.buffer.get_mut(..packet.len())
         {
             to.copy_from_slice(&packet);
@@ -100,9 +100,9 @@ impl ReceiveQueue {
         for _ in 0..BATCH {
             let (before, after) = self.ports.split_at(self.next_port.min(self.ports.len()));
             let mut turn = after.iter().chain(before);
-            let received = turn.find_map(|wire| {
-                wire.receive(&mut self.buffer).unwrap_or_else(|why| {
-                    self.net_state.shared.remove_port(wire, why);
+            let received = turn.find_map(|port| {
+                port.receive(&mut self.buffer).unwrap_or_else(|why| {
+                    self.net_state.shared.remove_port(port, why);
                     None
                 })
             });
@@ -227,12 +227,12 @@ impl Drop for ReceiveQueue {
     }
 }
 
-fn epoll_for(ear: &EventFd, wires: &[Arc<PeerPort>]) -> nix::Result<Epoll> {
+fn epoll_for(wake: &EventFd, ports: &[Arc<PeerPort>]) -> nix::Result<Epoll> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let event = EpollEvent::new(EpollFlags::EPOLLIN, 0);
-    epoll.add(ear, event)?;
-    for wire in wires {
-        epoll.add(wire.input(), event)?;
+    epoll.add(wake, event)?;
+    for port in ports {
+        epoll.add(port.input(), event)?;
     }
     Ok(epoll)
 }
@@ -247,13 +247,13 @@ mod tests {
     /// No buffers are asked for while there are no packets, so nothing else wakes the queue.
     #[test]
     fn a_concurrent_state_change_is_not_missed() {
-        let hub = Arc::new(SharedNetState::new(vec![None, None], ReceiveFilter::new([2; 6])));
-        let mut queue = ReceiveQueue::new(hub.clone(), 0, 8, HEADER, true).unwrap();
+        let shared = Arc::new(SharedNetState::new(vec![None, None], ReceiveFilter::new([2; 6])));
+        let mut queue = ReceiveQueue::new(shared.clone(), 0, 8, HEADER, true).unwrap();
         for _ in 0..1000 {
             let over = AtomicBool::new(false);
             std::thread::scope(|scope| {
                 scope.spawn(|| {
-                    (0..10).for_each(|_| hub.update(|_| {}));
+                    (0..10).for_each(|_| shared.update(|_| {}));
                     over.store(true, Ordering::Release);
                 });
                 while !over.load(Ordering::Acquire) {

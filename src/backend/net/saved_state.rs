@@ -102,14 +102,14 @@ mod tests {
     use super::*;
 
     fn state() -> Arc<NetState> {
-        let hub = SharedNetState::new(vec![None, None], ReceiveFilter::new([2, 0, 0, 0, 0, 1]));
-        hub.update(|state| {
+        let shared = SharedNetState::new(vec![None, None], ReceiveFilter::new([2, 0, 0, 0, 0, 1]));
+        shared.update(|state| {
             let filter = &mut state.filter;
             (filter.promiscuous, filter.all_multicast, filter.no_broadcast) = (false, true, true);
             filter.set_tables(AddressTable::new(&[[2, 0, 0, 0, 0, 9]; 3]), AddressTable::All);
             state.driver_pairs = Some(2);
         });
-        hub.state()
+        shared.state()
     }
 
     #[test]
@@ -131,9 +131,10 @@ mod tests {
         assert!(load(&bytes, 2, None).is_err(), "another MTU than the driver was told");
         assert!(load(&bytes[..bytes.len() - 1], 2, Some(1400)).is_err());
         let full = |count| {
-            let hub = SharedNetState::new(vec![None], ReceiveFilter::new([2; 6]));
-            hub.update(|state| state.filter.set_tables(AddressTable::Listed(vec![[2; 6]; count]), AddressTable::All));
-            load(&save(&hub.state(), None).unwrap(), 1, None)
+            let shared = SharedNetState::new(vec![None], ReceiveFilter::new([2; 6]));
+            shared
+                .update(|state| state.filter.set_tables(AddressTable::Listed(vec![[2; 6]; count]), AddressTable::All));
+            load(&save(&shared.state(), None).unwrap(), 1, None)
         };
         assert!(full(MAX_ADDRESSES).is_ok());
         assert!(full(MAX_ADDRESSES + 1).is_err());

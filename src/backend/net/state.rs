@@ -99,16 +99,16 @@ impl NetState {
 
     /// Returns the ports of the receive queue of `pair`: its own, and a share of those without a running queue.
     pub(super) fn ports_received_by(&self, pair: u16) -> Vec<Arc<PeerPort>> {
-        let listening: Vec<u16> = self.receivers.keys().copied().filter(|ear| *ear < self.pairs_in_use()).collect();
+        let listening: Vec<u16> = self.receivers.keys().copied().filter(|wake| *wake < self.pairs_in_use()).collect();
         if listening.is_empty() {
             return Vec::new();
         }
-        let hears = |wire: u16| match listening.contains(&wire) {
-            true => wire == pair,
-            false => listening.get(usize::from(wire) % listening.len()) == Some(&pair),
+        let hears = |port: u16| match listening.contains(&port) {
+            true => port == pair,
+            false => listening.get(usize::from(port) % listening.len()) == Some(&pair),
         };
-        let wires = (0..).zip(&self.ports).filter(|(wire, _)| hears(*wire));
-        wires.filter_map(|(_, wire)| wire.clone()).collect()
+        let ports = (0..).zip(&self.ports).filter(|(port, _)| hears(*port));
+        ports.filter_map(|(_, port)| port.clone()).collect()
     }
 
     /// Returns the port on which `pair` sends.
@@ -184,16 +184,16 @@ pub(super) struct SharedNetState {
 }
 
 impl SharedNetState {
-    pub(super) fn new(wires: Vec<Option<Arc<PeerPort>>>, filter: ReceiveFilter) -> SharedNetState {
-        let (pairs, ears) = (None, BTreeMap::new());
+    pub(super) fn new(ports: Vec<Option<Arc<PeerPort>>>, filter: ReceiveFilter) -> SharedNetState {
+        let (pairs, receivers) = (None, BTreeMap::new());
         let state = NetState {
-            ports: wires,
+            ports,
             filter,
             driver_pairs: pairs,
             control_queue_ran: false,
             must_announce: false,
             from_previous_connection: false,
-            receivers: ears,
+            receivers,
         };
         SharedNetState {
             state: Mutex::new(Arc::new(state)),
@@ -212,14 +212,14 @@ impl SharedNetState {
         let mut state = lock(&self.state);
         change(Arc::make_mut(&mut state));
         self.generation.fetch_add(1, Ordering::Release);
-        for ear in state.receivers.values() {
-            let _ = ear.write(1);
+        for wake in state.receivers.values() {
+            let _ = wake.write(1);
         }
     }
 
     /// Removes a port whose other end is gone, unless that has been done.
-    pub(super) fn remove_port(&self, wire: &Arc<PeerPort>, why: Errno) {
-        let is_this = |there: &Option<Arc<PeerPort>>| there.as_ref().is_some_and(|there| Arc::ptr_eq(there, wire));
+    pub(super) fn remove_port(&self, port: &Arc<PeerPort>, why: Errno) {
+        let is_this = |there: &Option<Arc<PeerPort>>| there.as_ref().is_some_and(|there| Arc::ptr_eq(there, port));
         let Some(pair) = self.state().ports.iter().position(is_this) else { return };
         self.update(|state| {
             for there in state.ports.iter_mut().filter(|there| is_this(there)) {
@@ -231,13 +231,13 @@ impl SharedNetState {
             }
         });
         // Makes the end of a connection visible to its poller. A tap is no connection.
-        let _ = shutdown(wire.output.as_raw_fd(), Shutdown::Both);
+        let _ = shutdown(port.output.as_raw_fd(), Shutdown::Both);
     }
 
     /// Adds a running receive queue. Returns the packet that its predecessor left.
-    pub(super) fn receiver_started(&self, pair: u16, ear: Arc<EventFd>) -> Option<Vec<u8>> {
+    pub(super) fn receiver_started(&self, pair: u16, wake: Arc<EventFd>) -> Option<Vec<u8>> {
         self.update(|state| {
-            state.receivers.insert(pair, ear);
+            state.receivers.insert(pair, wake);
         });
         lock(&self.unplaced_packets).remove(&pair)
     }
@@ -261,9 +261,9 @@ pub(super) struct NetStateCache {
 }
 
 impl NetStateCache {
-    pub(super) fn new(hub: Arc<SharedNetState>) -> NetStateCache {
-        let generation = hub.generation.load(Ordering::Acquire);
-        NetStateCache { state: hub.state(), generation, shared: hub }
+    pub(super) fn new(shared: Arc<SharedNetState>) -> NetStateCache {
+        let generation = shared.generation.load(Ordering::Acquire);
+        NetStateCache { state: shared.state(), generation, shared }
     }
 
     /// Updates the copy. Returns false if nothing has changed.

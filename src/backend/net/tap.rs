@@ -34,8 +34,8 @@ pub(super) fn open(name: &str, pairs: u16) -> Result<Vec<PeerPort>, NetError> {
         return (0..pairs).map(|_| queue(name, several)).collect();
     }
     // A tap created with multi_queue can only be opened with it.
-    let wire = queue(name, one).or_else(|error| queue(name, several).map_err(|_| error))?;
-    Ok(vec![wire])
+    let port = queue(name, one).or_else(|error| queue(name, several).map_err(|_| error))?;
+    Ok(vec![port])
 }
 
 fn queue(name: &str, flags: c_int) -> Result<PeerPort, NetError> {

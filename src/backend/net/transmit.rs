@@ -18,8 +18,8 @@ pub(super) struct TransmitQueue {
 }
 
 impl TransmitQueue {
-    pub(super) fn new(hub: Arc<SharedNetState>, pair: u16, header: usize) -> TransmitQueue {
-        TransmitQueue { pair, header, net_state: NetStateCache::new(hub), buffer: Vec::new(), done: Vec::new() }
+    pub(super) fn new(shared: Arc<SharedNetState>, pair: u16, header: usize) -> TransmitQueue {
+        TransmitQueue { pair, header, net_state: NetStateCache::new(shared), buffer: Vec::new(), done: Vec::new() }
     }
 
     fn send(&mut self, request: &Request) {
@@ -37,7 +37,7 @@ impl TransmitQueue {
             debug!("transmit queue {}: a packet is dropped: {error}", self.pair);
             return count(&counters.sent_malformed);
         }
-        match self.net_state.state.port(self.pair).is_some_and(|wire| wire.send(&self.buffer)) {
+        match self.net_state.state.port(self.pair).is_some_and(|port| port.send(&self.buffer)) {
             true => count(&counters.sent),
             false => count(&counters.sent_dropped),
         }

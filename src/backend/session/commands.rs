@@ -84,7 +84,7 @@ pub trait VringController {
     ///
     /// # Errors
     /// The error of the system. The ring is then stopped.
-    fn start(&mut self, index: u16, setup: VringConfig) -> Result<(), BackendError>;
+    fn start(&mut self, index: u16, config: VringConfig) -> Result<(), BackendError>;
 
     /// Stops a running ring: completes, logs and publishes all its requests (rule R3.2). Returns its base.
     ///
@@ -102,8 +102,8 @@ pub trait VringController {
     }
 
     /// Sets whether a running ring takes new requests.
-    fn set_enabled(&mut self, index: u16, yes: bool) {
-        let _ = (index, yes);
+    fn set_enabled(&mut self, index: u16, enabled: bool) {
+        let _ = (index, enabled);
     }
 
     /// Changes the logs of a running ring (rule L9.1).

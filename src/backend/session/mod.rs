@@ -97,8 +97,8 @@ impl Session {
     /// Creates the session of a new connection: nothing is acknowledged, all rings are stopped and disabled.
     pub fn new(device: Arc<dyn VirtioDevice>) -> Session {
         let rings = (0..device.queues()).map(|_| SessionRing::default()).collect();
-        let host = Arc::new(FrontendHandle::default());
-        device.connected(host.clone());
+        let frontend = Arc::new(FrontendHandle::default());
+        device.connected(frontend.clone());
         Session {
             device,
             features: 0,
@@ -115,7 +115,7 @@ impl Session {
             postcopy: Postcopy::default(),
             transfer: None,
             iotlb: Arc::default(),
-            frontend: host,
+            frontend,
             backend_channel: None,
         }
     }

@@ -180,12 +180,12 @@ impl Session {
         let skips = self.has_protocol_feature(unstable::F_GET_VRING_BASE_SKIP_DRAIN);
         if ring.running && ring.started && skips {
             // It keeps its requests: the front-end has not said yet how to stop the ring (rule I8.5).
-            rings.set_enabled(index, !ring.enabled);
+            rings.set_enabled(index, ring.enabled);
         } else if !(ring.started && ring.enabled) {
             self.stop_ring(index, rings)?;
         } else if !ring.running {
-            let setup = self.vring_config(index, ring)?;
-            rings.start(index, setup)?;
+            let config = self.vring_config(index, ring)?;
+            rings.start(index, config)?;
             if let Some(ring) = self.rings.get_mut(usize::from(index)) {
                 (ring.running, ring.has_run, ring.call_changed) = (true, true, false);
             }

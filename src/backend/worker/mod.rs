@@ -63,7 +63,7 @@ pub(super) struct Worker {
     index: u16,
     ring: DeviceRing,
     queue: Box<dyn Queue>,
-    setup: VringConfig,
+    config: VringConfig,
     inflight: Option<InflightTracker>,
     /// Requests of a previous back-end, and the number already resubmitted.
     recovery: Option<(Recovered, usize)>,
@@ -84,8 +84,8 @@ pub(super) struct Worker {
     spare_requests: Vec<Request>,
     /// The ring is broken: no more requests are taken.
     broken: bool,
-    /// No more requests are taken until the ring is enabled again.
-    pub(super) held: bool,
+    /// Requests are taken; false while the ring is disabled and keeps its requests (rule I8.5).
+    pub(super) enabled: bool,
     counters: RingCounters,
 }
 
@@ -96,22 +96,22 @@ impl Worker {
         wake: Arc<EventFd>,
         ring: DeviceRing,
         queue: Box<dyn Queue>,
-        setup: VringConfig,
-        in_use: Option<MappedRing>,
+        config: VringConfig,
+        iommu: Option<MappedRing>,
     ) -> Worker {
         // A packed ring's driver may choose any id.
-        let heads = if let DeviceRing::Split(_) = ring { setup.layout.size().into() } else { 1 << 16 };
+        let heads = if let DeviceRing::Split(_) = ring { config.layout.size().into() } else { 1 << 16 };
         let busy = vec![false; heads];
-        let order = (setup.features & bit(VIRTIO_F_IN_ORDER) != 0).then(InOrder::default);
+        let order = (config.features & bit(VIRTIO_F_IN_ORDER) != 0).then(InOrder::default);
         let dropped = Arc::new(DroppedRequests::new(wake.clone()));
         let mut worker = Worker {
             index,
             ring,
             queue,
-            setup,
+            config,
             inflight: None,
             recovery: None,
-            iommu: in_use,
+            iommu,
             commands: inbox,
             wake,
             heads_in_flight: busy,
@@ -121,10 +121,10 @@ impl Worker {
             dropped,
             spare_requests: Vec::new(),
             broken: false,
-            held: false,
+            enabled: true,
             counters: RingCounters::new(index),
         };
-        worker.set_logging(worker.setup.logging.clone());
+        worker.set_logging(worker.config.logging.clone());
         worker
     }
 
@@ -171,20 +171,20 @@ impl Worker {
     /// Requests a missing translation from the front-end (rule T1.2).
     fn request_translation(&mut self, source: RingError) -> Result<(), BackendError> {
         match (source.miss(), &mut self.iommu) {
-            (Some(miss), Some(in_use)) => in_use.misses.ask(miss),
+            (Some(miss), Some(iommu)) => iommu.misses.ask(miss),
             _ => Err(BackendError::BrokenRing { index: self.index, source }),
         }
     }
 
     fn awaits_translation(&self) -> bool {
-        self.iommu.as_ref().is_some_and(|in_use| in_use.misses.is_pending())
+        self.iommu.as_ref().is_some_and(|iommu| iommu.misses.is_pending())
     }
 
     /// Serves the ring until it is stopped.
     pub(super) fn run(mut self, recovered: Result<(), BackendError>) -> StopReason {
         recovered.unwrap_or_else(|error| self.break_ring(&error));
         // The call descriptor was set while the ring was stopped (rule R10.2).
-        if std::mem::take(&mut self.setup.call_changed) {
+        if std::mem::take(&mut self.config.call_changed) {
             self.repeat_notification();
         }
         loop {
@@ -204,13 +204,13 @@ impl Worker {
                         self.invalidate(iovas, done);
                     }
                     WorkerCommand::Notifiers { call, error, done } => {
-                        (self.setup.call, self.setup.error) = (call, error);
+                        (self.config.call, self.config.error) = (call, error);
                         // A previous notification may have been lost (rule R10.1).
                         self.repeat_notification();
                         let _ = done.send(());
                     }
-                    WorkerCommand::SetEnabled(yes, done) => {
-                        self.held = yes;
+                    WorkerCommand::SetEnabled(enabled, done) => {
+                        self.enabled = enabled;
                         let _ = done.send(());
                     }
                     WorkerCommand::Suspend if self.inflight.is_some() => return StopReason::Commanded(self.suspend()),
@@ -222,8 +222,8 @@ impl Worker {
                 self.break_ring(&error);
                 true
             });
-            if let Some(in_use) = &mut self.iommu {
-                in_use.acknowledge_invalidations();
+            if let Some(iommu) = &mut self.iommu {
+                iommu.acknowledge_invalidations();
             }
             if !moved {
                 self.wait_for_work();
@@ -236,23 +236,23 @@ impl Worker {
     fn is_mapped(&self, invalid: Option<&RangeInclusive<u64>>) -> bool {
         let Some(MappedRing { window, .. }) = &self.iommu else { return true };
         !invalid.is_some_and(|iovas| window.uses(iovas))
-            && used_log_range(&self.setup).is_none_or(|(at, len)| window.holds(at, len))
+            && used_log_range(&self.config).is_none_or(|(at, len)| window.holds(at, len))
     }
 
     /// Stops a ring whose areas must be translated again. `done` is signalled once the former areas are unused.
     fn park(self, done: Sender<()>) -> StopReason {
-        let mut left = ParkedRing { setup: self.setup.clone(), broken: self.broken, held: self.held };
-        left.setup.base = self.drain(true);
+        let mut left = ParkedRing { config: self.config.clone(), broken: self.broken, enabled: self.enabled };
+        left.config.base = self.drain(true);
         StopReason::Unmapped(Box::new(left), done)
     }
 
     fn invalidate(&mut self, iovas: RangeInclusive<u64>, done: Sender<()>) {
-        if self.iommu.as_ref().is_some_and(|in_use| in_use.uses(&iovas)) {
+        if self.iommu.as_ref().is_some_and(|iommu| iommu.uses(&iovas)) {
             // Buffers that wait for input would be in use without limit (rule T3.3).
             self.put_back();
         }
-        if let Some(in_use) = &mut self.iommu {
-            in_use.invalidate(iovas, done);
+        if let Some(iommu) = &mut self.iommu {
+            iommu.invalidate(iovas, done);
         }
     }
 
@@ -268,7 +268,7 @@ impl Worker {
                 break Ok(false);
             }
             // A batch is bounded by the ring size, so that commands are received in between.
-            if self.broken || self.held || taken == self.setup.layout.size() {
+            if self.broken || !self.enabled || taken == self.config.layout.size() {
                 break Ok(true);
             }
             if !self.queue.wants_request() {
@@ -282,7 +282,7 @@ impl Worker {
         };
         let published = self.collect_completions(true);
         let wanting = result?;
-        if taken > 0 || published || self.broken || self.held || !wanting {
+        if taken > 0 || published || self.broken || !self.enabled || !wanting {
             return Ok(taken > 0 || published);
         }
         // Idle: from here on the driver must kick.
@@ -323,8 +323,8 @@ impl Worker {
             _ => return Err(BackendError::HeadInFlight { index, head }),
         }
         self.in_flight += 1;
-        if let Some(in_use) = &mut self.iommu {
-            in_use.request_started(head, &request.chain().untranslated);
+        if let Some(iommu) = &mut self.iommu {
+            iommu.request_started(head, &request.chain().untranslated);
         }
         if let Some(order) = &mut self.in_order {
             order.taken.push_back(head);
@@ -361,15 +361,15 @@ impl Worker {
             if let Some(busy) = self.heads_in_flight.get_mut(usize::from(head)) {
                 *busy = false;
             }
-            if let Some(in_use) = &mut self.iommu {
-                in_use.request_completed(head);
+            if let Some(iommu) = &mut self.iommu {
+                iommu.request_completed(head);
             }
         }
     }
 
     fn publish(&mut self) {
-        self.counters.completed(&self.completed, self.setup.logging.data.is_some());
-        if let Some(log) = &self.setup.logging.data {
+        self.counters.completed(&self.completed, self.config.logging.data.is_some());
+        if let Some(log) = &self.config.logging.data {
             // One fence for all data of the batch, which has been written (rule L10.2).
             let burst = log.burst();
             for request in &self.completed {
@@ -394,14 +394,14 @@ impl Worker {
 
     /// Signals the log descriptor, at most once per batch (rule L12.1), and reports pages outside the log (rule L6.2).
     fn signal_log(&mut self) {
-        let Logging { data, used, signal, .. } = &self.setup.logging;
+        let Logging { data, used, signal, .. } = &self.config.logging;
         let Some(log) = data.as_ref().or(used.as_ref().map(|(log, _)| log)) else { return };
         if let Some(Err(error)) = signal.as_ref().map(|signal| signal.signal()) {
             debug!("ring {}: {error}", self.index);
         }
         let lost = log.out_of_range();
         // All rings of a device share the log and this figure: the first ring to see it counts it.
-        let known = self.setup.logging.out_of_range_pages.fetch_max(lost, Ordering::Relaxed);
+        let known = self.config.logging.out_of_range_pages.fetch_max(lost, Ordering::Relaxed);
         if lost > known {
             self.counters.unlogged(lost - known);
             if known == 0 {
@@ -416,22 +416,22 @@ impl Worker {
 
     /// Notifies the driver again if the ring has ever notified it (rule R10.1).
     fn repeat_notification(&mut self) {
-        if self.setup.has_notified.load(Ordering::Relaxed) {
+        if self.config.has_notified.load(Ordering::Relaxed) {
             self.notify();
         }
     }
 
     fn notify(&mut self) {
-        self.setup.has_notified.store(true, Ordering::Relaxed);
+        self.config.has_notified.store(true, Ordering::Relaxed);
         self.counters.notified();
-        if let Some(call) = &self.setup.call {
+        if let Some(call) = &self.config.call {
             call.signal();
         }
     }
 
     fn set_logging(&mut self, logging: Logging) {
         self.ring.set_log(logging.of_ring());
-        self.setup.logging = logging;
+        self.config.logging = logging;
     }
 
     /// Marks the ring as broken. Requests in flight are still completed, and other rings continue.
@@ -440,18 +440,18 @@ impl Worker {
         self.counters.ring_broken();
         self.put_back();
         self.broken = true;
-        self.setup.kick = None;
-        if let Some(error) = &self.setup.error {
+        self.config.kick = None;
+        if let Some(error) = &self.config.error {
             error.signal();
         }
     }
 
     /// Waits until there may be work.
     fn wait_for_work(&mut self) {
-        let polled = self.setup.is_polled && !self.broken;
-        let patience = self.iommu.as_ref().and_then(|in_use| in_use.misses.poll_interval()).filter(|_| !self.broken);
+        let polled = self.config.is_polled && !self.broken;
+        let patience = self.iommu.as_ref().and_then(|iommu| iommu.misses.poll_interval()).filter(|_| !self.broken);
         let timeout = if polled { PollTimeout::from(POLL_INTERVAL_MS) } else { poll_timeout(patience) };
-        let kick = self.setup.kick.clone();
+        let kick = self.config.kick.clone();
         // A broken ring takes no requests; it only waits for those in flight.
         let completions = self.queue.completion_fd().filter(|_| !self.broken || self.in_flight > 0);
         let fds = [Some(self.wake.as_fd()), completions, kick.as_ref().map(|kick| kick.as_fd())];
@@ -474,7 +474,9 @@ impl Worker {
     }
 
     fn spare_request(&mut self) -> Request {
-        self.spare_requests.pop().unwrap_or_else(|| Request::new(self.setup.memory.clone(), Some(self.dropped.clone())))
+        self.spare_requests
+            .pop()
+            .unwrap_or_else(|| Request::new(self.config.memory.clone(), Some(self.dropped.clone())))
     }
 }
 

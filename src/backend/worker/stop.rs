@@ -23,16 +23,16 @@ pub(in crate::backend) enum StopReason {
 
 /// The state of a ring that is not served for now.
 pub(in crate::backend) struct ParkedRing {
-    pub(in crate::backend) setup: VringConfig,
+    pub(in crate::backend) config: VringConfig,
     pub(in crate::backend) broken: bool,
-    pub(in crate::backend) held: bool,
+    pub(in crate::backend) enabled: bool,
 }
 
 impl StopReason {
     pub(in crate::backend) fn base(self) -> RingBase {
         match self {
             StopReason::Commanded(base) => base,
-            StopReason::Unmapped(left, _) => left.setup.base,
+            StopReason::Unmapped(left, _) => left.config.base,
         }
     }
 }
@@ -50,8 +50,8 @@ impl Worker {
         if !self.ring.put_back(&chains) {
             // Later requests are still in flight, so these are used with a length of 0.
             self.completed.append(&mut unused);
-            if let Some(order) = &mut self.in_order {
-                order.release_in_order(&mut self.completed);
+            if let Some(in_order) = &mut self.in_order {
+                in_order.release_in_order(&mut self.completed);
             }
             if self.completed.is_empty() {
                 return;
@@ -64,14 +64,14 @@ impl Worker {
             if let Some(inflight) = &mut self.inflight {
                 inflight.put_back(request.inflight_slot);
             }
-            if let Some(order) = &mut self.in_order {
-                order.taken.pop_back();
+            if let Some(in_order) = &mut self.in_order {
+                in_order.taken.pop_back();
             }
             if let Some(busy) = self.heads_in_flight.get_mut(usize::from(request.head())) {
                 *busy = false;
             }
-            if let Some(in_use) = &mut self.iommu {
-                in_use.request_completed(request.head());
+            if let Some(iommu) = &mut self.iommu {
+                iommu.request_completed(request.head());
             }
         }
         self.in_flight -= unused.len();
@@ -111,12 +111,12 @@ impl Worker {
 
     /// Returns true if the front-end has hung up, so nothing may be published any more.
     fn is_abandoned(&self) -> bool {
-        self.commands.try_iter().any(|order| matches!(order, WorkerCommand::Abandon))
+        self.commands.try_iter().any(|in_order| matches!(in_order, WorkerCommand::Abandon))
     }
 
     /// Number of completed requests whose turn will not come, because earlier ones are left to a successor.
     fn completed_early(&self, publish: bool) -> usize {
-        self.in_order.as_ref().filter(|_| !publish).map_or(0, |order| order.completed_early.len())
+        self.in_order.as_ref().filter(|_| !publish).map_or(0, |in_order| in_order.completed_early.len())
     }
 
     /// Waits for requests that cannot be left to a successor (rule I8.2). The others stay marked in the inflight region and
@@ -134,8 +134,8 @@ impl Worker {
             }
         }
         unserved.iter_mut().for_each(|request| request.submitted = false);
-        let early = self.in_order.iter().flat_map(|order| order.completed_early.values());
-        if let Some(log) = &self.setup.logging.data {
+        let early = self.in_order.iter().flat_map(|in_order| in_order.completed_early.values());
+        if let Some(log) = &self.config.logging.data {
             let burst = log.burst();
             unserved.iter().chain(early).for_each(|request| request.for_each_written(|gpa, len| burst.mark(gpa, len)));
         }
