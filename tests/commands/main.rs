@@ -712,7 +712,7 @@ fn a_startup_failure_is_reported_in_one_line() {
     for (arguments, hint) in [
         (&["backend", "blk", "--socket", "/tmp/s", "--image", "/nonexistent/image"][..], "/nonexistent/image"),
         (&["backend", "blk", "--socket", "/nonexistent/s", "--image", disk], "directory"),
-        (&["backend", "blk", "--socket", disk, "--image", disk], "no socket"),
+        (&["backend", "blk", "--socket", disk, "--image", disk], "not a socket"),
         (&["dirty-rate", "--control", "/nonexistent/c"], "Is the guest's process running"),
         (&["inspect", "log", "/nonexistent/log"], "/nonexistent/log"),
         (&["inspect", "stream", disk], "not a migration stream"),
