@@ -1,4 +1,4 @@
-//! Where a ring goes on whose driver has started afresh, or whose front-end has lost the base (rules I12.1, I12.2).
+//! Position of a ring whose driver has started again, or whose front-end has lost the base (rules I12.1, I12.2).
 
 use std::os::fd::AsFd;
 

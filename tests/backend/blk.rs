@@ -1,4 +1,4 @@
-//! What a guest's block driver may rely on.
+//! The block device as its driver sees it.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -109,28 +109,28 @@ fn every_engine(promise: impl Fn(&mut DiskGuest)) {
 
 #[test]
 fn writes_reach_the_image_and_reads_return_its_contents() {
-    every_engine(|rig| {
+    every_engine(|blk| {
         let data: Vec<u8> = (0..8192u32).map(|i| (i % 251) as u8).collect();
-        assert_eq!(rig.simple(1, 10, &data, 0), (OK, 1));
-        assert_eq!(rig.on_disk(5120, 8192), data);
-        assert_eq!(rig.simple(0, 10, &[], 8192), (OK, 8193));
-        assert_eq!(rig.data(8192), data);
-        assert_eq!(rig.simple(VIRTIO_BLK_T_FLUSH, 0, &[], 0), (OK, 1));
+        assert_eq!(blk.simple(1, 10, &data, 0), (OK, 1));
+        assert_eq!(blk.on_disk(5120, 8192), data);
+        assert_eq!(blk.simple(0, 10, &[], 8192), (OK, 8193));
+        assert_eq!(blk.data(8192), data);
+        assert_eq!(blk.simple(VIRTIO_BLK_T_FLUSH, 0, &[], 0), (OK, 1));
     });
 }
 
 #[test]
 fn concurrent_requests_complete_each_with_its_own_data() {
-    every_engine(|rig| {
+    every_engine(|blk| {
         for slot in 0..80 {
-            rig.ring.read(&rig.guest, slot, slot * 8, 4096);
+            blk.ring.read(&blk.guest, slot, slot * 8, 4096);
         }
-        rig.ring.kick();
-        assert_eq!(rig.ring.completions(80).len(), 80);
+        blk.ring.kick();
+        assert_eq!(blk.ring.completions(80).len(), 80);
         for slot in 0..80 {
-            assert_eq!(status(&rig.guest, slot), OK);
+            assert_eq!(status(&blk.guest, slot), OK);
             for sector in 0..8 {
-                let found = rig.guest.bytes(request_addresses(slot).2 + sector * 512, 8);
+                let found = blk.guest.bytes(request_addresses(slot).2 + sector * 512, 8);
                 assert_eq!(found, (slot * 8 + sector).to_le_bytes());
             }
         }
@@ -139,10 +139,10 @@ fn concurrent_requests_complete_each_with_its_own_data() {
 
 #[test]
 fn the_split_of_a_request_into_descriptors_has_no_meaning() {
-    every_engine(|rig| {
+    every_engine(|blk| {
         let at = 0x61_0000;
-        header(&rig.guest, at, VIRTIO_BLK_T_OUT, 33);
-        rig.guest.memory.write(at + 16, &[0xab; 1024]).unwrap();
+        header(&blk.guest, at, VIRTIO_BLK_T_OUT, 33);
+        blk.guest.memory.write(at + 16, &[0xab; 1024]).unwrap();
         // The header in three parts, the last of them with the first bytes of the data.
         let readable = [
             Buffer { gpa: at, len: 1 },
@@ -150,174 +150,174 @@ fn the_split_of_a_request_into_descriptors_has_no_meaning() {
             Buffer { gpa: at + 15, len: 101 },
             Buffer { gpa: at + 116, len: 924 },
         ];
-        assert_eq!(rig.request(&readable, &[Buffer { gpa: 0x80_0000, len: 1 }]), (OK, 1));
-        assert_eq!(rig.on_disk(33 * 512, 1024), [0xab; 1024]);
+        assert_eq!(blk.request(&readable, &[Buffer { gpa: 0x80_0000, len: 1 }]), (OK, 1));
+        assert_eq!(blk.on_disk(33 * 512, 1024), [0xab; 1024]);
         // Data in parts of any size, the last of them with the status.
-        let head = header(&rig.guest, at, 0, 33);
+        let head = header(&blk.guest, at, 0, 33);
         let writable = [Buffer { gpa: HIGH + 3, len: 1000 }, Buffer { gpa: 0x70_0001, len: 25 }];
-        assert_eq!(rig.request(&[head], &writable), (OK, 1025));
-        assert_eq!(rig.guest.bytes(HIGH + 3, 1000), [0xab; 1000]);
-        assert_eq!(rig.guest.bytes(0x70_0001, 24), [0xab; 24]);
+        assert_eq!(blk.request(&[head], &writable), (OK, 1025));
+        assert_eq!(blk.guest.bytes(HIGH + 3, 1000), [0xab; 1000]);
+        assert_eq!(blk.guest.bytes(0x70_0001, 24), [0xab; 24]);
     });
 }
 
 #[test]
 fn a_request_with_more_segments_than_iov_max_is_transferred() {
     for (aio, features) in [(Aio::IoUring, SPLIT), (Aio::Threads, SPLIT), (Aio::IoUring, PACKED)] {
-        let mut rig = DiskGuest::with(features, |options| options.aio = aio);
+        let mut blk = DiskGuest::with(features, |options| options.aio = aio);
         // Every buffer lies across the border of two regions.
         let border = HIGH + REGION;
         let region = Region::share(sealed_memfd("more", REGION).unwrap(), border, REGION, 0).unwrap();
-        assert_eq!(add_region(&rig.client, &region), 0);
-        rig.guest.memory.write(border - 256, &[1; 256]).unwrap();
+        assert_eq!(add_region(&blk.client, &region), 0);
+        blk.guest.memory.write(border - 256, &[1; 256]).unwrap();
         region.slice(0, 256).unwrap().copy_from(&[2u8; 256]);
-        let mut readable = vec![header(&rig.guest, 0x61_0000, VIRTIO_BLK_T_OUT, 0)];
+        let mut readable = vec![header(&blk.guest, 0x61_0000, VIRTIO_BLK_T_OUT, 0)];
         readable.extend([Buffer { gpa: border - 256, len: 512 }; 1000]);
-        rig.ring.driver.add(&readable, &[Buffer { gpa: 0x80_0000, len: 1 }], Some(0x90_0000)).unwrap().unwrap();
-        rig.ring.kick();
-        assert_eq!(rig.ring.completion().1, 1);
-        assert_eq!(rig.guest.bytes(0x80_0000, 1), [OK]);
+        blk.ring.driver.add(&readable, &[Buffer { gpa: 0x80_0000, len: 1 }], Some(0x90_0000)).unwrap().unwrap();
+        blk.ring.kick();
+        assert_eq!(blk.ring.completion().1, 1);
+        assert_eq!(blk.guest.bytes(0x80_0000, 1), [OK]);
         let sector = [[1; 256], [2; 256]].concat();
-        assert!(rig.on_disk(0, 1000 * 512) == sector.repeat(1000));
+        assert!(blk.on_disk(0, 1000 * 512) == sector.repeat(1000));
     }
 }
 
 #[test]
 fn a_request_outside_the_disk_fails_and_changes_nothing() {
-    every_engine(|rig| {
+    every_engine(|blk| {
         let end = DISK / 512;
-        let before = rig.guest.bytes(HIGH, 0x1_0000);
+        let before = blk.guest.bytes(HIGH, 0x1_0000);
         for (sector, room) in
             [(end, 512), (end - 1, 1024), (u64::MAX, 512), (u64::MAX / 512 + 1, 512), (0, 513), (0, 1)]
         {
-            assert_eq!(rig.simple(0, sector, &[], room), (IOERR, 0), "{room} bytes at {sector}");
+            assert_eq!(blk.simple(0, sector, &[], room), (IOERR, 0), "{room} bytes at {sector}");
         }
-        assert_eq!(rig.guest.bytes(HIGH, 0x1_0000), before);
-        let image = rig.on_disk(0, DISK as usize);
+        assert_eq!(blk.guest.bytes(HIGH, 0x1_0000), before);
+        let image = blk.on_disk(0, DISK as usize);
         for (sector, len) in [(end, 512), (end - 1, 1024), (u64::MAX, 512), (0, 100)] {
-            assert_eq!(rig.simple(1, sector, &vec![9; len], 0), (IOERR, 1));
+            assert_eq!(blk.simple(1, sector, &vec![9; len], 0), (IOERR, 1));
         }
-        assert_eq!(std::fs::metadata(rig.server.image()).unwrap().len(), DISK, "the image has grown");
-        assert!(rig.on_disk(0, DISK as usize) == image);
-        assert_eq!(rig.simple(0, end - 1, &[], 512), (OK, 513));
-        assert_eq!(rig.simple(0, 0, &[], 0), (OK, 1), "nothing is a range of every disk");
+        assert_eq!(std::fs::metadata(blk.server.image()).unwrap().len(), DISK, "the image has grown");
+        assert!(blk.on_disk(0, DISK as usize) == image);
+        assert_eq!(blk.simple(0, end - 1, &[], 512), (OK, 513));
+        assert_eq!(blk.simple(0, 0, &[], 0), (OK, 1), "nothing is a range of every disk");
     });
 }
 
 #[test]
 fn a_request_without_header_or_status_does_not_stop_the_queue() {
-    every_engine(|rig| {
-        let head = header(&rig.guest, 0x61_0000, VIRTIO_BLK_T_OUT, 0);
-        let before = rig.on_disk(0, 512);
+    every_engine(|blk| {
+        let head = header(&blk.guest, 0x61_0000, VIRTIO_BLK_T_OUT, 0);
+        let before = blk.on_disk(0, 512);
         let data = Buffer { gpa: HIGH, len: 512 };
         let all = Buffer { gpa: 0x80_0000, len: 1 };
-        assert_eq!(rig.request(&[head, data], &[]), (0xff, 0), "no room for a status");
-        assert_eq!(rig.request(&[], &[all]), (IOERR, 1), "no header");
-        assert_eq!(rig.request(&[Buffer { len: 15, ..head }], &[all]), (IOERR, 1), "half a header");
-        assert_eq!(rig.on_disk(0, 512), before);
+        assert_eq!(blk.request(&[head, data], &[]), (0xff, 0), "no room for a status");
+        assert_eq!(blk.request(&[], &[all]), (IOERR, 1), "no header");
+        assert_eq!(blk.request(&[Buffer { len: 15, ..head }], &[all]), (IOERR, 1), "half a header");
+        assert_eq!(blk.on_disk(0, 512), before);
         // Buffers outside of memory.
         let outside = Buffer { gpa: 1 << 40, len: 512 };
-        assert_eq!(rig.request(&[head, outside], &[all]), (IOERR, 1));
-        let read = header(&rig.guest, 0x61_0000, 0, 0);
-        assert_eq!(rig.request(&[read], &[outside, all]), (IOERR, 0));
-        assert_eq!(rig.request(&[Buffer { gpa: u64::MAX - 7, len: 16 }], &[all]), (IOERR, 1));
-        rig.ring.driver.add(&[read], &[Buffer { gpa: HIGH, len: 512 }, Buffer { len: 1, ..outside }], None).unwrap();
-        rig.ring.kick();
-        rig.ring.completion();
-        assert_eq!(rig.simple(0, 1, &[], 512), (OK, 513));
-        assert_eq!(rig.data(8), 1u64.to_le_bytes());
+        assert_eq!(blk.request(&[head, outside], &[all]), (IOERR, 1));
+        let read = header(&blk.guest, 0x61_0000, 0, 0);
+        assert_eq!(blk.request(&[read], &[outside, all]), (IOERR, 0));
+        assert_eq!(blk.request(&[Buffer { gpa: u64::MAX - 7, len: 16 }], &[all]), (IOERR, 1));
+        blk.ring.driver.add(&[read], &[Buffer { gpa: HIGH, len: 512 }, Buffer { len: 1, ..outside }], None).unwrap();
+        blk.ring.kick();
+        blk.ring.completion();
+        assert_eq!(blk.simple(0, 1, &[], 512), (OK, 513));
+        assert_eq!(blk.data(8), 1u64.to_le_bytes());
     });
 }
 
 #[test]
 fn an_unknown_request_is_unsupported() {
-    let mut rig = DiskGuest::new(|_| {});
+    let mut blk = DiskGuest::new(|_| {});
     for kind in [2, 14, 0x8000_0000, u32::MAX] {
-        assert_eq!(rig.simple(kind, 0, &[], 0), (UNSUPP, 1));
+        assert_eq!(blk.simple(kind, 0, &[], 0), (UNSUPP, 1));
     }
 }
 
 #[test]
 fn get_id_returns_the_configured_serial() {
-    let mut rig = DiskGuest::new(|options| options.serial = "twenty bytes exactly".into());
-    assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
-    assert_eq!(rig.data(20), b"twenty bytes exactly");
-    let mut rig = DiskGuest::new(|options| options.serial = "short".into());
-    assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
-    assert_eq!(rig.data(20), b"short\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    let mut blk = DiskGuest::new(|options| options.serial = "twenty bytes exactly".into());
+    assert_eq!(blk.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
+    assert_eq!(blk.data(20), b"twenty bytes exactly");
+    let mut blk = DiskGuest::new(|options| options.serial = "short".into());
+    assert_eq!(blk.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
+    assert_eq!(blk.data(20), b"short\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
 }
 
 #[test]
 fn discarded_and_zeroed_ranges_read_as_zeroes_and_other_sectors_are_unchanged() {
-    every_engine(|rig| {
+    every_engine(|blk| {
         let range = |sector: u64, num_sectors: u32, flags: u32| BlkDiscardWriteZeroes {
             sector: sector.into(),
             num_sectors: num_sectors.into(),
             flags: flags.into(),
         };
-        let blocks = |rig: &DiskGuest| std::fs::metadata(rig.server.image()).unwrap().blocks();
-        let before = blocks(rig);
+        let blocks = |blk: &DiskGuest| std::fs::metadata(blk.server.image()).unwrap().blocks();
+        let before = blocks(blk);
         let discard = range(1024, 2048, 0);
-        assert_eq!(rig.simple(VIRTIO_BLK_T_DISCARD, 0, discard.as_bytes(), 0), (OK, 1));
-        assert!(blocks(rig) < before, "nothing was given back");
+        assert_eq!(blk.simple(VIRTIO_BLK_T_DISCARD, 0, discard.as_bytes(), 0), (OK, 1));
+        assert!(blocks(blk) < before, "nothing was given back");
         for (sector, unmap) in [(4096, 0), (5120, 1)] {
             let zeroes = range(sector, 8, unmap);
-            assert_eq!(rig.simple(VIRTIO_BLK_T_WRITE_ZEROES, 0, zeroes.as_bytes(), 0), (OK, 1));
-            assert_eq!(rig.on_disk(sector * 512, 4096), [0; 4096]);
-            assert_eq!(rig.on_disk((sector - 1) * 512, 8), (sector - 1).to_le_bytes());
-            assert_eq!(rig.on_disk((sector + 8) * 512, 8), (sector + 8).to_le_bytes());
+            assert_eq!(blk.simple(VIRTIO_BLK_T_WRITE_ZEROES, 0, zeroes.as_bytes(), 0), (OK, 1));
+            assert_eq!(blk.on_disk(sector * 512, 4096), [0; 4096]);
+            assert_eq!(blk.on_disk((sector - 1) * 512, 8), (sector - 1).to_le_bytes());
+            assert_eq!(blk.on_disk((sector + 8) * 512, 8), (sector + 8).to_le_bytes());
         }
-        assert_eq!(std::fs::metadata(rig.server.image()).unwrap().len(), DISK);
+        assert_eq!(std::fs::metadata(blk.server.image()).unwrap().len(), DISK);
         let end = (DISK / 512) as u32;
         for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
-            assert_eq!(rig.simple(kind, 0, range(1, end, 0).as_bytes(), 0), (IOERR, 1));
-            assert_eq!(rig.simple(kind, 0, range(0, 8, 2).as_bytes(), 0), (UNSUPP, 1));
-            assert_eq!(rig.simple(kind, 0, &[0; 15], 0), (IOERR, 1));
-            assert_eq!(rig.simple(kind, 0, &[0; 32], 0), (IOERR, 1), "one range at a time was offered");
+            assert_eq!(blk.simple(kind, 0, range(1, end, 0).as_bytes(), 0), (IOERR, 1));
+            assert_eq!(blk.simple(kind, 0, range(0, 8, 2).as_bytes(), 0), (UNSUPP, 1));
+            assert_eq!(blk.simple(kind, 0, &[0; 15], 0), (IOERR, 1));
+            assert_eq!(blk.simple(kind, 0, &[0; 32], 0), (IOERR, 1), "one range at a time was offered");
         }
         let unmapped = range(0, 8, 1);
-        assert_eq!(rig.simple(VIRTIO_BLK_T_DISCARD, 0, unmapped.as_bytes(), 0), (UNSUPP, 1));
+        assert_eq!(blk.simple(VIRTIO_BLK_T_DISCARD, 0, unmapped.as_bytes(), 0), (UNSUPP, 1));
     });
 }
 
 #[test]
 fn a_discard_or_write_zeroes_above_the_offered_maximum_fails() {
-    let mut rig = DiskGuest::new(|options| {
+    let mut blk = DiskGuest::new(|options| {
         std::fs::OpenOptions::new().write(true).open(&options.image).unwrap().set_len(3 << 30).unwrap();
     });
     for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
         for sectors in [(1 << 21) + 1, 5 << 20] {
             let range = BlkDiscardWriteZeroes { sector: 8.into(), num_sectors: sectors.into(), flags: 0.into() };
-            assert_eq!(rig.simple(kind, 0, range.as_bytes(), 0), (IOERR, 1));
+            assert_eq!(blk.simple(kind, 0, range.as_bytes(), 0), (IOERR, 1));
         }
-        assert_eq!(rig.on_disk(8 * 512, 8), 8u64.to_le_bytes(), "a refused request has cleared something");
+        assert_eq!(blk.on_disk(8 * 512, 8), 8u64.to_le_bytes(), "a refused request has cleared something");
     }
     let range = BlkDiscardWriteZeroes { sector: 8.into(), num_sectors: (1 << 21).into(), flags: 0.into() };
-    assert_eq!(rig.simple(VIRTIO_BLK_T_DISCARD, 0, range.as_bytes(), 0), (OK, 1));
-    assert_eq!(rig.on_disk(8 * 512, 8), [0; 8]);
+    assert_eq!(blk.simple(VIRTIO_BLK_T_DISCARD, 0, range.as_bytes(), 0), (OK, 1));
+    assert_eq!(blk.on_disk(8 * 512, 8), [0; 8]);
 }
 
 #[test]
 fn a_read_only_disk_is_never_written() {
-    let mut rig = DiskGuest::new(|options| options.read_only = true);
-    let before = rig.on_disk(0, DISK as usize);
-    assert_eq!(rig.simple(VIRTIO_BLK_T_OUT, 0, &[1; 512], 0), (IOERR, 1));
+    let mut blk = DiskGuest::new(|options| options.read_only = true);
+    let before = blk.on_disk(0, DISK as usize);
+    assert_eq!(blk.simple(VIRTIO_BLK_T_OUT, 0, &[1; 512], 0), (IOERR, 1));
     for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
-        assert_eq!(rig.simple(kind, 0, &[0; 16], 0), (IOERR, 1));
+        assert_eq!(blk.simple(kind, 0, &[0; 16], 0), (IOERR, 1));
     }
-    assert_eq!(rig.simple(0, 0, &[], 512), (OK, 513));
-    assert_eq!(rig.simple(VIRTIO_BLK_T_FLUSH, 0, &[], 0), (OK, 1));
-    assert!(rig.on_disk(0, DISK as usize) == before);
+    assert_eq!(blk.simple(0, 0, &[], 512), (OK, 513));
+    assert_eq!(blk.simple(VIRTIO_BLK_T_FLUSH, 0, &[], 0), (OK, 1));
+    assert!(blk.on_disk(0, DISK as usize) == before);
 }
 
 #[test]
 fn a_disk_error_completes_the_request_with_ioerr_and_the_queue_continues() {
-    every_engine(|rig| {
-        std::fs::OpenOptions::new().write(true).open(rig.server.image()).unwrap().set_len(1 << 20).unwrap();
-        assert_eq!(rig.simple(0, 4096, &[], 4096).0, IOERR);
+    every_engine(|blk| {
+        std::fs::OpenOptions::new().write(true).open(blk.server.image()).unwrap().set_len(1 << 20).unwrap();
+        assert_eq!(blk.simple(0, 4096, &[], 4096).0, IOERR);
         // Half of it is there: what was transferred counts as written.
-        assert_eq!(rig.simple(0, 2044, &[], 4096), (IOERR, 2048));
-        assert_eq!(rig.simple(0, 0, &[], 512), (OK, 513));
+        assert_eq!(blk.simple(0, 2044, &[], 4096), (IOERR, 2048));
+        assert_eq!(blk.simple(0, 0, &[], 512), (OK, 513));
     });
 }
 
@@ -388,16 +388,16 @@ fn the_disk_generation_is_reported_while_no_ring_runs_and_changes_with_the_conte
     const GET_DISK_IDENTITY: Code = Code(0x7664_0002);
     let image = image_on_disk(DISK);
     let options = |options: &mut BlkOptions| options.image = image.path().to_owned();
-    let mut rig = DiskGuest::new(options);
-    let offered = rig.client.request_u64(Code::GET_PROTOCOL_FEATURES);
+    let mut blk = DiskGuest::new(options);
+    let offered = blk.client.request_u64(Code::GET_PROTOCOL_FEATURES);
     assert_eq!(offered >> 62, 1);
-    rig.client.send_body(Code::SET_PROTOCOL_FEATURES, &offered);
-    let ask = |rig: &DiskGuest| rig.client.request(GET_DISK_GENERATION, &[]);
-    assert!(ask(&rig).is_empty(), "a ring runs");
-    let identity = rig.client.request(GET_DISK_IDENTITY, &[]);
-    let base = rig.client.ring_base(0);
-    let mut before = ask(&rig);
-    assert_eq!((before.len(), &before), (32, &ask(&rig)));
+    blk.client.send_body(Code::SET_PROTOCOL_FEATURES, &offered);
+    let ask = |blk: &DiskGuest| blk.client.request(GET_DISK_GENERATION, &[]);
+    assert!(ask(&blk).is_empty(), "a ring runs");
+    let identity = blk.client.request(GET_DISK_IDENTITY, &[]);
+    let base = blk.client.ring_base(0);
+    let mut before = ask(&blk);
+    assert_eq!((before.len(), &before), (32, &ask(&blk)));
     assert_eq!(before[..16], identity[..]);
     let other = DiskGuest::new(|options| options.share_rw = true);
     other.client.send_body(Code::SET_PROTOCOL_FEATURES, &offered);
@@ -413,13 +413,13 @@ fn the_disk_generation_is_reported_while_no_ring_runs_and_changes_with_the_conte
         (VIRTIO_BLK_T_DISCARD, range.as_bytes(), true),
         (VIRTIO_BLK_T_WRITE_ZEROES, range.as_bytes(), true),
     ] {
-        rig.ring.set_up(&rig.client, &rig.guest, base);
-        rig.ring.enable(&rig.client, true);
+        blk.ring.set_up(&blk.client, &blk.guest, base);
+        blk.ring.enable(&blk.client, true);
         for _ in 0..2 {
-            assert_eq!(rig.simple(kind, 0, data, if kind == VIRTIO_BLK_T_IN { 512 } else { 0 }).0, OK);
+            assert_eq!(blk.simple(kind, 0, data, if kind == VIRTIO_BLK_T_IN { 512 } else { 0 }).0, OK);
         }
-        base = rig.client.ring_base(0);
-        let after = ask(&rig);
+        base = blk.client.ring_base(0);
+        let after = ask(&blk);
         assert_eq!((after[..16] == before[..16], after[16..] != before[16..]), (true, changes), "request {kind}");
         before = after;
     }
@@ -432,16 +432,16 @@ const WRITE_BACK: Duration = Duration::from_secs(15);
 fn written_data_is_written_back_while_logging_is_enabled() {
     let image = image_on_disk(DISK);
     let features = SPLIT | bit(VIRTIO_BLK_F_FLUSH);
-    let mut rig = DiskGuest::negotiated(features, |options| options.image = image.path().to_owned());
+    let mut blk = DiskGuest::negotiated(features, |options| options.image = image.path().to_owned());
     let dirty = || unwritten(image.as_fd());
     // Twice: it goes on for as long as they are.
     for logged in [false, true] {
         for sector in (0..DISK / 512).step_by(16) {
-            assert_eq!(rig.simple(VIRTIO_BLK_T_OUT, sector, &[9; 8192], 0).0, OK);
+            assert_eq!(blk.simple(VIRTIO_BLK_T_OUT, sector, &[9; 8192], 0).0, OK);
         }
         if !logged {
             assert!(dirty() > 0, "the system has written it back already: the test shows nothing");
-            rig.client.send_acknowledged(Code::SET_FEATURES, &(features | bit(VHOST_F_LOG_ALL)), &[]);
+            blk.client.send_acknowledged(Code::SET_FEATURES, &(features | bit(VHOST_F_LOG_ALL)), &[]);
         }
         let deadline = Instant::now() + WRITE_BACK;
         while dirty() > 0 {
@@ -525,9 +525,9 @@ fn two_read_only_disks_with_share_readers_serve_one_image() {
         readers(options);
         options.image = image;
     });
-    for rig in [&mut first, &mut second] {
-        assert_eq!(rig.simple(0, 7, &[], 512), (OK, 513));
-        assert_eq!(rig.data(8), 7u64.to_le_bytes());
+    for blk in [&mut first, &mut second] {
+        assert_eq!(blk.simple(0, 7, &[], 512), (OK, 513));
+        assert_eq!(blk.data(8), 7u64.to_le_bytes());
     }
 }
 
@@ -563,18 +563,18 @@ fn completions_follow_the_request_order_with_in_order() {
 /// Rule R12.1.
 #[rstest]
 fn the_used_length_counts_bytes_written_contiguously_from_the_first(#[values(SPLIT, PACKED)] features: u64) {
-    let mut rig = DiskGuest::with(features, |_| {});
-    assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 100), (OK, 20), "the serial number, and then nothing");
-    assert_eq!(rig.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
-    assert_eq!(rig.simple(VIRTIO_BLK_T_FLUSH, 0, &[], 0), (OK, 1));
-    assert_eq!(rig.simple(VIRTIO_BLK_T_IN, 1, &[], 512), (OK, 513));
-    assert_eq!(rig.simple(VIRTIO_BLK_T_IN, 1 << 40, &[], 512), (IOERR, 0), "behind the disk's end");
-    assert_eq!(rig.simple(99, 0, &[], 512), (UNSUPP, 0));
+    let mut blk = DiskGuest::with(features, |_| {});
+    assert_eq!(blk.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 100), (OK, 20), "the serial number, and then nothing");
+    assert_eq!(blk.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));
+    assert_eq!(blk.simple(VIRTIO_BLK_T_FLUSH, 0, &[], 0), (OK, 1));
+    assert_eq!(blk.simple(VIRTIO_BLK_T_IN, 1, &[], 512), (OK, 513));
+    assert_eq!(blk.simple(VIRTIO_BLK_T_IN, 1 << 40, &[], 512), (IOERR, 0), "behind the disk's end");
+    assert_eq!(blk.simple(99, 0, &[], 512), (UNSUPP, 0));
     // The image is cut off within the request: so much has been read.
-    let image = std::fs::OpenOptions::new().write(true).open(rig.server.image()).unwrap();
+    let image = std::fs::OpenOptions::new().write(true).open(blk.server.image()).unwrap();
     image.set_len(1024).unwrap();
-    assert_eq!(rig.simple(VIRTIO_BLK_T_IN, 1, &[], 1024), (IOERR, 512));
-    assert_eq!(rig.simple(VIRTIO_BLK_T_IN, 4, &[], 512), (IOERR, 0));
+    assert_eq!(blk.simple(VIRTIO_BLK_T_IN, 1, &[], 1024), (IOERR, 512));
+    assert_eq!(blk.simple(VIRTIO_BLK_T_IN, 4, &[], 512), (IOERR, 0));
 }
 
 /// A guest writes no lines at will, and none at all that look like a fault of the host.

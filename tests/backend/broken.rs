@@ -1,5 +1,5 @@
-//! Rings that their driver breaks: descriptors are the driver's, who may be as hostile as the front-end. Such a ring stops
-//! alone, says so over its error fd and in the log, and can be set up again.
+//! Rings that their driver breaks. Such a ring stops alone, signals its error descriptor, is logged, and can be set up
+//! again.
 
 use std::os::fd::AsFd;
 
@@ -16,10 +16,10 @@ use crate::interface::{CONTROL, LoopbackNetGuest, interface_features};
 use crate::raw::RawFrontend;
 use crate::server::{Process, Server, disk_options};
 
-/// What a driver may write to break its ring: into the descriptors, and into the avail ring or its event area.
+/// Ring contents that break a ring: the descriptors, and the avail ring or driver event area.
 struct InvalidRing {
     what: &'static str,
-    /// What the log says of it.
+    /// The reason in the log.
     why: &'static str,
     descs: Vec<u8>,
     avail: Vec<u8>,
@@ -109,7 +109,7 @@ fn breakages(features: u64) -> Vec<InvalidRing> {
     if features & (SPLIT ^ PACKED) == 0 { split_breakages() } else { packed_breakages() }
 }
 
-/// Sets up ring `index`, stopped before, as a driver that breaks it; the fd over which it says so.
+/// Sets up the stopped ring `index` with invalid contents. Returns the ring and its error eventfd.
 fn set_up_broken(
     client: &RawFrontend,
     guest: &Guest,
@@ -127,7 +127,7 @@ fn set_up_broken(
     (ring, error)
 }
 
-/// What the process said of broken rings is this, once each and in this order.
+/// Asserts that the process logged exactly these broken rings, once each and in this order.
 fn assert_log(mut process: Process, expected: &[(u32, &str)]) {
     process.child.kill().unwrap();
     let errors = process.stderr();

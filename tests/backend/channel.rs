@@ -1,4 +1,4 @@
-//! The back-end channel: what a front-end hears without having asked, and what becomes of one that doesn't listen.
+//! The back-end channel: in-band notifications, configuration changes, and front-ends that do not read it.
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -106,16 +106,16 @@ fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: u
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     negotiate(&client, &guest, features, IN_BAND);
-    let mut ear = BackendChannel::open(&client);
+    let mut channel = BackendChannel::open(&client);
     let mut rings = [0, 1].map(|index| start_in_band_ring(&client, &guest, index, features));
     for round in 0..50 {
         let ring = &mut rings[round % 2];
         read_in_band(&client, &guest, ring);
-        assert_eq!(ear.receive(), (BackendRequest::VRING_CALL, Some(ring.index)));
+        assert_eq!(channel.receive(), (BackendRequest::VRING_CALL, Some(ring.index)));
         assert!(ring.driver.pop_used().unwrap().is_some());
         assert_eq!(status(&guest, ring.index.into()), 0);
     }
-    assert!(ear.is_silent());
+    assert!(channel.is_silent());
     let missing = VringState { index: 2, num: 0 };
     assert_eq!(client.acknowledged(Code::VRING_KICK, missing.as_bytes(), &[]), 1);
 }
@@ -127,7 +127,7 @@ fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPL
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     negotiate(&client, &guest, features, IN_BAND);
-    let mut ear = BackendChannel::open(&client);
+    let mut channel = BackendChannel::open(&client);
     let mut ring = start_in_band_ring(&client, &guest, 0, features);
     let file = tempfile::tempfile().unwrap();
     let (file, socket) = (file.as_fd(), client.as_fd());
@@ -144,10 +144,10 @@ fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPL
         assert_eq!(client.acknowledged(code, payload, fds), 1, "{code} of {} bytes was taken", payload.len());
         client.send(code, VERSION, payload, fds);
         read_in_band(&client, &guest, &mut ring);
-        assert_eq!(ear.receive(), (BackendRequest::VRING_CALL, Some(0)));
+        assert_eq!(channel.receive(), (BackendRequest::VRING_CALL, Some(0)));
         assert!(ring.driver.pop_used().unwrap().is_some());
     }
-    assert!(ear.is_silent());
+    assert!(channel.is_silent());
 }
 
 /// Rules B3.3, B3.4: User-mode Linux sends neither SET_VRING_KICK nor SET_VRING_CALL, and begins packed rings at 0 too (rule R4.4).
@@ -156,7 +156,7 @@ fn the_first_in_band_kick_starts_a_ring_without_kick_and_call_fds(#[values(SPLIT
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     negotiate(&client, &guest, features, IN_BAND);
-    let mut ear = BackendChannel::open(&client);
+    let mut channel = BackendChannel::open(&client);
     let mut ring = Ring::new(&guest, 0, 256, features);
     client.send_body(Code::SET_VRING_NUM, &VringState { index: 0, num: ring.layout.size.into() });
     client.send_body(Code::SET_VRING_BASE, &VringState { index: 0, num: 0 });
@@ -164,16 +164,16 @@ fn the_first_in_band_kick_starts_a_ring_without_kick_and_call_fds(#[values(SPLIT
     ring.enable(&client, true);
     for _ in 0..2 {
         read_in_band(&client, &guest, &mut ring);
-        assert_eq!(ear.receive(), (BackendRequest::VRING_CALL, Some(0)));
+        assert_eq!(channel.receive(), (BackendRequest::VRING_CALL, Some(0)));
         assert!(ring.driver.pop_used().unwrap().is_some());
     }
     client.ring_base(0);
     let ring = start_in_band_ring(&client, &guest, 0, features);
     break_ring(&client, &guest, &ring);
-    assert_eq!(ear.receive(), (BackendRequest::VRING_ERR, Some(0)));
+    assert_eq!(channel.receive(), (BackendRequest::VRING_ERR, Some(0)));
 }
 
-/// Whether each ring that was started is one to be looked at every now and then.
+/// Records for each started ring whether it is polled.
 #[derive(Default)]
 struct StartedRings(Vec<bool>);
 
@@ -227,19 +227,19 @@ fn a_broken_ring_sends_vring_err_and_other_rings_continue(#[values(SPLIT, PACKED
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     negotiate(&client, &guest, features, IN_BAND);
-    let mut ear = BackendChannel::open(&client);
+    let mut channel = BackendChannel::open(&client);
     let [broken, mut good] = [0, 1].map(|index| start_in_band_ring(&client, &guest, index, features));
     break_ring(&client, &guest, &broken);
-    assert_eq!(ear.receive(), (BackendRequest::VRING_ERR, Some(0)));
+    assert_eq!(channel.receive(), (BackendRequest::VRING_ERR, Some(0)));
     read_in_band(&client, &guest, &mut good);
-    assert_eq!(ear.receive(), (BackendRequest::VRING_CALL, Some(1)));
+    assert_eq!(channel.receive(), (BackendRequest::VRING_CALL, Some(1)));
     client.ring_base(0);
     let mut again = start_in_band_ring(&client, &guest, 0, features);
     read_in_band(&client, &guest, &mut again);
-    assert_eq!(ear.receive(), (BackendRequest::VRING_CALL, Some(0)));
+    assert_eq!(channel.receive(), (BackendRequest::VRING_CALL, Some(0)));
 }
 
-/// A device that tells of a change of its configuration with every request.
+/// A device that reports a configuration change with every request.
 #[derive(Default)]
 struct ConfigChangingDevice {
     host: Mutex<Arc<FrontendHandle>>,
@@ -306,20 +306,20 @@ fn a_front_end_that_does_not_read_its_channel_stalls_no_ring_and_gets_the_last_c
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).unwrap();
     // As little room as the system gives.
     setsockopt(&theirs, SndBuf, &1).unwrap();
-    let mut ear = BackendChannel::open_with(&client, ours.into(), theirs.as_fd());
+    let mut channel = BackendChannel::open_with(&client, ours.into(), theirs.as_fd());
     let mut ring = Ring::new(&guest, 0, 256, BASIC);
     ring.set_up(&client, &guest, 0);
     ring.enable(&client, true);
     serve_requests(&mut ring, 5000);
     let mut heard = 0;
     // What is left over is told as soon as there is room, without anything else happening.
-    while heard == 0 || !ear.is_silent() {
-        assert_eq!(ear.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));
+    while heard == 0 || !channel.is_silent() {
+        assert_eq!(channel.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));
         heard += 1;
     }
     assert!(heard < 1000, "{heard} of 5000 changes were told to somebody who did not listen");
     serve_requests(&mut ring, 1);
-    assert_eq!(ear.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));
+    assert_eq!(channel.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));
 }
 
 /// Rule B1.5.
@@ -333,15 +333,15 @@ fn invalid_data_on_the_back_end_channel_or_its_end_closes_only_the_channel() {
     ring.set_up(&client, &guest, 0);
     ring.enable(&client, true);
     for round in 0..20 {
-        let mut ear = BackendChannel::open(&client);
+        let mut channel = BackendChannel::open(&client);
         serve_requests(&mut ring, 1);
-        assert_eq!(ear.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));
+        assert_eq!(channel.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));
         if round % 2 == 0 {
-            ear.0.write_all(&[0xee; 100]).unwrap();
+            channel.0.write_all(&[0xee; 100]).unwrap();
             // The back-end hangs up, once it has seen it.
-            let _ = ear.0.read_to_end(&mut Vec::new());
+            let _ = channel.0.read_to_end(&mut Vec::new());
         }
-        drop(ear);
+        drop(channel);
         serve_requests(&mut ring, 1);
         // Whatever was told to nobody comes over the next one.
         let mut next = BackendChannel::open(&client);

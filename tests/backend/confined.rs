@@ -1,4 +1,4 @@
-//! The real command, with its filter of system calls, as a user without any rights.
+//! The command with its seccomp filter, as an unprivileged user.
 
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt, chown};

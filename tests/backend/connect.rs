@@ -1,4 +1,4 @@
-//! A back-end that connects to its front-end (`--connect`), as QEMU's `server=on` and OVS want it.
+//! A back-end that connects to its front-end (`--connect`), for QEMU's `server=on` and OVS.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixListener;

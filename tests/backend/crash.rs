@@ -1,4 +1,4 @@
-//! `kill -9` at any moment: the successor answers every request exactly once, with the right data, and logs it.
+//! SIGKILL at any time: the successor completes every request exactly once, with the right data, and logs it.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -31,7 +31,7 @@ const SLOTS: u64 = 20;
 const BLOCK: usize = 32 << 10;
 const LOG_AT: u64 = 0x30_0000;
 
-/// A guest that writes blocks which say what they are, and reads each back before it writes the next version.
+/// A guest that writes self-describing blocks, and reads each back before it writes the next version.
 struct VerifyingGuest {
     guest: Guest,
     ring: Ring,

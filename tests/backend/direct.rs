@@ -1,4 +1,4 @@
-//! What of a disk is in the host's page cache, and what on stable storage.
+//! Page cache and stable storage of a disk.
 
 use std::fs::File;
 use std::io;
@@ -57,7 +57,7 @@ fn cached_pages(path: &Path) -> (u64, u64) {
 fn direct_io_leaves_the_page_cache_empty_for_any_buffer_alignment() {
     for aio in [Aio::IoUring, Aio::Threads] {
         let disk = OnDisk::new();
-        let mut rig = DiskGuest::new(|options| {
+        let mut blk = DiskGuest::new(|options| {
             (options.aio, options.direct) = (aio, true);
             disk.image(options);
         });
@@ -66,14 +66,14 @@ fn direct_io_leaves_the_page_cache_empty_for_any_buffer_alignment() {
         let (place, len) = (HIGH + 1, data.len() as u32);
         let cut = |gpa| [Buffer { gpa, len: 4097 }, Buffer { gpa: gpa + 4097, len: len - 4097 }];
         let status = Buffer { gpa: 0x80_0000, len: 1 };
-        rig.guest.memory.write(place, &data).unwrap();
-        let readable = [&[header(&rig.guest, 0x61_0000, VIRTIO_BLK_T_OUT, 8)][..], &cut(place)].concat();
-        assert_eq!(rig.request(&readable, &[status]), (OK, 1));
-        let head = header(&rig.guest, 0x61_0000, VIRTIO_BLK_T_IN, 8);
+        blk.guest.memory.write(place, &data).unwrap();
+        let readable = [&[header(&blk.guest, 0x61_0000, VIRTIO_BLK_T_OUT, 8)][..], &cut(place)].concat();
+        assert_eq!(blk.request(&readable, &[status]), (OK, 1));
+        let head = header(&blk.guest, 0x61_0000, VIRTIO_BLK_T_IN, 8);
         let place = HIGH + 0x10_0003;
-        assert_eq!(rig.request(&[head], &[&cut(place)[..], &[status]].concat()), (OK, len + 1));
+        assert_eq!(blk.request(&[head], &[&cut(place)[..], &[status]].concat()), (OK, len + 1));
         assert_eq!(cached_pages(&disk.path()).0, 0, "it went through the page cache");
-        assert!(rig.guest.bytes(place, data.len()) == data);
+        assert!(blk.guest.bytes(place, data.len()) == data);
         assert!(std::fs::read(disk.path()).unwrap()[4096..][..data.len()] == data);
     }
 }
@@ -83,16 +83,16 @@ fn direct_io_leaves_the_page_cache_empty_for_any_buffer_alignment() {
 fn written_data_is_on_stable_storage_when_the_last_ring_has_stopped() {
     for aio in [Aio::IoUring, Aio::Threads] {
         let disk = OnDisk::new();
-        let mut rig = DiskGuest::new(|options| {
+        let mut blk = DiskGuest::new(|options| {
             options.aio = aio;
             disk.image(options);
         });
-        let other = Ring::new(&rig.guest, 1, 64, BASIC);
-        other.set_up(&rig.client, &rig.guest, other.initial_base());
-        other.enable(&rig.client, true);
-        assert_eq!(rig.simple(VIRTIO_BLK_T_OUT, 0, &[7; 0x8000], 0), (OK, 1));
-        rig.client.ring_base(1);
-        rig.client.ring_base(0);
+        let other = Ring::new(&blk.guest, 1, 64, BASIC);
+        other.set_up(&blk.client, &blk.guest, other.initial_base());
+        other.enable(&blk.client, true);
+        assert_eq!(blk.simple(VIRTIO_BLK_T_OUT, 0, &[7; 0x8000], 0), (OK, 1));
+        blk.client.ring_base(1);
+        blk.client.ring_base(0);
         assert_eq!(cached_pages(&disk.path()).1, 0, "pages that are not on the disk");
         assert_eq!(std::fs::read(disk.path()).unwrap()[..0x8000], [7; 0x8000]);
     }
@@ -103,13 +103,13 @@ fn write_zeroes_is_durable_for_a_driver_without_flush() {
     for aio in [Aio::IoUring, Aio::Threads] {
         for (flags, sector) in [(0, 9u64), (1, 17)] {
             let disk = OnDisk::new();
-            let mut rig = DiskGuest::negotiated(BASIC, |options| {
+            let mut blk = DiskGuest::negotiated(BASIC, |options| {
                 options.aio = aio;
                 disk.image(options);
             });
             // A part of a page, which file systems clear in the page cache.
             let range = BlkDiscardWriteZeroes { sector: sector.into(), num_sectors: 1.into(), flags: flags.into() };
-            assert_eq!(rig.simple(VIRTIO_BLK_T_WRITE_ZEROES, 0, range.as_bytes(), 0), (OK, 1));
+            assert_eq!(blk.simple(VIRTIO_BLK_T_WRITE_ZEROES, 0, range.as_bytes(), 0), (OK, 1));
             assert_eq!(cached_pages(&disk.path()).1, 0, "zeroes that are not on the disk");
             let image = std::fs::read(disk.path()).unwrap();
             assert!(image[sector as usize * 512..][..512].iter().all(|byte| *byte == 0));

@@ -1,4 +1,4 @@
-//! What happens to requests under way, with a device that keeps them until it is told otherwise.
+//! Requests in flight, with a device that completes none until its gate is open.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -22,7 +22,7 @@ use crate::guest::{
 use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::Server;
 
-/// Fills what it may write with 0x5a at once, and completes it while its gate is open.
+/// A device that fills writable buffers with 0x5a immediately, and completes requests while its gate is open.
 pub(crate) struct GatedDevice {
     gate: Arc<EventFd>,
 }
@@ -88,7 +88,7 @@ impl Queue for GatedQueue {
     }
 }
 
-/// A running ring 0 with `count` requests of one page each, all of them taken by the device and none completed.
+/// Starts ring 0 with `count` requests of one page each, all taken by the device and none completed.
 pub(crate) fn start_with_requests_in_flight(client: &RawFrontend, guest: &Guest, features: u64, count: u64) -> Ring {
     let mut ring = Ring::new(guest, 0, 256, features);
     for slot in 0..count {
@@ -268,7 +268,7 @@ fn a_hang_up_during_get_vring_base_abandons_the_requests_in_flight(#[values(SPLI
     assert!(!ring.has_completion(&guest), "a request was published although the front-end has gone");
 }
 
-/// A device that gives its oldest request back when the ring stops, and only then completes later ones.
+/// A device that puts its oldest request back when the ring stops, and completes later ones only then.
 struct PutsBackOldest(Arc<GatedDevice>);
 
 struct PutsBackOldestQueue(GatedQueue);
@@ -385,7 +385,7 @@ fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served(#[v
     assert_eq!(client.ring_base(0), ring.drained_base());
 }
 
-/// Fills what it may write with 0x5a, and then loses it: in a thread of its own, as after a panic there.
+/// A device that fills writable buffers with 0x5a and drops the request on another thread, as after a panic there.
 struct DroppingDevice;
 
 impl VirtioDevice for DroppingDevice {

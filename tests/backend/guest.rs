@@ -1,4 +1,4 @@
-//! A guest without a CPU: memory in memfds, rings in it, and the messages that hand both to a back-end.
+//! A guest without a CPU: memory in memfds, rings in it, and the messages that pass both to a back-end.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -253,7 +253,7 @@ impl Ring {
     }
 }
 
-/// A back-end that serves a ring before another one does.
+/// A back-end that serves a ring before the tested one does.
 pub(crate) struct PreviousBackend {
     device: DeviceRing,
     region: Tracker,

@@ -1,4 +1,4 @@
-//! Bad input: every message that is wrong gets a clear refusal, and the device is there for the next front-end.
+//! Invalid input: every invalid message is refused, and the device serves the next front-end.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering::Relaxed;
@@ -18,7 +18,7 @@ use crate::guest::{
 use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::{Process, Server, disk_options};
 
-/// A message that must be refused with a number that is not 0, after which the connection goes on.
+/// A message that must be refused with a non-zero number, after which the connection goes on (rule F5.1).
 struct InvalidMessage {
     what: &'static str,
     code: Code,

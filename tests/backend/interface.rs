@@ -1,4 +1,4 @@
-//! The driver of a network interface that hears itself: two pairs of rings and a control queue, and what goes over them.
+//! The driver of a loopback network device: two pairs of rings and a control queue.
 
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::virtio::{
@@ -23,7 +23,7 @@ pub(crate) fn interface_features(rings: u64) -> u64 {
     features.into_iter().fold(rings, |features, feature| features | bit(feature))
 }
 
-/// An interface of two pairs that hear themselves, and its control queue behind them.
+/// The driver of a loopback network device with two pairs and a control queue.
 pub(crate) struct LoopbackNetGuest {
     pub(crate) client: RawFrontend,
     pub(crate) guest: Guest,

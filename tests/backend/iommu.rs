@@ -1,4 +1,4 @@
-//! Behind an IOMMU: every address of the driver is translated, page by scattered page (rules L5, T1 to T4).
+//! Rings behind an IOMMU with scattered pages: translation, invalidation, misses (rules L5, T1 to T4).
 
 use std::collections::BTreeSet;
 use std::fs::File;

@@ -1,4 +1,4 @@
-//! Behind an IOMMU: what a front-end tells nobody to forget, since the device is stopped or its memory is another (rule T3.7).
+//! Behind an IOMMU: events after which the back-end discards translations without an invalidation (rule T3.7).
 
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{MemoryHeader, MemoryRegion, Request as Code};

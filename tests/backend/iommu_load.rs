@@ -1,4 +1,4 @@
-//! Requests behind an IOMMU, all of whose parts lie over the ends of pages.
+//! Disk requests behind an IOMMU whose parts cross page boundaries.
 
 use std::collections::BTreeSet;
 

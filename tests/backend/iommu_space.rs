@@ -1,4 +1,5 @@
-//! An IOMMU for tests: guest memory scattered page by page over I/O virtual addresses, and a thread that answers misses.
+//! An IOMMU for tests: guest memory scattered page by page over I/O virtual addresses, and a thread that answers
+//! misses.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -66,12 +67,12 @@ impl Iommu {
         self.updates.send_body(Code::IOTLB_MSG, message);
     }
 
-    fn serve_misses(&self, mut ear: UnixStream) {
+    fn serve_misses(&self, mut channel: UnixStream) {
         let mut head = [0; size_of::<Header>()];
-        while ear.read_exact(&mut head).is_ok() {
+        while channel.read_exact(&mut head).is_ok() {
             let header: Header = zerocopy::transmute!(head);
             let mut body = vec![0; header.size as usize];
-            ear.read_exact(&mut body).unwrap();
+            channel.read_exact(&mut body).unwrap();
             assert_eq!(BackendRequest(header.request), BackendRequest::IOTLB_MSG);
             let asked = IotlbMsg::read_from_bytes(&body).unwrap();
             let found = match asked.kind {
@@ -88,7 +89,7 @@ impl Iommu {
             };
             if header.flags & Header::FLAG_NEED_REPLY != 0 {
                 let reply = Header { request: header.request, flags: Header::REPLY_FLAGS, size: 8 };
-                let _ = ear.write_all(&[reply.as_bytes(), u64::from(!found).as_bytes()].concat());
+                let _ = channel.write_all(&[reply.as_bytes(), u64::from(!found).as_bytes()].concat());
             }
         }
     }
@@ -138,8 +139,8 @@ impl IommuGuest {
             misses: AtomicU64::new(0),
             failures: AtomicU64::new(0),
         });
-        let (hears, ear) = (iommu.clone(), ours.try_clone().unwrap());
-        let thread = std::thread::spawn(move || hears.serve_misses(ear));
+        let (hears, channel) = (iommu.clone(), ours.try_clone().unwrap());
+        let thread = std::thread::spawn(move || hears.serve_misses(channel));
         IommuGuest { guest, client, iommu, thread: Some(thread), channel: Some(ours) }
     }
 
@@ -213,8 +214,8 @@ impl IommuGuest {
 
 impl Drop for IommuGuest {
     fn drop(&mut self) {
-        if let Some(ear) = self.channel.take() {
-            let _ = ear.shutdown(std::net::Shutdown::Both);
+        if let Some(channel) = self.channel.take() {
+            let _ = channel.shutdown(std::net::Shutdown::Both);
         }
         if let Some(thread) = self.thread.take() {
             // What it has to say is said in tests that end well.

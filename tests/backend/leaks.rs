@@ -1,5 +1,4 @@
-//! What front-ends leave behind in the process that served them: nothing, however many they are, whatever they had agreed
-//! on, and also where fds run out.
+//! Resources of the serving process after connections have ended, and when file descriptors run out.
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -45,7 +44,7 @@ fn use_disk(client: RawFrontend, guest: &Guest, number: u32) {
         space.start(&ring, ring.initial_base());
         return assert_served(&space, &mut ring, 0);
     }
-    let _ear = negotiate(&client, guest, features, 2, number);
+    let _channel = negotiate(&client, guest, features, 2, number);
     let mut ring = Ring::new(guest, 0, 256, features);
     ring.set_up(&client, guest, ring.initial_base());
     ring.enable(&client, true);
@@ -61,7 +60,7 @@ fn use_disk(client: RawFrontend, guest: &Guest, number: u32) {
 fn use_network(client: RawFrontend, number: u32) {
     let features = interface_features(if number.is_multiple_of(2) { SPLIT } else { PACKED });
     let guest = Guest::new();
-    let _ear = negotiate(&client, &guest, features, 5, number);
+    let _channel = negotiate(&client, &guest, features, 5, number);
     let mut net = LoopbackNetGuest::on_connection(client, guest, features);
     let _log = install_log(&net.client, &net.guest);
     match number / 2 % 4 {

@@ -1,4 +1,4 @@
-//! The dirty log against an oracle that knows every byte the device writes: no page missing, none too many.
+//! The dirty log, compared with an oracle that records every byte the device writes: no page missing, none in excess.
 
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;

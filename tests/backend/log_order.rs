@@ -1,6 +1,6 @@
-//! The log is complete in whatever order a front-end starts a ring, with requests that arrive in between (rules L8, L9,
-//! L15). The oracle is all of guest memory: every byte that the device changed since the front-end last read the log is on
-//! a page that the log has.
+//! Completeness of the log for every order in which a front-end starts a ring, with requests in between (rules L8, L9,
+//! L15). The oracle is a copy of guest memory: every byte that the device has changed since the front-end last read the
+//! log is on a logged page.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};

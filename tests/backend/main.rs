@@ -1,4 +1,4 @@
-//! Promises of the vhost-user back-end, kept towards a front-end that speaks the protocol by hand.
+//! Tests of the vhost-user back-end with a raw protocol client as the front-end.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod afresh;

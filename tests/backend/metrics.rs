@@ -1,4 +1,4 @@
-//! What Prometheus is told of writes that no log holds, and of what a predecessor left.
+//! Metrics of writes outside the log and of resubmitted requests.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};

@@ -1,4 +1,4 @@
-//! What a guest's network driver may rely on, and what a hostile one can't do.
+//! The network device as its driver sees it, also with hostile drivers.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd};
@@ -66,8 +66,8 @@ impl NetGuest {
         let pairs = options.pairs.into();
         let device = Arc::new(NetDevice::open(options).unwrap());
         let server = Server::new(device.clone());
-        let rig = NetGuest::on(&server, &device, features, pairs);
-        NetGuest { _server: Some(server), ..rig }
+        let net = NetGuest::on(&server, &device, features, pairs);
+        NetGuest { _server: Some(server), ..net }
     }
 
     /// A new front-end and its guest, on a server that goes on after it.
@@ -77,12 +77,12 @@ impl NetGuest {
         let ring = |index| Ring::new(&guest, index, 256, features);
         let (rx, tx) = (0..pairs).map(|pair| (ring(2 * pair), ring(2 * pair + 1))).unzip();
         let (provided, device) = (HashMap::new(), device.clone());
-        let rig = NetGuest { device, _server: None, client, guest, features, rx, tx, provided, next: BUFFERS };
-        for ring in rig.rx.iter().chain(&rig.tx) {
-            ring.set_up(&rig.client, &rig.guest, ring.initial_base());
-            ring.enable(&rig.client, true);
+        let net = NetGuest { device, _server: None, client, guest, features, rx, tx, provided, next: BUFFERS };
+        for ring in net.rx.iter().chain(&net.tx) {
+            ring.set_up(&net.client, &net.guest, ring.initial_base());
+            ring.enable(&net.client, true);
         }
-        rig
+        net
     }
 
     /// Provides a buffer of `len` bytes, cut in two, which begins where the last one ends.
@@ -159,7 +159,7 @@ fn frame(len: usize, seed: u8) -> Vec<u8> {
 #[rstest]
 fn a_frame_of_any_size_is_received_intact_for_any_buffer_sizes(#[values(SPLIT, PACKED)] rings: u64) {
     for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
-        let mut rig = NetGuest::new(features, |_| {});
+        let mut net = NetGuest::new(features, |_| {});
         let mut seed = 0;
         for room in [12, 13, 97, 1526, 4099, 65562] {
             for len in [0, 1, 13, 60, 85, 86, 1514, 4086, 4087, 4088, 9000, 65535, 65550] {
@@ -168,46 +168,46 @@ fn a_frame_of_any_size_is_received_intact_for_any_buffer_sizes(#[values(SPLIT, P
                     continue;
                 }
                 seed += 1;
-                rig.next = BUFFERS + u64::from(seed);
-                rig.provide_kicked(0, &vec![room as u32; buffers]);
-                rig.send(0, &frame(len, seed));
-                assert_eq!(rig.receive(0), frame(len, seed), "{len} bytes in buffers of {room}");
-                assert!(rig.provided.is_empty(), "{len} bytes in buffers of {room}");
+                net.next = BUFFERS + u64::from(seed);
+                net.provide_kicked(0, &vec![room as u32; buffers]);
+                net.send(0, &frame(len, seed));
+                assert_eq!(net.receive(0), frame(len, seed), "{len} bytes in buffers of {room}");
+                assert!(net.provided.is_empty(), "{len} bytes in buffers of {room}");
             }
         }
-        let PacketCounts { sent, received, .. } = rig.device.packet_counts();
+        let PacketCounts { sent, received, .. } = net.device.packet_counts();
         assert_eq!((sent, received), (u64::from(seed), u64::from(seed)));
     }
 }
 
 #[rstest]
 fn without_mergeable_buffers_a_packet_larger_than_its_buffer_is_dropped(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = NetGuest::new(rings, |_| {});
-    rig.provide_kicked(0, &[1526, 1526, 65562]);
-    rig.send(0, &frame(1514, 1));
-    rig.send(0, &frame(1515, 2));
-    rig.send(0, &frame(3, 3));
-    rig.send(0, &frame(65550, 4));
-    assert_eq!(rig.receive(0), frame(1514, 1));
-    assert_eq!(rig.receive(0), frame(3, 3), "the buffer that was too small is used for the next packet");
-    assert_eq!(rig.receive(0), frame(65550, 4));
-    assert_eq!(rig.device.packet_counts().received_dropped, 1);
+    let mut net = NetGuest::new(rings, |_| {});
+    net.provide_kicked(0, &[1526, 1526, 65562]);
+    net.send(0, &frame(1514, 1));
+    net.send(0, &frame(1515, 2));
+    net.send(0, &frame(3, 3));
+    net.send(0, &frame(65550, 4));
+    assert_eq!(net.receive(0), frame(1514, 1));
+    assert_eq!(net.receive(0), frame(3, 3), "the buffer that was too small is used for the next packet");
+    assert_eq!(net.receive(0), frame(65550, 4));
+    assert_eq!(net.device.packet_counts().received_dropped, 1);
 }
 
 #[rstest]
 fn a_packet_without_buffers_is_received_once_buffers_are_added(#[values(SPLIT, PACKED)] rings: u64) {
     for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
-        let mut rig = NetGuest::new(features, |_| {});
-        rig.send(0, &frame(3000, 1));
-        rig.send(0, &frame(100, 2));
+        let mut net = NetGuest::new(features, |_| {});
+        net.send(0, &frame(3000, 1));
+        net.send(0, &frame(100, 2));
         for _ in 0..30 {
-            rig.provide_kicked(0, &[100]);
+            net.provide_kicked(0, &[100]);
         }
-        rig.provide_kicked(0, &[100, 100]);
-        assert_eq!(rig.receive(0), frame(3000, 1));
-        assert!(rig.provided.len() == 1);
-        rig.provide_kicked(0, &[100]);
-        assert_eq!(rig.receive(0), frame(100, 2));
+        net.provide_kicked(0, &[100, 100]);
+        assert_eq!(net.receive(0), frame(3000, 1));
+        assert!(net.provided.len() == 1);
+        net.provide_kicked(0, &[100]);
+        assert_eq!(net.receive(0), frame(100, 2));
     }
 }
 
@@ -215,38 +215,38 @@ fn a_packet_without_buffers_is_received_once_buffers_are_added(#[values(SPLIT, P
 #[rstest]
 fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: u64) {
     for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
-        let mut rig = NetGuest::new(features, |_| {});
-        let log = install_log(&rig.client, &rig.guest);
-        let (rx, tx) = (&mut rig.rx[0], &mut rig.tx[0]);
-        start_logging(&rig.client, &rig.guest, features, &mut [rx, tx], LOG_AT);
-        let mut oracles = [Oracle::new(&rig.guest, &rig.rx[0]), Oracle::new(&rig.guest, &rig.tx[0])];
+        let mut net = NetGuest::new(features, |_| {});
+        let log = install_log(&net.client, &net.guest);
+        let (rx, tx) = (&mut net.rx[0], &mut net.tx[0]);
+        start_logging(&net.client, &net.guest, features, &mut [rx, tx], LOG_AT);
+        let mut oracles = [Oracle::new(&net.guest, &net.rx[0]), Oracle::new(&net.guest, &net.tx[0])];
         for round in 0..60u64 {
             let (len, room) = (round as usize * 997 % 20000, [1526, 4096, 4097, 9001, 20480][round as usize % 5]);
             let buffers = (len + HEADER).div_ceil(room);
             // Every buffer begins at the end of a page, and those that are not needed lie before those that are.
             for number in 0..buffers {
-                rig.next = (rig.next + 0x1fff) / 0x1000 * 0x1000 - 1 - round % 3 * 5;
+                net.next = (net.next + 0x1fff) / 0x1000 * 0x1000 - 1 - round % 3 * 5;
                 let written = (len + HEADER - number * room).min(room) as u64;
-                oracles[0].wrote(rig.next, written);
-                rig.provide(0, room as u32);
+                oracles[0].wrote(net.next, written);
+                net.provide(0, room as u32);
             }
-            rig.rx[0].kick();
-            rig.send(0, &frame(len, round as u8));
-            assert_eq!(rig.receive(0), frame(len, round as u8));
-            for (ring, oracle) in rig.rx.iter().chain(&rig.tx).zip(&mut oracles) {
-                oracle.used_ring(&rig.guest, ring, LOG_AT + u64::from(ring.index) * 0x10_0000);
+            net.rx[0].kick();
+            net.send(0, &frame(len, round as u8));
+            assert_eq!(net.receive(0), frame(len, round as u8));
+            for (ring, oracle) in net.rx.iter().chain(&net.tx).zip(&mut oracles) {
+                oracle.used_ring(&net.guest, ring, LOG_AT + u64::from(ring.index) * 0x10_0000);
             }
-            if rig.next > BUFFERS + (12 << 20) {
-                rig.next = BUFFERS;
+            if net.next > BUFFERS + (12 << 20) {
+                net.next = BUFFERS;
             }
         }
         // Taken for a packet that is larger, and not written.
-        rig.next = BUFFERS + (15 << 20);
-        rig.provide_kicked(0, &[4096, 4096]);
-        rig.send(0, &frame(9000, 0));
-        for (ring, oracle) in rig.rx.iter().chain(&rig.tx).zip(&mut oracles) {
-            rig.client.ring_base(ring.index);
-            oracle.used_ring(&rig.guest, ring, LOG_AT + u64::from(ring.index) * 0x10_0000);
+        net.next = BUFFERS + (15 << 20);
+        net.provide_kicked(0, &[4096, 4096]);
+        net.send(0, &frame(9000, 0));
+        for (ring, oracle) in net.rx.iter().chain(&net.tx).zip(&mut oracles) {
+            net.client.ring_base(ring.index);
+            oracle.used_ring(&net.guest, ring, LOG_AT + u64::from(ring.index) * 0x10_0000);
         }
         check(&oracles, harvest(&log));
         assert_eq!(log.out_of_range(), 0);
@@ -256,177 +256,177 @@ fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: u64) 
 /// Rule R3.6.
 #[rstest]
 fn get_vring_base_does_not_wait_for_packets_and_returns_unused_buffers(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = NetGuest::new(rings | MERGEABLE, |_| {});
+    let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
     let (region, fd, description) = inflight_region(rings, 2, 256);
-    for ring in rig.rx.iter().chain(&rig.tx) {
-        assert_eq!(rig.client.ring_base(ring.index), ring.initial_base());
+    for ring in net.rx.iter().chain(&net.tx) {
+        assert_eq!(net.client.ring_base(ring.index), ring.initial_base());
     }
-    rig.client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
-    for ring in rig.rx.iter().chain(&rig.tx) {
-        ring.set_up(&rig.client, &rig.guest, ring.initial_base());
+    net.client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    for ring in net.rx.iter().chain(&net.tx) {
+        ring.set_up(&net.client, &net.guest, ring.initial_base());
     }
-    rig.provide_kicked(0, &[1000; 10]);
-    assert_eq!(rig.client.ring_base(0), rig.rx[0].initial_base(), "buffers that nothing came for were taken");
-    rig.rx[0].set_up(&rig.client, &rig.guest, rig.rx[0].initial_base());
-    rig.send(0, &frame(100, 1));
-    assert_eq!(rig.receive(0), frame(100, 1));
+    net.provide_kicked(0, &[1000; 10]);
+    assert_eq!(net.client.ring_base(0), net.rx[0].initial_base(), "buffers that nothing came for were taken");
+    net.rx[0].set_up(&net.client, &net.guest, net.rx[0].initial_base());
+    net.send(0, &frame(100, 1));
+    assert_eq!(net.receive(0), frame(100, 1));
     // Nine buffers are too few for this one: they are taken, and must come back untouched.
-    rig.send(0, &frame(9500, 2));
-    while rig.rx[0].in_flight(&rig.guest, &region) != Some(9) {
-        rig.client.wait_until_processed();
+    net.send(0, &frame(9500, 2));
+    while net.rx[0].in_flight(&net.guest, &region) != Some(9) {
+        net.client.wait_until_processed();
     }
     // Besides what says whether they want kicks, which rings may write before they sleep.
-    let written = |rig: &NetGuest| {
-        let mut memory = rig.guest.snapshot();
-        for ring in rig.rx.iter().chain(&rig.tx) {
+    let written = |net: &NetGuest| {
+        let mut memory = net.guest.snapshot();
+        for ring in net.rx.iter().chain(&net.tx) {
             let kicks = ring.layout.used as usize + if rings == SPLIT { 0 } else { 2 };
             memory[0][kicks..kicks + 2].fill(0);
         }
         memory
     };
-    let before = written(&rig);
-    let base = rig.rx[0].base_after(1, 2);
-    assert_eq!(rig.client.ring_base(0), base);
-    assert!(written(&rig) == before, "a stop wrote guest memory");
-    assert_eq!(rig.rx[0].in_flight(&rig.guest, &region), Some(0), "what was given back is still in flight");
-    rig.provide_kicked(0, &[1000]);
-    rig.rx[0].set_up(&rig.client, &rig.guest, base);
-    assert_eq!(rig.receive(0), frame(9500, 2), "the packet that waited was lost");
-    assert_eq!(rig.client.ring_base(0), rig.rx[0].base_after(11, 2));
-    assert!(rig.provided.is_empty());
+    let before = written(&net);
+    let base = net.rx[0].base_after(1, 2);
+    assert_eq!(net.client.ring_base(0), base);
+    assert!(written(&net) == before, "a stop wrote guest memory");
+    assert_eq!(net.rx[0].in_flight(&net.guest, &region), Some(0), "what was given back is still in flight");
+    net.provide_kicked(0, &[1000]);
+    net.rx[0].set_up(&net.client, &net.guest, base);
+    assert_eq!(net.receive(0), frame(9500, 2), "the packet that waited was lost");
+    assert_eq!(net.client.ring_base(0), net.rx[0].base_after(11, 2));
+    assert!(net.provided.is_empty());
 }
 
 #[rstest]
 fn buffers_taken_by_a_killed_back_end_are_used_first(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = NetGuest::new(rings | MERGEABLE, |_| {});
-    for ring in rig.rx.iter().chain(&rig.tx) {
-        assert_eq!(rig.client.ring_base(ring.index), ring.initial_base());
+    let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
+    for ring in net.rx.iter().chain(&net.tx) {
+        assert_eq!(net.client.ring_base(ring.index), ring.initial_base());
     }
-    let heads: Vec<u16> = (0..4).map(|_| rig.provide(0, 1000)).collect();
-    let _ = rig.rx[0].driver.publish();
+    let heads: Vec<u16> = (0..4).map(|_| net.provide(0, 1000)).collect();
+    let _ = net.rx[0].driver.publish();
     let (region, fd, description) = inflight_region(rings, 2, 256);
-    rig.rx[0].take_requests(&rig.guest, &region, 2);
-    rig.client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
-    rig.rx[0].set_up(&rig.client, &rig.guest, rig.rx[0].initial_base());
-    rig.tx[0].set_up(&rig.client, &rig.guest, rig.tx[0].initial_base());
-    assert_eq!(rig.client.ring_base(0), rig.rx[0].initial_base(), "what was taken over and not used goes back");
-    rig.rx[0].set_up(&rig.client, &rig.guest, rig.rx[0].initial_base());
-    rig.send(0, &frame(1500, 1));
-    assert_eq!(rig.receive(0), frame(1500, 1));
-    assert_eq!(rig.client.ring_base(0), rig.rx[0].base_after(2, 2));
-    assert!(!rig.provided.contains_key(&(0, heads[0])) && !rig.provided.contains_key(&(0, heads[1])));
+    net.rx[0].take_requests(&net.guest, &region, 2);
+    net.client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
+    net.rx[0].set_up(&net.client, &net.guest, net.rx[0].initial_base());
+    net.tx[0].set_up(&net.client, &net.guest, net.tx[0].initial_base());
+    assert_eq!(net.client.ring_base(0), net.rx[0].initial_base(), "what was taken over and not used goes back");
+    net.rx[0].set_up(&net.client, &net.guest, net.rx[0].initial_base());
+    net.send(0, &frame(1500, 1));
+    assert_eq!(net.receive(0), frame(1500, 1));
+    assert_eq!(net.client.ring_base(0), net.rx[0].base_after(2, 2));
+    assert!(!net.provided.contains_key(&(0, heads[0])) && !net.provided.contains_key(&(0, heads[1])));
 }
 
 #[rstest]
 fn a_burst_is_received_in_order_and_excess_packets_are_dropped_and_counted(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = NetGuest::new(rings | MERGEABLE, |_| {});
-    rig.provide_kicked(0, &[1000; 100]);
+    let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
+    net.provide_kicked(0, &[1000; 100]);
     for seed in 0..50 {
-        rig.send(0, &frame(1500, seed));
+        net.send(0, &frame(1500, seed));
     }
     for seed in 0..50 {
-        assert_eq!(rig.receive(0), frame(1500, seed));
+        assert_eq!(net.receive(0), frame(1500, seed));
     }
     // Nobody provides buffers any more.
     for _ in 0..2000 {
-        rig.send(0, &frame(9000, 0));
+        net.send(0, &frame(9000, 0));
     }
-    let PacketCounts { sent, sent_dropped, .. } = rig.device.packet_counts();
+    let PacketCounts { sent, sent_dropped, .. } = net.device.packet_counts();
     assert_eq!(sent + sent_dropped, 2050);
     assert!(sent_dropped > 1000, "{sent} packets of 9000 bytes are kept");
-    rig.provide_kicked(0, &[9012; 2]);
-    assert_eq!(rig.receive(0), frame(9000, 0));
+    net.provide_kicked(0, &[9012; 2]);
+    assert_eq!(net.receive(0), frame(9000, 0));
 }
 
 #[rstest]
 fn each_pair_receives_what_it_sent(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
+    let mut net = NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
     for pair in 0..4 {
-        rig.provide_kicked(pair, &[700; 3]);
+        net.provide_kicked(pair, &[700; 3]);
     }
     for pair in 0..4 {
-        rig.send(pair, &frame(1500, pair as u8));
+        net.send(pair, &frame(1500, pair as u8));
     }
     for pair in 0..4 {
-        assert_eq!(rig.receive(pair), frame(1500, pair as u8));
+        assert_eq!(net.receive(pair), frame(1500, pair as u8));
     }
-    for (received, ring) in [3, 1].into_iter().cycle().zip(rig.rx.iter().zip(&rig.tx).flat_map(|(rx, tx)| [rx, tx])) {
-        assert_eq!(rig.client.ring_base(ring.index), ring.base_after(received, 2));
+    for (received, ring) in [3, 1].into_iter().cycle().zip(net.rx.iter().zip(&net.tx).flat_map(|(rx, tx)| [rx, tx])) {
+        assert_eq!(net.client.ring_base(ring.index), ring.base_after(received, 2));
     }
 }
 
 /// As with QEMU and a guest with fewer CPUs than pairs: it starts the rings of all of them and enables some.
 #[rstest]
 fn packets_of_a_pair_with_a_disabled_ring_are_received_by_another_pair(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 3);
-    rig.provide_kicked(0, &[2000; 9]);
-    rig.provide_kicked(1, &[2000]);
-    rig.rx[1].enable(&rig.client, false);
-    rig.rx[2].enable(&rig.client, false);
+    let mut net = NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 3);
+    net.provide_kicked(0, &[2000; 9]);
+    net.provide_kicked(1, &[2000]);
+    net.rx[1].enable(&net.client, false);
+    net.rx[2].enable(&net.client, false);
     for pair in [1, 2] {
-        rig.send(pair, &frame(100, pair as u8));
-        assert_eq!(rig.receive(0), frame(100, pair as u8));
+        net.send(pair, &frame(100, pair as u8));
+        assert_eq!(net.receive(0), frame(100, pair as u8));
     }
-    rig.rx[1].enable(&rig.client, true);
-    rig.send(1, &frame(100, 9));
-    assert_eq!(rig.receive(1), frame(100, 9));
+    net.rx[1].enable(&net.client, true);
+    net.send(1, &frame(100, 9));
+    assert_eq!(net.receive(1), frame(100, 9));
 }
 
 /// Rule R2.4: they are neither sent nor discarded.
 #[rstest]
 fn packets_on_a_disabled_transmit_ring_stay_there_until_it_is_enabled(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
-    (0..2).for_each(|pair| rig.provide_kicked(pair, &[2000; 2]));
-    rig.tx[0].enable(&rig.client, false);
+    let mut net = NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
+    (0..2).for_each(|pair| net.provide_kicked(pair, &[2000; 2]));
+    net.tx[0].enable(&net.client, false);
     let message = [&[0xff; HEADER][..], &frame(100, 1)].concat();
     let held = Buffer { gpa: SENT + 0x1000, len: message.len() as u32 };
-    rig.guest.memory.write(held.gpa, &message).unwrap();
-    rig.tx[0].driver.add(&[held], &[], None).unwrap().unwrap();
-    rig.tx[0].kick();
+    net.guest.memory.write(held.gpa, &message).unwrap();
+    net.tx[0].driver.add(&[held], &[], None).unwrap().unwrap();
+    net.tx[0].kick();
     // Another pair goes on meanwhile.
     for number in 2..4 {
-        rig.send(1, &frame(100, number));
-        assert_eq!(rig.receive(1), frame(100, number));
+        net.send(1, &frame(100, number));
+        assert_eq!(net.receive(1), frame(100, number));
     }
-    assert!(rig.tx[0].driver.pop_used().unwrap().is_none(), "a packet of a disabled ring was used");
-    rig.tx[0].enable(&rig.client, true);
-    assert_eq!(rig.tx[0].completion().1, 0);
-    assert_eq!(rig.receive(0), frame(100, 1));
+    assert!(net.tx[0].driver.pop_used().unwrap().is_none(), "a packet of a disabled ring was used");
+    net.tx[0].enable(&net.client, true);
+    assert_eq!(net.tx[0].completion().1, 0);
+    assert_eq!(net.receive(0), frame(100, 1));
 }
 
 /// Rules R11.1 and R11.3: the driver could say how many pairs it uses, and has not.
 #[rstest]
 fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = NetGuest::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
-    let mut control = ControlQueueDriver::new(&rig, 8);
-    (0..4).for_each(|pair| rig.provide_kicked(pair, &[700; 30]));
+    let mut net = NetGuest::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
+    let mut control = ControlQueueDriver::new(&net, 8);
+    (0..4).for_each(|pair| net.provide_kicked(pair, &[700; 30]));
     for number in 0..20 {
-        rig.send(number % 4, &frame(100, number as u8));
-        assert_eq!(rig.receive(0), frame(100, number as u8));
+        net.send(number % 4, &frame(100, number as u8));
+        assert_eq!(net.receive(0), frame(100, number as u8));
     }
     for used in [4, 2] {
-        assert_eq!(control.ask(&rig.guest, 4, 0, &(used as u16).to_le_bytes()), 0);
+        assert_eq!(control.ask(&net.guest, 4, 0, &(used as u16).to_le_bytes()), 0);
         for pair in 0..used {
-            rig.send(pair, &frame(100, pair as u8));
-            assert_eq!(rig.receive(pair), frame(100, pair as u8));
+            net.send(pair, &frame(100, pair as u8));
+            assert_eq!(net.receive(pair), frame(100, pair as u8));
         }
     }
     // One that comes to a ring without buffers is not delivered there after the pair is not used any more.
-    rig.provided.clear();
-    let (client, guest) = (&rig.client, &rig.guest);
+    net.provided.clear();
+    let (client, guest) = (&net.client, &net.guest);
     client.ring_base(2);
-    guest.memory.write(rig.rx[1].layout.desc, &vec![0; 1 << 20]).unwrap();
-    rig.rx[1] = Ring::new(guest, 2, 256, rig.features);
-    rig.rx[1].set_up(client, guest, rig.rx[1].initial_base());
-    rig.rx[1].enable(client, true);
-    let before = rig.device.packet_counts();
-    rig.send(1, &frame(100, 77));
-    assert_eq!(control.ask(&rig.guest, 4, 0, &1u16.to_le_bytes()), 0);
-    rig.provide_kicked(1, &[700]);
+    guest.memory.write(net.rx[1].layout.desc, &vec![0; 1 << 20]).unwrap();
+    net.rx[1] = Ring::new(guest, 2, 256, net.features);
+    net.rx[1].set_up(client, guest, net.rx[1].initial_base());
+    net.rx[1].enable(client, true);
+    let before = net.device.packet_counts();
+    net.send(1, &frame(100, 77));
+    assert_eq!(control.ask(&net.guest, 4, 0, &1u16.to_le_bytes()), 0);
+    net.provide_kicked(1, &[700]);
     let arrived =
         |counts: PacketCounts| counts.received + counts.received_dropped - before.received - before.received_dropped;
-    rig.wait_for("the frame has gone somewhere", |counts| arrived(counts) == 1);
-    assert!(!rig.rx[1].has_completion(&rig.guest), "a pair that is not used has received something");
+    net.wait_for("the frame has gone somewhere", |counts| arrived(counts) == 1);
+    assert!(!net.rx[1].has_completion(&net.guest), "a pair that is not used has received something");
 }
 
 /// What a driver sets is its own: the next one must not inherit it, with a control queue or without.
@@ -436,19 +436,19 @@ fn a_new_driver_starts_with_the_default_filter(#[values(0, CONTROL)] next: u64) 
     let device = Arc::new(NetDevice::open(options(NetPeer::Loopback)).unwrap());
     let (server, strange) = (Server::new(device.clone()), [2, 0, 0, 0, 0, 9]);
     {
-        let mut rig = NetGuest::on(&server, &device, MERGEABLE | CONTROL, 1);
-        let mut control = ControlQueueDriver::new(&rig, 2);
-        assert_eq!(control.ask(&rig.guest, 0, 0, &[0]), 0);
-        assert_eq!(control.ask(&rig.guest, 1, 1, &strange), 0);
-        rig.send(0, &frame(60, 1));
-        rig.wait_for("the frame is filtered", |counts| counts.received_filtered == 1);
-        assert_eq!(config(&rig.client).0, strange);
+        let mut net = NetGuest::on(&server, &device, MERGEABLE | CONTROL, 1);
+        let mut control = ControlQueueDriver::new(&net, 2);
+        assert_eq!(control.ask(&net.guest, 0, 0, &[0]), 0);
+        assert_eq!(control.ask(&net.guest, 1, 1, &strange), 0);
+        net.send(0, &frame(60, 1));
+        net.wait_for("the frame is filtered", |counts| counts.received_filtered == 1);
+        assert_eq!(config(&net.client).0, strange);
     }
-    let mut rig = NetGuest::on(&server, &device, MERGEABLE | next, 1);
-    rig.provide_kicked(0, &[700]);
-    rig.send(0, &frame(60, 2));
-    assert_eq!(rig.receive(0), frame(60, 2));
-    assert_eq!(config(&rig.client).0, MAC);
+    let mut net = NetGuest::on(&server, &device, MERGEABLE | next, 1);
+    net.provide_kicked(0, &[700]);
+    net.send(0, &frame(60, 2));
+    assert_eq!(net.receive(0), frame(60, 2));
+    assert_eq!(config(&net.client).0, MAC);
 }
 
 /// As a front-end that comes back while its guest runs: rings go on where they were.
@@ -457,45 +457,45 @@ fn a_new_driver_starts_with_the_default_filter(#[values(0, CONTROL)] next: u64) 
 fn a_resumed_driver_keeps_its_filter() {
     let device = Arc::new(NetDevice::open(options(NetPeer::Loopback)).unwrap());
     let server = Server::new(device.clone());
-    let mut rig = NetGuest::on(&server, &device, MERGEABLE | CONTROL, 1);
-    let mut control = ControlQueueDriver::new(&rig, 2);
-    assert_eq!(control.ask(&rig.guest, 0, 0, &[0]), 0);
-    rig.provide_kicked(0, &[700; 3]);
-    rig.send(0, &[&MAC[..], &frame(54, 1)].concat());
-    rig.receive(0);
-    let bases: Vec<u32> = (0..3).map(|index| rig.client.ring_base(index)).collect();
-    rig.client = server.connect();
-    negotiate(&rig.client, &rig.guest, rig.features);
-    for (ring, base) in [&rig.rx[0], &rig.tx[0], &control.0].into_iter().zip(bases) {
-        ring.set_up(&rig.client, &rig.guest, base);
-        ring.enable(&rig.client, true);
+    let mut net = NetGuest::on(&server, &device, MERGEABLE | CONTROL, 1);
+    let mut control = ControlQueueDriver::new(&net, 2);
+    assert_eq!(control.ask(&net.guest, 0, 0, &[0]), 0);
+    net.provide_kicked(0, &[700; 3]);
+    net.send(0, &[&MAC[..], &frame(54, 1)].concat());
+    net.receive(0);
+    let bases: Vec<u32> = (0..3).map(|index| net.client.ring_base(index)).collect();
+    net.client = server.connect();
+    negotiate(&net.client, &net.guest, net.features);
+    for (ring, base) in [&net.rx[0], &net.tx[0], &control.0].into_iter().zip(bases) {
+        ring.set_up(&net.client, &net.guest, base);
+        ring.enable(&net.client, true);
     }
-    rig.send(0, &frame(60, 2));
-    rig.wait_for("the frame is filtered", |counts| counts.received_filtered == 1);
+    net.send(0, &frame(60, 2));
+    net.wait_for("the frame is filtered", |counts| counts.received_filtered == 1);
 }
 
 /// Before version 1 a driver without mergeable buffers has a header of 10 bytes: it ends where the number of buffers would be.
 #[test]
 fn a_legacy_header_has_no_num_buffers_field() {
-    let mut rig = NetGuest::new(PROTOCOL_FEATURES_BIT, |_| {});
+    let mut net = NetGuest::new(PROTOCOL_FEATURES_BIT, |_| {});
     let frame = frame(60, 3);
-    rig.guest.memory.write(SENT, &[&[0; 10], &frame[..]].concat()).unwrap();
+    net.guest.memory.write(SENT, &[&[0; 10], &frame[..]].concat()).unwrap();
     let buffer = Buffer { gpa: BUFFERS, len: 100 };
-    rig.rx[0].driver.add(&[], &[buffer], None).unwrap().unwrap();
-    rig.rx[0].kick();
-    rig.transmit(0, &[Buffer { gpa: SENT, len: 70 }], &[]);
-    assert_eq!(rig.rx[0].completion().1, 70);
-    assert_eq!(rig.guest.bytes(BUFFERS, 70), [&[0; 10], &frame[..]].concat());
+    net.rx[0].driver.add(&[], &[buffer], None).unwrap().unwrap();
+    net.rx[0].kick();
+    net.transmit(0, &[Buffer { gpa: SENT, len: 70 }], &[]);
+    assert_eq!(net.rx[0].completion().1, 70);
+    assert_eq!(net.guest.bytes(BUFFERS, 70), [&[0; 10], &frame[..]].concat());
 }
 
 /// A control queue at `index`, and its commands.
 struct ControlQueueDriver(Ring);
 
 impl ControlQueueDriver {
-    fn new(rig: &NetGuest, index: u32) -> ControlQueueDriver {
-        let ring = Ring::new(&rig.guest, index, 64, rig.features);
-        ring.set_up(&rig.client, &rig.guest, ring.initial_base());
-        ring.enable(&rig.client, true);
+    fn new(net: &NetGuest, index: u32) -> ControlQueueDriver {
+        let ring = Ring::new(&net.guest, index, 64, net.features);
+        ring.set_up(&net.client, &net.guest, ring.initial_base());
+        ring.enable(&net.client, true);
         ControlQueueDriver(ring)
     }
 
@@ -519,21 +519,21 @@ fn table(macs: &[[u8; 6]]) -> Vec<u8> {
 
 #[test]
 fn a_frame_sent_after_a_control_reply_is_filtered_by_the_new_filter() {
-    let mut rig = NetGuest::new(SPLIT | MERGEABLE | CONTROL, |options| options.pairs = 1);
-    let mut control = ControlQueueDriver::new(&rig, 2);
-    rig.provide_kicked(0, &[2000; 20]);
-    assert_eq!(control.ask(&rig.guest, 0, 0, &[0]), 0);
+    let mut net = NetGuest::new(SPLIT | MERGEABLE | CONTROL, |options| options.pairs = 1);
+    let mut control = ControlQueueDriver::new(&net, 2);
+    net.provide_kicked(0, &[2000; 20]);
+    assert_eq!(control.ask(&net.guest, 0, 0, &[0]), 0);
     let other = [2, 0, 0, 0, 0, 9];
     for round in 1..=5000 {
         // The first change wakes the receive queue, which may be anywhere when the second comes.
         for mac in [MAC, other] {
-            assert_eq!(control.ask(&rig.guest, 1, 1, &mac), 0);
+            assert_eq!(control.ask(&net.guest, 1, 1, &mac), 0);
         }
-        rig.send(0, &[&MAC[..], &frame(54, 1)].concat());
-        let mut counts = rig.device.packet_counts();
+        net.send(0, &[&MAC[..], &frame(54, 1)].concat());
+        let mut counts = net.device.packet_counts();
         while counts.received + counts.received_filtered < round {
             std::thread::yield_now();
-            counts = rig.device.packet_counts();
+            counts = net.device.packet_counts();
         }
         assert_eq!(counts.received, 0, "round {round}");
     }
@@ -543,61 +543,61 @@ fn a_frame_sent_after_a_control_reply_is_filtered_by_the_new_filter() {
 fn the_control_queue_executes_specified_commands_and_refuses_others(#[values(SPLIT, PACKED)] rings: u64) {
     const OK: u8 = 0;
     const ERR: u8 = 1;
-    let mut rig = NetGuest::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
-    let mut control = ControlQueueDriver::new(&rig, 4);
-    let mut ask = |rig: &NetGuest, class, command, data: &[u8]| control.ask(&rig.guest, class, command, data);
+    let mut net = NetGuest::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
+    let mut control = ControlQueueDriver::new(&net, 4);
+    let mut ask = |net: &NetGuest, class, command, data: &[u8]| control.ask(&net.guest, class, command, data);
     let to = |mac: [u8; 6]| [&mac[..], &frame(54, mac[5])].concat();
     let (new, other, group) = ([2, 0, 0, 0, 0, 9], [2, 0, 0, 0, 0, 2], [1, 0, 0, 0, 0, 1]);
     let answers = [
         // Without the mode EXTRA, which was not negotiated, and with what does not exist.
-        (ask(&rig, 0, 2, &[1]), ERR),
-        (ask(&rig, 0, 77, &[1]), ERR),
-        (ask(&rig, 77, 0, &[1]), ERR),
-        (ask(&rig, 0, 0, &[]), ERR),
-        (ask(&rig, 0, 0, &[0, 0]), ERR),
-        (ask(&rig, 2, 0, &[0, 0]), ERR),
-        (ask(&rig, 0, 1, &[1]), OK),
-        (ask(&rig, 0, 1, &[0]), OK),
-        (ask(&rig, 1, 1, &new[..5]), ERR),
-        (ask(&rig, 1, 1, &new), OK),
-        (ask(&rig, 1, 0, &[table(&[other]), table(&[])].concat()), OK),
-        (ask(&rig, 1, 0, &table(&[other])), ERR),
-        (ask(&rig, 1, 0, &[u32::MAX.to_le_bytes(), [0; 4]].concat()), ERR),
-        (ask(&rig, 3, 0, &[]), OK),
-        (ask(&rig, 4, 0, &[0, 0]), ERR),
-        (ask(&rig, 4, 0, &[3, 0]), ERR),
-        (ask(&rig, 4, 0, &[1]), ERR),
-        (ask(&rig, 4, 0, &[1, 0]), OK),
-        (ask(&rig, 0, 0, &[0]), OK),
+        (ask(&net, 0, 2, &[1]), ERR),
+        (ask(&net, 0, 77, &[1]), ERR),
+        (ask(&net, 77, 0, &[1]), ERR),
+        (ask(&net, 0, 0, &[]), ERR),
+        (ask(&net, 0, 0, &[0, 0]), ERR),
+        (ask(&net, 2, 0, &[0, 0]), ERR),
+        (ask(&net, 0, 1, &[1]), OK),
+        (ask(&net, 0, 1, &[0]), OK),
+        (ask(&net, 1, 1, &new[..5]), ERR),
+        (ask(&net, 1, 1, &new), OK),
+        (ask(&net, 1, 0, &[table(&[other]), table(&[])].concat()), OK),
+        (ask(&net, 1, 0, &table(&[other])), ERR),
+        (ask(&net, 1, 0, &[u32::MAX.to_le_bytes(), [0; 4]].concat()), ERR),
+        (ask(&net, 3, 0, &[]), OK),
+        (ask(&net, 4, 0, &[0, 0]), ERR),
+        (ask(&net, 4, 0, &[3, 0]), ERR),
+        (ask(&net, 4, 0, &[1]), ERR),
+        (ask(&net, 4, 0, &[1, 0]), OK),
+        (ask(&net, 0, 0, &[0]), OK),
     ];
     assert!(answers.iter().all(|(answer, expected)| answer == expected), "{answers:?}");
-    rig.provide_kicked(0, &[2000; 20]);
-    rig.provide_kicked(1, &[2000; 20]);
+    net.provide_kicked(0, &[2000; 20]);
+    net.provide_kicked(1, &[2000; 20]);
     // One pair is in use: also what comes for the other goes to it.
     for (pair, mac) in [(0, MAC), (0, new), (1, group), (1, other), (0, [0xff; 6])] {
-        rig.send(pair, &to(mac));
+        net.send(pair, &to(mac));
     }
     // Two wires have no order between them.
-    let mut received = [(); 3].map(|()| rig.receive(0));
+    let mut received = [(); 3].map(|()| net.receive(0));
     let mut expected = [new, other, [0xff; 6]].map(to);
     received.sort();
     expected.sort();
     assert_eq!(received, expected);
-    assert_eq!(rig.device.packet_counts().received_filtered, 2);
-    assert_eq!(ask(&rig, 4, 0, &[2, 0]), OK);
-    assert_eq!(ask(&rig, 0, 1, &[1]), OK);
-    rig.send(1, &to(group));
-    assert_eq!(rig.receive(1), to(group));
+    assert_eq!(net.device.packet_counts().received_filtered, 2);
+    assert_eq!(ask(&net, 4, 0, &[2, 0]), OK);
+    assert_eq!(ask(&net, 0, 1, &[1]), OK);
+    net.send(1, &to(group));
+    assert_eq!(net.receive(1), to(group));
     // A reset of the device ends it all: everything is received again.
-    rig.client.send_acknowledged(Code::SET_STATUS, &0u64, &[]);
-    assert_eq!(config(&rig.client).0, MAC);
+    net.client.send_acknowledged(Code::SET_STATUS, &0u64, &[]);
+    assert_eq!(config(&net.client).0, MAC);
 }
 
 /// Without MQ there is one pair, and the control queue is behind it (virtio 1.2, 5.1.2).
 #[test]
 fn without_multi_queue_the_control_queue_has_index_2() {
-    let rig = NetGuest::new(MERGEABLE | CONTROL, |options| options.pairs = 1);
-    assert_eq!(ControlQueueDriver::new(&rig, 2).ask(&rig.guest, 0, 0, &[0]), 0);
+    let net = NetGuest::new(MERGEABLE | CONTROL, |options| options.pairs = 1);
+    assert_eq!(ControlQueueDriver::new(&net, 2).ask(&net.guest, 0, 0, &[0]), 0);
     let device = Arc::new(NetDevice::open(NetOptions { pairs: 4, ..options(NetPeer::Loopback) }).unwrap());
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
@@ -619,8 +619,8 @@ fn config(client: &RawFrontend) -> ([u8; 6], u16) {
 /// Rule C1.2.
 #[test]
 fn network_device_messages_are_answered() {
-    let rig = NetGuest::new(MERGEABLE | CONTROL, |options| (options.pairs, options.mtu) = (3, Some(9000)));
-    let client = &rig.client;
+    let net = NetGuest::new(MERGEABLE | CONTROL, |options| (options.pairs, options.mtu) = (3, Some(9000)));
+    let client = &net.client;
     assert_eq!(client.request_u64(Code::GET_QUEUE_NUM), 3, "front-ends of net devices compare it with pairs");
     let features = client.request_u64(Code::GET_FEATURES);
     let offered = CONTROL | bit(VIRTIO_NET_F_MQ) | bit(VIRTIO_NET_F_MTU) | bit(VIRTIO_NET_F_MRG_RXBUF);
@@ -637,8 +637,8 @@ fn network_device_messages_are_answered() {
     client.send_acknowledged(Code::SEND_RARP, &0x0000_0605_0403_0201u64, &[]);
     assert_eq!(ear.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None), "its front-end hears of it (rule B2.1)");
     assert_eq!(config(client), (MAC, 3), "the driver is asked to announce itself");
-    let mut control = ControlQueueDriver::new(&rig, 2);
-    assert_eq!(control.ask(&rig.guest, 3, 0, &[]), 0);
+    let mut control = ControlQueueDriver::new(&net, 2);
+    assert_eq!(control.ask(&net.guest, 3, 0, &[]), 0);
     assert_eq!(config(client), (MAC, 1));
     let header = ConfigHeader { offset: 0, size: 6, flags: CONFIG_TYPE_MIGRATION };
     let arrived = [header.as_bytes(), &[2, 9, 9, 9, 9, 9]].concat();
@@ -650,77 +650,77 @@ fn network_device_messages_are_answered() {
 
 #[rstest]
 fn a_truncated_send_rarp_or_net_set_mtu_is_refused_and_packets_continue(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = NetGuest::new(rings | MERGEABLE | CONTROL, |options| options.mtu = Some(9000));
+    let mut net = NetGuest::new(rings | MERGEABLE | CONTROL, |options| options.mtu = Some(9000));
     let mut seed = 0;
     for code in [Code::SEND_RARP, Code::NET_SET_MTU] {
         for payload in [&[][..], &[2; 3], &[2; 7]] {
-            assert_eq!(rig.client.acknowledged(code, payload, &[]), 1, "{code} of {} bytes", payload.len());
-            rig.client.send(code, VERSION, payload, &[rig.client.as_fd()]);
-            assert_eq!(config(&rig.client), (MAC, 1), "the driver is asked to announce itself");
+            assert_eq!(net.client.acknowledged(code, payload, &[]), 1, "{code} of {} bytes", payload.len());
+            net.client.send(code, VERSION, payload, &[net.client.as_fd()]);
+            assert_eq!(config(&net.client), (MAC, 1), "the driver is asked to announce itself");
             seed += 1;
-            rig.provide_kicked(0, &[2000]);
-            rig.send(0, &frame(1500, seed));
-            assert_eq!(rig.receive(0), frame(1500, seed));
+            net.provide_kicked(0, &[2000]);
+            net.send(0, &frame(1500, seed));
+            assert_eq!(net.receive(0), frame(1500, seed));
         }
     }
 }
 
 #[rstest]
 fn invalid_packets_are_dropped_and_counted_and_the_queue_continues(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = NetGuest::new(rings | MERGEABLE, |_| {});
-    rig.provide_kicked(0, &[2000; 3]);
+    let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
+    net.provide_kicked(0, &[2000; 3]);
     let at = |gpa, len| Buffer { gpa, len };
-    rig.transmit(0, &[at(SENT, 11)], &[]);
-    rig.transmit(0, &[], &[at(SENT, 64)]);
-    rig.transmit(0, &[at(SENT, 12 + 65551)], &[]);
-    rig.transmit(0, &[at(0, 0xffff_fff0)], &[]);
-    rig.transmit(0, &[at(SENT, 12), at(OUTSIDE, 100)], &[]);
-    rig.transmit(0, &[at(OUTSIDE, 12), at(SENT, 100)], &[]);
-    rig.wait_for("the packet arrives", |seen| seen.received == 1);
+    net.transmit(0, &[at(SENT, 11)], &[]);
+    net.transmit(0, &[], &[at(SENT, 64)]);
+    net.transmit(0, &[at(SENT, 12 + 65551)], &[]);
+    net.transmit(0, &[at(0, 0xffff_fff0)], &[]);
+    net.transmit(0, &[at(SENT, 12), at(OUTSIDE, 100)], &[]);
+    net.transmit(0, &[at(OUTSIDE, 12), at(SENT, 100)], &[]);
+    net.wait_for("the packet arrives", |seen| seen.received == 1);
     let mut counts = PacketCounts::default();
     // What the header says is of no interest, so that one may be anywhere.
     (counts.sent_malformed, counts.sent, counts.received) = (5, 1, 1);
-    assert_eq!(rig.device.packet_counts(), counts);
-    rig.rx[0].completion();
-    rig.send(0, &frame(60, 1));
-    assert_eq!(rig.receive(0), frame(60, 1));
+    assert_eq!(net.device.packet_counts(), counts);
+    net.rx[0].completion();
+    net.send(0, &frame(60, 1));
+    assert_eq!(net.receive(0), frame(60, 1));
 }
 
 #[rstest]
 fn unusable_receive_buffers_are_returned_empty_and_the_queue_continues(#[values(SPLIT, PACKED)] rings: u64) {
     for features in [rings, rings | MERGEABLE] {
-        let mut rig = NetGuest::new(features, |_| {});
+        let mut net = NetGuest::new(features, |_| {});
         let at = |gpa, len| Buffer { gpa, len };
-        let rx = &mut rig.rx[0].driver;
+        let rx = &mut net.rx[0].driver;
         rx.add(&[], &[at(BUFFERS, 11)], None).unwrap().unwrap();
         rx.add(&[at(BUFFERS, 2000)], &[], None).unwrap().unwrap();
         rx.add(&[], &[at(BUFFERS, 500), at(OUTSIDE, 1000)], None).unwrap().unwrap();
-        rig.rx[0].kick();
-        rig.provide_kicked(0, &[2000; 2]);
-        rig.send(0, &frame(1000, 1));
+        net.rx[0].kick();
+        net.provide_kicked(0, &[2000; 2]);
+        net.send(0, &frame(1000, 1));
         for _ in 0..3 {
-            assert_eq!(rig.rx[0].completion().1, 0);
+            assert_eq!(net.rx[0].completion().1, 0);
         }
-        assert_eq!(rig.receive(0), frame(1000, 1));
-        assert_eq!(rig.device.packet_counts().bad_buffers, 3);
-        assert_eq!(rig.guest.bytes(BUFFERS + 4000, 8), [0; 8]);
+        assert_eq!(net.receive(0), frame(1000, 1));
+        assert_eq!(net.device.packet_counts().bad_buffers, 3);
+        assert_eq!(net.guest.bytes(BUFFERS + 4000, 8), [0; 8]);
     }
 }
 
 /// A longer one would wait for ever, and all others behind it.
 #[rstest]
 fn a_packet_larger_than_a_full_ring_of_buffers_is_dropped(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = NetGuest::new(rings | MERGEABLE, |_| {});
-    rig.send(0, &frame(256 * 12, 1));
-    rig.send(0, &frame(255 * 12, 2));
+    let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
+    net.send(0, &frame(256 * 12, 1));
+    net.send(0, &frame(255 * 12, 2));
     for number in 0..256 {
         let buffer = Buffer { gpa: BUFFERS + number * 12, len: 12 };
-        rig.rx[0].driver.add(&[], &[buffer], None).unwrap().unwrap();
+        net.rx[0].driver.add(&[], &[buffer], None).unwrap().unwrap();
     }
-    rig.rx[0].kick();
-    rig.rx[0].completions(256);
-    assert_eq!(rig.guest.bytes(BUFFERS + 12, 255 * 12), frame(255 * 12, 2));
-    assert_eq!(rig.device.packet_counts().received_dropped, 1);
+    net.rx[0].kick();
+    net.rx[0].completions(256);
+    assert_eq!(net.guest.bytes(BUFFERS + 12, 255 * 12), frame(255 * 12, 2));
+    assert_eq!(net.device.packet_counts().received_dropped, 1);
 }
 
 /// Two interfaces, each in a process or a thread of its own.
@@ -863,24 +863,24 @@ fn invalid_network_options_are_refused_with_a_one_line_error() {
 /// Rule R10.1: QEMU gives the call fd last, when packets may have come already.
 #[rstest]
 fn a_notification_without_a_call_fd_is_signalled_over_the_next_call_fd(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut rig = NetGuest::new(rings | MERGEABLE, |_| {});
-    let renew = |rig: &mut NetGuest| {
+    let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
+    let renew = |net: &mut NetGuest| {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
-        rig.rx[0].call = EventFd::from_flags(flags).unwrap();
-        let call = rig.rx[0].call.as_fd();
-        rig.client.send_acknowledged(Code::SET_VRING_CALL, &0u64, &[call]);
-        rig.rx[0].call.read().is_ok()
+        net.rx[0].call = EventFd::from_flags(flags).unwrap();
+        let call = net.rx[0].call.as_fd();
+        net.client.send_acknowledged(Code::SET_VRING_CALL, &0u64, &[call]);
+        net.rx[0].call.read().is_ok()
     };
-    assert!(!renew(&mut rig), "there was nothing to say");
+    assert!(!renew(&mut net), "there was nothing to say");
     let none = 1u64 << 8;
-    rig.client.send_acknowledged(Code::SET_VRING_CALL, &none, &[]);
-    rig.provide_kicked(0, &[1000]);
-    rig.send(0, &frame(100, 1));
-    while !rig.rx[0].has_completion(&rig.guest) {
-        rig.client.wait_until_processed();
+    net.client.send_acknowledged(Code::SET_VRING_CALL, &none, &[]);
+    net.provide_kicked(0, &[1000]);
+    net.send(0, &frame(100, 1));
+    while !net.rx[0].has_completion(&net.guest) {
+        net.client.wait_until_processed();
     }
-    assert!(renew(&mut rig), "the driver never hears of its packet");
-    assert_eq!(rig.receive(0), frame(100, 1));
+    assert!(renew(&mut net), "the driver never hears of its packet");
+    assert_eq!(net.receive(0), frame(100, 1));
 }
 
 /// The other end of a pair that says it will send nothing more, and stays: it would be readable for ever.

@@ -1,4 +1,5 @@
-//! Guest memory that arrives page by page while a disk works in it, and what becomes of a front-end that brings none (rule P1).
+//! Postcopy: guest memory that arrives page by page while devices use it, and front-ends that fail to provide it (rule
+//! P1).
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
@@ -58,7 +59,7 @@ fn memory_of(make: impl Fn() -> OwnedFd) -> Memory {
     Memory::new([share(0), share(HIGH)]).unwrap()
 }
 
-/// Brings what `from` has to where somebody waits for it.
+/// Serves page faults of the back-end from the source memory.
 struct PageServer<'a> {
     from: &'a Memory,
     to: &'a Memory,

@@ -1,5 +1,5 @@
-//! A guest that rewrites descriptors, indexes and indirect tables while its requests run: only what some descriptor let
-//! the device write ever changes, and the back-end is there for the next front-end.
+//! A guest that rewrites descriptors, indexes and indirect tables while its requests run. Only memory that a descriptor
+//! made writable changes, and the back-end serves the next front-end.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! The front-end's side of the socket, message by message, with nothing in between that could be polite.
+//! A raw front-end: sends and receives single protocol messages without checks of its own.
 
 use std::io::{IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};

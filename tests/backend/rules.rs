@@ -1,4 +1,4 @@
-//! What front-ends of every make may rely on, rule by rule.
+//! Protocol rules that front-ends depend on.
 
 use std::os::fd::AsFd;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Back-ends to talk to: in a thread with any device, or the real command in a process.
+//! Back-ends under test: a device served by a thread, or the command as a process.
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsFd;

@@ -1,5 +1,5 @@
-//! Descriptors that the front-end has, too: whatever it does to the open files behind them, the next front-end is served and
-//! SIGTERM ends the process (rule F9.1).
+//! Descriptors shared with the front-end: whatever it does to the open files, the next front-end is served and SIGTERM
+//! ends the process (rule F9.1).
 
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -21,7 +21,7 @@ use crate::hostile::assert_ring_works;
 use crate::raw::{DEADLINE, RawFrontend};
 use crate::server::{Process, disk_options};
 
-/// A disk of two queues in a process.
+/// A back-end process with a disk of two queues.
 struct BackendProcess {
     _folder: tempfile::TempDir,
     socket: PathBuf,
@@ -90,7 +90,7 @@ fn set_blocking(fd: BorrowedFd<'_>, blocking: bool) {
     fcntl(fd, FcntlArg::F_SETFL(flags)).unwrap();
 }
 
-/// What takes signals, and does not block yet: one end for the back-end, and the other, which must stay open.
+/// A descriptor that takes signals.
 #[derive(Debug, Clone, Copy)]
 enum SignalFd {
     EventFd,
@@ -123,14 +123,14 @@ fn a_full_blocking_call_fd_stops_no_ring(
     #[values(SignalFd::EventFd, SignalFd::Socket, SignalFd::Pipe)] kind: SignalFd,
     #[values(SPLIT, PACKED)] features: u64,
 ) {
-    let rig = BackendProcess::new(&[]);
-    let client = rig.begin(features);
-    let mut ring = rig.ring(&client, 0, features);
+    let backend = BackendProcess::new(&[]);
+    let client = backend.begin(features);
+    let mut ring = backend.ring(&client, 0, features);
     let (call, _other) = kind.open();
     client.send_acknowledged(Code::SET_VRING_CALL, &0u64, &[call.as_fd()]);
     fill(call.as_fd());
     for _ in 0..3 {
-        ring.read(&rig.guest, 0, 1, 512);
+        ring.read(&backend.guest, 0, 1, 512);
         ring.kick();
         let end = Instant::now() + DEADLINE;
         while ring.driver.pop_used().unwrap().is_none() {
@@ -139,34 +139,34 @@ fn a_full_blocking_call_fd_stops_no_ring(
         }
     }
     client.ring_base(0);
-    rig.assert_serves_next_front_end(client);
+    backend.assert_serves_next_front_end(client);
 }
 
 #[rstest]
 fn a_full_blocking_error_fd_stops_no_ring(
     #[values(SignalFd::EventFd, SignalFd::Socket, SignalFd::Pipe)] kind: SignalFd,
 ) {
-    let rig = BackendProcess::new(&[]);
-    let client = rig.begin(SPLIT);
+    let backend = BackendProcess::new(&[]);
+    let client = backend.begin(SPLIT);
     let (error, _other) = kind.open();
     client.send_acknowledged(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
     fill(error.as_fd());
-    let ring = Ring::new(&rig.guest, 0, 256, SPLIT);
+    let ring = Ring::new(&backend.guest, 0, 256, SPLIT);
     // An index that ran away.
-    rig.guest.memory.write(ring.layout.avail, [0u16, 9999].as_bytes()).unwrap();
-    ring.set_up(&client, &rig.guest, ring.initial_base());
+    backend.guest.memory.write(ring.layout.avail, [0u16, 9999].as_bytes()).unwrap();
+    ring.set_up(&client, &backend.guest, ring.initial_base());
     ring.enable(&client, true);
     client.ring_base(0);
-    rig.assert_serves_next_front_end(client);
+    backend.assert_serves_next_front_end(client);
 }
 
 /// A kick that a poll says is there and that can't be read: for ever, or as long as nobody sends the other 7 bytes.
 /// Rule F9.3.
 #[rstest]
 fn a_kick_fd_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "epoll")] what: &str) {
-    let rig = BackendProcess::new(&[]);
-    let client = rig.begin(SPLIT);
-    let mut ring = rig.ring(&client, 0, SPLIT);
+    let backend = BackendProcess::new(&[]);
+    let client = backend.begin(SPLIT);
+    let mut ring = backend.ring(&client, 0, SPLIT);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (output, input) = pipe().unwrap();
     let low = 8;
@@ -188,23 +188,23 @@ fn a_kick_fd_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "e
     };
     assert_ne!(client.acknowledged(Code::SET_VRING_KICK, 0u64.as_bytes(), &[kick]), 0, "a {what} was taken");
     // It changes nothing.
-    assert_ring_works(&rig.guest, &mut ring);
-    rig.assert_serves_next_front_end(client);
+    assert_ring_works(&backend.guest, &mut ring);
+    backend.assert_serves_next_front_end(client);
 }
 
 /// Rule F9.4.
 #[rstest]
 fn one_blocking_kick_eventfd_serves_two_rings(#[values(SPLIT, PACKED)] features: u64) {
-    let rig = BackendProcess::new(&[]);
-    let client = rig.begin(features);
+    let backend = BackendProcess::new(&[]);
+    let client = backend.begin(features);
     let kick = EventFd::from_flags(EfdFlags::empty()).unwrap();
-    let mut rings = [0, 1].map(|index| rig.ring(&client, index, features));
+    let mut rings = [0, 1].map(|index| backend.ring(&client, index, features));
     for index in [0u64, 1] {
         client.send_acknowledged(Code::SET_VRING_KICK, &index, &[kick.as_fd()]);
     }
     for round in 0..2000 {
         for ring in &mut rings {
-            ring.read(&rig.guest, 0, 1, 512);
+            ring.read(&backend.guest, 0, 1, 512);
             // Whatever the device wants: one of them has nothing else to wake it.
             let _ = ring.driver.publish();
             // Rings share the places of requests.
@@ -218,16 +218,21 @@ fn one_blocking_kick_eventfd_serves_two_rings(#[values(SPLIT, PACKED)] features:
             rings.iter_mut().for_each(|ring| _ = ring.completion());
         }
     }
-    rig.assert_serves_next_front_end(client);
+    backend.assert_serves_next_front_end(client);
 }
 
 /// A back-end that has read the first bytes waits for the next ones, and for nothing else.
 /// Rule F9.1.
 #[rstest]
 fn an_incomplete_device_state_transfer_blocks_no_other_front_end(#[values("pipe", "socket")] kind: &str) {
-    let mut rig = BackendProcess::interface();
-    let client = RawFrontend::connect(&rig.socket);
-    negotiate_with(&client, &rig.guest, BASIC, bit(protocol_feature::REPLY_ACK) | bit(protocol_feature::DEVICE_STATE));
+    let mut backend = BackendProcess::interface();
+    let client = RawFrontend::connect(&backend.socket);
+    negotiate_with(
+        &client,
+        &backend.guest,
+        BASIC,
+        bit(protocol_feature::REPLY_ACK) | bit(protocol_feature::DEVICE_STATE),
+    );
     let (theirs, ours): (OwnedFd, OwnedFd) = match kind {
         "pipe" => pipe().unwrap(),
         _ => UnixStream::pair().map(|(theirs, ours)| (theirs.into(), ours.into())).unwrap(),
@@ -245,8 +250,8 @@ fn an_incomplete_device_state_transfer_blocks_no_other_front_end(#[values("pipe"
         set_blocking(theirs.as_fd(), true);
     }
     drop(client);
-    rig.begin(BASIC).wait_until_processed();
-    rig.assert_ends(true);
+    backend.begin(BASIC).wait_until_processed();
+    backend.assert_ends(true);
 }
 
 fn unread(fd: BorrowedFd<'_>) -> i32 {
@@ -259,11 +264,11 @@ fn unread(fd: BorrowedFd<'_>) -> i32 {
 /// A thread that can't go on for any reason, here because it is held by ptrace.
 #[test]
 fn sigterm_ends_a_process_with_a_hanging_thread() {
-    let mut rig = BackendProcess::new(&["--stop-timeout", "1"]);
-    let client = rig.begin(SPLIT);
-    let mut ring = rig.ring(&client, 0, SPLIT);
-    assert_ring_works(&rig.guest, &mut ring);
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", rig.process.child.id())).unwrap();
+    let mut backend = BackendProcess::new(&["--stop-timeout", "1"]);
+    let client = backend.begin(SPLIT);
+    let mut ring = backend.ring(&client, 0, SPLIT);
+    assert_ring_works(&backend.guest, &mut ring);
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", backend.process.child.id())).unwrap();
     let thread = tasks.map(|task| task.unwrap().path()).find(|task| {
         let name = std::fs::read_to_string(task.join("comm"));
         name.is_ok_and(|name| name.trim() == "ring 0")
@@ -279,10 +284,10 @@ fn sigterm_ends_a_process_with_a_hanging_thread() {
         status
     };
     assert!(libc::WIFSTOPPED(wait()));
-    rig.terminate();
+    backend.terminate();
     // It is told of the end of what it holds before the process can be gone.
     let (sender, over) = std::sync::mpsc::channel();
-    let pid = rig.process.child.id() as i32;
+    let pid = backend.process.child.id() as i32;
     std::thread::spawn(move || {
         if over.recv_timeout(DEADLINE).is_err() {
             kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
@@ -290,5 +295,5 @@ fn sigterm_ends_a_process_with_a_hanging_thread() {
     });
     assert_eq!(libc::WEXITSTATUS(wait()), 1);
     sender.send(()).unwrap();
-    assert_eq!(rig.process.child.wait().unwrap().code(), Some(1));
+    assert_eq!(backend.process.child.wait().unwrap().code(), Some(1));
 }

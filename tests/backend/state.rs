@@ -1,4 +1,4 @@
-//! The state of a device on its way to another, by hand and by the front-end of this project (rule D1).
+//! Transfer of the device state, with raw messages and with this project's front-end (rule D1).
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -26,7 +26,7 @@ use crate::server::Server;
 const NO_FD: u64 = 0x100;
 const REFUSED: u64 = 0x101;
 
-/// A device that has nothing but a state.
+/// A device with a state and gated queues.
 struct StatefulDevice {
     kind: &'static str,
     state: Mutex<Vec<u8>>,

@@ -1,4 +1,4 @@
-//! Rings that are stopped without being drained: what is in flight moves with the inflight region (rule I8).
+//! Rings that are stopped without being drained: requests in flight move with the inflight region (rule I8).
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -208,7 +208,7 @@ fn get_vring_base_drains_unless_only_the_inflight_feature_is_acknowledged() {
     }
 }
 
-/// Keeps the first request it gets, and completes all others at once.
+/// A device that keeps its first request and completes all others immediately.
 struct HoldsFirstRequest;
 
 struct HoldsFirstRequestQueue {

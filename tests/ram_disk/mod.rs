@@ -1,4 +1,4 @@
-//! A disk in this process's memory behind the `Device` trait, to try the guest on, and to hurt it in chosen ways.
+//! A disk in the memory of this process that implements `Device`, with injectable faults.
 
 use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -14,7 +14,7 @@ use vhost_migrate::memory::Memory;
 use vhost_migrate::ring::{Chain, DeviceRing, RingBase, RingLayout};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-/// What it does wrong, for as many requests as each says.
+/// Injected faults, each for a number of requests.
 #[derive(Default)]
 pub(crate) struct Faults {
     pub(crate) complete_twice: AtomicU32,
@@ -27,7 +27,7 @@ pub(crate) struct Faults {
     pub(crate) barrier: Barrier,
 }
 
-/// Has calls return only when all disks have been called.
+/// Makes calls return only once all disks have been called.
 #[derive(Default)]
 pub(crate) struct Barrier {
     /// Disks that must come; 0 waits for none.
