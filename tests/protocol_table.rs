@@ -301,7 +301,8 @@ fn every_citation_names_a_rule_or_an_obligation_that_exists() {
         rules().iter().flat_map(|rule| rule.obligations().into_iter().map(|(id, _)| id).chain([rule.id])).collect();
     let mut count = 0;
     for file in sources().iter().filter(|file| !file.ends_with("tests/protocol_table.rs")) {
-        let text = fs::read_to_string(file).unwrap();
+        // Test data without an extension is not text.
+        let Ok(text) = String::from_utf8(fs::read(file).unwrap()) else { continue };
         let cited: BTreeSet<_> = citations(&text).collect();
         count += cited.len();
         let unknown: BTreeSet<_> = cited.into_iter().filter(|id| !known.contains(id)).collect();
