@@ -481,7 +481,7 @@ fn a_stale_socket_file_is_replaced_and_other_files_are_reported() {
     std::fs::write(at("file"), "precious").unwrap();
     assert!(explain(&at("file")).contains("a file that is not a socket"));
     assert_eq!(std::fs::read(at("file")).unwrap(), b"precious");
-    assert!(explain(&at("no/such/folder")).contains("make it first"));
+    assert!(explain(&at("no/such/folder")).contains("its directory does not exist: create it first"));
     assert!(explain(&at(&"long".repeat(40))).contains("use a shorter one"));
 }
 
