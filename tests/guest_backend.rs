@@ -733,7 +733,7 @@ fn cancel_ends_a_destination_whose_back_end_hangs(#[values(Step::Prepare, Step::
     let (left, arrived, _) = stalling_vm(&backends[0], &backends[1], &guest, step, |cancel, _| cancel.cancel());
     // The cause is not the back-end's timeout.
     let error = arrived.unwrap_err().to_string();
-    assert!(error.contains("was ended"), "{error}");
+    assert!(error.contains("was interrupted"), "{error}");
     assert_eq!(left.unwrap_err().location, GuestLocation::RunningHere);
     signal(&backends[1], Signal::SIGCONT);
     run_for(guest.lock().unwrap().as_ref().unwrap(), 100);
@@ -752,7 +752,7 @@ fn cancel_of_a_hanging_start_keeps_the_arrived_guest_and_resume_starts_it() {
     let stop = |_: &CancelToken, outcomes: &Outcomes| outcomes.cancel_start();
     let (left, arrived, stalling_vm) = stalling_vm(&backends[0], &backends[1], &guest, Step::Start, stop);
     let error = arrived.unwrap_err();
-    assert!(matches!(error, MigrateError::NotStarted(_)) && error.to_string().contains("was ended"), "{error}");
+    assert!(matches!(error, MigrateError::NotStarted(_)) && error.to_string().contains("was interrupted"), "{error}");
     assert_eq!(stalling_vm.starts, 1, "it was not tried again");
     assert_eq!(left.unwrap_err().location, GuestLocation::OutcomeUnknown);
     *guest.lock().unwrap() = None;
