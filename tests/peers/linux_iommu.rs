@@ -16,7 +16,7 @@ fn works_behind_an_iommu(packed: &str) {
     let said = there_and_back(&lab, Kind::OursIommu, &boot, &format!("{BEHIND},packed={packed}"), &[false, true]);
     for said in said {
         let count = |what: &str| said.lines().filter(|line| line.contains(what)).count();
-        let (asked, told) = (count(": asks for "), count("DEBUG IOTLB_MSG"));
+        let (asked, told) = (count(": miss at "), count("DEBUG IOTLB_MSG"));
         eprintln!("{asked} misses, {told} updates and invalidations");
         assert!(asked > 100, "only {asked} translations were asked for");
         // An update for each, and invalidations, of which one may be of many pages.
