@@ -16,12 +16,11 @@ use std::time::{Duration, Instant};
 
 use vhost_migrate::dirty::DirtySource;
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
-use vhost_migrate::guest::{Guest, GuestConfig};
+use vhost_migrate::guest::{Guest, GuestConfig, GuestIncomingVm, GuestSourceVm};
 use vhost_migrate::memory::Memory;
 use vhost_migrate::migrate::{
-    ConvergencePolicy, GuestIncomingVm, GuestSourceVm, IncomingVm, MigrationListener, MigrationParameters,
-    MigrationReport, OUTCOME_QUERY_TIMEOUT, Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate,
-    receive,
+    ConvergencePolicy, IncomingVm, MigrationListener, MigrationParameters, MigrationReport, OUTCOME_QUERY_TIMEOUT,
+    Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
 };
 use vhost_migrate::stream::{CancelToken, Codec, StreamListener, StreamOptions, transport};
 

@@ -40,7 +40,9 @@ pub mod inflight;
 pub mod memory;
 #[cfg(feature = "migrate")]
 pub mod migrate;
-pub mod ring;
 #[cfg(any(feature = "backend", feature = "migrate"))]
+pub mod record;
+pub mod ring;
+#[cfg(feature = "migrate")]
 pub mod stream;
 mod sys;

@@ -23,12 +23,12 @@ use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
 use vhost_migrate::backend::{self, BackendError, BackendListener};
 use vhost_migrate::dirty::{DirtyError, DirtySource, Log, PageSet, Pagemap};
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
-use vhost_migrate::guest::{Guest, GuestConfig, GuestError, make_memory};
+use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestIncomingVm, GuestSourceVm, make_memory};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
 use vhost_migrate::migrate::{
-    ConvergencePolicy, GuestIncomingVm, GuestLocation, GuestSourceVm, IncomingReport, IncomingVm, MigrateError,
-    MigrationFailure, MigrationParameters, MigrationReport, OUTCOME_QUERY_TIMEOUT, Outcomes, RegionLayout,
-    SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
+    ConvergencePolicy, GuestLocation, IncomingReport, IncomingVm, MigrateError, MigrationFailure, MigrationParameters,
+    MigrationReport, OUTCOME_QUERY_TIMEOUT, Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate,
+    receive,
 };
 use vhost_migrate::stream::{CancelToken, Codec, StreamOptions, transport};
 

@@ -10,13 +10,15 @@ use crossbeam::select;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use vhost_migrate::control::{self, CommandHandler, ControlClient, ControlCommand, MigrateArguments};
-use vhost_migrate::dirty::forecast;
+use vhost_migrate::dirty::{forecast, measure_dirty_rate};
 use vhost_migrate::frontend::{FrontendError, Interrupt};
-use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestView, Verified};
+use vhost_migrate::guest::{
+    Guest, GuestConfig, GuestError, GuestIncomingVm, GuestSourceVm, GuestView, InterruptOnCancel, Verified,
+    connect_backends, dirty_sources,
+};
 use vhost_migrate::migrate::{
-    ConvergencePolicy, GuestIncomingVm, GuestLocation, GuestSourceVm, InterruptOnCancel, MigrateError, MigrationEvent,
-    MigrationListener, MigrationParameters, OUTCOME_QUERY_TIMEOUT, Outcomes, VmError, connect_backends, dirty_sources,
-    measure_dirty_rate, migrate, receive,
+    ConvergencePolicy, GuestLocation, MigrateError, MigrationEvent, MigrationListener, MigrationParameters,
+    OUTCOME_QUERY_TIMEOUT, Outcomes, VmError, migrate, receive,
 };
 use vhost_migrate::stream::record::Started;
 use vhost_migrate::stream::transport::{connect, query_outcome, remove_unfinished_saves};

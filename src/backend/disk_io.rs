@@ -36,7 +36,7 @@ use nix::unistd::fdatasync;
 use self::attempt::Attempt;
 pub(crate) use self::files::{Alignment, ImageFiles, block_size};
 #[cfg(not(feature = "io-uring"))]
-pub(crate) use self::no_uring::{Uring, Urings};
+pub(crate) use self::no_uring::{UringEngine, UringPool};
 #[cfg(feature = "io-uring")]
 pub(crate) use self::uring::{UringEngine, UringPool};
 pub(crate) use self::write_back::WriteBack;

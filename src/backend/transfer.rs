@@ -20,7 +20,7 @@ use super::{BackendError, VirtioDevice};
 use crate::abi::vhost_user::{
     DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE, DeviceStateTransfer, Request as Code,
 };
-use crate::stream::record::{self, Bytes};
+use crate::record::{self, Bytes};
 use crate::sys::join::join;
 use crate::sys::pipe::{MAX_STATE, WaitLimit, read_all, write_all};
 

@@ -8,6 +8,7 @@
 mod bitmap;
 mod harvest;
 mod log;
+mod measure;
 mod page_set;
 mod pagemap;
 mod rate;
@@ -20,6 +21,7 @@ mod vector;
 pub use bitmap::{LogBitmap, LogSlice, LogSwitch, PageMarker};
 pub use harvest::Harvest;
 pub use log::{Burst, Log, LogError, LogSignal};
+pub use measure::measure_dirty_rate;
 pub use page_set::{PageSet, Runs};
 pub use pagemap::{Pagemap, PagemapError};
 pub use rate::{DirtyModel, DirtyRate, Forecast, RateMeter, SourceRate, forecast};

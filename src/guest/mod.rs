@@ -2,8 +2,8 @@
 //!
 //! This module defines the guest's work and knowledge, and how it is stopped, saved and restored. Its purpose is to
 //! detect data that a migration or a back-end loses: contents describe themselves ([`GuestError::WrongByte`] reports
-//! the location), and its clock measures its downtime. Not here: migration, and access to devices
-//! ([`crate::frontend`]).
+//! the location), and its clock measures its downtime. Not here: access to devices
+//! ([`crate::frontend`]). `migration` makes the guest the source and the destination of a migration.
 //!
 //! ```text
 //! new → boot ──────────────→ resume ⇄ pause → stop_devices → save_state
@@ -17,6 +17,8 @@ mod disk_generations;
 mod driver;
 mod error;
 mod layout;
+#[cfg(feature = "migrate")]
+mod migration;
 mod pattern;
 mod prepared;
 mod signal;
@@ -26,6 +28,11 @@ mod view;
 
 pub use error::{ByteLocation, GuestError, WrongByte};
 pub use layout::GuestConfig;
+#[cfg(feature = "migrate")]
+pub use migration::{
+    GuestIncomingVm, GuestSourceVm, InterruptOnCancel, connect_backends, decode_guest_state, decode_saved_disks,
+    dirty_sources,
+};
 pub use prepared::PreparedDevice;
 pub use state::{
     BlkDriverState, CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, GuestState, RequestKind,

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::frame::FrameKind;
 use crate::memory::MemoryError;
+use crate::record::{RecordError, version_advice};
 
 /// An error while opening, reading or writing a migration stream.
 #[derive(Debug, thiserror::Error)]
@@ -181,7 +182,13 @@ impl From<StreamError> for io::Error {
     }
 }
 
-fn version_advice(what: &str, ours: u16, theirs: u16) -> String {
-    let (newer, older) = if theirs > ours { ("the peer", "this program") } else { ("this program", "the peer") };
-    format!("received {what} version {theirs}, this program uses version {ours}: {newer} is newer, update {older}")
+impl From<RecordError> for StreamError {
+    fn from(error: RecordError) -> StreamError {
+        match error {
+            RecordError::Truncated => StreamError::Truncated("a record"),
+            RecordError::Version { record, ours, theirs } => StreamError::RecordVersion { record, ours, theirs },
+            RecordError::TooLong { what, length, limit } => StreamError::TooLong { what, length, limit },
+            RecordError::Malformed { what, why } => StreamError::Malformed { what, why },
+        }
+    }
 }

@@ -4,9 +4,9 @@ use vhost_migrate::abi::vhost_user::DiskGeneration;
 use vhost_migrate::frontend::InflightState;
 use vhost_migrate::guest::{
     BlkDriverState, CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, GuestConfig, GuestState,
-    RequestKind, RequestState, RetainedState, STATE_VERSION, SavedGuest, SlotState, Timestamp,
+    RequestKind, RequestState, RetainedState, STATE_VERSION, SavedGuest, SlotState, Timestamp, decode_guest_state,
+    decode_saved_disks,
 };
-use vhost_migrate::migrate::{decode_guest_state, decode_saved_disks};
 use vhost_migrate::ring::{
     DriverRingState, InOrderState, PackedDriverRequest, PackedDriverState, Position, RingBase, SplitDriverState,
     UsedBuffer,

@@ -11,10 +11,9 @@ use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{Request, protocol_feature};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
-use vhost_migrate::guest::{Guest, GuestConfig, GuestError};
+use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestIncomingVm, GuestSourceVm};
 use vhost_migrate::migrate::{
-    ConvergencePolicy, GuestIncomingVm, GuestSourceVm, MigrationParameters, OUTCOME_QUERY_TIMEOUT, Outcomes,
-    SWITCHOVER_TIMEOUT, migrate, receive,
+    ConvergencePolicy, MigrationParameters, OUTCOME_QUERY_TIMEOUT, Outcomes, SWITCHOVER_TIMEOUT, migrate, receive,
 };
 use vhost_migrate::stream::{Codec, StreamListener, StreamOptions, transport};
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use vhost_migrate::abi::vhost_user::DiskGeneration;
-use vhost_migrate::migrate::decode_saved_disks;
+use vhost_migrate::guest::decode_saved_disks;
 use vhost_migrate::stream::frame::ConnectionHeader;
 use vhost_migrate::stream::hashes::count_pages;
 use vhost_migrate::stream::pages::PageBatch;

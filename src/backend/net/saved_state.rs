@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::filter::{AddressTable, MAX_ADDRESSES, Mac, ReceiveFilter};
 use super::state::NetState;
 use crate::backend::BackendError;
-use crate::stream::record;
+use crate::record;
 
 /// Version of [`SavedNetState`].
 const VERSION: u16 = 1;

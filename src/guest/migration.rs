@@ -4,17 +4,17 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::vm::{IncomingVm, RegionLayout, SourceVm, VmError};
-use crate::abi::virtio::VIRTIO_ID_BLOCK;
-use crate::dirty::{DirtySource, Pagemap, UnionSource};
-use crate::frontend::{Device, FrontendError, Interrupt, UserDevice, UserOptions};
-use crate::guest::{
+use super::{
     DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, Guest, GuestError, GuestState, PreparedDevice,
     SavedGuest, in_parallel, make_memory,
 };
+use crate::abi::virtio::VIRTIO_ID_BLOCK;
+use crate::dirty::{DirtySource, Pagemap, UnionSource};
+use crate::frontend::{Device, FrontendError, Interrupt, UserDevice, UserOptions};
 use crate::memory::Memory;
+use crate::migrate::{IncomingVm, RegionLayout, SourceVm, VmError};
+use crate::record::{self, MAX_STATE};
 use crate::stream::StreamError;
-use crate::stream::record::{self, MAX_STATE};
 use crate::stream::transport::{CancelCallback, CancelToken};
 
 /// Version of the record with a [`GuestState`], used in live migrations.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::dirty::{DirtyError, DirtyRate, DirtySource, PageSet, RateMeter};
+use super::{DirtyError, DirtyRate, DirtySource, PageSet, RateMeter};
 
 /// Measures the dirty rate for `time`, harvesting each of `sources` every `interval`. The sources are started before
 /// and stopped after. `wait` sleeps, and returns false to end the measurement early.
