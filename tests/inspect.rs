@@ -60,8 +60,7 @@ impl TempFolder {
     }
 }
 
-const HEADER: ConnectionHeader =
-    ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: true, outcome_query: false };
+const HEADER: ConnectionHeader = ConnectionHeader { one_way: true, ..ConnectionHeader::new(MigrationId(7)) };
 
 /// A frame of a saved stream.
 #[derive(Clone)]

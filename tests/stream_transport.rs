@@ -14,7 +14,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::stream::frame::{ConnectionHeader, FrameKind, HEADER_BYTES, MAGIC, MigrationId, VERSION};
+use vhost_migrate::stream::frame::{
+    ConnectionHeader, FrameKind, HEADER_BYTES, MAGIC, MigrationId, OLDEST_VERSION, VERSION,
+};
 use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
     CancelToken, Codec, FrameReader, IncomingMemory, PageDecoder, PageEncoder, RateLimiter, StreamChannel,
@@ -269,7 +271,7 @@ fn unrelated_connections_are_dropped_and_the_migration_goes_on() {
     let _silent = UnixStream::connect(path).unwrap();
     let mut http = UnixStream::connect(path).unwrap();
     http.write_all(b"GET / HTTP/1.1\r\nHost: somebody.example\r\n\r\n").unwrap();
-    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 2, one_way: false, outcome_query: false };
+    let header = ConnectionHeader { channels: 2, ..ConnectionHeader::new(MigrationId(7)) };
     let mut half = [UnixStream::connect(path).unwrap(), UnixStream::connect(path).unwrap()];
     half.iter_mut().for_each(|stream| stream.write_all(&header.encode()).unwrap());
     let mut gone = UnixStream::connect(path).unwrap();
@@ -286,7 +288,7 @@ fn a_disconnected_source_does_not_block_the_next_migration() {
     let to = unix(folder.path());
     let listener = StreamListener::bind(&to).unwrap();
     let Uri::Unix(path) = &to else { panic!() };
-    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 2, one_way: false, outcome_query: false };
+    let header = ConnectionHeader { channels: 2, ..ConnectionHeader::new(MigrationId(7)) };
     let mut dead = UnixStream::connect(path).unwrap();
     dead.write_all(&header.encode()).unwrap();
     drop(dead);
@@ -301,22 +303,18 @@ fn both_sides_report_which_version_is_older() {
     let to = unix(folder.path());
     let listener = StreamListener::bind(&to).unwrap();
     let Uri::Unix(path) = &to else { panic!() };
-    // A newer source finds this version in the reply.
-    let mut newer = UnixStream::connect(path).unwrap();
-    let mut header =
-        ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: false, outcome_query: false }.encode();
-    header[8] += 1;
-    newer.write_all(&header).unwrap();
+    // A source that is too old finds the oldest version in the reply.
+    let mut older = UnixStream::connect(path).unwrap();
+    let header = ConnectionHeader::new(MigrationId(7));
+    older.write_all(&ConnectionHeader { version: OLDEST_VERSION - 1, ..header }.encode()).unwrap();
     migrate(&listener, &to, options(1), Codec::None);
-    let mut answer = [0; HEADER_BYTES];
-    newer.read_exact(&mut answer).unwrap();
-    assert_eq!(answer[8..10], VERSION.to_le_bytes());
-    // This source connects to a newer destination.
+    assert_eq!(ConnectionHeader::read(&mut older).unwrap().version, OLDEST_VERSION);
+    // This source connects to a destination that no longer knows its version.
     let newer = UnixListener::bind(folder.path().join("newer")).unwrap();
     let source = thread::spawn(move || connect(&uri(format!("unix:{}/newer", folder.path().display())), &options(1)));
     let mut newer = newer.accept().unwrap().0;
     newer.read_exact(&mut [0; HEADER_BYTES]).unwrap();
-    newer.write_all(&header).unwrap();
+    newer.write_all(&ConnectionHeader { version: VERSION + 1, ..header }.encode()).unwrap();
     let error = source.join().unwrap().unwrap_err().to_string();
     assert!(error.contains("the peer is newer, update this program"), "{error}");
 }
@@ -521,7 +519,7 @@ fn a_connection_reset_is_reported_as_peer_gone() {
     let listener = StreamListener::bind(&uri("tcp:127.0.0.1:0")).unwrap();
     let Uri::Tcp { port, .. } = listener.uri() else { panic!() };
     let mut source = TcpStream::connect(("127.0.0.1", *port)).unwrap();
-    let header = ConnectionHeader { id: MigrationId(7), channel: 0, channels: 1, one_way: true, outcome_query: false };
+    let header = ConnectionHeader { one_way: true, ..ConnectionHeader::new(MigrationId(7)) };
     source.write_all(&header.encode()).unwrap();
     let connection = listener.accept(&options(1)).unwrap();
     let mut channel = connection.channels[0].clone();

@@ -20,7 +20,7 @@ use vhost_migrate::stream::{
 fn main() -> Result<(), Box<dyn Error>> {
     let folder = std::env::args_os().nth(1).ok_or("name the folder to write to")?;
     let write = |name: String, bytes: &[u8]| fs::write(Path::new(&folder).join(name), bytes);
-    let header = ConnectionHeader { id: MigrationId(1), channel: 0, channels: 1, one_way: false, outcome_query: false };
+    let header = ConnectionHeader::new(MigrationId(1));
     write("question".into(), &ConnectionHeader { outcome_query: true, ..header }.encode())?;
     write("unfinished".into(), &ConnectionHeader { one_way: true, ..header }.encode_unfinished())?;
     for (name, codec) in [("raw", Codec::None), ("zstd", Codec::Zstd(1))] {

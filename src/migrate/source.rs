@@ -113,7 +113,15 @@ pub fn migrate(
         on_event(MigrationEvent::Failed { message: error.to_string(), location });
         return Err(MigrationFailure { error, location });
     }
-    let (stream, dirty) = open(vm, &memory, connection, parameters.codec, cancel).map_err(|error| {
+    let codec = if connection.zstd { parameters.codec } else { Codec::None };
+    if codec != parameters.codec {
+        let message = format!(
+            "the destination was built without zstd: pages are sent uncompressed, not with {}",
+            parameters.codec
+        );
+        on_event(MigrationEvent::Warning { message });
+    }
+    let (stream, dirty) = open(vm, &memory, connection, codec, cancel).map_err(|error| {
         let location = local_location(run);
         on_event(MigrationEvent::Failed { message: error.to_string(), location });
         MigrationFailure { error, location }
@@ -125,7 +133,7 @@ pub fn migrate(
     on_event(MigrationEvent::Started {
         guest_bytes: memory.size(),
         channels: stream.channels.len() as u16,
-        codec: parameters.codec.to_string(),
+        codec: codec.to_string(),
     });
     let mut migration = OutgoingMigration {
         stream,

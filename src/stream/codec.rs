@@ -23,6 +23,8 @@ pub enum Codec {
 }
 
 impl Codec {
+    /// True if this program reads and writes zstd: it was built with the feature `zstd`.
+    pub const HAS_ZSTD: bool = cfg!(feature = "zstd");
     const LEVELS: std::ops::RangeInclusive<i32> = -7..=22;
 }
 

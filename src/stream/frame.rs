@@ -11,14 +11,17 @@ use zerocopy::little_endian::{U16, U32, U64, U128};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::StreamError;
+use super::codec::Codec;
 use super::sys::{ReadMemory, ReceiveWindow};
 use crate::sys::random::random;
 
 /// First bytes of every connection and file. They are not ASCII and contain both kinds of line ends, so that a
 /// text-mode copy is detected.
 pub const MAGIC: [u8; 8] = *b"\x89VHM\r\n\x1a\n";
-/// Version of the stream that this program writes and reads.
+/// Newest version of the stream that this program writes and reads.
 pub const VERSION: u16 = 2;
+/// Oldest version of the stream that this program writes and reads.
+pub const OLDEST_VERSION: u16 = 2;
 /// Bytes of a connection header.
 pub const HEADER_BYTES: usize = size_of::<RawConnectionHeader>();
 /// Bytes of a frame header.
@@ -56,9 +59,12 @@ pub struct ChannelId {
     pub channel: u16,
 }
 
-/// The first bytes that each side sends on each channel. The destination replies with its own header, unless `one_way`.
+/// The first bytes that each side sends on each channel. The source offers, the destination replies with what it
+/// [accepts](Self::accepted), unless `one_way`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ConnectionHeader {
+    /// Version of the stream: the newest that the source writes, or the one that the destination accepts.
+    pub version: u16,
     /// The migration this channel belongs to.
     pub id: MigrationId,
     /// This channel's number, below `channels`.
@@ -69,9 +75,11 @@ pub struct ConnectionHeader {
     pub one_way: bool,
     /// The source asks for the outcome of the migration `id` instead of starting one. There is one channel.
     pub outcome_query: bool,
+    /// The source may compress pages with zstd, or the destination decompresses them. Not used one way.
+    pub zstd: bool,
 }
 
-/// Flags of a connection header.
+/// Flags of a connection header. Bits 8 to 15 are offers, which a destination that does not know them ignores.
 mod flags {
     /// [`ConnectionHeader::one_way`](super::ConnectionHeader::one_way).
     pub(super) const ONE_WAY: u16 = 1 << 0;
@@ -79,9 +87,48 @@ mod flags {
     pub(super) const UNFINISHED: u16 = 1 << 1;
     /// [`ConnectionHeader::outcome_query`](super::ConnectionHeader::outcome_query).
     pub(super) const OUTCOME_QUERY: u16 = 1 << 2;
+    /// [`ConnectionHeader::zstd`](super::ConnectionHeader::zstd).
+    pub(super) const ZSTD: u16 = 1 << 8;
+    /// All offers, known or not.
+    pub(super) const OFFERS: u16 = 0xff00;
 }
 
 impl ConnectionHeader {
+    /// Returns the header of a migration with one channel and replies, in the newest version, that offers nothing.
+    pub const fn new(id: MigrationId) -> ConnectionHeader {
+        ConnectionHeader {
+            version: VERSION,
+            id,
+            channel: 0,
+            channels: 1,
+            one_way: false,
+            outcome_query: false,
+            zstd: false,
+        }
+    }
+
+    /// Returns the destination's reply: the newest version that both sides know, and the offers that this program
+    /// accepts.
+    #[must_use]
+    pub fn accepted(&self) -> ConnectionHeader {
+        ConnectionHeader { version: self.version.min(VERSION), zstd: self.zstd && Codec::HAS_ZSTD, ..*self }
+    }
+
+    /// Checks that `reply` accepts this header, in a version and with offers that it has.
+    ///
+    /// # Errors
+    /// `Version` for a newer one; `Malformed` if it replies to another header.
+    pub fn check_reply(&self, reply: &ConnectionHeader) -> Result<(), StreamError> {
+        if reply.version > self.version {
+            return Err(StreamError::Version { ours: self.version, theirs: reply.version });
+        }
+        if *reply == (ConnectionHeader { version: reply.version, zstd: reply.zstd && self.zstd, ..*self }) {
+            return Ok(());
+        }
+        let why = "it replies to another migration: connect to the destination directly".into();
+        Err(StreamError::Malformed { what: "connection header", why })
+    }
+
     /// Returns the encoded header.
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
         self.encode_with(0)
@@ -94,12 +141,13 @@ impl ConnectionHeader {
     }
 
     fn encode_with(&self, more: u16) -> [u8; HEADER_BYTES] {
-        let one_way = if self.one_way { flags::ONE_WAY } else { 0 };
-        let flags = one_way | if self.outcome_query { flags::OUTCOME_QUERY } else { 0 };
+        let set =
+            [(self.one_way, flags::ONE_WAY), (self.outcome_query, flags::OUTCOME_QUERY), (self.zstd, flags::ZSTD)];
+        let flags = set.into_iter().filter(|(set, _)| *set).fold(more, |flags, (_, flag)| flags | flag);
         let mut raw = RawConnectionHeader {
             magic: MAGIC,
-            version: VERSION.into(),
-            flags: (flags | more).into(),
+            version: self.version.into(),
+            flags: flags.into(),
             channel: self.channel.into(),
             channels: self.channels.into(),
             id: self.id.0.into(),
@@ -109,34 +157,38 @@ impl ConnectionHeader {
         zerocopy::transmute!(raw)
     }
 
-    /// Checks and decodes a header.
+    /// Checks and decodes a header. Its version may be newer than [`VERSION`] if its source reads the reply: it then
+    /// continues in the version that the reply names.
     ///
     /// # Errors
-    /// `NotAStream`, `Version` (looked at before anything else that a later version may change), `Checksum`,
-    /// `Unfinished`, or `Malformed` for unknown flags and channel numbers out of range.
+    /// `NotAStream`, `Version`, `Checksum`, `Unfinished`, or `Malformed` for unknown flags other than offers and for
+    /// channel numbers out of range.
     pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<ConnectionHeader, StreamError> {
         let raw: RawConnectionHeader = zerocopy::transmute!(*bytes);
         if raw.magic != MAGIC {
             return Err(StreamError::NotAStream);
         }
-        if raw.version.get() != VERSION {
-            return Err(StreamError::Version { ours: VERSION, theirs: raw.version.get() });
+        let (version, flags) = (raw.version.get(), raw.flags.get());
+        let newest = if flags & flags::ONE_WAY == 0 { u16::MAX } else { VERSION };
+        if !(OLDEST_VERSION..=newest).contains(&version) {
+            return Err(StreamError::Version { ours: VERSION, theirs: version });
         }
         if raw.hash.get() != raw.digest() {
             return Err(StreamError::Checksum { what: "the connection header", sequence: 0 });
         }
-        let (flags, channel, channels) = (raw.flags.get(), raw.channel.get(), raw.channels.get());
+        let (channel, channels) = (raw.channel.get(), raw.channels.get());
         if flags & flags::UNFINISHED != 0 {
             return Err(StreamError::Unfinished);
         }
         let (one_way, outcome_query) = (flags & flags::ONE_WAY != 0, flags & flags::OUTCOME_QUERY != 0);
-        let known =
-            flags & !(flags::ONE_WAY | flags::OUTCOME_QUERY) == 0 && (!outcome_query || !one_way && channels == 1);
+        let known = flags & !(flags::OFFERS | flags::ONE_WAY | flags::OUTCOME_QUERY) == 0
+            && (!outcome_query || !one_way && channels == 1);
         if !known || channels == 0 || channels > MAX_CHANNELS || channel >= channels {
             let why = format!("flags {flags:#x}, channel {channel} of {channels} (at most {MAX_CHANNELS})");
             return Err(StreamError::Malformed { what: "connection header", why });
         }
-        Ok(ConnectionHeader { id: MigrationId(raw.id.get()), channel, channels, one_way, outcome_query })
+        let (id, zstd) = (MigrationId(raw.id.get()), flags & flags::ZSTD != 0);
+        Ok(ConnectionHeader { version, id, channel, channels, one_way, outcome_query, zstd })
     }
 
     /// Reads and decodes a header.
@@ -545,13 +597,42 @@ mod tests {
     const ID: ChannelId = ChannelId { migration: MigrationId(0x0123_4567_89ab_cdef), channel: 1 };
 
     fn header() -> ConnectionHeader {
-        ConnectionHeader { id: ID.migration, channel: 1, channels: 3, one_way: true, outcome_query: false }
+        ConnectionHeader { channel: 1, channels: 3, one_way: true, ..ConnectionHeader::new(ID.migration) }
     }
 
     #[test]
     fn a_connection_header_round_trips() {
         assert_eq!(ConnectionHeader::decode(&header().encode()).unwrap(), header());
         assert_eq!(header().encode().len(), 40);
+    }
+
+    #[test]
+    fn a_newer_source_continues_in_the_version_and_with_the_offers_that_both_sides_know() {
+        let here = ConnectionHeader::new(ID.migration);
+        let newer = ConnectionHeader { version: VERSION + 1, zstd: true, ..here };
+        let received = ConnectionHeader::decode(&newer.encode_with(1 << 15)).unwrap();
+        assert_eq!(received, newer);
+        let reply = ConnectionHeader::decode(&received.accepted().encode()).unwrap();
+        assert_eq!(reply, ConnectionHeader { zstd: Codec::HAS_ZSTD, ..here });
+        newer.check_reply(&reply).unwrap();
+    }
+
+    #[test]
+    fn a_reply_in_a_newer_version_or_with_more_than_was_offered_is_refused() {
+        let here = ConnectionHeader::new(ID.migration);
+        let newer = here.check_reply(&ConnectionHeader { version: VERSION + 1, ..here });
+        assert!(matches!(newer, Err(StreamError::Version { ours: VERSION, theirs: 3 })), "{newer:?}");
+        let other = ConnectionHeader { id: MigrationId(1), ..here };
+        for reply in [ConnectionHeader { zstd: true, ..here }, ConnectionHeader { channels: 2, ..here }, other] {
+            let refused = here.check_reply(&reply);
+            assert!(matches!(refused, Err(StreamError::Malformed { .. })), "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn unknown_flags_other_than_offers_are_refused() {
+        let refused = ConnectionHeader::decode(&ConnectionHeader::new(ID.migration).encode_with(1 << 7));
+        assert!(matches!(refused, Err(StreamError::Malformed { .. })), "{refused:?}");
     }
 
     #[test]

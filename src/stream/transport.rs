@@ -156,8 +156,12 @@ impl StreamOptions {
 pub struct StreamConnection {
     /// The migration.
     pub id: MigrationId,
+    /// Version of the stream that both sides use.
+    pub version: u16,
     /// True if the destination sends nothing.
     pub one_way: bool,
+    /// True if pages may be compressed with zstd: both sides can, or this side can and the stream is one way.
+    pub zstd: bool,
     /// The channels in order of their numbers; at least one.
     pub channels: Vec<StreamChannel>,
     /// URI for outcome queries, if the transport can connect again.

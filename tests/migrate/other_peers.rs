@@ -16,7 +16,7 @@ use crate::harness::{Destination, MigrationSetup, TempFolder, migrate_out};
 const PAGES: u64 = 128;
 
 fn header(id: u128, channels: u16) -> ConnectionHeader {
-    ConnectionHeader { id: MigrationId(id), channel: 0, channels, one_way: false, outcome_query: false }
+    ConnectionHeader { channels, ..ConnectionHeader::new(MigrationId(id)) }
 }
 
 /// Returns the frame of a memory layout.

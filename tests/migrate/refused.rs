@@ -5,10 +5,10 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
-use vhost_migrate::migrate::{ConvergencePolicy, MigrateError, MigrationFailure};
-use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, VERSION};
+use vhost_migrate::migrate::{ConvergencePolicy, MigrateError, MigrationEvent, MigrationFailure};
+use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, OLDEST_VERSION, VERSION};
 use vhost_migrate::stream::record::{Commit, MemoryLayout, RoundEnd, Started};
-use vhost_migrate::stream::{MigrationId, PageStats, StreamError, StreamListener};
+use vhost_migrate::stream::{Codec, MigrationId, PageStats, StreamError, StreamListener};
 use vhost_migrate::stream::{ToDestination, ToSource, Uri, transport};
 
 use crate::guest::{Guest, GuestFault, REFUSAL_REASON, RefusalPoint, layout};
@@ -185,13 +185,75 @@ fn a_source_that_breaks_the_handshake_order_is_refused() {
     }
 }
 
-/// Returns a header of the next version.
-fn next_version_header() -> [u8; HEADER_BYTES] {
-    let header = ConnectionHeader { id: MigrationId(1), channel: 0, channels: 1, one_way: false, outcome_query: false };
-    let mut bytes = header.encode();
-    assert_eq!(bytes[8..10], VERSION.to_le_bytes());
-    bytes[8..10].copy_from_slice(&(VERSION + 1).to_le_bytes());
-    bytes
+/// Returns a one-way header of this version.
+fn header_with_version(version: u16) -> [u8; HEADER_BYTES] {
+    ConnectionHeader { version, one_way: true, ..ConnectionHeader::new(MigrationId(1)) }.encode()
+}
+
+/// Relays one connection to `to`, with a changed header in each direction. Returns the URI to connect to.
+fn relay_with_headers(
+    folder: &TempFolder,
+    to: &Uri,
+    offer: fn(ConnectionHeader) -> ConnectionHeader,
+    reply: fn(ConnectionHeader) -> ConnectionHeader,
+) -> Uri {
+    let (Uri::Unix(to), at) = (to.clone(), folder.unix("relay")) else { panic!() };
+    let Uri::Unix(path) = &at else { panic!() };
+    let listener = UnixListener::bind(path).unwrap();
+    std::thread::spawn(move || {
+        let (source, destination) = (listener.accept().unwrap().0, UnixStream::connect(to).unwrap());
+        let ends = [source.try_clone().unwrap(), destination.try_clone().unwrap()];
+        let forth = std::thread::spawn(move || relay_with_header(source, destination, offer));
+        let [source, destination] = ends;
+        relay_with_header(destination, source, reply);
+        forth.join().unwrap();
+    });
+    at
+}
+
+/// Relays one direction until it ends.
+fn relay_with_header(mut from: UnixStream, mut to: UnixStream, change: fn(ConnectionHeader) -> ConnectionHeader) {
+    let header = ConnectionHeader::read(&mut from).unwrap();
+    to.write_all(&change(header).encode()).unwrap();
+    // The other side may hang up first.
+    let _ = std::io::copy(&mut from, &mut to);
+    let _ = to.shutdown(std::net::Shutdown::Write);
+}
+
+#[test]
+fn a_newer_source_migrates_in_the_version_that_the_destination_knows() {
+    let folder = TempFolder::new();
+    let destination = Destination::at(&folder.unix("socket"));
+    let newer = |header| ConnectionHeader { version: VERSION + 1, ..header };
+    let known = |reply: ConnectionHeader| {
+        assert_eq!(reply.version, VERSION);
+        reply
+    };
+    let at = relay_with_headers(&folder, &destination.uri, newer, known);
+    migrate_out(&mut Guest::running(PAGES), &at, &MigrationSetup::new()).outcome.unwrap();
+    destination.join().guest();
+}
+
+#[test]
+fn pages_are_sent_uncompressed_to_a_destination_without_zstd() {
+    let folder = TempFolder::new();
+    let destination = Destination::at(&folder.unix("socket"));
+    let at = relay_with_headers(
+        &folder,
+        &destination.uri,
+        |header| header,
+        |reply| ConnectionHeader { zstd: false, ..reply },
+    );
+    let mut setup = MigrationSetup::new();
+    setup.parameters.codec = Codec::Zstd(1);
+    let moved = migrate_out(&mut Guest::running(PAGES), &at, &setup);
+    moved.outcome.unwrap();
+    let [MigrationEvent::Warning { message }, MigrationEvent::Started { codec, .. }, ..] = moved.events.as_slice()
+    else {
+        panic!("{:?}", moved.events);
+    };
+    assert!(message.contains("without zstd") && codec == "none", "{message}; {codec}");
+    destination.join().guest();
 }
 
 /// Migrates to a peer that replies with these bytes.
@@ -215,7 +277,7 @@ fn failure_with_reply_bytes(bytes: &[u8]) -> MigrationFailure {
 
 #[test]
 fn the_source_reports_what_is_wrong_with_the_peers_header() {
-    let failure = failure_with_reply_bytes(&next_version_header());
+    let failure = failure_with_reply_bytes(&header_with_version(VERSION + 1));
     assert!(matches!(stream_error(&failure), StreamError::Version { theirs: 3, .. }), "{failure}");
     let failure = failure_with_reply_bytes(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
     assert!(matches!(stream_error(&failure), StreamError::NotAStream), "{failure}");
@@ -229,15 +291,14 @@ fn a_destination_drops_other_connections_and_accepts_the_migration() {
     let destination = Destination::at(&folder.unix("socket"));
     let Uri::Unix(path) = &destination.uri else { panic!() };
     let mut peers = Vec::new();
-    for bytes in [b"GET / HTTP/1.1\r\nHost: a.b\r\nAccept: */*\r\n\r\n".as_slice(), b"short", &next_version_header()] {
+    for bytes in [b"GET / HTTP/1.1\r\nHost: a.b\r\nAccept: */*\r\n\r\n".as_slice(), b"short", &header_with_version(1)] {
         let mut peer = UnixStream::connect(path).unwrap();
         peer.write_all(bytes).unwrap();
         peers.push(peer);
     }
-    // A source of another version receives this version.
-    let mut answer = [0; HEADER_BYTES];
-    peers[2].read_exact(&mut answer).unwrap();
-    ConnectionHeader::decode(&answer).unwrap();
+    // A source of a version that is too old is told which one is needed.
+    let needed = ConnectionHeader::read(&mut peers[2]).unwrap().version;
+    assert_eq!(needed, OLDEST_VERSION);
     let mut guest = Guest::running(PAGES);
     migrate_out(&mut guest, &destination.uri, &MigrationSetup::new()).outcome.unwrap();
     destination.join().guest();
@@ -264,7 +325,7 @@ fn an_incomplete_or_damaged_file_is_refused() {
         assert!(matches!(error, StreamError::Truncated(_) | StreamError::Ended), "{cut} of {length} bytes: {error}");
     }
     assert!(matches!(restore(&[7; 1000]), StreamError::NotAStream));
-    assert!(matches!(restore(&next_version_header()), StreamError::Version { .. }));
+    assert!(matches!(restore(&header_with_version(VERSION + 1)), StreamError::Version { .. }));
     let damaged_at = |at: usize| {
         let mut damaged = whole.clone();
         damaged[at] ^= 0x80;

@@ -42,7 +42,10 @@ pub(super) fn inspect(file: &Path, lines: &LinePrinter) -> Result<Inspection, St
     let mut bytes = BufReader::with_capacity(1 << 20, open(file)?);
     let header = ConnectionHeader::read(&mut bytes).map_err(with_path)?;
     let mut reader = FrameReader::new(bytes, ChannelId { migration: header.id, channel: header.channel });
-    lines.print(format_args!("migration {}, channel {} of {}", header.id, header.channel, header.channels));
+    lines.print(format_args!(
+        "stream version {}, migration {}, channel {} of {}",
+        header.version, header.id, header.channel, header.channels
+    ));
     let mut due = ExpectedFrame::Layout;
     let mut layout = MemoryLayout { regions: Vec::new() };
     let (mut pages, mut round) = (PageStats::default(), PageStats::default());

@@ -18,7 +18,9 @@ use super::{
     duplicate_inherited, kind_of,
 };
 use super::{open_error, set_nonblocking, spawn_command};
-use crate::stream::frame::{ChannelId, ConnectionHeader, FrameWriter, HEADER_BYTES, MAX_CHANNELS, MigrationId};
+use crate::stream::frame::{
+    ChannelId, ConnectionHeader, FrameWriter, HEADER_BYTES, MAX_CHANNELS, MigrationId, OLDEST_VERSION,
+};
 use crate::stream::limiter::{CancelToken, lock, poll_until};
 use crate::stream::{StreamError, ToSource};
 use crate::sys::listen::{SocketPathGuard, listen};
@@ -155,7 +157,7 @@ impl StreamListener {
         channel.set_timeout(options.deadline)?;
         let header = ConnectionHeader::read(&mut channel);
         if let Err(StreamError::Version { .. }) = header {
-            send_own_version(&mut channel);
+            send_oldest_version(&mut channel);
         }
         let header = header?;
         check_channel_count(&self.uri, header.channels)?;
@@ -163,10 +165,10 @@ impl StreamListener {
             if !answers {
                 return Err(self.uri.error("this stream wants answers, which can't be given here: use a socket", None));
             }
-            channel.write_all(&header.encode())?;
+            channel.write_all(&header.accepted().encode())?;
         }
         channel.set_timeout(options.timeout)?;
-        Ok(incoming_connection(header, vec![channel]))
+        Ok(incoming_connection(header.accepted(), vec![channel]))
     }
 
     fn accept_sockets(&self, options: &StreamOptions) -> Result<IncomingConnection, StreamError> {
@@ -294,7 +296,7 @@ impl PendingConnection {
                 if let StreamError::Version { .. } = error
                     && let Ok(fd) = self.fd.try_clone()
                 {
-                    send_own_version(&mut File::from(fd));
+                    send_oldest_version(&mut File::from(fd));
                 }
                 self.mark_gone(error);
             }
@@ -350,7 +352,7 @@ fn accept_migration(
     let mut first = None;
     for waiting in waiting {
         let mut channel = StreamChannel::new(waiting.fd, OnFinish::Nothing, options, &activity)?;
-        let header = waiting.header.ok_or(StreamError::NotAStream)?;
+        let header = waiting.header.ok_or(StreamError::NotAStream)?.accepted();
         if !header.one_way {
             channel.write_all(&header.encode())?;
         }
@@ -371,7 +373,9 @@ fn incoming_connection(header: ConnectionHeader, mut channels: Vec<StreamChannel
             channels.extend(last);
             IncomingConnection::Migration(StreamConnection {
                 id: header.id,
+                version: header.version,
                 one_way: header.one_way,
+                zstd: header.zstd,
                 channels,
                 query_uri: None,
             })
@@ -379,10 +383,9 @@ fn incoming_connection(header: ConnectionHeader, mut channels: Vec<StreamChannel
     }
 }
 
-/// Sends a header with this program's version to a source of another version.
-fn send_own_version(to: &mut impl Write) {
-    let id = MigrationId(0);
-    let header = ConnectionHeader { id, channel: 0, channels: 1, one_way: false, outcome_query: false };
+/// Tells a source whose version is too old which version is needed.
+fn send_oldest_version(to: &mut impl Write) {
+    let header = ConnectionHeader { version: OLDEST_VERSION, ..ConnectionHeader::new(MigrationId(0)) };
     // The source may have disconnected, or be a file.
     let _ = to.write_all(&header.encode());
 }

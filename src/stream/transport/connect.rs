@@ -19,6 +19,7 @@ use super::{
     check_socket_path, duplicate_inherited, kind_of,
 };
 use super::{open_error, save, spawn_command};
+use crate::stream::codec::Codec;
 use crate::stream::frame::{ChannelId, ConnectionHeader, FrameReader, MAX_CHANNELS, MigrationId};
 use crate::stream::limiter::poll_until;
 use crate::stream::{StreamError, ToSource};
@@ -63,21 +64,25 @@ pub fn connect(uri: &Uri, options: &StreamOptions) -> Result<StreamConnection, S
             _ => {}
         }
     }
-    let header = |channel| ConnectionHeader { id, channel, channels, one_way, outcome_query: false };
+    let offered = ConnectionHeader { channels, one_way, zstd: Codec::HAS_ZSTD, ..ConnectionHeader::new(id) };
+    let header = |channel| ConnectionHeader { channel, ..offered };
     let (mut open, activity) = (Vec::new(), LastReceived::new());
     for ((fd, end), number) in fds.into_iter().zip(0..) {
         let mut channel = StreamChannel::new(fd, end, options, &activity)?;
         channel.begin(uri, name.take(), header(number))?;
         open.push(channel);
     }
+    let mut accepted = offered;
     if !one_way {
         for (channel, number) in open.iter_mut().zip(0..) {
-            check_header_reply(uri, channel, header(number), deadline)?;
+            let header = ConnectionHeader { channel: number, ..accepted };
+            accepted = read_header_reply(uri, channel, header, deadline)?;
             channel.set_timeout(options.timeout)?;
         }
     }
     let again = matches!(uri, Uri::Tcp { .. } | Uri::Unix(_)).then(|| uri.clone());
-    Ok(StreamConnection { id, one_way, channels: open, query_uri: again })
+    let ConnectionHeader { version, zstd, .. } = accepted;
+    Ok(StreamConnection { id, version, one_way, zstd, channels: open, query_uri: again })
 }
 
 /// Queries the destination at `uri` for the outcome of the migration `id`. The answer is STARTED, FAILED, HELD or
@@ -95,24 +100,24 @@ pub fn query_outcome(uri: &Uri, id: MigrationId, time: Duration) -> Result<ToSou
         _ => return Err(StreamError::NoReturnPath),
     };
     let mut channel = StreamChannel::new(fd, OnFinish::Nothing, &options, &LastReceived::new())?;
-    let header = ConnectionHeader { id, channel: 0, channels: 1, one_way: false, outcome_query: true };
+    let header = ConnectionHeader { outcome_query: true, ..ConnectionHeader::new(id) };
     channel.begin(uri, None, header)?;
-    check_header_reply(uri, &mut channel, header, deadline)?;
+    read_header_reply(uri, &mut channel, header, deadline)?;
     ToSource::next(&mut FrameReader::new(channel, ChannelId { migration: id, channel: 0 }))
 }
 
-fn check_header_reply(
+/// Reads the destination's reply to `header`.
+fn read_header_reply(
     uri: &Uri,
     channel: &mut StreamChannel,
-    wanted: ConnectionHeader,
+    header: ConnectionHeader,
     deadline: Option<Instant>,
-) -> Result<(), StreamError> {
+) -> Result<ConnectionHeader, StreamError> {
     // Never zero, which would mean no timeout.
     let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
     channel.set_timeout(left)?;
     match ConnectionHeader::read(channel) {
-        Ok(found) if found == wanted => Ok(()),
-        Ok(_) => Err(uri.error("the answer is to another migration: connect to the destination directly", None)),
+        Ok(reply) => header.check_reply(&reply).map(|()| reply),
         Err(StreamError::Timeout(time)) => {
             let advice = format!("no answer within {time:?}: check that the destination waits for a migration");
             Err(uri.error(advice, None))
