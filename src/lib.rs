@@ -1,4 +1,65 @@
-//! Live migration, dirty logging and crash recovery for vhost devices.
+//! Live migration, dirty logging and crash recovery for vhost-user devices.
+//!
+//! In vhost-user, the *front-end* is the process that owns a guest's memory, usually a VMM. The *back-end* is the process
+//! that implements a device. This crate has both sides, and the migration of a guest between two hosts.
+//!
+//! # Which module for which task
+//!
+//! | task | module | complete program |
+//! |---|---|---|
+//! | write a vhost-user device | [`backend`] | `examples/file_disk.rs` |
+//! | serve a disk or a network interface | [`backend::blk`], [`backend::net`] | the command's `backend` |
+//! | drive a device from a VMM | [`frontend`] | `examples/drive_device.rs` |
+//! | migrate a guest | [`migrate`] | `examples/migrate_vm.rs` |
+//! | use only the stream of a migration, or its transports | [`stream`] | |
+//! | log the writes of a device that has its own protocol code | [`dirty`] | `examples/rust_vmm_device.rs` |
+//! | measure how fast a guest writes memory | [`dirty::measure_dirty_rate`] | the command's `dirty-rate` |
+//! | process rings, as driver or as device | [`ring`] | |
+//! | keep requests over a crash of a device | [`inflight`] | |
+//! | map guest memory, translate addresses, missing pages | [`memory`] | |
+//! | test a back-end for what migration needs | [`check`] | the command's `check` |
+//! | test a migration or a back-end with a guest that verifies all its data | [`guest`] | the command's `guest` |
+//! | control a process that owns a guest | [`control`] | the command's `migrate` |
+//! | save state with a version | [`record`] | |
+//! | numbers and structures of the kernel and the specifications | [`abi`] | |
+//!
+//! # Example
+//!
+//! One step of a live migration: copy the pages that a device has written while the guest runs.
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use vhost_migrate::dirty::{Log, PageSet};
+//! use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+//!
+//! // Guest memory at the source and at the destination, 1 MiB each.
+//! fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
+//!     let fd = sealed_memfd("guest", 1 << 20)?;
+//!     Ok(Memory::new([Arc::new(Region::share(fd, 0, 1 << 20, 0)?)])?)
+//! }
+//! let (source, destination) = (guest_memory()?, guest_memory()?);
+//!
+//! // A device writes 8 bytes, which are on two pages, and marks them in the log.
+//! let (log, _fd) = Log::create(source.end())?;
+//! source.write(0x1ffc, b"received")?;
+//! log.mark(0x1ffc, 8);
+//!
+//! // The migration takes the marks out of the log and copies these pages.
+//! let mut dirty = PageSet::default();
+//! log.harvest(&mut dirty);
+//! assert_eq!(dirty.len(), 2);
+//! for page in dirty.iter() {
+//!     let mut contents = [0; LOG_PAGE as usize];
+//!     source.read(page * LOG_PAGE, &mut contents)?;
+//!     destination.write(page * LOG_PAGE, &contents)?;
+//! }
+//!
+//! let mut arrived = [0; 8];
+//! destination.read(0x1ffc, &mut arrived)?;
+//! assert_eq!(&arrived, b"received");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 //!
 //! # Features
 //!
@@ -21,6 +82,8 @@
 //! The default is `command` and `vm-memory-bitmap`. Users of the library set `default-features = false` and the
 //! features that they need.
 
+// docs.rs builds with a nightly toolchain and shows the feature that each item needs.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 // Some shared helpers are unused if the features of all their users are off.
 #![cfg_attr(not(feature = "command"), allow(dead_code))]
 

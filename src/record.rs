@@ -1,6 +1,26 @@
 //! Versioned records: the encoding of saved state and of the messages of a migration. Only this file uses bincode.
 //!
 //! A record is its version (u16, little endian), then bincode 2 with fixed-width little-endian integers.
+//!
+//! # Example
+//!
+//! ```
+//! use serde::{Deserialize, Serialize};
+//! use vhost_migrate::record::{RecordError, decode, encode};
+//!
+//! #[derive(Serialize, Deserialize, Debug, PartialEq)]
+//! struct Clock {
+//!     ticks: u64,
+//! }
+//!
+//! let bytes = encode(1, &Clock { ticks: 7 })?;
+//! assert_eq!(decode::<Clock>("clock", 1, &bytes, 1 << 10)?, Clock { ticks: 7 });
+//!
+//! // A program that knows only version 2 refuses it, and says which side is older.
+//! let error = decode::<Clock>("clock", 2, &bytes, 1 << 10).unwrap_err();
+//! assert!(matches!(error, RecordError::Version { ours: 2, theirs: 1, .. }));
+//! # Ok::<(), RecordError>(())
+//! ```
 #![forbid(unsafe_code)]
 
 use serde::de::DeserializeOwned;

@@ -1,4 +1,10 @@
 //! Names of feature bits, for log lines and error messages.
+//!
+//! ```
+//! use vhost_migrate::abi::{bit, features::protocol_feature_names, vhost_user::protocol_feature::*};
+//!
+//! assert_eq!(protocol_feature_names(bit(LOG_SHMFD) | bit(INFLIGHT_SHMFD)), "LOG_SHMFD, INFLIGHT_SHMFD");
+//! ```
 
 use super::{bit, vhost, vhost_user, virtio};
 

@@ -1,6 +1,14 @@
 //! Layout of the inflight region, the memory shared with INFLIGHT_SHMFD (vhost-user spec, "Inflight I/O tracking").
 //!
 //! Not here: the order of stores, and recovery (rules I1-I7). Both are in [`crate::inflight`].
+//!
+//! The size of a region for two split rings of 128 descriptors:
+//!
+//! ```
+//! use vhost_migrate::abi::inflight::split_queue_bytes;
+//!
+//! assert_eq!(2 * split_queue_bytes(128), 2 * 2112);
+//! ```
 use super::wire;
 use zerocopy::little_endian::{U16, U32, U64};
 

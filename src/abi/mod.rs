@@ -2,6 +2,17 @@
 //!
 //! Here: constants, plain structures, their sizes and offsets (checked at compile time), names for messages.
 //! Not here: sockets, checks of values that a peer sent, anything that changes state.
+//!
+//! # Example
+//!
+//! Name the features that a device offers:
+//!
+//! ```
+//! use vhost_migrate::abi::{bit, features::feature_names, virtio::*};
+//!
+//! let offered = bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_F_VERSION_1);
+//! assert_eq!(feature_names(offered, Some(VIRTIO_ID_BLOCK)), "VIRTIO_BLK_F_FLUSH, VIRTIO_F_VERSION_1");
+//! ```
 #![forbid(unsafe_code)]
 
 pub mod features;

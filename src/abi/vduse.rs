@@ -1,6 +1,15 @@
 //! The kernel's VDUSE interface (`linux/vduse.h`): ioctl numbers and the messages of `/dev/vduse/NAME`.
 //!
 //! Names are those of the header. Numbers newer than Linux 6.1 are at the end. Not here: calling ioctls.
+//!
+//! The kernel passes the state of split and of packed rings in one union:
+//!
+//! ```
+//! use vhost_migrate::abi::vduse::{VqStatePacked, VqStateSplit};
+//!
+//! let state = VqStatePacked::from_split(VqStateSplit { avail_index: 7 });
+//! assert_eq!(state.as_split().avail_index, 7);
+//! ```
 use super::vhost::{io, ior, iow, iowr};
 use super::wire;
 

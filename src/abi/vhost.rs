@@ -2,6 +2,14 @@
 //!
 //! Names are those of the header. Numbers newer than Linux 6.1 are at the end; a kernel that does not know them returns
 //! an error. Not here: calling ioctls.
+//!
+//! An ioctl that this module does not have is made of the same parts:
+//!
+//! ```
+//! use vhost_migrate::abi::vhost::{VHOST_GET_FEATURES, ior};
+//!
+//! assert_eq!(VHOST_GET_FEATURES, ior::<u64>(0xaf, 0x00));
+//! ```
 use super::wire;
 
 /// The number of an ioctl without an argument: `_IO(kind, number)`.

@@ -2,6 +2,17 @@
 //!
 //! Names are those of the specification without their prefix, in its current words (back-end, not slave). All fields
 //! are in native byte order. Not here: decoding and handling of requests.
+//!
+//! The first message of a front-end:
+//!
+//! ```
+//! use vhost_migrate::abi::vhost_user::{Header, Request};
+//! use zerocopy::IntoBytes;
+//!
+//! let header = Header { request: Request::GET_FEATURES.0, flags: Header::FLAG_VERSION, size: 0 };
+//! assert_eq!(header.as_bytes().len(), 12);
+//! assert_eq!(Request(header.request).to_string(), "GET_FEATURES");
+//! ```
 use super::wire;
 use std::fmt;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};

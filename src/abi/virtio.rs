@@ -2,6 +2,14 @@
 //! `virtio_blk.h` and `virtio_net.h`): feature and status bits, device ids, ring layouts, block and network devices.
 //!
 //! Guest-visible structures are little-endian. Not here: reading rings, serving requests.
+//!
+//! The sizes of the three areas of a split ring of 256 entries:
+//!
+//! ```
+//! use vhost_migrate::abi::virtio::{avail_ring_bytes, desc_table_bytes, used_ring_bytes};
+//!
+//! assert_eq!([desc_table_bytes(256), avail_ring_bytes(256), used_ring_bytes(256)], [4096, 518, 2054]);
+//! ```
 use super::wire;
 use zerocopy::little_endian::{U16, U32, U64};
 

@@ -436,6 +436,15 @@ const PROTOCOL: &str = include_str!("../../docs/protocol.md");
 
 /// Returns the explanation of a rule. The id may be in any case.
 ///
+/// ```
+/// use vhost_migrate::check::explain;
+///
+/// let rule = explain("L10")?;
+/// println!("{}", rule.text());
+/// assert!(!rule.remedy.is_empty());
+/// # Ok::<(), vhost_migrate::check::CheckError>(())
+/// ```
+///
 /// # Errors
 /// [`CheckError::NoSuchRule`], which lists all rules.
 pub fn explain(id: &str) -> Result<Explanation, CheckError> {

@@ -21,6 +21,32 @@
 //!
 //! A check is run on split and packed rings, and on transmit and receive rings of a network interface, if they make a
 //! difference; see `RingSelection`.
+//!
+//! # Example
+//!
+//! ```
+//! # use std::os::fd::AsFd;
+//! # use std::os::unix::net::UnixStream;
+//! # use std::sync::Arc;
+//! # use vhost_migrate::backend::{BackendListener, VirtioDevice, blk::{BlkDevice, BlkOptions}, serve};
+//! # let folder = tempfile::tempdir()?;
+//! # let (image, path) = (folder.path().join("disk.img"), folder.path().join("disk.sock"));
+//! # std::fs::File::create(&image)?.set_len(16 << 20)?;
+//! # let disk: Arc<dyn VirtioDevice> = Arc::new(BlkDevice::open(BlkOptions::new(&image))?);
+//! # let listener = BackendListener::bind(&path)?;
+//! # let (stop, stopper) = UnixStream::pair()?;
+//! # let backend = std::thread::spawn(move || serve(&listener, &disk, stop.as_fd()));
+//! use vhost_migrate::check::{CheckOptions, Verdict, check, rule};
+//!
+//! let mut options = CheckOptions::default();
+//! options.only = vec![rule("F1")?];
+//! let report = check(&path, &options)?;
+//! assert_eq!(report.rules()["F1"], Verdict::Pass);
+//! println!("{}", report.text(false));
+//! # drop(stopper);
+//! # backend.join().map_err(|_| "the back-end panicked")??;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![forbid(unsafe_code)]
 
 mod backend_channel;

@@ -6,6 +6,40 @@
 //!
 //! A client that does not read cannot block the process: its events are buffered up to a limit and then dropped, and
 //! its connection is closed if it does not read the end of an answer within seconds.
+//!
+//! # Example
+//!
+//! ```
+//! # let folder = tempfile::tempdir()?;
+//! # let path = folder.path().join("guest.ctl");
+//! use std::sync::Arc;
+//!
+//! use serde_json::json;
+//! use vhost_migrate::control::{CommandHandler, ControlClient, ControlCommand, bind, call, serve};
+//!
+//! struct Owner;
+//!
+//! impl CommandHandler for Owner {
+//!     fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), String> {
+//!         match command {
+//!             ControlCommand::Status => client.send_event(&json!({"event": "status", "state": "running"})),
+//!             _ => return Err("this guest has a state and nothing else: ask for status".into()),
+//!         }
+//!         Ok(())
+//!     }
+//!
+//!     fn quit(&self) {}
+//! }
+//!
+//! let (listener, _socket) = bind(&path)?;
+//! std::thread::spawn(move || serve(listener, Arc::new(Owner)));
+//!
+//! let mut state = None;
+//! call(&path, &ControlCommand::Status, |event| state = event["state"].as_str().map(String::from))?;
+//! assert_eq!(state.as_deref(), Some("running"));
+//! assert!(call(&path, &ControlCommand::Pause, |_| {}).is_err());
+//! # Ok::<(), std::io::Error>(())
+//! ```
 #![forbid(unsafe_code)]
 
 use std::io::{self, BufRead, BufReader, Read};

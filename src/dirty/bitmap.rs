@@ -103,6 +103,19 @@ fn membarrier(command: i32) -> Result<(), LogError> {
 }
 
 /// The bitmap of one vm-memory region. It marks pages in a log, at the region's guest-physical address.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use vhost_migrate::dirty::{Log, LogBitmap};
+/// use vm_memory::bitmap::Bitmap;
+///
+/// let log = Arc::new(Log::create(1 << 20)?.0);
+/// let bitmap = LogBitmap::new(Arc::clone(&log), 0x8000);
+/// bitmap.mark_dirty(0x10, 4);
+/// assert!(log.is_marked(0x8010));
+/// # Ok::<(), vhost_migrate::dirty::LogError>(())
+/// ```
 #[derive(Debug)]
 pub struct LogBitmap<M = Log> {
     marker: Arc<M>,

@@ -370,6 +370,18 @@ impl Log {
 }
 
 /// Marks for data written before the burst began, see [`Log::burst`].
+///
+/// ```
+/// # let (log, _fd) = vhost_migrate::dirty::Log::create(1 << 20)?;
+/// let mut burst = log.burst();
+/// for completed in [0x3000, 0x5000, 0x7000] {
+///     burst.mark(completed, 512);
+/// }
+/// drop(burst);
+/// // From here on the completions may be published.
+/// assert!(log.is_marked(0x5000));
+/// # Ok::<(), vhost_migrate::dirty::LogError>(())
+/// ```
 #[derive(Debug)]
 pub struct Burst<'a> {
     log: &'a Log,

@@ -7,6 +7,26 @@ use super::{DirtyError, DirtyRate, DirtySource, PageSet, RateMeter};
 /// Measures the dirty rate for `time`, harvesting each of `sources` every `interval`. The sources are started before
 /// and stopped after. `wait` sleeps, and returns false to end the measurement early.
 ///
+/// ```
+/// use std::sync::Arc;
+/// use std::time::Duration;
+///
+/// use vhost_migrate::dirty::{DirtySource, Log, LogSource, measure_dirty_rate};
+///
+/// let log = Arc::new(Log::create(1 << 20)?.0);
+/// let mut sources: [Box<dyn DirtySource>; 1] = [Box::new(LogSource::new("disk", log.clone()))];
+/// let (time, interval) = (Duration::from_millis(50), Duration::from_millis(10));
+/// let rate = measure_dirty_rate(&mut sources, time, interval, |interval| {
+///     // The disk writes the same 8 KiB in every interval.
+///     log.mark(0x4000, 8192);
+///     std::thread::sleep(interval);
+///     true
+/// })?;
+/// assert!(rate.bytes_per_s > 0.0);
+/// assert_eq!(rate.working_set_bytes, 8192);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # Errors
 /// Errors of a source. The sources are stopped in any case.
 pub fn measure_dirty_rate(

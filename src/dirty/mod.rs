@@ -3,6 +3,28 @@
 //! Here: the log that front-ends and back-ends share ([`Log`]), the sets of pages that a harvest yields
 //! ([`PageSet`]) and the interface through which a migration gets dirty pages ([`DirtySource`]).
 //! Not here: the protocol that installs a log (`backend`, `frontend`), and the transfer of pages (`stream`).
+//!
+//! # Example
+//!
+//! Mark pages in a log, and harvest them:
+//!
+//! ```
+//! use vhost_migrate::dirty::{Log, PageSet};
+//!
+//! // The front-end makes a log for 1 GiB and sends its fd to the back-end.
+//! let (log, _fd) = Log::create(1 << 30)?;
+//!
+//! // The back-end has written 16 bytes, which are on two pages.
+//! log.mark(0x1ff8, 16);
+//!
+//! let mut pages = PageSet::default();
+//! assert_eq!(log.harvest(&mut pages).added, 2);
+//! assert_eq!(pages.iter().collect::<Vec<_>>(), [1, 2]);
+//!
+//! // The harvest has cleared the marks.
+//! assert!(!log.is_marked(0x1ff8));
+//! # Ok::<(), vhost_migrate::dirty::LogError>(())
+//! ```
 
 #[cfg(feature = "vm-memory-bitmap")]
 mod bitmap;

@@ -13,6 +13,17 @@ pub(super) const BLOCK: usize = u64::BITS as usize;
 /// A set of page numbers below a fixed capacity.
 ///
 /// The system provides the memory of the bitmap zeroed, and only parts with inserted pages are touched.
+///
+/// ```
+/// use vhost_migrate::dirty::PageSet;
+///
+/// let mut pages = PageSet::new(1024);
+/// pages.insert_range(10..20);
+/// pages.insert(30);
+/// pages.remove(15);
+/// assert_eq!(pages.len(), 10);
+/// assert_eq!(pages.runs().collect::<Vec<_>>(), [10..15, 16..20, 30..31]);
+/// ```
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct PageSet {
     /// One bit per page, in whole blocks. Bits at and above `capacity` are clear.

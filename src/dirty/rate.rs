@@ -156,6 +156,16 @@ pub struct Forecast {
 /// limits. The migration converges at the first `v(n)`, `n ≥ 1`, that is sent in `downtime_ms` (less than one page
 /// counts as 0). It does not converge if `v(i + 1) ≥ v(i)` comes first, or after 1000 rounds. With a bandwidth that is
 /// not positive the migration does not converge and all figures are 0.
+///
+/// ```
+/// use vhost_migrate::dirty::{DirtyModel, forecast};
+///
+/// // A guest of 4 GiB, which dirties 100 MB/s, over a link of 1 GB/s.
+/// let guest = DirtyModel { bytes_per_s: 100e6, working_set_bytes: 1 << 30 };
+/// let forecast = forecast(&guest, 1e9, 50.0, 4 << 30);
+/// assert!(forecast.converges && forecast.downtime_ms < 50.0);
+/// assert_eq!(forecast.rounds, 2);
+/// ```
 pub fn forecast(model: &DirtyModel, bandwidth: f64, downtime_ms: f64, guest_bytes: u64) -> Forecast {
     if bandwidth.is_nan() || bandwidth <= 0.0 {
         return Forecast { converges: false, rounds: 0, total_ms: 0.0, downtime_ms: 0.0, bytes: 0 };

@@ -115,6 +115,28 @@ impl DirtySource for LogSource {
 }
 
 /// The union of several sources. A page is dirty if any of them reports it.
+///
+/// ```
+/// use std::sync::Arc;
+///
+/// use vhost_migrate::dirty::{DirtySource, Log, LogSource, PageSet, UnionSource};
+///
+/// let disk = Arc::new(Log::create(1 << 20)?.0);
+/// let net = Arc::new(Log::create(1 << 20)?.0);
+/// let sources = [("disk", &disk), ("net", &net)];
+/// let sources = sources.map(|(name, log)| Box::new(LogSource::new(name, log.clone())) as Box<dyn DirtySource>);
+/// let mut union = UnionSource::new(sources);
+/// union.start()?;
+/// disk.mark(0x1000, 1);
+/// net.mark(0x1000, 8192);
+///
+/// let mut pages = PageSet::default();
+/// union.harvest(&mut pages)?;
+/// assert_eq!(pages.len(), 2);
+/// let shares: Vec<_> = union.shares().map(|share| (share.name, share.last)).collect();
+/// assert_eq!(shares, [("disk", 1), ("net", 2)]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Default)]
 pub struct UnionSource {
     members: Vec<UnionMember>,

@@ -3,6 +3,41 @@
 //! This module holds the operations of a VMM, a migration or the built-in guest on a vhost device, independent of its
 //! transport, and [`UserDevice`], the vhost-user client. It does not hold the device side (`backend`) or drivers
 //! (`guest`).
+//!
+//! # Example
+//!
+//! Connect to a disk, give it guest memory, and read its capacity. `examples/drive_device.rs` continues with a ring.
+//!
+//! ```
+//! # use std::os::fd::AsFd;
+//! # use std::os::unix::net::UnixStream;
+//! # use std::sync::Arc;
+//! # use vhost_migrate::backend::{BackendListener, VirtioDevice, blk::{BlkDevice, BlkOptions}, serve};
+//! # let folder = tempfile::tempdir()?;
+//! # let (image, path) = (folder.path().join("disk.img"), folder.path().join("disk.sock"));
+//! # std::fs::File::create(&image)?.set_len(16 << 20)?;
+//! # let disk: Arc<dyn VirtioDevice> = Arc::new(BlkDevice::open(BlkOptions::new(&image))?);
+//! # let listener = BackendListener::bind(&path)?;
+//! # let (stop, stopper) = UnixStream::pair()?;
+//! # let backend = std::thread::spawn(move || serve(&listener, &disk, stop.as_fd()));
+//! use std::time::{Duration, Instant};
+//!
+//! use vhost_migrate::abi::{bit, virtio::VIRTIO_F_VERSION_1};
+//! use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
+//! use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+//!
+//! // Tries again until the deadline: the back-end may still be starting.
+//! let mut disk = UserDevice::connect(&path, UserOptions::default(), Instant::now() + Duration::from_secs(10))?;
+//! disk.set_features(disk.features() & bit(VIRTIO_F_VERSION_1))?;
+//! disk.set_memory(&Memory::new([Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?.into()])?)?;
+//!
+//! let mut capacity = [0; 8];
+//! disk.config(0, &mut capacity)?;
+//! assert_eq!(u64::from_le_bytes(capacity) * 512, 16 << 20);
+//! # drop((disk, stopper));
+//! # backend.join().map_err(|_| "the back-end panicked")??;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![forbid(unsafe_code)]
 
 mod counters;

@@ -9,6 +9,25 @@
 //! new → boot ──────────────→ resume ⇄ pause → stop_devices → save_state
 //! restore(memory) → attach → start_devices → resume
 //! ```
+//!
+//! # Example
+//!
+//! Run a guest without disks, and verify its memory:
+//!
+//! ```
+//! use vhost_migrate::guest::{Guest, GuestConfig};
+//!
+//! let mut config = GuestConfig::new(16 << 20);
+//! config.disks = 0;
+//! let mut guest = Guest::new(config)?;
+//! guest.boot(Vec::new())?;
+//! guest.resume()?;
+//! std::thread::sleep(std::time::Duration::from_millis(20));
+//! guest.pause()?;
+//! let verified = guest.verify()?;
+//! assert!(verified.memory > 15 << 20, "all but the guest's own tables");
+//! # Ok::<(), vhost_migrate::guest::GuestError>(())
+//! ```
 #![forbid(unsafe_code)]
 
 mod cpu;

@@ -9,6 +9,34 @@
 //! because the predecessor may have died before it sent the notification of the last batch.
 //!
 //! Not here: the rings themselves, and the contents of requests.
+//!
+//! # Example
+//!
+//! Recover the request that a killed back-end left in flight:
+//!
+//! ```
+//! use std::os::fd::AsFd;
+//!
+//! use vhost_migrate::inflight::{InflightRegion, RingKind};
+//!
+//! // The front-end keeps the region. The back-end takes two requests, completes one, and is killed.
+//! let (region, fd) = InflightRegion::create(RingKind::Split, 1, 128)?;
+//! let (mut tracker, _) = region.split(0, 128, 0)?;
+//! tracker.take(5);
+//! tracker.take(9);
+//! tracker.stage(5);
+//! let used_index = 1; // of the ring, after the completion was published
+//! tracker.commit(used_index);
+//! drop((tracker, region));
+//!
+//! // Its successor gets the same region from the front-end.
+//! let size = InflightRegion::bytes_for(RingKind::Split, 1, 128)?;
+//! let region = InflightRegion::map(RingKind::Split, fd.as_fd(), size, 0, 1, 128)?;
+//! let (_tracker, recovery) = region.split(0, 128, used_index)?;
+//! assert_eq!(recovery.resubmit, [9]);
+//! assert_eq!(recovery.next_avail, Some(2));
+//! # Ok::<(), vhost_migrate::inflight::InflightError>(())
+//! ```
 
 pub mod packed;
 mod region;

@@ -51,6 +51,26 @@ const ADDR: usize = offset_of!(PackedEntry, addr);
 /// call [`stage`](PackedInflight::stage) for each of its requests, then the ring's publish, then
 /// [`commit`](PackedInflight::commit). The ring must publish a batch as a whole: it stores the flags of the first
 /// descriptor last.
+///
+/// ```
+/// use vhost_migrate::abi::virtio::PackedDesc;
+/// use vhost_migrate::inflight::{InflightRegion, RingKind};
+/// use vhost_migrate::ring::RingBase;
+///
+/// let (region, _fd) = InflightRegion::create(RingKind::Packed, 1, 64)?;
+/// let base = RingBase::packed(0, true, 0, true);
+/// let (mut tracker, _) = region.packed(0, 64, base, |_| 0)?;
+///
+/// // The descriptors of a request are stored too: the driver's ring may have been overwritten at the recovery.
+/// let desc = PackedDesc { addr: 0x4000.into(), len: 512.into(), id: 3.into(), flags: 0.into() };
+/// let entry = tracker.take(&[desc]);
+/// drop(tracker);
+///
+/// let (_, recovery) = region.packed(0, 64, base, |_| 0)?;
+/// assert_eq!(recovery.resubmit[0].descs, [desc]);
+/// assert_eq!(Some(recovery.resubmit[0].entry), entry);
+/// # Ok::<(), vhost_migrate::inflight::InflightError>(())
+/// ```
 #[derive(Debug)]
 pub struct PackedInflight<S: StoreSink = QueueRegion> {
     sink: S,

@@ -103,6 +103,17 @@ pub struct SplitRecovery {
 /// A fresh region (version 0) is initialised. Its ring may have been used before without the region, as at the
 /// destination of a migration.
 ///
+/// ```
+/// use vhost_migrate::inflight::{InflightRegion, RingKind, recover_split};
+///
+/// // A copy of the region is enough, for example to inspect it.
+/// let (region, _fd) = InflightRegion::create(RingKind::Split, 1, 64)?;
+/// region.split(0, 64, 0)?.0.take(7);
+/// let recovery = recover_split(&region.copy(0)?, 0, 64)?;
+/// assert_eq!(recovery.resubmit, [7]);
+/// # Ok::<(), vhost_migrate::inflight::InflightError>(())
+/// ```
+///
 /// # Errors
 /// [`InflightError`] for invalid contents, from which the requests in flight cannot be determined. `bytes` may be
 /// arbitrary.

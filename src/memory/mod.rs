@@ -3,6 +3,30 @@
 //!
 //! Values from a peer or a guest are not trusted: mappings are checked against the file behind them, and every returned
 //! range is inside its region. The logging of written pages is in [`crate::dirty`].
+//!
+//! # Example
+//!
+//! Map a region that a front-end has sent, and translate an address of the front-end:
+//!
+//! ```
+//! use std::os::fd::AsFd;
+//! use std::sync::Arc;
+//!
+//! use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+//!
+//! // 1 MiB, at 1 MiB of the guest, and at this address of the front-end.
+//! let user_addr = 0x7f00_0000_0000;
+//! let fd = sealed_memfd("guest", 1 << 20)?;
+//! let memory = Memory::new([Arc::new(Region::map(fd.as_fd(), 1 << 20, 1 << 20, user_addr, 0)?)])?;
+//!
+//! let gpa = memory.gpa_of_user(user_addr + 0x1000, 5)?;
+//! assert_eq!(gpa, (1 << 20) + 0x1000);
+//! memory.write(gpa, b"hello")?;
+//!
+//! // A range that leaves the region is an error.
+//! assert!(memory.slice((2 << 20) - 1, 2).is_err());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod extent;
 mod iotlb;

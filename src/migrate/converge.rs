@@ -106,6 +106,23 @@ const MIN_USEFUL_GAIN: Duration = Duration::from_millis(4);
 const MAX_EXTRA_ROUNDS: u32 = 8;
 
 /// State of the rounds so far.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use vhost_migrate::migrate::{Convergence, ConvergencePolicy, NextStep, RoundResult};
+///
+/// // A guest of 1 GiB. Each round takes a second per GiB and leaves 1/64 of its pages dirty.
+/// let mut convergence = Convergence::new(ConvergencePolicy::default(), 1 << 18);
+/// let round = |pages: u64| RoundResult {
+///     data_pages: pages,
+///     zero_pages: 0,
+///     duration: Duration::from_secs(1) * pages as u32 / (1 << 18),
+///     left: pages / 64,
+/// };
+/// assert!(matches!(convergence.next_step(round(1 << 18)), NextStep::Round { .. }));
+/// assert!(matches!(convergence.next_step(round(1 << 12)), NextStep::Switchover { .. }));
+/// ```
 #[derive(Clone, Debug)]
 pub struct Convergence {
     policy: ConvergencePolicy,

@@ -13,6 +13,97 @@
 //!
 //! Migration is independent of the kind of guest and device: implement [`SourceVm`] and [`IncomingVm`], open a
 //! [`StreamConnection`](crate::stream::StreamConnection), and call [`migrate`] and [`receive`].
+//!
+//! # Example
+//!
+//! Move a guest that is nothing but its memory. `examples/migrate_vm.rs` moves one with a CPU between two processes.
+//!
+//! ```
+//! # use std::sync::Arc;
+//! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+//! # fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
+//! #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?)
+//! # }
+//! # let folder = tempfile::tempdir()?;
+//! # let path = folder.path().join("incoming");
+//! use std::thread;
+//!
+//! use vhost_migrate::dirty::{DirtySource, Log, LogSource};
+//! use vhost_migrate::migrate::{
+//!     ConvergencePolicy, IncomingVm, MigrationParameters, OUTCOME_QUERY_TIMEOUT, Outcomes, RegionLayout,
+//!     SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
+//! };
+//! use vhost_migrate::stream::transport::connect;
+//! use vhost_migrate::stream::{CancelToken, Codec, StreamListener, StreamOptions, Uri};
+//!
+//! struct Vm(Option<Memory>);
+//!
+//! impl SourceVm for Vm {
+//!     fn memory(&self) -> Memory {
+//!         self.0.clone().unwrap_or_default()
+//!     }
+//!     fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, VmError> {
+//!         Ok(Box::new(LogSource::new("nothing", Arc::new(Log::create(self.memory().end())?.0))))
+//!     }
+//!     fn pause(&mut self) -> Result<(), VmError> {
+//!         Ok(())
+//!     }
+//!     fn state(&mut self) -> Result<Vec<u8>, VmError> {
+//!         Ok(b"registers".into())
+//!     }
+//!     fn resume(&mut self) -> Result<(), VmError> {
+//!         Ok(())
+//!     }
+//!     fn release(&mut self) {
+//!         self.0 = None;
+//!     }
+//! }
+//!
+//! impl IncomingVm for Vm {
+//!     fn prepare(&mut self, _regions: &[RegionLayout]) -> Result<Memory, VmError> {
+//!         let memory = guest_memory().map_err(|error| error.to_string())?;
+//!         self.0 = Some(memory.clone());
+//!         Ok(memory)
+//!     }
+//!     fn restore(&mut self, state: &[u8]) -> Result<(), VmError> {
+//!         if state == b"registers" { Ok(()) } else { Err("the state of another guest".into()) }
+//!     }
+//!     fn start(&mut self, _run: bool, _cancel: &CancelToken) -> Result<Option<u64>, VmError> {
+//!         Ok(None)
+//!     }
+//! }
+//!
+//! let uri = Uri::Unix(path);
+//! let listener = StreamListener::bind(&uri)?;
+//! let destination = thread::spawn(move || -> Result<Vm, VmError> {
+//!     let options = StreamOptions::new()?;
+//!     let connection = listener.accept(&options)?;
+//!     let mut vm = Vm(None);
+//!     receive(&mut vm, connection, &options.cancel, &Outcomes::default(), SWITCHOVER_TIMEOUT)?;
+//!     Ok(vm)
+//! });
+//!
+//! let mut source = Vm(Some(guest_memory()?));
+//! source.memory().write(0x5000, b"contents")?;
+//! let options = StreamOptions::new()?;
+//! let parameters = MigrationParameters {
+//!     policy: ConvergencePolicy::default(),
+//!     codec: Codec::None,
+//!     verify: true,
+//!     outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
+//!     switchover_timeout: None,
+//!     continue_here: false,
+//! };
+//! let connection = connect(&uri, &options)?;
+//! let report = migrate(&mut source, connection, &parameters, &options.limiter, &options.cancel, &mut |_| {})?;
+//! assert_eq!(report.guest_bytes, 1 << 20);
+//!
+//! let mut contents = [0; 8];
+//! let arrived = destination.join().map_err(|_| "the destination panicked")?.map_err(|error| error.to_string())?;
+//! arrived.memory().read(0x5000, &mut contents)?;
+//! assert_eq!(&contents, b"contents");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![forbid(unsafe_code)]
 
 mod converge;

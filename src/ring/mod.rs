@@ -3,6 +3,37 @@
 //!
 //! Every value read from a ring may have been written by a hostile peer: it is checked here, and every loop over
 //! descriptors is bounded. Not here: the contents of requests, and the delivery of notifications.
+//!
+//! # Example
+//!
+//! Let a driver pass a buffer to a device, and the device fill it:
+//!
+//! ```
+//! # use std::sync::Arc;
+//! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+//! # let memory = Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?;
+//! use vhost_migrate::ring::{Buffer, Chain, DeviceRing, DriverRing, RingBase, RingLayout};
+//!
+//! // A split ring of 64 entries, as no features are negotiated, with its three areas on a page each.
+//! let features = 0;
+//! let layout = RingLayout::new(features, 64, 0x1000, 0x2000, 0x3000);
+//! let mut driver = DriverRing::new(&memory, layout, features)?;
+//! let mut device = DeviceRing::new(&memory, layout, features, RingBase::initial(features))?;
+//!
+//! let head = driver.add(&[], &[Buffer { gpa: 0x4000, len: 64 }], None)?;
+//! assert!(driver.publish(), "the device wants a kick");
+//!
+//! let mut chain = Chain::default();
+//! while device.pop(&mut chain)? {
+//!     memory.write(chain.writable[0].gpa, b"hello")?;
+//!     device.push(&chain, 5);
+//! }
+//! assert!(device.publish(), "the driver wants a call");
+//!
+//! let used = driver.pop_used()?.ok_or("nothing was used")?;
+//! assert_eq!((Some(used.head), used.len), (head, 5));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod base;
 mod chain;

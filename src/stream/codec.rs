@@ -1,4 +1,13 @@
 //! Compression of page batches: none or zstd. Contexts are kept and reused.
+//!
+//! ```
+//! use vhost_migrate::stream::Codec;
+//!
+//! assert_eq!("zstd".parse::<Codec>()?, Codec::Zstd(1));
+//! assert_eq!(Codec::Zstd(-3).to_string(), "zstd:-3");
+//! assert!("gzip".parse::<Codec>().is_err());
+//! # Ok::<(), vhost_migrate::stream::StreamError>(())
+//! ```
 #![forbid(unsafe_code)]
 
 use std::fmt;

@@ -1,5 +1,27 @@
 //! Connection header and frames: lengths, sequence numbers and checksums. `pages` and `record` define the bodies,
 //! `transport` carries the bytes.
+//!
+//! ```
+//! use vhost_migrate::stream::{ChannelId, FrameKind, FrameReader, FrameWriter, MigrationId};
+//!
+//! let id = ChannelId { migration: MigrationId(1), channel: 0 };
+//! let mut writer = FrameWriter::new(Vec::new(), id);
+//! writer.write(FrameKind::State, [b"head", b" and tail"])?;
+//! let bytes = writer.into_inner();
+//!
+//! let mut reader = FrameReader::new(&bytes[..], id);
+//! let header = reader.next_frame()?;
+//! assert_eq!(header.kind, FrameKind::State);
+//! let mut body = Vec::new();
+//! reader.body(&header, &mut body)?;
+//! assert_eq!(body, b"head and tail");
+//!
+//! // A frame of another migration fails its checksum.
+//! let other = ChannelId { migration: MigrationId(2), channel: 0 };
+//! let mut reader = FrameReader::new(&bytes[..], other);
+//! assert!(reader.next_frame().and_then(|header| reader.body(&header, &mut body)).is_err());
+//! # Ok::<(), vhost_migrate::stream::StreamError>(())
+//! ```
 #![forbid(unsafe_code)]
 
 use std::fmt;

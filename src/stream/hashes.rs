@@ -2,6 +2,31 @@
 //! decides when to compare and what a difference means.
 //!
 //! A channel sends the hashes of its own pages after those pages, so that the comparison sees their final contents.
+//!
+//! ```
+//! # use std::sync::Arc;
+//! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+//! # fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
+//! #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?)
+//! # }
+//! use vhost_migrate::stream::{
+//!     ChannelId, FrameReader, FrameWriter, IncomingMemory, MigrationId, PageDecoder, send_hashes,
+//! };
+//!
+//! let (source, destination) = (guest_memory()?, guest_memory()?);
+//! source.write(0x5000, b"lost")?;
+//! let id = ChannelId { migration: MigrationId(1), channel: 0 };
+//! let mut writer = FrameWriter::new(Vec::new(), id);
+//! send_hashes(&source, [0..256], &mut writer)?;
+//!
+//! let bytes = writer.into_inner();
+//! let mut reader = FrameReader::new(&bytes[..], id);
+//! let header = reader.next_frame()?;
+//! let decoder = PageDecoder::new(Arc::new(IncomingMemory::zeroed(destination)), 0, 1)?;
+//! let found = decoder.compare(&header, &mut reader)?;
+//! assert_eq!((found.pages, found.first_different), (256, vec![5]));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![forbid(unsafe_code)]
 
 use std::io::{Read, Write};

@@ -11,6 +11,45 @@
 //! | [`transport`] | `tcp:`, `unix:`, `file:`, `exec:`, `fd:` as channels |
 //!
 //! `docs/stream-format.md` specifies every byte.
+//!
+//! # Example
+//!
+//! Send all pages of a guest through a pair of sockets, and restore them:
+//!
+//! ```
+//! # use std::sync::Arc;
+//! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+//! # fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
+//! #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?)
+//! # }
+//! use std::os::unix::net::UnixStream;
+//!
+//! use vhost_migrate::stream::{
+//!     ChannelId, Codec, CopyingReader, FrameReader, FrameWriter, IncomingMemory, MigrationId, PageDecoder, PageEncoder,
+//!     PageStats,
+//! };
+//!
+//! let (source, destination) = (guest_memory()?, guest_memory()?);
+//! source.write(0x5000, b"contents")?;
+//! let (ours, theirs) = UnixStream::pair()?;
+//! let id = ChannelId { migration: MigrationId::random()?, channel: 0 };
+//!
+//! let mut writer = FrameWriter::new(ours, id);
+//! let sent = PageEncoder::new(Codec::None)?.send(&source, [0..256], &mut writer)?;
+//! assert_eq!((sent.data_pages, sent.zero_pages), (1, 255));
+//!
+//! let mut reader = FrameReader::new(CopyingReader(theirs), id);
+//! let mut decoder = PageDecoder::new(Arc::new(IncomingMemory::zeroed(destination.clone())), 0, 1)?;
+//! let mut received = PageStats::default();
+//! while received.pages() < sent.pages() {
+//!     let header = reader.next_frame()?;
+//!     received += decoder.receive(&header, &mut reader)?;
+//! }
+//! let mut contents = [0; 8];
+//! destination.read(0x5000, &mut contents)?;
+//! assert_eq!(&contents, b"contents");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 pub mod codec;
 mod data_bitmap;

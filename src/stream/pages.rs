@@ -5,6 +5,17 @@
 //! page's bit in the dirty log, and the page is sent again. Holes, memory that was never used, are sent as zero and not
 //! read, because a read would allocate them. The decoder reads uncompressed pages directly from the socket into guest
 //! memory. A checksum mismatch then fails the migration, while the source still has the guest.
+//!
+//! Each channel sends its own chunks of 1 MiB:
+//!
+//! ```
+//! use vhost_migrate::stream::{channel_of, runs_of_channel};
+//!
+//! let dirty = [100..600];
+//! let second: Vec<_> = runs_of_channel(dirty, 1, 2).collect();
+//! assert_eq!(second, [256..512]);
+//! assert_eq!(channel_of(300, 2), 1);
+//! ```
 #![forbid(unsafe_code)]
 
 use std::io::{Read, Write};

@@ -1,5 +1,20 @@
 //! Handshake messages. Each is a [record](crate::record) with a version of its own. The types here exist only for the
 //! stream; run-time types are converted to and from them.
+//!
+//! ```
+//! use vhost_migrate::stream::record::Commit;
+//! use vhost_migrate::stream::{ChannelId, FrameReader, FrameWriter, MigrationId, ToDestination};
+//!
+//! let id = ChannelId { migration: MigrationId(1), channel: 0 };
+//! let mut writer = FrameWriter::new(Vec::new(), id);
+//! ToDestination::Commit(Commit { run: true }).write(&mut writer)?;
+//!
+//! let bytes = writer.into_inner();
+//! let mut reader = FrameReader::new(&bytes[..], id);
+//! let header = reader.next_frame()?;
+//! assert_eq!(ToDestination::read(&header, &mut reader)?, ToDestination::Commit(Commit { run: true }));
+//! # Ok::<(), vhost_migrate::stream::StreamError>(())
+//! ```
 #![forbid(unsafe_code)]
 
 use std::io::{Read, Write};

@@ -1,5 +1,23 @@
 //! Transports: QEMU-style URIs, opening and accepting the channels of a migration, and [`StreamChannel`]. Nothing here
 //! knows the stream beyond the connection header.
+//!
+//! ```
+//! # let folder = tempfile::tempdir()?;
+//! # let path = folder.path().join("incoming");
+//! use vhost_migrate::stream::transport::connect;
+//! use vhost_migrate::stream::{StreamListener, StreamOptions, Uri};
+//!
+//! let uri: Uri = format!("unix:{}", path.display()).parse()?;
+//! let listener = StreamListener::bind(&uri)?;
+//! let destination = std::thread::spawn(move || listener.accept(&StreamOptions::new()?));
+//!
+//! let mut options = StreamOptions::new()?;
+//! options.channels = 2;
+//! let connection = connect(&uri, &options)?;
+//! let accepted = destination.join().map_err(|_| "the destination panicked")??;
+//! assert_eq!((accepted.id, accepted.channels.len()), (connection.id, 2));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![forbid(unsafe_code)]
 
 use std::fmt;

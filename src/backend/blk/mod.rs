@@ -3,6 +3,33 @@
 //! This file opens the image, and has the features and the configuration space. Requests are served in `queue`.
 //! `image_lock` is the lock of the image, `generation` identifies the disk and its contents, and `format` detects
 //! images that are not raw.
+//!
+//! Serve an image to one front-end, over a connection that is there already:
+//!
+//! ```
+//! # use std::os::fd::AsFd;
+//! # let folder = tempfile::tempdir()?;
+//! # let image = folder.path().join("disk.img");
+//! # std::fs::File::create(&image)?.set_len(16 << 20)?;
+//! use std::os::unix::net::UnixStream;
+//! use std::sync::Arc;
+//!
+//! use vhost_migrate::backend::blk::{BlkDevice, BlkOptions};
+//! use vhost_migrate::backend::{VirtioDevice, serve_connection};
+//!
+//! let mut options = BlkOptions::new(&image);
+//! options.queues = 4;
+//! options.serial = "vm1-root".into();
+//! let disk = BlkDevice::open(options)?;
+//! assert_eq!(disk.capacity(), (16 << 20) / 512);
+//!
+//! let disk: Arc<dyn VirtioDevice> = Arc::new(disk);
+//! let (front_end, connection) = UnixStream::pair()?;
+//! let (stop, _stopper) = UnixStream::pair()?;
+//! drop(front_end); // it hangs up at once
+//! assert!(!serve_connection(&connection, &disk, stop.as_fd()), "not stopped: the front-end has hung up");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 #![forbid(unsafe_code)]
 

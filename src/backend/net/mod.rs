@@ -11,6 +11,17 @@
 //! This file has the features, the configuration space and announcements. There are no offloads: checksums and
 //! segmentation are left to the driver. QEMU implements control queue and configuration space itself; the data queues
 //! work with it.
+//!
+//! ```
+//! use vhost_migrate::backend::VirtioDevice;
+//! use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
+//!
+//! let mut options = NetOptions::new(NetPeer::Loopback, [0x52, 0x54, 0, 0, 0, 1]);
+//! options.pairs = 2;
+//! let net = NetDevice::open(options)?;
+//! assert_eq!(net.queues(), 5, "two pairs and the control queue");
+//! # Ok::<(), vhost_migrate::backend::net::NetError>(())
+//! ```
 
 mod control;
 mod filter;

@@ -1,6 +1,19 @@
 //! Packed rings (virtio 1.2, "Packed Virtqueues"): the layout, and the access of both sides to the three areas.
 //!
 //! [`PackedDevice`] is the device side, [`PackedDriver`] the driver side.
+//!
+//! A position in a packed ring has a wrap counter. The base of a ring holds two positions:
+//!
+//! ```
+//! use vhost_migrate::ring::{Position, RingBase};
+//!
+//! let avail = Position::START.after(200, 128 + 100);
+//! let used = avail.before(3, 228);
+//! assert_eq!(used.until(avail, 228), Some(3));
+//!
+//! let base = RingBase::packed(avail.index, avail.wrap, used.index, used.wrap);
+//! assert_eq!(base.packed_positions(), (avail, used));
+//! ```
 
 mod deduce;
 mod device;

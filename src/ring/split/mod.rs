@@ -1,6 +1,36 @@
 //! Split rings (virtio 1.2, "Split Virtqueues"): the layout, and the access of both sides to the three areas.
 //!
 //! [`SplitDevice`] is the device side, [`SplitDriver`] the driver side.
+//!
+//! A device that stops a ring puts back what it has not served. Its successor continues at the base:
+//!
+//! ```
+//! # use std::sync::Arc;
+//! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+//! # let memory = Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?;
+//! use vhost_migrate::ring::{Buffer, Chain, RingBase, SplitDevice, SplitDriver, SplitLayout};
+//!
+//! let layout = SplitLayout { size: 64, desc: 0x1000, avail: 0x2000, used: 0x3000 };
+//! let mut driver = SplitDriver::new(&memory, layout, 0)?;
+//! for gpa in [0x4000, 0x5000] {
+//!     driver.add(&[Buffer { gpa, len: 512 }], &[], None)?;
+//! }
+//! let _kick = driver.publish();
+//!
+//! let mut device = SplitDevice::new(&memory, layout, 0, RingBase::split(0))?;
+//! let mut chain = Chain::default();
+//! device.pop(&mut chain)?;
+//! device.push(chain.head, 0);
+//! let _call = device.publish();
+//! device.pop(&mut chain)?;
+//! assert!(device.put_back([chain.head].into_iter()));
+//! assert_eq!(device.base(), RingBase::split(1));
+//!
+//! let mut successor = SplitDevice::new(&memory, layout, 0, device.base())?;
+//! assert!(successor.pop(&mut chain)?);
+//! assert_eq!(chain.readable[0].gpa, 0x5000);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod device;
 mod driver;
