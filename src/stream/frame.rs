@@ -35,6 +35,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::StreamError;
 use super::codec::Codec;
 use super::sys::{ReadMemory, ReceiveWindow};
+use crate::record::MAX_STATE;
 use crate::sys::random::random;
 
 /// First bytes of every connection and file. They are not ASCII and contain both kinds of line ends, so that a
@@ -283,9 +284,10 @@ impl FrameKind {
     /// Maximum size of a body of this kind, bytes. Checked before anything is allocated or read.
     pub const fn limit(self) -> u32 {
         match self {
-            FrameKind::Pages => super::pages::MAX_BODY as u32,
-            FrameKind::Hashes => super::hashes::MAX_BODY as u32,
-            FrameKind::State => super::record::MAX_STATE as u32,
+            // A table of 2048 entries, and 256 pages or 16384 hashes.
+            FrameKind::Pages => (16 << 10) + 8 + (1 << 20),
+            FrameKind::Hashes => (16 << 10) + 8 + (128 << 10),
+            FrameKind::State => MAX_STATE as u32,
             FrameKind::Layout | FrameKind::DataRuns | FrameKind::Devices => 1 << 20,
             FrameKind::Accepted | FrameKind::Ready | FrameKind::Unknown => 0,
             _ => 64 << 10,

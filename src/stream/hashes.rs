@@ -42,8 +42,8 @@ use crate::memory::{ExtentFinder, LOG_PAGE, Memory};
 
 /// Maximum number of hashes in one frame, for 64 MiB of memory.
 pub const MAX_HASHES: usize = 16 << 10;
-/// Maximum size of a hash frame's body, bytes.
-pub const MAX_BODY: usize = HEAD_BYTES + MAX_ENTRIES * ENTRY_BYTES + MAX_HASHES * HASH_BYTES;
+const _: () =
+    assert!(FrameKind::Hashes.limit() as usize == HEAD_BYTES + MAX_ENTRIES * ENTRY_BYTES + MAX_HASHES * HASH_BYTES);
 
 const HEAD_BYTES: usize = 8;
 const HASH_BYTES: usize = 8;

@@ -37,8 +37,9 @@ pub const CHUNK_PAGES: u64 = 256;
 pub const MAX_BATCH_PAGES: u64 = 256;
 /// Maximum number of entries in a batch's table.
 pub const MAX_ENTRIES: usize = 2048;
-/// Maximum size of a page frame's body, bytes.
-pub const MAX_BODY: usize = HEAD_BYTES + MAX_ENTRIES * ENTRY_BYTES + MAX_BATCH_PAGES as usize * PAGE_BYTES;
+const _: () = assert!(
+    FrameKind::Pages.limit() as usize == HEAD_BYTES + MAX_ENTRIES * ENTRY_BYTES + MAX_BATCH_PAGES as usize * PAGE_BYTES
+);
 
 pub(super) const PAGE_BYTES: usize = LOG_PAGE as usize;
 /// Page data of a sent batch, bytes: small enough to stay in the cache until it is written.

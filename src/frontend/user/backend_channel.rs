@@ -24,8 +24,8 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::{DeviceEvent, FrontendError, RingSetup, counters};
 use super::connection::ConnectionSocket;
-use super::iommu::{MissResult, Translator};
 use super::signal;
+use super::translator::{MissResult, Translator};
 use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
 use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request, VRING_IDX_MASK, VringArea, VringState};
 use crate::memory::Access;

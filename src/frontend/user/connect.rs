@@ -12,7 +12,7 @@ use super::super::{FrontendError, Interrupt};
 use super::UserOptions;
 use super::backend_channel::{BackendChannel, EventQueue};
 use super::connection::{Connection, TimeoutPolicy};
-use super::iommu::Translator;
+use super::translator::Translator;
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     Request, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature,

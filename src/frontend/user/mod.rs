@@ -15,6 +15,7 @@ mod options;
 mod payload;
 mod postcopy;
 mod requests;
+mod translator;
 
 pub use options::UserOptions;
 pub use postcopy::BackendAddresses;
@@ -45,8 +46,8 @@ use backend_channel::{BackendChannel, EventQueue};
 use connect::{BACK_OFF, Negotiated, negotiate, retry_until};
 use connection::{Connection, LateReplies, MAX_UNACKED, Reply, TimeoutPolicy};
 use inflight::InflightFile;
-use iommu::Translator;
 use payload::{memory_table, region_message, user_addr};
+use translator::Translator;
 
 /// Feature bits of the transport, which the driver does not acknowledge.
 const TRANSPORT_FEATURES: u64 = bit(VHOST_F_LOG_ALL) | bit(VHOST_USER_F_PROTOCOL_FEATURES);
