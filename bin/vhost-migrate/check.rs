@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::builder::NonEmptyStringValueParser;
@@ -11,8 +12,8 @@ use crossbeam::channel::RecvTimeoutError;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use vhost_migrate::check::{
-    CheckError, CheckOptions, CheckProgress, CheckReport, DeviceKind, Explanation, FrameSource, StopToken, Verdict,
-    check_with_progress, explain, rule,
+    CheckError, CheckOptions, CheckProgress, CheckReport, DeviceKind, Explanation, FrameSource, Rule, StopToken,
+    Verdict, check_with_progress, explain,
 };
 use vhost_migrate::inflight::RingKind;
 
@@ -49,11 +50,11 @@ pub(crate) struct Arguments {
     #[arg(required_unless_present = "explain", value_parser = values::socket_path())]
     socket: Option<PathBuf>,
     /// Print a rule, the consequence of a violation, and advice
-    #[arg(long, value_name = "RULE", value_parser = parse_explanation, exclusive = true)]
-    explain: Option<Explanation>,
+    #[arg(long, value_name = "RULE", value_parser = Rule::from_str, exclusive = true)]
+    explain: Option<Rule>,
     /// Check only these rules: for example R3,L1
-    #[arg(long, value_name = "RULE,...", value_delimiter = ',', value_parser = parse_rule)]
-    only: Vec<&'static str>,
+    #[arg(long, value_name = "RULE,...", value_delimiter = ',', value_parser = Rule::from_str)]
+    only: Vec<Rule>,
     /// Kind of the device, if it cannot be detected
     #[arg(long)]
     device: Option<DeviceArgument>,
@@ -118,14 +119,6 @@ enum RingKindArgument {
     Packed,
 }
 
-fn parse_rule(id: &str) -> Result<&'static str, String> {
-    rule(id).map_err(|error| error.to_string())
-}
-
-fn parse_explanation(id: &str) -> Result<Explanation, String> {
-    explain(id).map_err(|error| error.to_string())
-}
-
 /// Parses a frame source. A path contains a slash.
 fn parse_frame_source(text: &str) -> Result<FrameSource, String> {
     match text {
@@ -150,7 +143,8 @@ fn has_colour_terminal() -> bool {
 
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
-    if let Some(explanation) = &arguments.explain {
+    if let Some(rule) = arguments.explain {
+        let explanation = explain(rule);
         let Explanation { consequence, meaning, remedy, .. } = explanation;
         let (text, broken) = (explanation.text(), consequence.description());
         // An error means that the reader has closed the pipe.

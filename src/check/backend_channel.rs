@@ -13,8 +13,9 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::connection::{BackendMessage, readable};
 use super::harness::{Harness, MAX_REQUESTS, RequestSize, wait_until};
+use super::outcome::{CheckAbort, Outcome};
 use super::stop::Deadline;
-use super::{Check, CheckAbort, Outcome, RingSelection, Target};
+use super::target::Target;
 use crate::abi::vhost_user::{BackendRequest, Header, Request as Code, VRING_NOFD_MASK, VringState, protocol_feature};
 
 /// Number of batches whose notifications stay unread; more than fit into the socket.
@@ -24,34 +25,6 @@ const BATCHES: u32 = 20;
 const BATCH: u64 = 4;
 /// Maximum number of reads while waiting for the end of a channel; more than can be unread.
 const MAX_READS: u32 = 1024;
-
-pub(super) const CHECKS: &[Check] = &[
-    Check {
-        rule: "B1",
-        what: "a second SET_BACKEND_REQ_FD replaces the channel",
-        run_on: RingSelection::Once,
-        run: replaced_channel,
-    },
-    Check {
-        rule: "B1",
-        what: "a closed channel, or noise on it, affects neither rings nor connection",
-        run_on: RingSelection::Once,
-        run: lost_channel,
-    },
-    Check {
-        rule: "B1",
-        what: "an unread channel does not stall rings",
-        run_on: RingSelection::Once,
-        run: unread_channel,
-    },
-    Check { rule: "B3", what: "in-band kicks and calls work", run_on: RingSelection::Main, run: in_band_notifications },
-    Check {
-        rule: "B3",
-        what: "an in-band kick starts a ring without SET_VRING_KICK and SET_VRING_CALL",
-        run_on: RingSelection::Main,
-        run: kick_without_vring_kick,
-    },
-];
 
 /// Front-end's end of a back-end channel.
 pub(super) struct BackendChannel(UnixStream);
@@ -234,7 +207,7 @@ fn poll(harness: &mut Harness) -> Result<(), CheckAbort> {
     Err(CheckAbort::Violation(format!("{} requests are in flight after {timeout:?}", harness.outstanding())))
 }
 
-fn replaced_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn replaced_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut names, mut kept_open) = (Vec::new(), false);
     for method in NotifyMethod::offered(target) {
         let mut harness = method.harness(target)?;
@@ -256,7 +229,7 @@ fn replaced_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn lost_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn lost_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut names, mut ignored) = (Vec::new(), false);
     for (method, noise) in NotifyMethod::offered(target).flat_map(|method| [(method, false), (method, true)]) {
         let mut harness = method.harness(target)?;
@@ -288,7 +261,7 @@ fn lost_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("{}: requests are served, also with another channel; {noise}", names.join(", "))))
 }
 
-fn unread_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn unread_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::BACKEND_REQ)?;
     let mut harness = NotifyMethod::Messages.harness(target)?;
     let (ours, theirs) = UnixStream::pair()?;
@@ -316,7 +289,7 @@ fn unread_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
     )))
 }
 
-fn in_band_notifications(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn in_band_notifications(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = NotifyMethod::Messages.harness(target)?;
     let channel = BackendChannel::set_backend_req_fd(&harness)?;
     start(&harness, true)?;
@@ -338,7 +311,7 @@ fn in_band_notifications(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn kick_without_vring_kick(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn kick_without_vring_kick(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = NotifyMethod::Messages.harness(target)?;
     let channel = BackendChannel::set_backend_req_fd(&harness)?;
     start(&harness, false)?;

@@ -7,116 +7,31 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::thread;
 
-use nix::unistd::mkstemp;
-use zerocopy::{FromBytes, FromZeros, IntoBytes};
-
-use super::connection::Connection;
-use super::harness::{HIGH, Harness, MAX_REQUESTS, SLOT_BYTES, noise};
-use super::{BackendFeatures, Check, CheckAbort, Outcome, RingSelection, Target, TestedDevice};
-use crate::abi::vhost_user::{CONFIG_TYPE_FRONTEND, ConfigHeader, Request as Code, protocol_feature};
-use crate::abi::virtio::{
-    BlkConfig, BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_RO, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-};
+use super::device::TestedDevice;
+use super::device::blk::{BlkGeometry, read_config};
+use super::harness::{HIGH, Harness, MAX_REQUESTS, SLOT_BYTES};
+use super::outcome::{CheckAbort, Outcome};
+use super::pages::noise;
+use super::target::Target;
+use crate::abi::vhost_user::protocol_feature;
+use crate::abi::virtio::{BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_RO, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use crate::ring::Buffer;
+use nix::unistd::mkstemp;
 
-/// Size assumed for a disk without configuration space, bytes.
-const MIN_DISK_BYTES: u64 = 4096;
-/// Bytes of configuration space that every block device has.
-const CONFIG_BYTES: u32 = 36;
-/// Maximum block size with room for all requests, bytes.
-const MAX_BLOCK_BYTES: u64 = 64 << 10;
 /// Bytes at the end of the disk that `--write` may change.
 const WRITABLE_TAIL: u64 = 1 << 20;
 /// Minimum number of kills with writes in flight.
 const MIN_KILLS: u64 = 3;
 /// Maximum number of kills, if no write was in flight at any of them.
 const MAX_KILLS: u64 = 10;
-/// A status byte that no device writes.
-pub(super) const NO_STATUS: u8 = 0xff;
 
-pub(super) const CHECKS: &[Check] = &[
-    Check {
-        rule: "C1",
-        what: "GET_CONFIG echoes offset and size, and parts match the whole",
-        run_on: RingSelection::Once,
-        run: config,
-    },
-    Check {
-        rule: "R3",
-        what: "writes accepted before GET_VRING_BASE are on the disk",
-        run_on: RingSelection::Once,
-        run: writes_before_stop,
-    },
-    Check {
-        rule: "I9",
-        what: "writes of a killed back-end do not overwrite those of its successor",
-        run_on: RingSelection::Once,
-        run: writes_after_kill,
-    },
-];
-
-/// Capacity and block size of the device under test.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct BlkGeometry {
-    sectors: u64,
-    /// Sectors per block. Requests cover whole blocks.
-    block_sectors: u64,
-}
-
-impl BlkGeometry {
-    /// Reads the geometry from configuration space, after protocol features are negotiated.
-    pub(super) fn of(connection: &Connection, offered: BackendFeatures) -> Result<BlkGeometry, CheckAbort> {
-        if !offered.has_protocol(protocol_feature::CONFIG) {
-            let sectors = MIN_DISK_BYTES / SECTOR_BYTES;
-            return Ok(BlkGeometry { sectors, block_sectors: sectors });
-        }
-        // Read from offset 0: some back-ends ignore the offset (rule C1.1).
-        let mut config = BlkConfig::new_zeroed();
-        let received = read_config(connection, 0, CONFIG_BYTES)?;
-        config.as_mut_bytes().iter_mut().zip(received).for_each(|(byte, received)| *byte = received);
-        let sectors = config.capacity.get();
-        let block = match offered.has(VIRTIO_BLK_F_BLK_SIZE) {
-            true => u64::from(config.blk_size.get()),
-            false => SECTOR_BYTES,
-        };
-        if !block.is_power_of_two() || !(SECTOR_BYTES..=MAX_BLOCK_BYTES).contains(&block) {
-            return Err(CheckAbort::Violation(format!("a disk with blocks of {block} bytes cannot be checked")));
-        }
-        let block = block / SECTOR_BYTES;
-        match sectors / block * block {
-            0 => Err(CheckAbort::Violation(format!("the disk has {sectors} sectors and blocks of {block}"))),
-            sectors => Ok(BlkGeometry { sectors, block_sectors: block }),
-        }
-    }
-
-    pub(super) fn bytes(&self) -> u64 {
-        self.sectors.saturating_mul(SECTOR_BYTES)
-    }
-
-    /// Returns the header of read `number`, and its length: up to `len` bytes in whole blocks.
-    pub(super) fn read(&self, number: u64, len: u64) -> (BlkRequestHeader, u32) {
-        let (blocks, block) = (self.sectors / self.block_sectors, self.block_sectors * SECTOR_BYTES);
-        let count = (len.max(block) / block).min(blocks);
-        let sector = number.wrapping_mul(97) % (blocks - count + 1) * self.block_sectors;
-        let len = count * self.block_sectors;
-        let head = BlkRequestHeader { request_type: VIRTIO_BLK_T_IN.into(), ioprio: 0.into(), sector: sector.into() };
-        (head, (len * SECTOR_BYTES) as u32)
-    }
-
-    /// Splits the last MiB into parts: first sector and data buffer of each.
-    fn tail_parts(&self) -> Vec<(u64, Buffer)> {
-        let sectors = (WRITABLE_TAIL / SECTOR_BYTES / MAX_REQUESTS).min(self.sectors / MAX_REQUESTS);
-        let sectors = sectors / self.block_sectors * self.block_sectors;
-        let first = self.sectors - sectors * MAX_REQUESTS;
-        let len = (sectors * SECTOR_BYTES) as u32;
-        (0..MAX_REQUESTS).map(|slot| (first + slot * sectors, Buffer { gpa: HIGH + slot * SLOT_BYTES, len })).collect()
-    }
-
-    /// Returns true for the status of a successful read.
-    pub(super) fn is_success(status: u8) -> bool {
-        status == VIRTIO_BLK_S_OK
-    }
+/// Splits the last MiB into parts: first sector and data buffer of each.
+fn tail_parts(disk: BlkGeometry) -> Vec<(u64, Buffer)> {
+    let sectors = (WRITABLE_TAIL / SECTOR_BYTES / MAX_REQUESTS).min(disk.sectors / MAX_REQUESTS);
+    let sectors = sectors / disk.block_sectors * disk.block_sectors;
+    let first = disk.sectors - sectors * MAX_REQUESTS;
+    let len = (sectors * SECTOR_BYTES) as u32;
+    (0..MAX_REQUESTS).map(|slot| (first + slot * sectors, Buffer { gpa: HIGH + slot * SLOT_BYTES, len })).collect()
 }
 
 /// Adds one request for each part of the last MiB.
@@ -152,11 +67,11 @@ fn prepare(harness: &mut Harness, parts: &[(u64, Buffer)], contents: &[Vec<u8>])
     add_all(harness, parts, VIRTIO_BLK_T_OUT)
 }
 
-fn writes_before_stop(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn writes_before_stop(target: &mut Target) -> Result<Outcome, CheckAbort> {
     with_restore(target, |target, parts| overwrite(target, parts))
 }
 
-fn writes_after_kill(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn writes_after_kill(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if target.process.is_none() {
         return Ok(Outcome::not_tested("needs --restart and --write"));
     }
@@ -172,7 +87,7 @@ fn with_restore(
     if !target.options.write {
         return Ok(Outcome::not_tested("needs --write"));
     }
-    let parts = disk.tail_parts();
+    let parts = tail_parts(disk);
     if target.offered.has(VIRTIO_BLK_F_RO) || parts.iter().any(|(_, data)| data.len == 0) {
         return Ok(Outcome::not_tested("the disk is read-only or too small"));
     }
@@ -290,32 +205,11 @@ fn save_contents(contents: &[Vec<u8>]) -> io::Result<PathBuf> {
     Ok(path)
 }
 
-/// Reads configuration space and checks the reply (rule C1.1).
-pub(super) fn read_config(connection: &Connection, offset: u32, size: u32) -> Result<Vec<u8>, CheckAbort> {
-    let header = ConfigHeader { offset, size, flags: CONFIG_TYPE_FRONTEND };
-    let reply = connection.request(Code::GET_CONFIG, &[header.as_bytes(), &vec![0; size as usize]].concat())?;
-    let Ok((echo, bytes)) = ConfigHeader::read_from_prefix(&reply.payload) else {
-        return Err(short(size_of::<ConfigHeader>() + size as usize, reply.payload.len()));
-    };
-    if (echo.offset, echo.size) != (offset, size) {
-        let ConfigHeader { offset: at, size: len, .. } = echo;
-        return Err(CheckAbort::Violation(format!("{len} bytes at {at} were returned instead of {size} at {offset}")));
-    }
-    match bytes.len() == size as usize {
-        true => Ok(bytes.to_vec()),
-        false => Err(short(size as usize, bytes.len())),
-    }
-}
-
 fn not_a_disk() -> CheckAbort {
     CheckAbort::NotOffered("a disk".into())
 }
 
-fn short(needed: usize, got: usize) -> CheckAbort {
-    CheckAbort::Violation(format!("GET_CONFIG returned {got} bytes instead of {needed}"))
-}
-
-fn config(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn config(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::CONFIG)?;
     let harness = target.harness(0)?;
     let (len, parts) = target.device.config();
@@ -335,7 +229,7 @@ fn config(target: &mut Target) -> Result<Outcome, CheckAbort> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::Verdict;
+    use crate::check::outcome::Verdict;
 
     #[test]
     fn no_open_writes_at_the_kills_is_not_tested() {

@@ -16,9 +16,9 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use super::process::RETRY_INTERVAL;
-use super::stop::Deadline;
-use super::{CheckAbort, CheckOptions, Outcome, StopToken};
+use super::options::CheckOptions;
+use super::outcome::{CheckAbort, Outcome};
+use super::stop::{Deadline, StopToken};
 use crate::abi::vhost_user::{BackendRequest, Header, Request as Code};
 use crate::sys::socket;
 
@@ -28,6 +28,8 @@ const MAX_REPLY: u32 = 1 << 16;
 const MAX_BACKEND_MESSAGE: u32 = 4096;
 /// Maximum number of fds kept of a reply; more than any reply may have.
 const MAX_FDS: usize = 16;
+/// Interval between attempts to connect or to wait for the process.
+pub(super) const RETRY_INTERVAL: Duration = Duration::from_millis(5);
 /// Delay between the segments of a message, so that the kernel does not join them.
 const SEGMENT_DELAY: Duration = Duration::from_millis(20);
 /// Interval at which a wait checks the stop token.

@@ -8,7 +8,8 @@ use zerocopy::IntoBytes;
 
 use super::connection::readable;
 use super::harness::{Harness, RequestSize, describe};
-use super::{Check, CheckAbort, Outcome, RingSelection, Target};
+use super::outcome::{CheckAbort, Outcome};
+use super::target::Target;
 use crate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, MemoryHeader, MemoryRegion, Request as Code, VringAddr, VringState,
     protocol_feature,
@@ -19,64 +20,7 @@ const NEED_REPLY: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
 /// A request code that no specification defines.
 const UNKNOWN: Code = Code(4711);
 
-pub(super) const CHECKS: &[Check] = &[
-    Check {
-        rule: "F1",
-        what: "header and payload in separate segments are accepted",
-        run_on: RingSelection::Once,
-        run: segments,
-    },
-    Check {
-        rule: "F2",
-        what: "replies of all kinds have the flags 0x5",
-        run_on: RingSelection::Once,
-        run: reply_flags,
-    },
-    Check {
-        rule: "F3",
-        what: "need-reply adds no second reply; replies have the specified lengths",
-        run_on: RingSelection::Once,
-        run: replies,
-    },
-    Check {
-        rule: "F4",
-        what: "need-reply is acknowledged with a u64, 0 for success",
-        run_on: RingSelection::Once,
-        run: acknowledgements,
-    },
-    Check {
-        rule: "F4",
-        what: "messages are processed strictly in order",
-        run_on: RingSelection::Once,
-        run: message_order,
-    },
-    Check {
-        rule: "F5",
-        what: "an unknown request with need-reply is refused and the connection continues",
-        run_on: RingSelection::Once,
-        run: unknown_with_need_reply,
-    },
-    Check {
-        rule: "F5",
-        what: "an unknown request without need-reply is ignored",
-        run_on: RingSelection::Once,
-        run: unknown_without_need_reply,
-    },
-    Check {
-        rule: "F6",
-        what: "a memory table with padding is accepted",
-        run_on: RingSelection::Once,
-        run: padded_memory_table,
-    },
-    Check {
-        rule: "F8",
-        what: "a socket as call fd is written with 8 bytes",
-        run_on: RingSelection::Main,
-        run: socket_as_call_fd,
-    },
-];
-
-fn segments(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn segments(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     harness.connection.send_in_parts(Code::SET_FEATURES, VERSION, harness.features.as_bytes(), &[])?;
     harness.connection.barrier()?;
@@ -107,7 +51,7 @@ fn requests_with_reply(target: &Target) -> Vec<(Code, Vec<u8>, usize)> {
     all.map(|(_, code, payload, length)| (code, payload, length)).collect()
 }
 
-fn reply_flags(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn reply_flags(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     let asked = target.offered.has_protocol(protocol_feature::REPLY_ACK).then_some(NEED_REPLY);
     for (code, payload, _) in requests_with_reply(target) {
@@ -120,7 +64,7 @@ fn reply_flags(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(target.replies.borrow().outcome())
 }
 
-fn replies(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn replies(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     let flags = if target.offered.has_protocol(protocol_feature::REPLY_ACK) { NEED_REPLY } else { VERSION };
     let (mut names, mut odd) = (Vec::new(), Vec::new());
@@ -141,7 +85,7 @@ fn replies(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn acknowledgements(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn acknowledgements(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
     let harness = target.harness(0)?;
     let index = 0u64.as_bytes();
@@ -169,7 +113,7 @@ fn acknowledgements(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("{count} messages with one reply each")))
 }
 
-fn message_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn message_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     let codes = [Code::GET_FEATURES, Code::GET_PROTOCOL_FEATURES, Code::GET_FEATURES, Code::GET_FEATURES];
     let sent: Vec<Code> = codes.into_iter().cycle().take(64).collect();
@@ -182,7 +126,7 @@ fn message_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("{} requests sent before the first reply was read", sent.len())))
 }
 
-fn unknown_with_need_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn unknown_with_need_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
     let harness = target.harness(0)?;
     // The other end of the pipe shows if the back-end closed the fd.
@@ -207,14 +151,14 @@ fn closed(harness: &Harness, mut pipe: std::io::PipeReader) -> bool {
         && pipe.read(&mut [0]).is_ok_and(|count| count == 0)
 }
 
-fn unknown_without_need_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn unknown_without_need_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     harness.connection.send(UNKNOWN, VERSION, &[1; 100], &[])?;
     harness.connection.barrier()?;
     Ok(Outcome::pass("the next request was served"))
 }
 
-fn padded_memory_table(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn padded_memory_table(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     let Some((region, fd)) = harness.memory.regions().first().and_then(|region| Some((region, region.shared()?.0)))
     else {
@@ -227,7 +171,7 @@ fn padded_memory_table(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("{} bytes with one region", table.len())))
 }
 
-fn socket_as_call_fd(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn socket_as_call_fd(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
     let (ours, theirs) = UnixStream::pair()?;

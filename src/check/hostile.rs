@@ -11,7 +11,8 @@ use std::thread;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::harness::{HIGH, Harness, RequestSize, describe};
-use super::{Check, CheckAbort, Outcome, RingSelection, Target, Verdict, state};
+use super::outcome::{CheckAbort, Outcome, Verdict};
+use super::target::Target;
 use crate::abi::inflight::{PACKED_HEADER_BYTES, SPLIT_HEADER_BYTES, VERSION};
 use crate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
@@ -25,44 +26,6 @@ const MIB: u64 = 1 << 20;
 const VERSION_FLAG: u32 = Header::FLAG_VERSION;
 /// Number of inflight regions filled with noise.
 const NOISE_REGIONS: u64 = 20;
-
-pub(super) const CHECKS: &[Check] = &[
-    Check {
-        rule: "F1",
-        what: "hostile: invalid headers and truncated messages",
-        run_on: RingSelection::Once,
-        run: invalid_headers,
-    },
-    Check {
-        rule: "F6",
-        what: "hostile: payloads truncated to 3 bytes",
-        run_on: RingSelection::Once,
-        run: truncated_payloads,
-    },
-    Check { rule: "M1", what: "hostile: invalid memory tables", run_on: RingSelection::Once, run: memory_tables },
-    Check { rule: "R2", what: "hostile: invalid ring parameters", run_on: RingSelection::Once, run: ring_parameters },
-    Check { rule: "L2", what: "hostile: invalid logs", run_on: RingSelection::Once, run: logs },
-    Check {
-        rule: "C1",
-        what: "hostile: invalid configuration ranges",
-        run_on: RingSelection::Once,
-        run: configuration_ranges,
-    },
-    Check {
-        rule: "D1",
-        what: "hostile: mutated device states",
-        run_on: RingSelection::Once,
-        run: state::mutated_states,
-    },
-    Check { rule: "I1", what: "hostile: invalid inflight regions", run_on: RingSelection::Once, run: inflight_regions },
-    Check {
-        rule: "I3",
-        what: "hostile: inflight regions filled with noise",
-        run_on: RingSelection::Main,
-        run: inflight_noise,
-    },
-    Check { rule: "R9", what: "hostile: invalid descriptors", run_on: RingSelection::Main, run: invalid_descriptors },
-];
 
 /// A message that must be refused. Its fds are of a memfd of 1 MiB.
 struct HostileMessage {
@@ -179,7 +142,7 @@ fn send(target: &Target, all: Vec<HostileMessage>) -> Result<Outcome, CheckAbort
     )
 }
 
-fn invalid_headers(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn invalid_headers(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let header = |request, flags, size| Header { request, flags, size }.as_bytes().to_vec();
     let frames = [
         ("version 0", header(1, 0, 0)),
@@ -203,7 +166,7 @@ fn invalid_headers(target: &mut Target) -> Result<Outcome, CheckAbort> {
     )
 }
 
-fn truncated_payloads(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn truncated_payloads(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let codes = [
         Code::SET_FEATURES,
         Code::SET_PROTOCOL_FEATURES,
@@ -231,7 +194,7 @@ fn region(guest_phys_addr: u64, memory_size: u64, userspace_addr: u64, mmap_offs
     MemoryRegion { guest_phys_addr, memory_size, userspace_addr, mmap_offset }
 }
 
-fn memory_tables(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn memory_tables(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let table = |count: u32, regions: &[MemoryRegion]| {
         [MemoryHeader { nregions: count, padding: 0 }.as_bytes(), regions.as_bytes()].concat()
     };
@@ -274,7 +237,7 @@ fn memory_tables(target: &mut Target) -> Result<Outcome, CheckAbort> {
     send(target, all)
 }
 
-fn ring_parameters(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn ring_parameters(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let state = |index, num| VringState { index, num };
     let harness = target.harness(0)?;
     let fine = harness.vring_addr(&harness.ring, None);
@@ -314,7 +277,7 @@ fn ring_parameters(target: &mut Target) -> Result<Outcome, CheckAbort> {
     )
 }
 
-fn logs(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn logs(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::LOG_SHMFD)?;
     let log = |mmap_size, mmap_offset| LogDescription { mmap_size, mmap_offset };
     send(
@@ -329,7 +292,7 @@ fn logs(target: &mut Target) -> Result<Outcome, CheckAbort> {
     )
 }
 
-fn configuration_ranges(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn configuration_ranges(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::CONFIG)?;
     let config = |offset, size| ConfigHeader { offset, size, flags: 0 };
     let with = |header: ConfigHeader, bytes: usize| [header.as_bytes(), &vec![0; bytes]].concat();
@@ -349,7 +312,7 @@ fn describe_region(mmap_size: u64, mmap_offset: u64, num_queues: u16, queue_size
     InflightDescription { mmap_size, mmap_offset, num_queues, queue_size, padding: [0; 4] }
 }
 
-fn inflight_regions(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn inflight_regions(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     let set = Code::SET_INFLIGHT_FD;
     send(
@@ -371,7 +334,7 @@ fn inflight_regions(target: &mut Target) -> Result<Outcome, CheckAbort> {
     )
 }
 
-fn inflight_noise(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn inflight_noise(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     attack_rings(
         target,
@@ -388,7 +351,7 @@ fn inflight_noise(target: &mut Target) -> Result<Outcome, CheckAbort> {
             } as usize;
             let bytes = part as u64 * u64::from(queues);
             let fd = sealed_memfd("noise", bytes)?;
-            let mut contents = super::harness::noise(*seed, bytes as u32);
+            let mut contents = super::pages::noise(*seed, bytes as u32);
             // A valid version and size make recovery process the rest.
             let head = [VERSION.to_le_bytes(), size.to_le_bytes()].concat();
             for contents in contents.chunks_exact_mut(part) {
@@ -419,7 +382,7 @@ fn inflight_noise(target: &mut Target) -> Result<Outcome, CheckAbort> {
     )
 }
 
-fn invalid_descriptors(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn invalid_descriptors(target: &mut Target) -> Result<Outcome, CheckAbort> {
     const NEXT: u16 = DESC_F_NEXT;
     const WRITE: u16 = DESC_F_WRITE;
     let packed = target.variant.packed;

@@ -11,8 +11,10 @@ use std::time::Duration;
 use nix::sys::stat::fstat;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::harness::{Harness, MAX_REQUESTS, RequestSize, changed, wait_until};
-use super::{Check, CheckAbort, Outcome, RingSelection, Target};
+use super::harness::{Harness, MAX_REQUESTS, RequestSize, wait_until};
+use super::outcome::{CheckAbort, Outcome};
+use super::pages::changed;
+use super::target::Target;
 use crate::abi::inflight::{PackedEntry, PackedHeader, SplitEntry, SplitHeader, VERSION};
 use crate::abi::vhost_user::{Header, InflightDescription, Request as Code, protocol_feature};
 use crate::inflight::RingKind;
@@ -23,47 +25,6 @@ use crate::ring::RingBase;
 const ROUNDS: u32 = 10;
 /// Maximum number of them, until open requests were seen. A fast back-end may have completed all before.
 const MAX_ROUNDS: u32 = 60;
-
-pub(super) const CHECKS: &[Check] = &[
-    Check {
-        rule: "I1",
-        what: "GET_INFLIGHT_FD returns a region of sufficient size",
-        run_on: RingSelection::Main,
-        run: region_size,
-    },
-    Check {
-        rule: "I2",
-        what: "requests are marked while in flight, and the region of a stopped ring is consistent",
-        run_on: RingSelection::Main,
-        run: region_contents,
-    },
-    Check {
-        rule: "I3",
-        what: "requests in flight at a disconnection complete exactly once on the next connection",
-        run_on: RingSelection::Main,
-        run: hang_ups,
-    },
-    Check {
-        rule: "I3",
-        what: "requests in flight at a SIGKILL complete exactly once after the restart",
-        run_on: RingSelection::Main,
-        run: kills,
-    },
-    Check {
-        rule: "I5",
-        what: "a fresh region on a used ring starts at the ring's used index",
-        run_on: RingSelection::Main,
-        run: fresh_region,
-    },
-    Check { rule: "I6", what: "request counters keep increasing", run_on: RingSelection::Main, run: request_counters },
-    Check {
-        rule: "I8",
-        what: "requests in flight can migrate instead of being drained",
-        run_on: RingSelection::Once,
-        run: inflight_migration,
-    },
-    Check { rule: "I7", what: "RESET_DEVICE resets the region", run_on: RingSelection::Main, run: region_after_reset },
-];
 
 /// An inflight region of the back-end, for all rings up to the one that is checked.
 pub(super) struct TrackedRegion {
@@ -187,7 +148,7 @@ fn harness_with_region(target: &Target) -> Result<(Harness, TrackedRegion), Chec
     Ok((harness, region))
 }
 
-fn region_size(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn region_size(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     let InflightDescription { mmap_size, mmap_offset, num_queues, .. } =
         TrackedRegion::get_inflight_fd(&harness)?.description;
@@ -195,7 +156,7 @@ fn region_size(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("{mmap_size} bytes at {mmap_offset} for {num_queues} queues of {size} entries")))
 }
 
-fn region_contents(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn region_contents(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, region) = harness_with_region(target)?;
     let mut most = 0;
     for round in 0..MAX_ROUNDS {
@@ -284,7 +245,7 @@ fn wait_briefly(round: u32) {
     thread::sleep(Duration::from_micros(u64::from((round - 1) % ROUNDS) * 150));
 }
 
-fn hang_ups(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn hang_ups(target: &mut Target) -> Result<Outcome, CheckAbort> {
     recover_repeatedly(target, |target, harness, round| {
         wait_briefly(round);
         harness.connection.close();
@@ -293,7 +254,7 @@ fn hang_ups(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn kills(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn kills(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if target.process.is_none() {
         return Ok(Outcome::not_tested("needs --restart"));
     }
@@ -303,7 +264,7 @@ fn kills(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn fresh_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn fresh_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     let mut harness = target.harness(0)?;
     let region = TrackedRegion::get_inflight_fd(&harness)?;
@@ -328,7 +289,7 @@ fn fresh_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn request_counters(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn request_counters(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, region) = harness_with_region(target)?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     let first = region.read()?.counter;
@@ -340,7 +301,7 @@ fn request_counters(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn inflight_migration(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn inflight_migration(target: &mut Target) -> Result<Outcome, CheckAbort> {
     const BASE_INFLIGHT: u32 = 20;
     const SKIP_DRAIN: u32 = 23;
     match [BASE_INFLIGHT, SKIP_DRAIN].into_iter().find(|bit| target.offered.has_protocol(*bit)) {
@@ -349,7 +310,7 @@ fn inflight_migration(target: &mut Target) -> Result<Outcome, CheckAbort> {
     }
 }
 
-fn region_after_reset(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn region_after_reset(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::RESET_DEVICE)?;
     let (mut harness, region) = harness_with_region(target)?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;

@@ -7,13 +7,13 @@ use std::thread;
 
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::harness::{
-    HIGH, Harness, MAX_REQUESTS, Pages, RequestSize, SLOT_BYTES, Scatter, UNUSED_AREA, changed, harvest, noise, pages,
-    wait_until,
-};
+use super::harness::{HIGH, Harness, MAX_REQUESTS, RequestSize, SLOT_BYTES, Scatter, UNUSED_AREA, wait_until};
 use super::log::{MarkComparison, missing_marks};
+use super::outcome::{CheckAbort, Outcome, Verdict};
+use super::pages::{Pages, changed, harvest, noise, pages};
 use super::queue::RING_SLOT_BYTES;
-use super::{Check, CheckAbort, Flow, Outcome, RingSelection, Target, Verdict};
+use super::ring_variant::Flow;
+use super::target::Target;
 use crate::abi::bit;
 use crate::abi::vhost::{
     VHOST_ACCESS_RO, VHOST_ACCESS_RW, VHOST_ACCESS_WO, VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_INVALIDATE,
@@ -29,48 +29,6 @@ const MOVES: u64 = 8;
 const RING_MOVES: u32 = 4;
 /// Number of batches that wrap around a ring of the default size, 256.
 const BATCHES: usize = 16;
-
-pub(super) const CHECKS: &[Check] = &[
-    Check {
-        rule: "T1",
-        what: "every address is translated, and unknown translations are requested",
-        run_on: RingSelection::All,
-        run: translations,
-    },
-    Check {
-        rule: "T1",
-        what: "denied pages are not accessed, and break one ring at most",
-        run_on: RingSelection::All,
-        run: denied_pages,
-    },
-    Check {
-        rule: "T1",
-        what: "GET_VRING_BASE is answered while a translation is outstanding",
-        run_on: RingSelection::All,
-        run: outstanding_translation,
-    },
-    Check {
-        rule: "T2",
-        what: "invalid IOTLB messages have no effect",
-        run_on: RingSelection::Main,
-        run: invalid_iotlb_messages,
-    },
-    Check {
-        rule: "T3",
-        what: "data is moved under load: the old pages are not accessed after the acknowledgement",
-        run_on: RingSelection::Data,
-        run: moved_data,
-    },
-    Check { rule: "T3", what: "a ring continues after it is moved", run_on: RingSelection::All, run: moved_ring },
-    Check { rule: "T4", what: "a ring with scattered pages runs", run_on: RingSelection::All, run: scattered_ring },
-    Check { rule: "T5", what: "ACCESS_PLATFORM is offered", run_on: RingSelection::Once, run: access_platform_offered },
-    Check {
-        rule: "L5",
-        what: "guest-physical pages are marked, and log_guest_addr is translated",
-        run_on: RingSelection::All,
-        run: guest_physical_marks,
-    },
-];
 
 /// Runs batches of requests one after the other.
 fn run_batches(harness: &mut Harness, sizes: &[RequestSize]) -> Result<(), CheckAbort> {
@@ -98,11 +56,11 @@ fn wrong_pages(harness: &Harness, expected: &[(u64, u64)]) -> Result<usize, Chec
     Ok(changed(expected, &data_hashes(harness)?).len())
 }
 
-fn translations(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn translations(target: &mut Target) -> Result<Outcome, CheckAbort> {
     served(target, Scatter::Rings)
 }
 
-fn scattered_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn scattered_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
     served(target, Scatter::Pages)
 }
 
@@ -150,7 +108,7 @@ fn wait_for_miss(harness: &mut Harness, iova: u64) -> Result<bool, CheckAbort> {
     })
 }
 
-fn denied_pages(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn denied_pages(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     // The ring on which a frame arrives cannot be chosen.
     let rings = if target.variant.flow == Flow::Receive { 1 } else { target.max_rings().min(2) };
@@ -199,7 +157,7 @@ fn denied_pages(target: &mut Target) -> Result<Outcome, CheckAbort> {
     )))
 }
 
-fn outstanding_translation(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn outstanding_translation(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     let mut harness = target.harness_behind_iommu(0, Scatter::Rings, 1)?;
     harness.start()?;
@@ -246,7 +204,7 @@ fn invalid_messages(harness: &Harness) -> Vec<(String, IotlbMsg)> {
     messages
 }
 
-fn invalid_iotlb_messages(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn invalid_iotlb_messages(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
     let sizes = [RequestSize::Mixed; 2];
@@ -290,7 +248,7 @@ fn add_first_halves(harness: &mut Harness) -> Result<(), CheckAbort> {
     (0..MAX_REQUESTS).try_for_each(|slot| harness.add_at(slot as usize, HIGH + slot * SLOT_BYTES, SLOT_BYTES / 2))
 }
 
-fn moved_data(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn moved_data(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     let mut harness = target.harness_behind_iommu(0, Scatter::Rings, 1)?;
     harness.start()?;
@@ -340,7 +298,7 @@ fn moved_data(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("{MOVES} moves of {pages} pages, with {open} requests in flight in total")))
 }
 
-fn moved_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn moved_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     let mut harness = target.harness_behind_iommu(0, Scatter::Rings, 1)?;
     harness.start()?;
@@ -378,12 +336,12 @@ fn moved_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn access_platform_offered(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn access_platform_offered(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     Ok(Outcome::not_tested("it is offered; whether it should be cannot be checked from outside"))
 }
 
-fn guest_physical_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn guest_physical_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     let packed = target.variant.packed;
     let mut harness = target.harness_behind_iommu(bit(VIRTIO_RING_F_EVENT_IDX), Scatter::Rings, 1)?;

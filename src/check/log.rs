@@ -9,10 +9,10 @@ use std::sync::Arc;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use zerocopy::IntoBytes;
 
-use super::harness::{
-    Harness, LOW_BYTES, MAX_REQUESTS, Pages, RequestSize, UNUSED_AREA, changed, harvest, pages, wait_until,
-};
-use super::{Check, CheckAbort, Outcome, RingSelection, Target, Verdict};
+use super::harness::{Harness, LOW_BYTES, MAX_REQUESTS, RequestSize, UNUSED_AREA, wait_until};
+use super::outcome::{CheckAbort, Outcome, Verdict};
+use super::pages::{Pages, changed, harvest, pages};
+use super::target::Target;
 use crate::abi::bit;
 use crate::abi::vhost_user::{Header, LogDescription, Request as Code};
 use crate::abi::virtio::{
@@ -23,84 +23,6 @@ use crate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use crate::sys::nonblocking;
 
 const ROUNDS: u64 = 8;
-
-pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "F7", what: "SET_LOG_BASE is answered once", run_on: RingSelection::Once, run: set_log_base_reply },
-    Check {
-        rule: "L1",
-        what: "every page that a request changed is marked",
-        run_on: RingSelection::Data,
-        run: data_marks,
-    },
-    Check {
-        rule: "L2",
-        what: "a log with an offset and an odd size is used correctly",
-        run_on: RingSelection::Data,
-        run: log_at_offset,
-    },
-    Check {
-        rule: "L3",
-        what: "the used ring is marked at log_guest_addr",
-        run_on: RingSelection::AllSplit,
-        run: used_ring_marks,
-    },
-    Check {
-        rule: "L3",
-        what: "data follows LOG_ALL, the used ring follows F_LOG",
-        run_on: RingSelection::AllSplit,
-        run: logging_switches,
-    },
-    Check {
-        rule: "L3",
-        what: "the avail event word is marked at log_guest_addr",
-        run_on: RingSelection::AllSplit,
-        run: avail_event_marks,
-    },
-    Check {
-        rule: "L4",
-        what: "used descriptors are marked where the ring lies",
-        run_on: RingSelection::AllPacked,
-        run: descriptor_marks,
-    },
-    Check {
-        rule: "L4",
-        what: "the event area is marked at log_guest_addr",
-        run_on: RingSelection::AllPacked,
-        run: event_area_marks,
-    },
-    Check {
-        rule: "L7",
-        what: "nothing is marked before logging is on, nor after it is off",
-        run_on: RingSelection::DataOrMain,
-        run: no_marks_while_off,
-    },
-    Check {
-        rule: "L8",
-        what: "no page is lost when QEMU reconnects while logging",
-        run_on: RingSelection::DataOrMain,
-        run: reconnect_while_logging,
-    },
-    Check {
-        rule: "L9",
-        what: "a log is replaced under load: no page is lost, the old log gets no marks",
-        run_on: RingSelection::Data,
-        run: replaced_log,
-    },
-    Check {
-        rule: "L12",
-        what: "SET_LOG_FD is signalled after logging, and only then",
-        run_on: RingSelection::DataOrMain,
-        run: log_fd_signals,
-    },
-];
-
-/// Checks that some back-ends do not survive.
-pub(super) const DESTRUCTIVE: &[Check] = &[Check {
-    rule: "L6",
-    what: "writes to pages outside the log are survived",
-    run_on: RingSelection::DataOrMain,
-    run: log_too_small,
-}];
 
 /// The pages that a batch of requests changed, compared with the log.
 pub(super) struct MarkComparison {
@@ -154,7 +76,7 @@ pub(super) fn harness_with_log(target: &Target, features: u64) -> Result<(Harnes
     Ok((harness, log))
 }
 
-fn set_log_base_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn set_log_base_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = target.harness(0)?;
     let (log, fd) = Log::create(harness.memory.end())?;
     let plain = harness.send_log(&fd, log.size(), 0)?;
@@ -173,7 +95,7 @@ fn set_log_base_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn data_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn data_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = harness_with_log(target, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
     let mut worst = Outcome::not_tested("no round was run");
@@ -202,7 +124,7 @@ fn log_file(bytes: u64) -> Result<(OwnedFd, Memory), CheckAbort> {
     Ok((fd, Memory::new([Arc::new(region)])?))
 }
 
-fn log_at_offset(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn log_at_offset(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
     let at = 2 * LOG_PAGE;
@@ -230,7 +152,7 @@ fn log_at_offset(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn used_ring_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn used_ring_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = harness_with_log(target, 0)?;
     // Flags and index of the used ring are alone on their page; the elements are on later ones.
     let at = UNUSED_AREA + LOG_PAGE - 4;
@@ -258,7 +180,7 @@ pub(super) fn missing_marks(marked: &Pages, at: u64, place: impl Fn(u64) -> u64)
     parts.into_iter().filter(lost).map(|(name, ..)| name).collect::<Vec<_>>().join(" and ")
 }
 
-fn logging_switches(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn logging_switches(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = harness_with_log(target, 0)?;
     let at = UNUSED_AREA + LOG_PAGE - 4;
     let ring: Pages = pages(at, used_ring_bytes(harness.ring.layout.size().into())).collect();
@@ -292,7 +214,7 @@ fn logging_switches(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn avail_event_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn avail_event_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if !target.offered.has(VIRTIO_RING_F_EVENT_IDX) {
         return Err(CheckAbort::NotOffered("EVENT_IDX".into()));
     }
@@ -321,7 +243,7 @@ fn avail_event_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn descriptor_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn descriptor_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = harness_with_log(target, 0)?;
     harness.set_log_all(true)?;
     harness.stop()?;
@@ -353,7 +275,7 @@ fn descriptor_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn event_area_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn event_area_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = harness_with_log(target, bit(VIRTIO_RING_F_EVENT_IDX))?;
     harness.enable_logging(UNUSED_AREA)?;
     let read = |harness: &Harness| {
@@ -376,7 +298,7 @@ fn event_area_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn no_marks_while_off(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn no_marks_while_off(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = harness_with_log(target, 0)?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     harness.connection.barrier()?;
@@ -397,7 +319,7 @@ fn no_marks_while_off(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn reconnect_while_logging(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn reconnect_while_logging(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
     harness.publish();
@@ -428,7 +350,7 @@ fn reconnect_while_logging(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn replaced_log(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn replaced_log(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, mut log) = harness_with_log(target, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
     let mut worst = Outcome::not_tested("no round was run");
@@ -459,7 +381,7 @@ fn replaced_log(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(worst)
 }
 
-fn log_fd_signals(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn log_fd_signals(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, _log) = harness_with_log(target, 0)?;
     let signal = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
     match harness.send_acked(Code::SET_LOG_FD, 0u64.as_bytes(), &[signal.as_fd()]) {
@@ -498,7 +420,7 @@ fn log_fd_signals(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn log_too_small(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn log_too_small(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
     // Bits for the lower region only; data is beyond it.

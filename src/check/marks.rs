@@ -3,38 +3,19 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use super::harness::{HIGH, MAX_REQUESTS, Pages, RequestSize, SLOT_BYTES, changed, harvest, pages};
+use super::harness::{HIGH, MAX_REQUESTS, RequestSize, SLOT_BYTES};
 use super::inflight::TrackedRegion;
 use super::log::{MarkComparison, harness_with_log};
-use super::{Check, CheckAbort, Outcome, RingSelection, Target, Verdict};
+use super::outcome::{CheckAbort, Outcome, Verdict};
+use super::pages::{Pages, changed, harvest, pages};
+use super::target::Target;
 use crate::abi::vhost_user::protocol_feature;
 use crate::dirty::Log;
 use crate::memory::LOG_PAGE;
 
 const ROUNDS: u32 = 8;
 
-pub(super) const CHECKS: &[Check] = &[
-    Check {
-        rule: "L10",
-        what: "data is marked before its completion is seen",
-        run_on: RingSelection::Data,
-        run: mark_order,
-    },
-    Check {
-        rule: "L11",
-        what: "marks of concurrent writers in the same words are not lost",
-        run_on: RingSelection::Data,
-        run: concurrent_marks,
-    },
-    Check {
-        rule: "L15",
-        what: "a continued ring with an empty log: its writes are marked, and all guest memory",
-        run_on: RingSelection::Main,
-        run: successor_marks,
-    },
-];
-
-fn mark_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn mark_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = harness_with_log(target, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
     let (mut early, mut late) = (0, 0);
@@ -68,7 +49,7 @@ fn mark_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn concurrent_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn concurrent_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = harness_with_log(target, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
     // Pages that no batch of mixed sizes uses, with bits in the same words.
@@ -121,7 +102,7 @@ fn mark_and_harvest(log: &Log, ours: &Pages, over: &AtomicBool) -> (Pages, usize
     (taken, lost, turns)
 }
 
-fn successor_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn successor_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
     let mut harness = target.harness(0)?;
     let region = TrackedRegion::get_inflight_fd(&harness)?;

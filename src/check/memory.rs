@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use zerocopy::IntoBytes;
 
-use super::harness::{HIGH, MAX_REQUESTS, RequestSize, describe, harvest};
+use super::harness::{HIGH, MAX_REQUESTS, RequestSize, describe};
 use super::log::{MarkComparison, harness_with_log};
-use super::{Check, CheckAbort, Outcome, RingSelection, Target, Verdict};
+use super::outcome::{CheckAbort, Outcome, Verdict};
+use super::pages::harvest;
+use super::target::Target;
 use crate::abi::vhost_user::{MemRegMsg, Request as Code, VHOST_USER_MAX_RAM_SLOTS, protocol_feature};
 use crate::dirty::Log;
 use crate::memory::{Memory, Region, sealed_memfd};
@@ -15,23 +17,7 @@ use crate::memory::{Memory, Region, sealed_memfd};
 const ADDED: u64 = HIGH + (1 << 30);
 const ADDED_BYTES: u64 = 2 << 20;
 
-pub(super) const CHECKS: &[Check] = &[
-    Check { rule: "M1", what: "there are enough memory slots", run_on: RingSelection::Once, run: slot_count },
-    Check {
-        rule: "M1",
-        what: "a region is added and removed under load, and writes to it are marked",
-        run_on: RingSelection::Data,
-        run: added_region,
-    },
-    Check {
-        rule: "L9",
-        what: "a repeated memory table under load: no page is lost",
-        run_on: RingSelection::Data,
-        run: repeated_memory_table,
-    },
-];
-
-fn slot_count(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn slot_count(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::CONFIGURE_MEM_SLOTS)?;
     let slots = target.harness(0)?.connection.request_u64(Code::GET_MAX_MEM_SLOTS)?;
     Ok(match slots >= VHOST_USER_MAX_RAM_SLOTS as u64 {
@@ -40,7 +26,7 @@ fn slot_count(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn added_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn added_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::CONFIGURE_MEM_SLOTS)?;
     let mut harness = target.harness(0)?;
     harness.start()?;
@@ -78,7 +64,7 @@ fn added_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome(verdict, format!("in the added region: {found}")))
 }
 
-fn repeated_memory_table(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn repeated_memory_table(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = harness_with_log(target, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
     harness.add(MAX_REQUESTS, RequestSize::Large)?;

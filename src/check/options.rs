@@ -4,7 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{FrameSource, StopToken, rules};
+use super::rules::Rule;
+use super::stop::StopToken;
 use crate::inflight::RingKind;
 
 /// Device kinds that can be checked.
@@ -42,13 +43,27 @@ impl DeviceKind {
     }
 }
 
+/// Source of frames for the device under test.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FrameSource {
+    /// The device itself: it sends back what it receives.
+    Loop,
+    /// This interface of the host, on the other side of the device, such as a tap.
+    Interface(String),
+    /// Another vhost-user back-end at this socket, whose frames arrive at the device. For vsock, the host's socket,
+    /// which accepts CONNECT and a port.
+    Backend(PathBuf),
+    /// A TCP connection to this address, for input of a console.
+    Tcp(String),
+}
+
 /// Options of a check.
 #[derive(Clone, Debug)]
 pub struct CheckOptions {
     /// Device kind, if it cannot be detected.
     pub device: Option<DeviceKind>,
-    /// Ids of the rules to check ([`rule`](super::rule)); all if empty.
-    pub only: Vec<&'static str>,
+    /// Rules to check; all if empty.
+    pub only: Vec<Rule>,
     /// Ring format to check; by default split, and packed if offered.
     pub rings: Option<RingKind>,
     /// Number of queue pairs that a network interface serves, if fewer than it reports: DPDK reports 128 always.
@@ -150,9 +165,6 @@ pub enum CheckError {
         /// Cause.
         reason: String,
     },
-    /// The rule does not exist.
-    #[error("there is no rule {0:?}; the rules are {known}", known = rules::ids())]
-    NoSuchRule(String),
     /// Packed rings were requested and are not offered.
     #[error("packed rings are not offered. Omit --rings, or start the back-end with packed rings")]
     NotPacked,

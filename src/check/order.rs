@@ -6,47 +6,16 @@ use std::time::Duration;
 use zerocopy::IntoBytes;
 
 use super::connection::readable;
-use super::harness::{Harness, RequestSize, changed, wait_until};
+use super::harness::{Harness, RequestSize, wait_until};
 use super::inflight::TrackedRegion;
-use super::{Check, CheckAbort, Flow, Outcome, RingSelection, Target};
+use super::outcome::{CheckAbort, Outcome};
+use super::pages::changed;
+use super::ring_variant::Flow;
+use super::target::Target;
 use crate::abi::vhost_user::{
     Header, Request as Code, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VringAddr, protocol_feature,
 };
 use crate::dirty::Log;
-
-pub(super) const CHECKS: &[Check] = &[
-    Check {
-        rule: "R6",
-        what: "a ring started in QEMU's order runs",
-        run_on: RingSelection::Main,
-        run: qemu_start_order,
-    },
-    Check {
-        rule: "R7",
-        what: "a ring started in UML's order runs, and stops when it is disabled",
-        run_on: RingSelection::Main,
-        run: uml_start_order,
-    },
-    Check { rule: "R8", what: "RESET_OWNER has no effect on later use", run_on: RingSelection::Once, run: reset_owner },
-    Check {
-        rule: "R8",
-        what: "RESET_DEVICE disables rings, which can be started again",
-        run_on: RingSelection::Main,
-        run: reset_device,
-    },
-    Check {
-        rule: "R8",
-        what: "SET_STATUS 0 disables rings, which can be started again",
-        run_on: RingSelection::Main,
-        run: reset_status,
-    },
-    Check {
-        rule: "R10",
-        what: "completions without a call fd are signalled on the next call fd",
-        run_on: RingSelection::All,
-        run: late_call_fd,
-    },
-];
 
 /// Returns a guest with pending requests, on a new connection with only features negotiated.
 fn unstarted_harness(target: &Target, requests: u64) -> Result<Harness, CheckAbort> {
@@ -59,7 +28,7 @@ fn unstarted_harness(target: &Target, requests: u64) -> Result<Harness, CheckAbo
     Ok(harness)
 }
 
-fn qemu_start_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn qemu_start_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = unstarted_harness(target, 4)?;
     let mut seen = "4 requests".to_string();
     if target.offered.has_protocol(protocol_feature::INFLIGHT_SHMFD) {
@@ -91,7 +60,7 @@ fn qemu_start_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn uml_start_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn uml_start_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if !target.offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
         return Err(CheckAbort::NotOffered("disabling a ring (PROTOCOL_FEATURES)".into()));
     }
@@ -143,7 +112,7 @@ fn disabled_outcome(target: &Target, served: u64) -> Outcome {
     }
 }
 
-fn reset_owner(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn reset_owner(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
     harness.run_batch(4, RequestSize::Mixed)?;
@@ -165,12 +134,12 @@ fn start_again(harness: &mut Harness) -> Result<(), CheckAbort> {
     harness.run_batch(4, RequestSize::Mixed)
 }
 
-fn reset_device(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn reset_device(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::RESET_DEVICE)?;
     reset(target, |harness| harness.connection.send(Code::RESET_DEVICE, Header::FLAG_VERSION, &[], &[]))
 }
 
-fn reset_status(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn reset_status(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::STATUS)?;
     reset(target, |harness| harness.send_acked(Code::SET_STATUS, 0u64.as_bytes(), &[]))
 }
@@ -195,7 +164,7 @@ fn reset(target: &mut Target, send: impl FnOnce(&Harness) -> Result<(), CheckAbo
 /// Number of attempts. A back-end that publishes before it reads the call fd may see a late one in time by chance.
 const LATE_CALLS: usize = 5;
 
-fn late_call_fd(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn late_call_fd(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for _ in 0..LATE_CALLS {
         let mut harness = target.harness(0)?;
         for queue in harness.all() {

@@ -1,13 +1,43 @@
-//! Outcome of a check, or the reason why it was aborted.
+//! Verdict and outcome of a check, or the reason why it was aborted.
 
+use std::fmt;
 use std::io;
 use std::time::Duration;
 
-use super::Verdict;
+use serde::Serialize;
+
 use crate::abi::vhost_user::Request as Code;
 use crate::dirty::LogError;
 use crate::memory::MemoryError;
 use crate::ring::RingError;
+
+/// Result of a check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// The check was not run, or had no result.
+    NotTested,
+    /// The back-end does not offer the feature.
+    NotOffered,
+    /// No violation was seen.
+    Pass,
+    /// No violation with loss of data, but a deviation or an avoidable cost.
+    Warning,
+    /// The rule was violated.
+    Fail,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Verdict::NotTested => "not tested",
+            Verdict::NotOffered => "not offered",
+            Verdict::Pass => "pass",
+            Verdict::Warning => "warning",
+            Verdict::Fail => "fail",
+        })
+    }
+}
 
 /// Reason why a check was aborted.
 #[derive(Debug, thiserror::Error)]

@@ -10,8 +10,10 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::connection::readable;
-use super::harness::{Harness, Pages};
-use super::{CheckAbort, StopToken};
+use super::harness::Harness;
+use super::outcome::CheckAbort;
+use super::pages::Pages;
+use super::stop::StopToken;
 use crate::abi::vhost_user::MemoryRegion;
 use crate::memory::{LOG_PAGE, Memory, Userfault};
 

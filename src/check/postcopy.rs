@@ -10,10 +10,14 @@ use nix::sys::stat::fstat;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::connection::{Reply, readable};
-use super::harness::{HIGH, Harness, MAX_REQUESTS, PROTOCOL, Pages, RESEND_INTERVAL, RequestSize, noise};
+use super::harness::{HIGH, Harness, MAX_REQUESTS, RESEND_INTERVAL, RequestSize};
 use super::hostile::serves;
+use super::negotiation::PROTOCOL;
+use super::outcome::{CheckAbort, Outcome, Verdict};
 use super::page_server::{MemoryContents, PageServer};
-use super::{Check, CheckAbort, Flow, Outcome, RingSelection, Target, Verdict};
+use super::pages::{Pages, noise};
+use super::ring_variant::Flow;
+use super::target::Target;
 use crate::abi::bit;
 use crate::abi::vhost_user::{Header, MemoryHeader, MemoryRegion, Request as Code, protocol_feature};
 use crate::memory::{LOG_PAGE, Userfault};
@@ -22,59 +26,6 @@ use crate::ring::Buffer;
 /// Header flags without and with need-reply.
 const PLAIN: u32 = Header::FLAG_VERSION;
 const ASKING: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
-
-pub(super) const CHECKS: &[Check] = &[
-    Check {
-        rule: "F3",
-        what: "need-reply adds no second reply in postcopy",
-        run_on: RingSelection::Once,
-        run: need_reply_in_postcopy,
-    },
-    Check {
-        rule: "M1",
-        what: "postcopy is not offered together with memory slots",
-        run_on: RingSelection::Once,
-        run: no_memory_slots,
-    },
-    Check {
-        rule: "P1",
-        what: "the reply to POSTCOPY_ADVISE is one userfaultfd and no payload",
-        run_on: RingSelection::Once,
-        run: postcopy_advise_reply,
-    },
-    Check {
-        rule: "P1",
-        what: "pages can be placed at the addresses in the reply to the postcopy memory table",
-        run_on: RingSelection::Once,
-        run: memory_table_addresses,
-    },
-    Check {
-        rule: "P1",
-        what: "requests in missing memory are served as its pages arrive",
-        run_on: RingSelection::All,
-        run: requests_in_missing_memory,
-    },
-    Check {
-        rule: "P1",
-        what: "POSTCOPY_LISTEN without POSTCOPY_ADVISE is refused",
-        run_on: RingSelection::Once,
-        run: listen_without_advise,
-    },
-    Check {
-        rule: "P1",
-        what: "POSTCOPY_ADVISE without PAGEFAULT is refused",
-        run_on: RingSelection::Once,
-        run: advise_without_pagefault,
-    },
-];
-
-/// Checks that some back-ends do not survive.
-pub(super) const DESTRUCTIVE: &[Check] = &[Check {
-    rule: "P1",
-    what: "a disconnection before POSTCOPY_END has no effect on later front-ends",
-    run_on: RingSelection::Once,
-    run: hang_ups,
-}];
 
 /// A point in the start of postcopy, and the function that gets there.
 type Stage = (&'static str, fn(&Harness) -> Result<Userfault, CheckAbort>);
@@ -213,7 +164,7 @@ fn check_next_front_end(target: &Target, after: &str) -> Result<(), CheckAbort> 
         .map_err(|abort| CheckAbort::Violation(format!("after {after} the next front-end is not served: {abort}")))
 }
 
-fn no_memory_slots(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn no_memory_slots(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::PAGEFAULT)?;
     Ok(match target.offered.has_protocol(protocol_feature::CONFIGURE_MEM_SLOTS) {
         false => Outcome::pass("PAGEFAULT without CONFIGURE_MEM_SLOTS"),
@@ -224,7 +175,7 @@ fn no_memory_slots(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn need_reply_in_postcopy(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn need_reply_in_postcopy(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
     let harness = pending_harness(target, 0)?;
     let _userfault = listen(&harness, ASKING)?;
@@ -234,12 +185,12 @@ fn need_reply_in_postcopy(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass("one reply to each of the four requests, and none to the acknowledgement of the memory table"))
 }
 
-fn postcopy_advise_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn postcopy_advise_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
     advise(&pending_harness(target, 0)?, PLAIN)?;
     Ok(Outcome::pass("one fd, no payload"))
 }
 
-fn memory_table_addresses(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn memory_table_addresses(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = pending_harness(target, 0)?;
     let userfault = listen(&harness, PLAIN)?;
     let contents = MemoryContents::punch_out(&harness)?;
@@ -270,7 +221,7 @@ fn differing(harness: &Harness, expected: &MemoryContents, aside: &Pages) -> Res
     Ok(pages.map(|((page, _), _)| page).filter(|page| !aside.contains(page)).collect())
 }
 
-fn requests_in_missing_memory(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn requests_in_missing_memory(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::PAGEFAULT)?;
     let known = if target.device.is_stable() { Some(memory_after_requests(target)?) } else { None };
     let mut harness = pending_harness(target, MAX_REQUESTS)?;
@@ -369,7 +320,7 @@ fn complete(harness: &mut Harness) -> Result<Vec<Buffer>, CheckAbort> {
     Ok(filled)
 }
 
-fn hang_ups(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn hang_ups(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for (what, come_to) in STAGES {
         let harness = pending_harness(target, 0)?;
         let userfault = come_to(&harness)?;
@@ -424,7 +375,7 @@ fn refusal_outcome(answer: Result<Reply, CheckAbort>) -> Result<Outcome, CheckAb
     }
 }
 
-fn listen_without_advise(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn listen_without_advise(target: &mut Target) -> Result<Outcome, CheckAbort> {
     advise(&pending_harness(target, 0)?, PLAIN)?;
     let harness = pending_harness(target, 0)?;
     let outcome = refusal_outcome(request(&harness, Code::POSTCOPY_LISTEN, need_reply_flags(&harness)))?;
@@ -433,7 +384,7 @@ fn listen_without_advise(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(outcome)
 }
 
-fn advise_without_pagefault(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn advise_without_pagefault(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let offers = target.offered.has_protocol(protocol_feature::PAGEFAULT);
     if offers {
         advise(&pending_harness(target, 0)?, PLAIN)?;

@@ -12,11 +12,9 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::connection::connect;
-use super::{CheckOptions, StopToken};
-
-/// Interval between attempts to connect or to wait for the process.
-pub(super) const RETRY_INTERVAL: Duration = Duration::from_millis(5);
+use super::connection::{RETRY_INTERVAL, connect};
+use super::options::CheckOptions;
+use super::stop::StopToken;
 
 /// A back-end that may be killed. A process that was started here is killed on drop.
 #[derive(Debug)]

@@ -4,8 +4,8 @@ use std::os::fd::AsFd;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::CheckAbort;
-use super::harness::{Pages, pages};
+use super::outcome::CheckAbort;
+use super::pages::{Pages, pages};
 use crate::abi::bit;
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
 use crate::memory::{LOG_PAGE, Memory};

@@ -6,48 +6,18 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::explain::{Consequence, consequence};
+use super::explain::{Consequence, explain};
+use super::outcome::{Outcome, Verdict};
+use super::rules::Rule;
 
-/// Prefix of the names of hostile checks.
-const HOSTILE_PREFIX: &str = "hostile";
-/// Prefix of a finding about the effect of a check, whose rule and name follow in quotes.
-pub(super) const AFTER_PREFIX: &str = "after \"";
 /// Maximum number of checks named in one row.
 const MAX_NAMED_CHECKS: usize = 2;
-
-/// Result of a check.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Verdict {
-    /// The check was not run, or had no result.
-    NotTested,
-    /// The back-end does not offer the feature.
-    NotOffered,
-    /// No violation was seen.
-    Pass,
-    /// No violation with loss of data, but a deviation or an avoidable cost.
-    Warning,
-    /// The rule was violated.
-    Fail,
-}
-
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Verdict::NotTested => "not tested",
-            Verdict::NotOffered => "not offered",
-            Verdict::Pass => "pass",
-            Verdict::Warning => "warning",
-            Verdict::Fail => "fail",
-        })
-    }
-}
 
 /// Result of one check.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Finding {
     /// Rule of `docs/protocol.md`.
-    pub rule: &'static str,
+    pub rule: Rule,
     /// Name of the check.
     pub what: &'static str,
     /// Rings that were used; empty if rings make no difference.
@@ -58,6 +28,26 @@ pub struct Finding {
     pub seen: String,
     /// Duration.
     pub seconds: f64,
+    /// True if the check sends messages that must be refused.
+    #[serde(skip)]
+    pub(super) hostile: bool,
+    /// The check whose effect this is, and the effect without its name.
+    #[serde(skip)]
+    pub(super) after: Option<(String, String)>,
+}
+
+impl Finding {
+    /// Returns the finding of a check that depends on no ring and takes no time.
+    pub(super) fn new(rule: Rule, what: &'static str, Outcome(verdict, seen): Outcome) -> Finding {
+        Finding { rule, what, rings: "", verdict, seen, seconds: 0.0, hostile: false, after: None }
+    }
+
+    /// Returns the finding that the next front-end is not served after `check`.
+    pub(super) fn after(check: String, effect: String) -> Finding {
+        let outcome = Outcome::fail(format!("after \"{check}\": {effect}"));
+        let after = Some((check, effect));
+        Finding { after, ..Finding::new(Rule::R9, "the next front-end is served", outcome) }
+    }
 }
 
 /// Results of a run.
@@ -73,7 +63,7 @@ pub struct CheckReport {
 
 impl CheckReport {
     /// Returns the worst verdict of each rule.
-    pub fn rules(&self) -> BTreeMap<&'static str, Verdict> {
+    pub fn rules(&self) -> BTreeMap<Rule, Verdict> {
         let mut rules = BTreeMap::new();
         for finding in &self.findings {
             let verdict = rules.entry(finding.rule).or_insert(finding.verdict);
@@ -107,7 +97,7 @@ impl CheckReport {
             escape(&self.socket.display().to_string())
         );
         for finding in &self.findings {
-            let Finding { rule, what, rings, verdict, seen, seconds } = finding;
+            let Finding { rule, what, rings, verdict, seen, seconds, .. } = finding;
             let (what, seen) = (escape(what), escape(seen));
             let rings = if rings.is_empty() { String::new() } else { format!(" ({rings})") };
             let inside = match verdict {
@@ -130,7 +120,7 @@ struct FindingGroup<'a> {
     consequence: Option<Consequence>,
     /// Observation without its numbers.
     cause: String,
-    rules: Vec<&'a str>,
+    rules: Vec<Rule>,
     rings: Vec<&'a str>,
     checks: Vec<&'a str>,
     seen: &'a str,
@@ -150,14 +140,14 @@ impl<'a> FindingGroup<'a> {
         };
         group.rings.extend((!rings.is_empty()).then_some(rings));
         if matches!(verdict, Verdict::Fail | Verdict::Warning) {
-            group.consequence = Some(match what.starts_with(HOSTILE_PREFIX) {
+            group.consequence = Some(match finding.hostile {
                 true => Consequence::Killed,
-                false => consequence(rule),
+                false => explain(rule).consequence,
             });
         }
         // The effect of a check belongs to this check: the check is named, and the effect is the cause.
-        if let Some((check, end)) = seen.strip_prefix(AFTER_PREFIX).and_then(|seen| seen.split_once("\": ")) {
-            (group.checks, group.seen) = (vec![check], end);
+        if let Some((check, effect)) = &finding.after {
+            (group.checks, group.seen) = (vec![check.as_str()], effect);
         }
         // All numbers are treated as equal.
         let parts = group.seen.split(|c: char| c.is_ascii_digit()).filter(|part| !part.is_empty());
@@ -167,22 +157,25 @@ impl<'a> FindingGroup<'a> {
 
     /// Returns true if both have the same cause. Passed checks are grouped only by check.
     fn has_same_cause(&self, other: &FindingGroup<'_>) -> bool {
-        let same = |one: &[&str], other: &[&str]| one.iter().any(|it| other.contains(it));
-        let same_check = same(&self.rules, &other.rules) && same(&self.checks, &other.checks);
+        let same_check = self.rules.iter().any(|rule| other.rules.contains(rule))
+            && self.checks.iter().any(|check| other.checks.contains(check));
         let same_cause =
             self.verdict != Verdict::Pass && self.cause == other.cause && self.consequence == other.consequence;
         self.verdict == other.verdict && (same_check || same_cause)
     }
 
     fn merge(&mut self, other: FindingGroup<'a>) {
-        for (all, more) in
-            [(&mut self.rules, other.rules), (&mut self.rings, other.rings), (&mut self.checks, other.checks)]
-        {
-            more.into_iter().for_each(|it| {
-                if !all.contains(&it) {
-                    all.push(it)
-                }
-            });
+        merge(&mut self.rules, other.rules);
+        merge(&mut self.rings, other.rings);
+        merge(&mut self.checks, other.checks);
+    }
+}
+
+/// Adds the elements that `all` does not have.
+fn merge<T: PartialEq>(all: &mut Vec<T>, more: Vec<T>) {
+    for it in more {
+        if !all.contains(&it) {
+            all.push(it);
         }
     }
 }
@@ -236,7 +229,8 @@ impl CheckReport {
                 section = here;
             }
             let verdict = paint(colour(group.verdict), &format!("{:12}", group.verdict));
-            let (rules, rings) = (group.rules.join(","), group.rings.join(", "));
+            let rules: Vec<&str> = group.rules.iter().map(|rule| rule.id()).collect();
+            let (rules, rings) = (rules.join(","), group.rings.join(", "));
             let more = group.checks.len().saturating_sub(MAX_NAMED_CHECKS);
             let mut checks = group.checks.iter().take(MAX_NAMED_CHECKS).copied().collect::<Vec<_>>().join("; ");
             if more > 0 {
@@ -248,7 +242,7 @@ impl CheckReport {
         let counts: Vec<String> = all.iter().map(|verdict| format!("{} {verdict}", self.count(*verdict))).collect();
         let _ = write!(text, "\nchecks: {}", counts.join(", "));
         if let Some(broken) = self.groups().iter().find(|group| group.verdict == Verdict::Fail) {
-            let rule = broken.rules.first().copied().unwrap_or_default();
+            let rule = broken.rules.first().map_or("", |rule| rule.id());
             let _ = write!(text, "\nRun 'vhost-migrate check --explain {rule}' for the rule, its purpose and advice");
         }
         text
@@ -287,44 +281,40 @@ mod tests {
     use super::*;
 
     fn finding(verdict: Verdict, seen: &str) -> Finding {
-        Finding { rule: "R3", what: "drain", rings: "", verdict, seen: seen.into(), seconds: 0.5 }
+        Finding { seconds: 0.5, ..Finding::new(Rule::R3, "drain", Outcome(verdict, seen.into())) }
     }
 
     #[test]
     fn the_verdict_of_a_rule_is_its_worst_finding() {
         let findings = vec![finding(Verdict::Pass, ""), finding(Verdict::Fail, ""), finding(Verdict::NotTested, "")];
         let mut report = CheckReport { socket: "s".into(), offers: String::new(), findings };
-        assert_eq!(report.rules(), BTreeMap::from([("R3", Verdict::Fail)]));
+        assert_eq!(report.rules(), BTreeMap::from([(Rule::R3, Verdict::Fail)]));
         assert!(report.has_failures());
         report.findings.retain(|finding| finding.verdict != Verdict::Fail);
-        assert_eq!(report.rules(), BTreeMap::from([("R3", Verdict::Pass)]));
+        assert_eq!(report.rules(), BTreeMap::from([(Rule::R3, Verdict::Pass)]));
         assert!(!report.has_failures());
     }
 
     #[test]
     fn findings_of_one_cause_are_one_row_and_failures_come_first() {
         let found = |rule, what, rings, verdict, seen: &str| Finding {
-            rule,
-            what,
             rings,
-            verdict,
-            seen: seen.into(),
-            seconds: 0.0,
+            ..Finding::new(rule, what, Outcome(verdict, seen.into()))
         };
         let mut findings = vec![
-            found("F2", "flags", "", Verdict::Pass, "22 replies"),
-            found("F5", "unknown", "", Verdict::Fail, "it hung up"),
-            found("R9", "the next front-end is served", "", Verdict::Fail, "after \"F5 unknown\": it ended with 1"),
-            found("R9", "the next front-end is served", "", Verdict::Fail, "after \"P1 postcopy\": it ended with 1"),
-            found("C1", "hostile: configuration", "", Verdict::Fail, "no answer"),
-            found("I3", "hang-ups", "split", Verdict::Fail, "20 requests without answer"),
-            found("I3", "hang-ups", "packed", Verdict::Fail, "7 requests were answered twice"),
-            found("L1", "data", "split", Verdict::Fail, "5 of 9 changed pages are not marked"),
-            found("L9", "another log", "packed", Verdict::Fail, "31 of 90 changed pages are not marked"),
-            found("L2", "offset", "split", Verdict::Warning, "7 pages for nothing"),
+            found(Rule::F2, "flags", "", Verdict::Pass, "22 replies"),
+            found(Rule::F5, "unknown", "", Verdict::Fail, "it hung up"),
+            Finding::after("F5 unknown".into(), "it ended with 1".into()),
+            Finding::after("P1 postcopy".into(), "it ended with 1".into()),
+            Finding { hostile: true, ..found(Rule::C1, "hostile: configuration", "", Verdict::Fail, "no answer") },
+            found(Rule::I3, "hang-ups", "split", Verdict::Fail, "20 requests without answer"),
+            found(Rule::I3, "hang-ups", "packed", Verdict::Fail, "7 requests were answered twice"),
+            found(Rule::L1, "data", "split", Verdict::Fail, "5 of 9 changed pages are not marked"),
+            found(Rule::L9, "another log", "packed", Verdict::Fail, "31 of 90 changed pages are not marked"),
+            found(Rule::L2, "offset", "split", Verdict::Warning, "7 pages for nothing"),
         ];
-        for rule in ["T1", "T2", "T3", "T4", "T5"] {
-            findings.push(found(rule, rule, "split", Verdict::NotOffered, "ACCESS_PLATFORM is not offered"));
+        for rule in [Rule::T1, Rule::T2, Rule::T3, Rule::T4, Rule::T5] {
+            findings.push(found(rule, rule.id(), "split", Verdict::NotOffered, "ACCESS_PLATFORM is not offered"));
         }
         let report = CheckReport { socket: "s".into(), offers: "o".into(), findings };
         let text = report.text(false);

@@ -4,73 +4,21 @@ use std::thread;
 
 use zerocopy::IntoBytes;
 
-use super::harness::{MAX_REQUESTS, RequestSize, changed, harvest, wait_until};
+use super::harness::{MAX_REQUESTS, RequestSize, wait_until};
 use super::log::MarkComparison;
-use super::{BackendFeatures, Check, CheckAbort, Flow, FrameSource, Outcome, RingSelection, Target};
+use super::negotiation::BackendFeatures;
+use super::options::FrameSource;
+use super::outcome::{CheckAbort, Outcome};
+use super::pages::{changed, harvest};
+use super::ring_variant::Flow;
+use super::target::Target;
 use crate::abi::bit;
 use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
 
 /// Number of drains. A request may complete before the message arrives.
 const DRAINS: u32 = 20;
 
-pub(super) const CHECKS: &[Check] = &[
-    Check {
-        rule: "R1",
-        what: "features that were not offered are refused",
-        run_on: RingSelection::Once,
-        run: unoffered_features,
-    },
-    Check {
-        rule: "R1",
-        what: "without bit 30 a ring runs as soon as it is started",
-        run_on: RingSelection::Main,
-        run: without_protocol_features,
-    },
-    Check {
-        rule: "R2",
-        what: "a ring that is not enabled is not served",
-        run_on: RingSelection::All,
-        run: disabled_ring,
-    },
-    Check {
-        rule: "R2",
-        what: "pending requests are served when the ring is enabled",
-        run_on: RingSelection::All,
-        run: enabled_ring,
-    },
-    Check {
-        rule: "R3",
-        what: "GET_VRING_BASE completes and publishes all accepted requests, and no write follows it",
-        run_on: RingSelection::All,
-        run: drain,
-    },
-    Check {
-        rule: "R3",
-        what: "all rings at once: their writes are marked, and each is drained",
-        run_on: RingSelection::All,
-        run: drain_all_rings,
-    },
-    Check {
-        rule: "R4",
-        what: "a ring continues at its base, also across the wrap of the index",
-        run_on: RingSelection::All,
-        run: continue_at_base,
-    },
-    Check {
-        rule: "R5",
-        what: "SET_VRING_ADDR on a running ring does not change its position",
-        run_on: RingSelection::All,
-        run: set_vring_addr,
-    },
-    Check {
-        rule: "R9",
-        what: "the next front-end is served, and the device is unchanged",
-        run_on: RingSelection::Main,
-        run: next_front_end,
-    },
-];
-
-fn unoffered_features(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn unoffered_features(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
     let harness = target.harness(0)?;
     let Some(number) = (0..64).rev().find(|number| !target.offered.has(*number)) else {
@@ -84,7 +32,7 @@ fn unoffered_features(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn without_protocol_features(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn without_protocol_features(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if !target.offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
         return Ok(Outcome::not_tested("bit 30 is not offered: every check is run without it"));
     }
@@ -102,7 +50,7 @@ fn without_protocol_features(target: &mut Target) -> Result<Outcome, CheckAbort>
     })
 }
 
-fn disabled_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn disabled_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     if !target.offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
         return Err(CheckAbort::NotOffered("disabling a ring (PROTOCOL_FEATURES)".into()));
@@ -125,7 +73,7 @@ fn disabled_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn enabled_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn enabled_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.add(4, RequestSize::Mixed)?;
     // Published before there is a kick fd.
@@ -142,7 +90,7 @@ fn enabled_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass("4 requests, without another kick"))
 }
 
-fn drain(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn drain(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if target.variant.flow == Flow::Receive
         && let Some(late) = late_frames(target)?
     {
@@ -230,7 +178,7 @@ fn late_frames(target: &Target) -> Result<Option<String>, CheckAbort> {
     }))
 }
 
-fn drain_all_rings(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn drain_all_rings(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let rings = target.max_rings();
     if rings < 2 {
         return Ok(Outcome::not_tested("the device has one ring"));
@@ -286,7 +234,7 @@ fn drain_all_rings(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn continue_at_base(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn continue_at_base(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     // Indices of split rings wrap at 2^16, those of packed rings at the ring size.
     let from = if target.variant.packed { harness.ring.layout.size() - 6 } else { 65530 };
@@ -306,7 +254,7 @@ fn continue_at_base(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("from {from} to {} with a stop in between", harness.ring.format_base(harness.ring.base))))
 }
 
-fn set_vring_addr(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn set_vring_addr(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = target.harness(0)?;
     harness.start()?;
     let rounds = 5;
@@ -323,7 +271,7 @@ fn set_vring_addr(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn next_front_end(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn next_front_end(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut seen = Vec::new();
     for _ in 0..3 {
         let mut harness = target.harness(0)?;

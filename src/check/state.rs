@@ -5,49 +5,19 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use zerocopy::IntoBytes;
 
-use super::blk::read_config;
-use super::harness::{Harness, MAX_REQUESTS, RequestSize, noise};
+use super::device::TestedDevice;
+use super::device::blk::read_config;
+use super::harness::{Harness, MAX_REQUESTS, RequestSize};
 use super::hostile::attack;
-use super::{Check, CheckAbort, Outcome, RingSelection, Target, TestedDevice, Verdict};
+use super::outcome::{CheckAbort, Outcome, Verdict};
+use super::pages::noise;
+use super::target::Target;
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     CONFIG_TYPE_MIGRATION, ConfigHeader, DEVICE_STATE_ERROR_MASK, DEVICE_STATE_LOAD, DEVICE_STATE_NOFD_MASK,
     DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE, DeviceStateTransfer, Header, Request as Code, protocol_feature,
 };
 use crate::sys::pipe::{WaitLimit, read_all, write_all};
-
-pub(super) const CHECKS: &[Check] = &[
-    Check {
-        rule: "D1",
-        what: "the state of a device that never ran can be saved",
-        run_on: RingSelection::Once,
-        run: state_before_start,
-    },
-    Check {
-        rule: "D1",
-        what: "the state of a stopped device can be loaded on the next connection",
-        run_on: RingSelection::Main,
-        run: state_of_stopped_device,
-    },
-    Check {
-        rule: "D1",
-        what: "a truncated state is refused without effect",
-        run_on: RingSelection::Once,
-        run: truncated_states,
-    },
-    Check {
-        rule: "D1",
-        what: "invalid directions and phases are refused",
-        run_on: RingSelection::Once,
-        run: invalid_directions,
-    },
-    Check {
-        rule: "D1",
-        what: "messages are answered during a state transfer",
-        run_on: RingSelection::Once,
-        run: messages_during_transfer,
-    },
-];
 
 const SET: Code = Code::SET_DEVICE_STATE_FD;
 const CHECK: Code = Code::CHECK_DEVICE_STATE;
@@ -148,11 +118,11 @@ fn set_distinct_state(target: &Target, harness: &Harness) -> Result<Option<Vec<u
     Ok(if now != before && save(harness)? == now { Some(now) } else { None })
 }
 
-fn state_before_start(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn state_before_start(target: &mut Target) -> Result<Outcome, CheckAbort> {
     Ok(Outcome::pass(format!("{} bytes", save(&state_harness(target)?)?.len())))
 }
 
-fn state_of_stopped_device(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn state_of_stopped_device(target: &mut Target) -> Result<Outcome, CheckAbort> {
     if !matches!(target.device, TestedDevice::Net) {
         return restore_on_next_connection(target);
     }
@@ -195,7 +165,7 @@ fn restore_on_next_connection(target: &Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn truncated_states(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn truncated_states(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = state_harness(target)?;
     let good = save(&harness)?;
     if good.is_empty() {
@@ -236,7 +206,7 @@ fn load_truncated(harness: &Harness, good: &[u8], here: Option<&[u8]>) -> Result
     Ok(Outcome::pass(format!("without the last byte, one half, and empty{whole}")))
 }
 
-fn invalid_directions(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn invalid_directions(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut hung_up = 0;
     for (direction, phase) in [(2, 0), (u32::MAX, 0), (DEVICE_STATE_SAVE, 1), (DEVICE_STATE_LOAD, u32::MAX)] {
         let harness = state_harness(target)?;
@@ -256,7 +226,7 @@ fn invalid_directions(target: &mut Target) -> Result<Outcome, CheckAbort> {
     })
 }
 
-fn messages_during_transfer(target: &mut Target) -> Result<Outcome, CheckAbort> {
+pub(super) fn messages_during_transfer(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let harness = state_harness(target)?;
     let (reader, writer) = io::pipe()?;
     let other = begin_transfer(&harness, DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, reader.as_fd())?;

@@ -10,59 +10,29 @@ use std::rc::Rc;
 use std::thread;
 use std::time::Duration;
 
-use super::connection::{self, Connection, ReplyFlags};
+use super::connection::{self, Connection, RETRY_INTERVAL, ReplyFlags};
 use super::device::TestedDevice;
-use super::harness::{Harness, HarnessConfig, PROTOCOL, Scatter};
-use super::net::{self, FrameInjector};
-use super::process::{BackendProcess, RETRY_INTERVAL};
+use super::harness::{FrameInjector, Harness, HarnessConfig, RequestSize, Scatter, wait_until};
+use super::negotiation::{BackendFeatures, negotiate_protocol};
+use super::options::{CheckError, CheckOptions, FrameSource};
+use super::outcome::{CheckAbort, Outcome};
+use super::process::BackendProcess;
 use super::queue::MAX_RINGS;
-use super::{CheckAbort, CheckError, CheckOptions, Flow, FrameSource, Outcome, RingSelection, RingVariant, StopToken};
+use super::ring_variant::{Flow, RingSelection, RingVariant};
+use super::stop::StopToken;
 use crate::abi::bit;
 use crate::abi::features::protocol_feature_name;
-use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
-use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_NET_F_MQ};
+use crate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_NET_F_MQ};
 use crate::inflight::RingKind;
 
 /// Ring size, if the back-end accepts it.
 const MAX_RING_SIZE: u16 = 256;
 /// Number of entries that a batch needs.
 const MIN_RING_SIZE: u16 = 64;
+/// Time for a frame to return from a back-end that was not declared a loopback.
+const LOOPBACK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time for a stopped check to restore its changes.
 const RESTORE_TIME: Duration = Duration::from_secs(5);
-
-/// Features that the back-end offers.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct BackendFeatures {
-    pub(super) features: u64,
-    pub(super) protocol: u64,
-    pub(super) queues: u64,
-}
-
-impl BackendFeatures {
-    pub(super) fn has(&self, feature: u32) -> bool {
-        self.features & bit(feature) != 0
-    }
-
-    pub(super) fn has_protocol(&self, feature: u32) -> bool {
-        self.protocol & bit(feature) != 0
-    }
-
-    /// Fails with "not offered" without ACCESS_PLATFORM and BACKEND_REQ.
-    pub(super) fn require_iommu(&self) -> Result<(), CheckAbort> {
-        match self.has(VIRTIO_F_ACCESS_PLATFORM) {
-            true => self.require_protocol(protocol_feature::BACKEND_REQ),
-            false => Err(CheckAbort::NotOffered("ACCESS_PLATFORM".into())),
-        }
-    }
-
-    /// Fails with "not offered" without the protocol feature.
-    pub(super) fn require_protocol(&self, feature: u32) -> Result<(), CheckAbort> {
-        match self.has_protocol(feature) {
-            true => Ok(()),
-            false => Err(CheckAbort::NotOffered(protocol_feature_name(feature))),
-        }
-    }
-}
 
 /// The back-end under test, and the state of the run.
 pub(super) struct Target {
@@ -379,13 +349,13 @@ pub(super) fn prepare(socket: &Path, options: &CheckOptions) -> Result<Target, C
     }
     target.variant.flow = Flow::Receive;
     match &target.options.frame_source {
-        Some(frame_source) => net::wait_for_frame(&target).map_err(|abort| CheckError::FrameSource {
+        Some(frame_source) => wait_for_frame(&target).map_err(|abort| CheckError::FrameSource {
             frame_source: frame_source.clone(),
             reason: abort.to_string(),
         })?,
         None => {
             target.frame_source = Some(FrameSource::Loop);
-            if !net::loops_back(&target).map_err(negotiation_error)? {
+            if !loops_back(&target).map_err(negotiation_error)? {
                 target.frame_source = None;
             }
         }
@@ -406,19 +376,39 @@ pub(super) fn start(socket: &Path, options: &CheckOptions) -> Result<Option<Back
     Ok(Some(process))
 }
 
-/// Negotiates protocol features and returns what the back-end offers.
-pub(super) fn negotiate_protocol(connection: &Connection) -> Result<BackendFeatures, CheckAbort> {
-    let features = connection.barrier()?;
-    let mut offered = BackendFeatures { features, protocol: 0, queues: 1 };
-    if offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
-        offered.protocol = connection.request_u64(Code::GET_PROTOCOL_FEATURES)?;
-        let agreed = offered.protocol & PROTOCOL;
-        connection.send(Code::SET_PROTOCOL_FEATURES, 1, &agreed.to_ne_bytes(), &[])?;
-        if offered.has_protocol(protocol_feature::MQ) {
-            offered.queues = connection.request_u64(Code::GET_QUEUE_NUM)?;
+/// Returns a receive ring with one buffer.
+fn receive_harness(target: &Target) -> Result<Harness, CheckAbort> {
+    let mut harness = target.harness(0)?;
+    harness.start()?;
+    harness.add(1, RequestSize::Mixed)?;
+    harness.publish();
+    Ok(harness)
+}
+
+/// Waits for a frame of the frame source. A host interface also has other frames.
+fn wait_for_frame(target: &Target) -> Result<(), CheckAbort> {
+    let mut harness = receive_harness(target)?;
+    let deadline = harness.deadline(harness.timeout);
+    harness.finish()?;
+    while harness.frames_received == 0 {
+        if deadline.is_over() {
+            return Err(CheckAbort::Violation(format!("only other frames within {:?}", harness.timeout)));
         }
+        harness.run_batch(1, RequestSize::Mixed)?;
     }
-    Ok(offered)
+    Ok(())
+}
+
+/// Returns true if the back-end sends back what it receives.
+fn loops_back(target: &Target) -> Result<bool, CheckAbort> {
+    let mut harness = receive_harness(target)?;
+    wait_until(&harness.deadline(LOOPBACK_TIMEOUT), || {
+        if harness.pop()? && harness.frames_received == 0 {
+            harness.add(1, RequestSize::Mixed)?;
+            harness.publish();
+        }
+        Ok(harness.frames_received > 0)
+    })
 }
 
 pub(super) fn describe_backend(target: &Target) -> String {

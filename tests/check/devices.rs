@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vhost_migrate::backend::{Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice};
+use vhost_migrate::check::Rule::{self, *};
 use vhost_migrate::check::{CheckError, CheckOptions, CheckReport, DeviceKind, FrameSource, Verdict, check};
 use vhost_migrate::inflight::RingKind;
 
@@ -297,14 +298,14 @@ fn checked(device: Arc<dyn VirtioDevice>, fault: Fault, options: CheckOptions) -
     Backend::serving(tempfile::tempdir().unwrap(), device, Arc::default(), fault).checked(options)
 }
 
-fn of(report: &CheckReport, verdict: Verdict) -> BTreeSet<&'static str> {
+fn of(report: &CheckReport, verdict: Verdict) -> BTreeSet<Rule> {
     report.rules().into_iter().filter(|(_, v)| *v == verdict).map(|(rule, _)| rule).collect()
 }
 
 /// Rules that apply to every device: rings, log, inflight region and memory.
-const COMMON: &[&str] = &[
-    "R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R9", "R10", "L1", "L2", "L3", "L4", "L6", "L7", "L8", "L9", "L10",
-    "L11", "L12", "L15", "I1", "I2", "I3", "I4", "I5", "I6", "I7", "M1",
+const COMMON: &[Rule] = &[
+    R1, R2, R3, R4, R5, R6, R7, R8, R9, R10, L1, L2, L3, L4, L6, L7, L8, L9, L10, L11, L12, L15, I1, I2, I3, I4, I5,
+    I6, I7, M1,
 ];
 
 fn assert_common_rules_pass_and_an_unlogged_device_fails(
@@ -316,10 +317,10 @@ fn assert_common_rules_pass_and_an_unlogged_device_fails(
     assert!(report.offers.contains(is), "{report}");
     assert_eq!(of(&report, Verdict::Pass), rules.into_iter().collect(), "{report}");
     let (known, options) = device();
-    let only = vec!["L1", "L9", "M1", "L3", "R3"];
+    let only = vec![L1, L9, M1, L3, R3];
     let rings = Some(RingKind::Split);
     let report = checked(known, Fault::DoesNotLogData, CheckOptions { only, rings, ..options });
-    assert_eq!(of(&report, Verdict::Fail), BTreeSet::from(["L1", "L9", "M1"]), "{report}");
+    assert_eq!(of(&report, Verdict::Fail), BTreeSet::from([L1, L9, M1]), "{report}");
 }
 
 #[test]

@@ -20,8 +20,8 @@ use crate::abi::vhost::{
     VHOST_ACCESS_RW, VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE,
 };
 use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request as Code};
-use crate::check::CheckAbort;
 use crate::check::connection::BackendMessage;
+use crate::check::outcome::CheckAbort;
 use crate::check::queue::RING_SLOT_BYTES;
 use crate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory};
 use crate::sys::socket;

@@ -4,12 +4,13 @@
 //! The lower region holds the rings, request headers and status bytes. The upper region, above 4 GiB, holds data. Each
 //! request has a slot with a place for each. Only pages of rings are written by both sides.
 
+mod injector;
 mod iommu;
 mod pages;
 mod requests;
 
+pub(super) use injector::FrameInjector;
 pub(super) use iommu::{GuestIommu, Scatter};
-pub(super) use pages::{Pages, changed, harvest, noise, pages};
 pub(super) use requests::{RESEND_INTERVAL, RequestSize};
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -21,11 +22,15 @@ use zerocopy::IntoBytes;
 
 use self::requests::InFlightRequest;
 use super::connection::Connection;
-use super::fs::{self, OpenFile};
-use super::net::FrameInjector;
+use super::device::TestedDevice;
+use super::device::fs::{self, OpenFile};
+use super::negotiation::{BackendFeatures, PROTOCOL};
+use super::options::CheckOptions;
+use super::outcome::CheckAbort;
+use super::pages::Pages;
 use super::queue::{DriverQueue, MAX_RINGS};
+use super::ring_variant::{Flow, RingVariant};
 use super::stop::Deadline;
-use super::{BackendFeatures, CheckAbort, CheckOptions, Flow, RingVariant, TestedDevice};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     Header, LogDescription, MemoryHeader, MemoryRegion, Request as Code, VHOST_F_LOG_ALL,
@@ -35,16 +40,6 @@ use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_
 use crate::dirty::Log;
 use crate::memory::{Memory, Region, sealed_memfd};
 use crate::ring::{Buffer, RingBase};
-
-/// Protocol features to negotiate if they are offered.
-pub(super) const PROTOCOL: u64 = bit(protocol_feature::MQ)
-    | bit(protocol_feature::LOG_SHMFD)
-    | bit(protocol_feature::REPLY_ACK)
-    | bit(protocol_feature::CONFIG)
-    | bit(protocol_feature::INFLIGHT_SHMFD)
-    | bit(protocol_feature::RESET_DEVICE)
-    | bit(protocol_feature::CONFIGURE_MEM_SLOTS)
-    | bit(protocol_feature::STATUS);
 
 /// Maximum number of requests in flight. With three descriptors each they fill the smallest ring.
 pub(super) const MAX_REQUESTS: u64 = 20;
@@ -271,7 +266,7 @@ impl Harness {
         }
         let (made, lent) = (self.submitted, self.writable_pages.clone());
         self.start()?;
-        self.file = Some(fs::open(self)?);
+        self.file = Some(fs::open(|head, unique, room| self.exchange(head, unique, room))?);
         self.enable(false)?;
         self.stop()?;
         (self.submitted, self.writable_pages) = (made, lent);

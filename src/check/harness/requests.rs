@@ -7,15 +7,18 @@ use std::time::Duration;
 
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::pages::{noise, pages};
+use super::injector::{FrameInjector, send};
 use super::{GuestIommu, HEAD, HEADS, HIGH, Harness, SLOT_BYTES, STATUSES};
 use crate::abi::virtio::{BlkRequestHeader, VIRTIO_BLK_T_IN};
-use crate::check::blk::{BlkGeometry, NO_STATUS};
 use crate::check::connection::readable;
-use crate::check::fs::OutHeader;
-use crate::check::net::{self, FrameInjector, HEADER, MAX_FRAME_BYTES};
+use crate::check::device::blk::{BlkGeometry, NO_STATUS};
+use crate::check::device::fs::OutHeader;
+use crate::check::device::net::{self, HEADER, MAX_FRAME_BYTES};
+use crate::check::device::{TestedDevice, console, fs, vsock};
+use crate::check::outcome::CheckAbort;
+use crate::check::pages::{noise, pages};
 use crate::check::queue::DriverQueue;
-use crate::check::{CheckAbort, Flow, TestedDevice, console, fs, vsock};
+use crate::check::ring_variant::Flow;
 use crate::memory::LOG_PAGE;
 use crate::ring::Buffer;
 
@@ -205,16 +208,14 @@ impl Harness {
                 let sent = match &mut self.source {
                     None => break,
                     Some(FrameInjector::Loop) => match self.other_direction.get_mut(number) {
-                        Some(other) => {
-                            net::send(other, &view, self.frames_sent, &packet(device, self.frames_sent, long))?
-                        }
+                        Some(other) => send(other, &view, self.frames_sent, &packet(device, self.frames_sent, long))?,
                         None => false,
                     },
                     Some(FrameInjector::Interface(socket)) => {
                         socket.send_to(&payload, (Ipv4Addr::BROADCAST, 9))? == payload.len()
                     }
                     Some(FrameInjector::Backend(harness)) => {
-                        net::send(&mut harness.ring, &harness.memory, self.frames_sent, &net::packet(&payload))?
+                        send(&mut harness.ring, &harness.memory, self.frames_sent, &net::packet(&payload))?
                     }
                     Some(FrameInjector::VsockHost(path, open)) => {
                         open.truncate(MAX_OPEN_CONNECTIONS - 1);

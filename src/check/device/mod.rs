@@ -3,10 +3,17 @@
 //! The protocol has no request for the device kind. Device features, number of queues and configuration space leave one
 //! or several kinds. A single kind is used; otherwise the user has to name it.
 
-use super::blk::{BlkGeometry, read_config};
+pub(super) mod blk;
+pub(super) mod console;
+pub(super) mod fs;
+pub(super) mod net;
+pub(super) mod vsock;
+
+use self::blk::{BlkGeometry, read_config};
 use super::connection::Connection;
+use super::negotiation::BackendFeatures;
 use super::options::DeviceKind;
-use super::{BackendFeatures, CheckAbort, vsock};
+use super::outcome::CheckAbort;
 use crate::abi::vhost_user::protocol_feature;
 use crate::abi::virtio::VIRTIO_NET_F_MAC;
 

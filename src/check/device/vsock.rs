@@ -11,10 +11,11 @@ use std::path::Path;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use super::blk::read_config;
-use super::connection::Connection;
-use super::{BackendFeatures, CheckAbort};
 use crate::abi::vhost_user::protocol_feature;
+use crate::check::connection::Connection;
+use crate::check::device::blk::read_config;
+use crate::check::negotiation::BackendFeatures;
+use crate::check::outcome::CheckAbort;
 
 /// Context id of the host.
 const HOST_CID: u64 = 2;
@@ -26,7 +27,7 @@ const STREAM: u16 = 1;
 const OP_REQUEST: u16 = 1;
 const OP_RST: u16 = 3;
 /// Size of a packet buffer, as in Linux.
-pub(super) const BUFFER_BYTES: u32 = 4096;
+pub(in crate::check) const BUFFER_BYTES: u32 = 4096;
 
 /// `struct virtio_vsock_hdr`.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -45,7 +46,7 @@ struct PacketHeader {
 }
 
 /// Reads the guest's context id from configuration space.
-pub(super) fn context_id(connection: &Connection, offered: BackendFeatures) -> Result<u64, CheckAbort> {
+pub(in crate::check) fn context_id(connection: &Connection, offered: BackendFeatures) -> Result<u64, CheckAbort> {
     if !offered.has_protocol(protocol_feature::CONFIG) {
         return Ok(MIN_GUEST_CID);
     }
@@ -54,7 +55,7 @@ pub(super) fn context_id(connection: &Connection, offered: BackendFeatures) -> R
 }
 
 /// Builds packet `number` of the guest: a connection request that is not accepted.
-pub(super) fn packet(cid: u64, number: u64) -> Vec<u8> {
+pub(in crate::check) fn packet(cid: u64, number: u64) -> Vec<u8> {
     let header = PacketHeader {
         src_cid: cid.into(),
         dst_cid: HOST_CID.into(),
@@ -73,14 +74,14 @@ fn port(number: u64) -> u32 {
 }
 
 /// Makes the host request a connection to the guest.
-pub(super) fn connect(path: &Path, number: u64) -> Result<UnixStream, CheckAbort> {
+pub(in crate::check) fn connect(path: &Path, number: u64) -> Result<UnixStream, CheckAbort> {
     let mut stream = UnixStream::connect(path)?;
     writeln!(stream, "CONNECT {}", port(number))?;
     Ok(stream)
 }
 
 /// Checks a received packet. Returns true if it belongs to one of our ports.
-pub(super) fn received(cid: u64, packet: &[u8]) -> Result<bool, CheckAbort> {
+pub(in crate::check) fn received(cid: u64, packet: &[u8]) -> Result<bool, CheckAbort> {
     let Ok((header, data)) = PacketHeader::read_from_prefix(packet) else {
         return Err(CheckAbort::Violation(format!("a packet of {} bytes came in", packet.len())));
     };

@@ -7,8 +7,7 @@ use std::io;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use super::CheckAbort;
-use super::harness::{Harness, SLOT_BYTES};
+use crate::check::outcome::CheckAbort;
 
 const LOOKUP: u32 = 1;
 const OPEN: u32 = 14;
@@ -23,6 +22,8 @@ const INIT_ANSWER: u32 = 64;
 const ROOT: u64 = 1;
 const DIRECTORY_BYTES: u32 = 64 << 10;
 const REGULAR: u32 = 8;
+/// Bytes of the file that are read, at most.
+const MAX_FILE_BYTES: u64 = 512 << 20;
 /// Offset of the file size in the reply to LOOKUP.
 const SIZE_AT: usize = 48;
 
@@ -44,10 +45,10 @@ struct InHeader {
 /// `struct fuse_out_header`.
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub(super) struct OutHeader {
-    pub(super) len: U32,
-    pub(super) error: U32,
-    pub(super) unique: U64,
+pub(in crate::check) struct OutHeader {
+    pub(in crate::check) len: U32,
+    pub(in crate::check) error: U32,
+    pub(in crate::check) unique: U64,
 }
 
 /// `struct fuse_read_in`.
@@ -75,7 +76,7 @@ struct Dirent {
 
 /// An open file.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct OpenFile {
+pub(in crate::check) struct OpenFile {
     node: u64,
     handle: u64,
     size: u64,
@@ -83,7 +84,7 @@ pub(super) struct OpenFile {
 
 impl OpenFile {
     /// Returns read request `number`, and the number of bytes that it returns, at most `len`.
-    pub(super) fn read(&self, number: u64, len: u64) -> (Vec<u8>, u32) {
+    pub(in crate::check) fn read(&self, number: u64, len: u64) -> (Vec<u8>, u32) {
         let len = len.min(self.size);
         let offset = number.wrapping_mul(97 * 512) % (self.size - len + 1);
         (read(READ, self.node, self.handle, offset, len as u32, number), len as u32)
@@ -91,7 +92,7 @@ impl OpenFile {
 }
 
 /// Returns INIT, which needs no session, and the size of its reply.
-pub(super) fn init_request(number: u64) -> (Vec<u8>, u32) {
+pub(in crate::check) fn init_request(number: u64) -> (Vec<u8>, u32) {
     (request(INIT, 0, number, [VERSION[0], VERSION[1], 1 << 17, 0].as_bytes()), INIT_ANSWER)
 }
 
@@ -108,14 +109,17 @@ fn read(opcode: u32, node: u64, handle: u64, offset: u64, len: u32, unique: u64)
     request(opcode, node, unique, read.as_bytes())
 }
 
-/// Starts a session on a running ring and opens a file. No request may be in flight.
-pub(super) fn open(harness: &mut Harness) -> Result<OpenFile, CheckAbort> {
+/// Starts a session and opens a file. `exchange` runs a request with a unique number, and returns its reply of up to a
+/// number of bytes.
+pub(in crate::check) fn open(
+    mut exchange: impl FnMut(&[u8], u64, u32) -> Result<Vec<u8>, CheckAbort>,
+) -> Result<OpenFile, CheckAbort> {
     let (init, room) = init_request(0);
-    harness.exchange(&init, 0, room)?;
+    exchange(&init, 0, room)?;
     let mut unique = 0;
     let mut ask = |opcode, nodeid, arguments: &[u8], room| {
         unique += 1;
-        harness.exchange(&request(opcode, nodeid, unique, arguments), unique, room)
+        exchange(&request(opcode, nodeid, unique, arguments), unique, room)
     };
     let directory = u64_at(&ask(OPENDIR, ROOT, &[0; 8], 16)?, 0)?;
     let listing = ReadIn { fh: directory.into(), size: DIRECTORY_BYTES.into(), ..ReadIn::new_zeroed() };
@@ -125,7 +129,7 @@ pub(super) fn open(harness: &mut Harness) -> Result<OpenFile, CheckAbort> {
         let (node, size) = (u64_at(&entry, 0)?, u64_at(&entry, SIZE_AT)?);
         if size > 0 {
             let handle = u64_at(&ask(OPEN, node, &[0; 8], 16)?, 0)?;
-            return Ok(OpenFile { node, handle, size: size.min(SLOT_BYTES * 1024) });
+            return Ok(OpenFile { node, handle, size: size.min(MAX_FILE_BYTES) });
         }
     }
     Err(CheckAbort::System(io::Error::other("the root directory has no readable file: add one of at least 1 MiB")))

@@ -2,22 +2,22 @@
 //!
 //! Input is a byte stream in buffers of any length, without message boundaries.
 
-use super::CheckAbort;
+use crate::check::outcome::CheckAbort;
 
 /// Size of an input buffer, bytes.
-pub(super) const BUFFER_BYTES: u32 = 256;
+pub(in crate::check) const BUFFER_BYTES: u32 = 256;
 /// Input consists of consecutive digits.
 const DIGITS: u64 = 10;
 
 /// Returns output `number`. It is text, because some consoles accept nothing else.
-pub(super) fn packet(number: u64) -> Vec<u8> {
+pub(in crate::check) fn packet(number: u64) -> Vec<u8> {
     let len = 20 + number * 131 % 1000;
     let digits = (0..len).map(|at| digit(number + at));
     digits.chain([b'\n']).collect()
 }
 
 /// Returns input that fills `buffers` buffers.
-pub(super) fn input(number: u64, buffers: u64) -> Vec<u8> {
+pub(in crate::check) fn input(number: u64, buffers: u64) -> Vec<u8> {
     (0..buffers * u64::from(BUFFER_BYTES)).map(|at| digit(number + at)).collect()
 }
 
@@ -26,7 +26,7 @@ fn digit(number: u64) -> u8 {
 }
 
 /// Checks input that arrived. Returns true if it was sent by this module.
-pub(super) fn received(bytes: &[u8]) -> Result<bool, CheckAbort> {
+pub(in crate::check) fn received(bytes: &[u8]) -> Result<bool, CheckAbort> {
     if bytes.is_empty() {
         return Err(CheckAbort::Violation("an empty buffer was returned".into()));
     }
