@@ -3,8 +3,8 @@
 
 #![forbid(unsafe_code)]
 
-use super::Request;
 use crate::abi::vhost_user::Request as Code;
+use crate::backend::Request;
 use crate::memory::LOG_PAGE;
 use crate::sys::counters::{Counter, counter};
 

@@ -13,12 +13,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::sys::eventfd::EventFd;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{BackendError, FrontendHandle};
 use crate::abi::bit;
 use crate::abi::vhost_user::{DiskGeneration, Request as Code};
 use crate::abi::virtio::{
     VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
+use crate::backend::{BackendError, FrontendHandle};
 use crate::memory::{Memory, MemoryError};
 use crate::ring::{Buffer, Chain};
 
@@ -180,7 +180,7 @@ pub trait VirtioDevice: Send + Sync {
 }
 
 /// A running queue of a device, used by one thread. Devices whose requests never block can use a
-/// [`SyncQueue`](super::SyncQueue).
+/// [`SyncQueue`](crate::backend::SyncQueue).
 ///
 /// Requests may complete in any order. Dropping a queue waits until nothing accesses guest memory any more.
 ///

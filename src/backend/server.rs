@@ -16,11 +16,11 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::replies::PendingReplies;
-use super::ring_lock::{RingLock, RingLockClient};
-use super::session::{MessageOutcome, Session};
-use super::{BackendError, MAX_FDS, VhostUserMessage, VhostUserReply, VirtioDevice, Workers, counters};
 use crate::abi::vhost_user::{Header, Request as Code};
+use crate::backend::rings::ring_lock::{RingLock, RingLockClient};
+use crate::backend::session::replies::PendingReplies;
+use crate::backend::session::{MessageOutcome, Session};
+use crate::backend::{BackendError, MAX_FDS, VhostUserMessage, VhostUserReply, VirtioDevice, Workers, counters};
 use crate::sys::listen::{SocketPathGuard, listen};
 use crate::sys::log_limit::limited;
 use crate::sys::socket;
@@ -310,7 +310,7 @@ fn serve_messages(
 }
 
 /// Returns true for messages whose replies may be sent together with those of later messages. Pending replies are sent
-/// before a message blocks ([`VringController::before_blocking`](super::session::VringController::before_blocking)).
+/// before a message blocks ([`VringController::before_blocking`](crate::backend::session::VringController::before_blocking)).
 fn may_delay_reply(code: Code) -> bool {
     use Code as C;
     matches!(

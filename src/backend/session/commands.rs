@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use super::super::{BackendError, FrontendHandle, Kick, Notifier};
+use crate::backend::{BackendError, FrontendHandle, Kick, Notifier};
 use crate::dirty::{Log, LogSignal};
 use crate::inflight;
 use crate::memory::{Iotlb, Memory};

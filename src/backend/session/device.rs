@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use zerocopy::{Immutable, IntoBytes};
 
-use super::super::transfer::StateTransfer;
-use super::super::{BackendError, VhostUserMessage, VhostUserReply};
 use super::Session;
 use crate::abi::vhost_user::{ConfigHeader, InflightDescription, Request as Code, VHOST_USER_MAX_CONFIG_SIZE, own};
+use crate::backend::session::transfer::StateTransfer;
+use crate::backend::{BackendError, VhostUserMessage, VhostUserReply};
 use crate::sys::log_limit::limited;
 use crate::{abi::virtio, inflight};
 

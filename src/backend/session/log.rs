@@ -4,10 +4,10 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use super::super::BackendError;
 use super::ring::{SessionRing, logs_used};
 use super::{LOG_ALL, Logging, Session, VringController};
 use crate::abi::vhost_user::LogDescription;
+use crate::backend::BackendError;
 use crate::dirty::Log;
 use crate::sys::log_limit::limited;
 

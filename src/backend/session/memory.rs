@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use zerocopy::FromBytes;
 
-use super::super::{BackendError, VhostUserMessage};
 use super::{Session, VringController};
 use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use crate::abi::vhost_user::{IotlbMsg, MemoryHeader, MemoryRegion, Request as Code, VHOST_USER_MAX_RAM_SLOTS};
+use crate::backend::{BackendError, VhostUserMessage};
 use crate::memory::{Memory, Region, invalidated};
 
 impl Session {

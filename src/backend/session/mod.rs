@@ -3,40 +3,61 @@
 //! [`Session::handle_message`] processes one message, controls the rings through [`VringController`] (the workers,
 //! outside of tests) and returns the reply. Front-ends set up rings in different orders (rules R6, R7, L8): the session
 //! keeps the state as given, and a ring runs as soon as it is started, enabled and complete (rule R6.4).
+//!
+//! | file | purpose |
+//! |---|---|
+//! | `message`, `replies` | decoding of a message; encoding of replies, and replies that are sent together |
+//! | `commands` | what the session asks of the rings |
+//! | `memory`, `postcopy` | guest memory, and memory whose pages arrive while rings run |
+//! | `log` | the dirty log |
+//! | `ring`, `kick`, `notify` | setup of a ring, and its kick, call and error descriptors |
+//! | `device`, `transfer` | configuration, inflight region, and the device state through a pipe |
+//! | `backend_channel` | requests to the front-end over the socket of SET_BACKEND_REQ_FD |
 
 #![forbid(unsafe_code)]
 
+mod backend_channel;
 mod commands;
 mod device;
+mod kick;
 mod log;
 mod memory;
+mod message;
+mod notify;
+mod postcopy;
+pub(super) mod replies;
 mod ring;
+mod transfer;
 
+pub use backend_channel::FrontendHandle;
 pub use commands::{Logging, VringConfig, VringController};
+pub use kick::Kick;
+pub use message::{MAX_FDS, MAX_PAYLOAD, VhostUserMessage, VhostUserReply};
+pub use notify::Notifier;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use tracing::debug;
 
-use super::backend_channel::{BackendChannel, check_socket};
-use super::postcopy::{Postcopy, reply_payload};
-use super::transfer::StateTransfer;
-use super::{BackendError, FrontendHandle, Notifier, VhostUserMessage, VhostUserReply, VirtioDevice, counters};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     ConfigHeader, DEVICE_STATE_NOFD_MASK, Header, MemRegMsg, Request as Code, VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_RAM_SLOTS, VringState, own, protocol_feature, unstable,
 };
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
+use crate::backend::{BackendError, VirtioDevice, counters};
 use crate::dirty::{Log, LogSignal};
 use crate::inflight;
 use crate::memory::{Iotlb, Memory};
 use crate::ring::RingBase;
 use crate::sys::log_limit::limited;
+use backend_channel::{BackendChannel, check_socket};
 use device::config_bytes;
 use memory::regions_of;
+use postcopy::{Postcopy, reply_payload};
 use ring::SessionRing;
+use transfer::StateTransfer;
 
 /// Protocol features offered with every device.
 const PROTOCOL_FEATURES: u64 = bit(protocol_feature::MQ)

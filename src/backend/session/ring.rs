@@ -5,12 +5,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::super::{BackendError, FrontendHandle, Kick, Notifier, VhostUserMessage};
 use super::{LOG_ALL, Session, VringConfig, VringController};
 use crate::abi::bit;
 use crate::abi::vhost_user::{
     Request as Code, VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr, VringState, unstable,
 };
+use crate::backend::{BackendError, FrontendHandle, Kick, Notifier, VhostUserMessage};
 use crate::memory::Memory;
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::log_limit::limited;

@@ -16,10 +16,10 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
-use super::{BackendError, VirtioDevice};
 use crate::abi::vhost_user::{
     DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE, DeviceStateTransfer, Request as Code,
 };
+use crate::backend::{BackendError, VirtioDevice};
 use crate::record::{self, Bytes};
 use crate::sys::join::join;
 use crate::sys::pipe::{MAX_STATE, WaitLimit, read_all, write_all};

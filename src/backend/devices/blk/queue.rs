@@ -21,7 +21,7 @@ use crate::abi::virtio::{
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use crate::backend::disk_io::{DiskEngine, DiskIo, DiskOp, IoPath};
+use crate::backend::devices::disk_io::{DiskEngine, DiskIo, DiskOp, IoPath};
 use crate::backend::{Queue, Request, counters};
 use crate::sys::log_limit::limited;
 

@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use tracing::debug;
 use zerocopy::IntoBytes;
 
-use super::{BackendError, VhostUserMessage};
 use crate::abi::vhost_user::{MemoryHeader, MemoryRegion};
+use crate::backend::{BackendError, VhostUserMessage};
 use crate::memory::{Memory, Userfault};
 use crate::sys::log_limit::limited;
 

@@ -20,8 +20,8 @@ use nix::sys::socket::{MsgFlags, Shutdown, UnixAddr, getsockname, recv, send, sh
 use tracing::debug;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::BackendError;
 use crate::abi::vhost_user::{BackendRequest as Code, Header, VringState};
+use crate::backend::BackendError;
 use crate::sys::join::join;
 use crate::sys::log_limit::limited;
 

@@ -6,8 +6,8 @@ use std::os::fd::AsFd;
 use crossbeam::channel::Sender;
 use nix::poll::PollTimeout;
 
-use super::super::{Request, VringConfig};
 use super::{Worker, WorkerCommand, poll_readable};
+use crate::backend::{Request, VringConfig};
 use crate::ring::{Chain, RingBase};
 use crate::sys::log_limit::limited;
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
-use super::BackendError;
+use crate::backend::BackendError;
 use crate::sys::nonblocking;
 
 /// The kick eventfd of one or more rings.
@@ -34,12 +34,12 @@ impl Kick {
     }
 
     /// Returns true if `fd` refers to the same eventfd.
-    pub(super) fn is_same_eventfd(&self, fd: &OwnedFd) -> bool {
+    pub(crate) fn is_same_eventfd(&self, fd: &OwnedFd) -> bool {
         nonblocking::is_same_file(self.eventfd.as_fd(), fd.as_fd())
     }
 
     /// Adds a ring, whose `wake` is signalled when another ring consumes a kick.
-    pub(super) fn add_waker(&self, wake: &Arc<EventFd>) {
+    pub(crate) fn add_waker(&self, wake: &Arc<EventFd>) {
         let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
         rings.retain(|ring| ring.strong_count() > 0);
         rings.push(Arc::downgrade(wake));
@@ -50,7 +50,7 @@ impl Kick {
     ///
     /// # Errors
     /// [`BackendError::KickFd`] if the eventfd cannot be read.
-    pub(super) fn take(&self, index: u16, own: &Arc<EventFd>) -> Result<bool, BackendError> {
+    pub(crate) fn take(&self, index: u16, own: &Arc<EventFd>) -> Result<bool, BackendError> {
         match nonblocking::take(self.eventfd.as_fd()) {
             Err(Errno::EAGAIN | Errno::EINTR) => return Ok(false),
             taken => taken.map_err(|_| BackendError::KickFd { index })?,

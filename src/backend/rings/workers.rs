@@ -17,12 +17,12 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded}
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::replies::PendingReplies;
-use super::ring_lock::RingLockClient;
-use super::ring_task::RingTask;
-use super::session::{Logging, VringConfig, VringController};
-use super::worker::WorkerCommand;
-use super::{BackendError, Notifier, VirtioDevice};
+use crate::backend::rings::ring_lock::RingLockClient;
+use crate::backend::rings::ring_task::RingTask;
+use crate::backend::rings::worker::WorkerCommand;
+use crate::backend::session::replies::PendingReplies;
+use crate::backend::session::{Logging, VringConfig, VringController};
+use crate::backend::{BackendError, Notifier, VirtioDevice};
 use crate::ring::RingBase;
 use crate::sys::join::join;
 use crate::sys::log_limit::limited;
@@ -103,7 +103,7 @@ impl Workers {
     }
 
     /// Sets the pending replies, which are sent before waiting for a ring.
-    pub(super) fn set_replies(&mut self, replies: Arc<PendingReplies>) {
+    pub(crate) fn set_replies(&mut self, replies: Arc<PendingReplies>) {
         self.replies = Some(replies);
     }
 
@@ -119,12 +119,12 @@ impl Workers {
     }
 
     /// Runs rings only while this connection holds `ring_lock`.
-    pub(super) fn use_ring_lock(&mut self, turn: RingLockClient) {
+    pub(crate) fn use_ring_lock(&mut self, turn: RingLockClient) {
         self.ring_lock = Some(turn);
     }
 
     /// Releases the ring lock if no ring runs. Called between messages.
-    pub(super) fn release_idle_ring_lock(&self) {
+    pub(crate) fn release_idle_ring_lock(&self) {
         if self.running.iter().all(Option::is_none) {
             self.ring_lock.iter().for_each(RingLockClient::release);
         }

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::{Queue, Request};
+use crate::backend::{Queue, Request};
 
 /// A [`Queue`] that serves each request synchronously by calling a function. Use it for devices whose requests never
 /// block; others implement [`Queue`].

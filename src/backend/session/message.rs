@@ -8,8 +8,8 @@ use std::os::fd::OwnedFd;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::BackendError;
 use crate::abi::vhost_user::{Header, MemoryHeader, MemoryRegion, Request as Code};
+use crate::backend::BackendError;
 use crate::sys::socket;
 
 /// Maximum number of file descriptors in one message.
@@ -90,7 +90,7 @@ pub struct VhostUserReply {
 }
 
 impl VhostUserReply {
-    pub(super) fn new(code: Code, body: &(impl IntoBytes + Immutable)) -> VhostUserReply {
+    pub(crate) fn new(code: Code, body: &(impl IntoBytes + Immutable)) -> VhostUserReply {
         VhostUserReply { code, payload: body.as_bytes().to_vec(), fd: None }
     }
 

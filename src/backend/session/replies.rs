@@ -16,7 +16,7 @@ use crate::sys::socket;
 
 /// Encoded replies that have not been sent yet.
 #[derive(Debug)]
-pub(super) struct PendingReplies {
+pub(crate) struct PendingReplies {
     connection: OwnedFd,
     bytes: Mutex<Vec<u8>>,
 }
@@ -26,18 +26,18 @@ impl PendingReplies {
     ///
     /// # Errors
     /// The error of the system.
-    pub(super) fn new(connection: BorrowedFd<'_>) -> io::Result<PendingReplies> {
+    pub(crate) fn new(connection: BorrowedFd<'_>) -> io::Result<PendingReplies> {
         Ok(PendingReplies { connection: connection.try_clone_to_owned()?, bytes: Mutex::default() })
     }
 
     /// Appends a reply. Returns the number of pending bytes.
-    pub(super) fn add(&self, reply: &[u8]) -> usize {
+    pub(crate) fn add(&self, reply: &[u8]) -> usize {
         let mut waiting = self.lock();
         waiting.extend(reply);
         waiting.len()
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.lock().is_empty()
     }
 
@@ -45,13 +45,13 @@ impl PendingReplies {
     ///
     /// # Errors
     /// The error of the system.
-    pub(super) fn send(&self, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    pub(crate) fn send(&self, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let waiting = std::mem::take(&mut *self.lock());
         socket::send(self.connection.as_fd(), &waiting, fd.as_slice())
     }
 
     /// Sends as much as the socket has room for, without blocking.
-    pub(super) fn try_send(&self) {
+    pub(crate) fn try_send(&self) {
         let mut waiting = self.lock();
         if waiting.is_empty() {
             return;

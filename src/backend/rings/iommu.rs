@@ -13,10 +13,10 @@ use crossbeam::channel::{Receiver, Sender, TryRecvError};
 use tracing::debug;
 use zerocopy::FromZeros;
 
-use super::session::VringConfig;
-use super::{BackendError, FrontendHandle};
 use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
 use crate::abi::vhost_user::{BackendRequest, IotlbMsg};
+use crate::backend::session::VringConfig;
+use crate::backend::{BackendError, FrontendHandle};
 use crate::memory::{Access, Iotlb, IotlbMiss, IovaWindow, TranslationError, overlap};
 use crate::ring::{Buffer, RingIommu, RingLayout};
 

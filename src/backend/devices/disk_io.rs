@@ -40,7 +40,7 @@ pub(crate) use self::no_uring::{UringEngine, UringPool};
 #[cfg(feature = "io-uring")]
 pub(crate) use self::uring::{UringEngine, UringPool};
 pub(crate) use self::write_back::WriteBack;
-use super::Request;
+use crate::backend::Request;
 
 /// Maximum number of submissions passed to the kernel at once.
 const MAX_BATCH: u32 = 1024;

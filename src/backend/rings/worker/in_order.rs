@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::super::Request;
+use crate::backend::Request;
 
 /// The requests in flight of a driver with VIRTIO_F_IN_ORDER, which are published in the order in which they were
 /// taken.

@@ -47,7 +47,6 @@ use self::receive::ReceiveQueue;
 pub use self::state::PacketCounts;
 use self::state::{HEADER, PeerPort, SharedNetState};
 use self::transmit::TransmitQueue;
-use super::{BackendError, FrontendHandle, Queue, RING_FEATURES, VirtioDevice};
 use crate::abi::bit;
 use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, Request as Code, protocol_feature};
 use crate::abi::virtio::{
@@ -55,6 +54,7 @@ use crate::abi::virtio::{
     VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
+use crate::backend::{BackendError, FrontendHandle, Queue, RING_FEATURES, VirtioDevice};
 use crate::sys::log_limit::limited;
 
 /// Maximum number of queue pairs: a vhost-user message addresses 256 rings.

@@ -201,7 +201,7 @@ mod tests {
 
     use super::*;
     use crate::backend::Request;
-    use crate::backend::disk_io::IoPath;
+    use crate::backend::devices::disk_io::IoPath;
     use crate::memory::{Memory, Region, sealed_memfd};
     use crate::ring::Buffer;
 

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::BackendError;
+use crate::backend::BackendError;
 use crate::inflight::{InflightRegion, PackedInflight, PackedRecovery, SplitInflight, SplitRecovery};
 use crate::ring::{Chain, DeviceRing, RingError};
 

@@ -14,7 +14,7 @@ const CANCEL_POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The lock, held by at most one connection.
 #[derive(Default)]
-pub(super) struct RingLock {
+pub(crate) struct RingLock {
     holder: Mutex<Option<Holder>>,
     released: Condvar,
 }
@@ -26,14 +26,14 @@ struct Holder {
 }
 
 /// A connection that can acquire the lock.
-pub(super) struct RingLockClient {
+pub(crate) struct RingLockClient {
     lock: Arc<RingLock>,
     number: u64,
 }
 
 impl RingLockClient {
     /// Creates a client. `number` is unique to the connection.
-    pub(super) fn new(turns: &Arc<RingLock>, number: u64) -> RingLockClient {
+    pub(crate) fn new(turns: &Arc<RingLock>, number: u64) -> RingLockClient {
         RingLockClient { lock: turns.clone(), number }
     }
 
@@ -43,7 +43,7 @@ impl RingLockClient {
 
     /// Acquires the lock. Waits up to `ACQUIRE_TIMEOUT` while another connection holds it, and without limit once that
     /// connection is stopping its rings. Returns false on timeout or once `cancelled` returns true.
-    pub(super) fn acquire(&self, cancelled: impl Fn() -> bool) -> bool {
+    pub(crate) fn acquire(&self, cancelled: impl Fn() -> bool) -> bool {
         let deadline = Instant::now() + ACQUIRE_TIMEOUT;
         let mut holder = self.holder();
         loop {
@@ -64,7 +64,7 @@ impl RingLockClient {
     }
 
     /// Releases the lock if this connection holds it.
-    pub(super) fn release(&self) {
+    pub(crate) fn release(&self) {
         let mut holder = self.holder();
         if holder.as_ref().is_some_and(|holder| holder.connection == self.number) {
             *holder = None;
@@ -73,7 +73,7 @@ impl RingLockClient {
     }
 
     /// Marks the lock as about to be released.
-    pub(super) fn mark_releasing(&self) {
+    pub(crate) fn mark_releasing(&self) {
         if let Some(holder) = self.holder().as_mut().filter(|holder| holder.connection == self.number) {
             holder.releasing = true;
         }

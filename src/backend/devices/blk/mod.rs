@@ -55,7 +55,6 @@ use zerocopy::{FromZeros, IntoBytes};
 use self::generation::ImageGeneration;
 use self::image_lock::{ImageLock, LockMode};
 use self::queue::BlkQueue;
-use super::{BackendError, FrontendHandle, Queue, RING_FEATURES, VirtioDevice};
 use crate::abi::bit;
 use crate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use crate::abi::vhost_user::{DiskGeneration, own, protocol_feature};
@@ -64,9 +63,10 @@ use crate::abi::virtio::{
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_ACCESS_PLATFORM,
     VIRTIO_F_IN_ORDER,
 };
-use crate::backend::disk_io::{
+use crate::backend::devices::disk_io::{
     self, Alignment, DiskEngine, ImageFiles, ThreadEngine, UringEngine, UringPool, WriteBack,
 };
+use crate::backend::{BackendError, FrontendHandle, Queue, RING_FEATURES, VirtioDevice};
 
 /// Maximum number of data segments of a request, if rings are large enough.
 const MAX_SEGMENTS: u16 = 126;

@@ -5,7 +5,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use super::FrontendHandle;
+use crate::backend::FrontendHandle;
 use crate::sys::nonblocking;
 
 /// A notification target: a descriptor that takes 8 bytes per signal (rule F8.1), which is an eventfd, or a pipe or socket
@@ -29,12 +29,12 @@ impl Notifier {
     }
 
     /// Creates an in-band call notifier for ring `index`.
-    pub(super) fn call(frontend: Arc<FrontendHandle>, index: u16) -> Notifier {
+    pub(crate) fn call(frontend: Arc<FrontendHandle>, index: u16) -> Notifier {
         Notifier(NotifierTarget::Call(frontend, index))
     }
 
     /// Creates an in-band error notifier for ring `index`.
-    pub(super) fn error(frontend: Arc<FrontendHandle>, index: u16) -> Notifier {
+    pub(crate) fn error(frontend: Arc<FrontendHandle>, index: u16) -> Notifier {
         Notifier(NotifierTarget::Error(frontend, index))
     }
 
