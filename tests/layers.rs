@@ -1,72 +1,136 @@
-//! The dependencies between modules are those that docs/architecture.md lists, and have no circle.
+//! The imports between the files of src: modules use what docs/architecture.md lists, and nothing is used in circles.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-type Modules = BTreeMap<String, BTreeSet<String>>;
+use syn::visit::Visit;
+use syn::{Attribute, ItemMod, ItemUse, UseTree};
+
+/// The segments of a module's path, without `crate`.
+type ModulePath = Vec<String>;
+/// Each module, and what it uses.
+type Uses<T> = BTreeMap<T, BTreeSet<T>>;
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
+/// Adds the source of each module of a folder to `found`.
+fn read_sources(folder: &Path, module: &ModulePath, found: &mut BTreeMap<ModulePath, String>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
+        let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+        let mut module = module.clone();
+        if !["lib", "mod"].contains(&name.as_str()) {
+            module.push(name);
+        }
         if path.is_dir() {
-            rust_files(&path, found);
+            read_sources(&path, &module, found);
         } else if path.extension().is_some_and(|extension| extension == "rs") {
-            found.push(path);
+            found.insert(module, fs::read_to_string(&path).unwrap());
         }
     }
 }
 
-/// Returns the modules that code uses by paths that begin with `prefix`, without comments and unit tests.
-fn used_modules(code: &str, prefix: &str) -> BTreeSet<String> {
-    let code = code.split("\n#[cfg(test)]").next().unwrap();
-    let lines = code.lines().map(|line| line.split("//").next().unwrap());
-    lines.collect::<Vec<_>>().join(" ").split(prefix).skip(1).flat_map(names).collect()
+/// Collects the paths that a module's code uses, except in unit tests.
+struct PathCollector<'a> {
+    module: &'a ModulePath,
+    paths: BTreeSet<ModulePath>,
 }
 
-/// The first names of a path such as `dirty::Log`, or of `{dirty, memory::Region}`.
-fn names(path: &str) -> Vec<String> {
-    let name = |text: &str| text.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
-    match path.strip_prefix('{') {
-        Some(list) => list.split('}').next().unwrap().split(',').map(name).collect(),
-        None => vec![name(path)],
+impl PathCollector<'_> {
+    /// Adds a path that begins with `crate`, `self` or `super`.
+    fn add(&mut self, segments: impl IntoIterator<Item = String>) {
+        let mut segments = segments.into_iter();
+        let mut path = match segments.next().as_deref() {
+            Some("crate") => Vec::new(),
+            Some("self") => self.module.clone(),
+            Some("super") => parent(self.module),
+            _ => return,
+        };
+        for segment in segments {
+            if segment == "super" { path = parent(&path) } else { path.push(segment) }
+        }
+        self.paths.insert(path);
+    }
+
+    fn add_use(&mut self, before: &[String], tree: &UseTree) {
+        match tree {
+            UseTree::Path(path) => self.add_use(&[before, &[path.ident.to_string()]].concat(), &path.tree),
+            UseTree::Name(name) => self.add([before, &[name.ident.to_string()]].concat()),
+            UseTree::Rename(rename) => self.add([before, &[rename.ident.to_string()]].concat()),
+            UseTree::Glob(_) => self.add(before.to_vec()),
+            UseTree::Group(group) => group.items.iter().for_each(|tree| self.add_use(before, tree)),
+        }
     }
 }
 
-/// Returns each module in a folder, and its other modules that it uses by paths with one of the prefixes. A folder in the
-/// folder is one module.
-fn modules_of(folder: &str, prefixes: impl Fn(&Path) -> Vec<&'static str>) -> Modules {
-    let (mut files, mut modules) = (Vec::new(), Modules::new());
-    let folder = root().join(folder);
-    rust_files(&folder, &mut files);
-    for file in files {
-        let relative = file.strip_prefix(&folder).unwrap();
-        let module = relative.iter().next().unwrap().to_str().unwrap().trim_end_matches(".rs").to_owned();
-        let code = fs::read_to_string(&file).unwrap();
-        let used = prefixes(relative).into_iter().flat_map(|prefix| used_modules(&code, prefix));
-        modules.entry(module).or_default().extend(used);
+impl Visit<'_> for PathCollector<'_> {
+    fn visit_item_mod(&mut self, module: &ItemMod) {
+        let is_test = |attribute: &Attribute| {
+            attribute.path().is_ident("cfg") && attribute.parse_args::<syn::Path>().is_ok_and(|p| p.is_ident("test"))
+        };
+        if !module.attrs.iter().any(is_test) {
+            syn::visit::visit_item_mod(self, module);
+        }
     }
-    let all: BTreeSet<String> = modules.keys().cloned().collect();
-    for (module, used) in &mut modules {
-        used.retain(|other| all.contains(other) && other != module);
+
+    fn visit_item_use(&mut self, item: &ItemUse) {
+        self.add_use(&[], &item.tree);
     }
-    modules
+
+    fn visit_path(&mut self, path: &syn::Path) {
+        self.add(path.segments.iter().map(|segment| segment.ident.to_string()));
+        syn::visit::visit_path(self, path);
+    }
 }
 
-/// Returns each module of the crate, and the other modules that it uses.
-fn modules() -> Modules {
-    let mut modules = modules_of("src", |_| vec!["crate::"]);
-    modules.remove("lib").unwrap();
-    modules
+fn parent(module: &ModulePath) -> ModulePath {
+    module.split_last().map(|(_, parent)| parent.to_vec()).unwrap_or_default()
+}
+
+/// Returns the other modules that the code of `module` uses. Of `modules`, the longest that begins a path counts.
+fn used_modules(module: &ModulePath, code: &str, modules: &BTreeSet<ModulePath>) -> BTreeSet<ModulePath> {
+    let mut collector = PathCollector { module, paths: BTreeSet::new() };
+    collector.visit_file(&syn::parse_file(code).unwrap());
+    let of_path = |path: &ModulePath| (0..=path.len()).rev().map(|n| path[..n].to_vec()).find(|m| modules.contains(m));
+    collector.paths.iter().filter_map(of_path).filter(|used| used != module).collect()
+}
+
+fn uses() -> Uses<ModulePath> {
+    let mut sources = BTreeMap::new();
+    read_sources(&root().join("src"), &Vec::new(), &mut sources);
+    let modules = sources.keys().cloned().collect();
+    sources.iter().map(|(module, code)| (module.clone(), used_modules(module, code, &modules))).collect()
+}
+
+/// Returns the modules directly below `folder` and what they use of each other. A module includes those below it.
+fn uses_within(folder: &ModulePath, uses: &Uses<ModulePath>) -> Uses<String> {
+    let child = |module: &ModulePath| module.strip_prefix(folder.as_slice())?.first().cloned();
+    let mut within = Uses::new();
+    for (module, used) in uses {
+        let Some(user) = child(module) else { continue };
+        let others = used.iter().filter_map(child).filter(|other| *other != user);
+        within.entry(user.clone()).or_insert_with(BTreeSet::new).extend(others);
+    }
+    within
+}
+
+/// Returns modules that use each other in circles, with what uses them or is used by them.
+fn circle(mut uses: Uses<String>) -> Uses<String> {
+    while let Some(free) = uses.iter().find(|(_, used)| used.is_empty()).map(|(module, _)| module.clone()) {
+        uses.remove(&free);
+        uses.values_mut().for_each(|used| {
+            used.remove(&free);
+        });
+    }
+    uses
 }
 
 /// Returns the table of docs/architecture.md: each module, and the modules that it may use.
-fn documented() -> Modules {
+fn documented() -> Uses<String> {
     let text = fs::read_to_string(root().join("docs/architecture.md")).unwrap();
     let table = text.split("| module | may use |\n|---|---|\n").nth(1).expect("docs/architecture.md has the table");
     let rows = table.lines().take_while(|line| line.starts_with('|'));
@@ -79,61 +143,38 @@ fn documented() -> Modules {
 
 #[test]
 fn modules_use_what_the_architecture_lists_and_nothing_else() {
-    let (documented, modules) = (documented(), modules());
+    let (documented, modules) = (documented(), uses_within(&Vec::new(), &uses()));
     assert!(documented.keys().eq(modules.keys()), "a row for each module");
     for (module, used) in &modules {
         assert_eq!(&documented[module], used, "{module}: docs/architecture.md (left) and its code (right)");
     }
 }
 
-/// Fails if modules use each other in a circle.
-fn assert_no_circle(mut left: Modules) {
-    while !left.is_empty() {
-        let free: Vec<String> = left.iter().filter(|(_, used)| used.is_empty()).map(|(name, _)| name.clone()).collect();
-        assert!(!free.is_empty(), "these use each other in a circle: {left:?}");
-        for module in &free {
-            left.remove(module);
-        }
-        for used in left.values_mut() {
-            used.retain(|other| !free.contains(other));
-        }
-    }
-}
-
 #[test]
-fn modules_do_not_use_each_other_in_circles() {
-    assert_no_circle(modules());
-}
-
-#[test]
-fn files_of_check_do_not_use_each_other_in_circles() {
-    let modules = modules_of("src/check", |file| match file.components().count() == 1 || file.ends_with("mod.rs") {
-        true => vec!["super::", "crate::check::"],
-        false => vec!["crate::check::"],
-    });
-    assert!(modules["table"].contains("log") && modules["log"].contains("harness"), "{modules:?}");
-    assert!(modules.values().all(|used| !used.contains("table")), "only mod.rs uses the table: {modules:?}");
-    assert_no_circle(modules);
-}
-
-/// An item that `mod.rs` exports is named after its own file, so that its use is seen.
-#[test]
-fn files_of_check_use_items_where_they_are_defined() {
-    let mut files = Vec::new();
-    rust_files(&root().join("src/check"), &mut files);
-    for file in files {
-        let code = fs::read_to_string(&file).unwrap();
-        let is_flat = file.parent().is_some_and(|folder| folder.ends_with("check"));
-        let prefixes = if is_flat { &["super::", "crate::check::"][..] } else { &["crate::check::"] };
-        let used = prefixes.iter().flat_map(|prefix| used_modules(&code, prefix));
-        let items: Vec<String> = used.filter(|name| name.starts_with(char::is_uppercase)).collect();
-        assert!(items.is_empty(), "{}: {items:?}", file.display());
+fn files_of_a_folder_do_not_use_each_other_in_circles() {
+    let uses = uses();
+    let folders: BTreeSet<ModulePath> = uses.keys().filter(|module| !module.is_empty()).map(parent).collect();
+    for folder in folders {
+        let found = circle(uses_within(&folder, &uses));
+        assert!(found.is_empty(), "modules of {folder:?} use each other in a circle: {found:?}");
     }
 }
 
 #[test]
 fn the_reader_of_imports_finds_them() {
-    let code = "use crate::dirty::Log;\n// crate::backend\n/// [`crate::guest`]\nuse crate::{abi, memory::Region};\n\
-                fn f() { crate::sys::f() }\n\n#[cfg(test)]\nmod tests { use crate::check::f; }\n";
-    assert!(used_modules(code, "crate::").iter().eq(["abi", "dirty", "memory", "sys"]));
+    let module = |text: &str| text.split("::").map(str::to_owned).collect::<ModulePath>();
+    let modules = ["a", "a::b", "a::c", "d", "e", "f", "f::g"].map(module).into_iter().collect();
+    let code = "use super::c::{Type, function as other};\n// crate::e\nuse crate::{d::*, std};\n\
+                fn f() -> Option<crate::f::g::Type> { self::h::i(); None }\n\
+                #[cfg(test)]\nmod tests { use crate::e; }\n";
+    assert_eq!(used_modules(&module("a::b"), code, &modules), ["a::c", "d", "f::g"].map(module).into());
+}
+
+#[test]
+fn a_circle_is_found() {
+    let uses = |pairs: [(&str, &[&str]); 3]| {
+        pairs.map(|(user, used)| (user.to_owned(), used.iter().map(ToString::to_string).collect())).into()
+    };
+    assert!(circle(uses([("a", &["b", "c"]), ("b", &["c"]), ("c", &[])])).is_empty());
+    assert_eq!(circle(uses([("a", &[]), ("b", &["a", "c"]), ("c", &["b"])])).len(), 2);
 }
