@@ -22,7 +22,7 @@ use vhost_migrate::migrate::{
     ConvergencePolicy, IncomingVm, MigrationListener, MigrationParameters, MigrationReport, OUTCOME_QUERY_TIMEOUT,
     Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
 };
-use vhost_migrate::stream::{CancelToken, Codec, StreamListener, StreamOptions, transport};
+use vhost_migrate::stream::{self, CancelToken, Codec, StreamListener, StreamOptions};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -179,13 +179,12 @@ fn migrate_to_side(guest: Guest, backends: &BackendProcesses, to: usize) -> (Gue
         let destination = scope.spawn(|| {
             let arriving = incoming.next().unwrap().unwrap();
             let mut arrival = TimedIncomingVm(GuestIncomingVm::new(backends.sockets(to)).unwrap(), Times::new());
-            receive(&mut arrival, arriving.connection, &arriving.cancel, &outcomes, SWITCHOVER_TIMEOUT).unwrap();
+            receive(&mut arrival, arriving, &outcomes, SWITCHOVER_TIMEOUT).unwrap();
             arrival
         });
-        let connection = transport::connect(&uri, &options).unwrap();
+        let connection = stream::connect(&uri, &options).unwrap();
         let mut machine = TimedSourceVm(GuestSourceVm::new(&guest).unwrap().with_cancel(&options.cancel), Times::new());
-        let report =
-            migrate(&mut machine, connection, &parameters, &options.limiter, &options.cancel, &mut |_| {}).unwrap();
+        let report = migrate(&mut machine, connection, &parameters, &mut |_| {}).unwrap();
         let TimedIncomingVm(arrival, mut times) = destination.join().unwrap();
         times.append(&mut machine.1);
         (arrival.into_guest().unwrap(), report, times)

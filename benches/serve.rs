@@ -15,12 +15,11 @@ use std::sync::Arc;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use race::{race, time};
-use vhost_migrate::backend::{
-    Kick, Logging, Notifier, Queue, RING_FEATURES, SyncQueue, VirtioDevice, VringConfig, VringController, Workers,
-};
+use vhost_migrate::backend::{Queue, RING_FEATURES, SyncQueue, VirtioDevice};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase, RingLayout};
+use vhost_migrate::unstable::backend::{Kick, Logging, Notifier, VringConfig, VringController, Workers};
 
 const SIZE: u16 = 256;
 const BATCH: u64 = 64;

@@ -34,11 +34,11 @@ use vhost_migrate::migrate::{
     ConvergencePolicy, IncomingVm, MigrationParameters, OUTCOME_QUERY_TIMEOUT, Outcomes, RegionLayout,
     SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
 };
-use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
-    CancelToken, ChannelId, Codec, FrameReader, FrameWriter, IncomingMemory, MigrationId, PageDecoder, PageEncoder,
-    StreamError, StreamListener, StreamOptions, Uri, runs_of_channel,
+    CancelToken, Codec, MigrationId, StreamError, StreamListener, StreamOptions, Uri, connect,
 };
+use vhost_migrate::unstable::stream::frame::{ChannelId, FrameReader, FrameWriter};
+use vhost_migrate::unstable::stream::pages::{IncomingMemory, PageDecoder, PageEncoder, runs_of_channel};
 
 const TEXT: [&[u8; 8]; 8] =
     [b"guest   ", b"memory  ", b"is mostl", b"y text, ", b"pointers", b" and zer", b"o bytes ", b"in rows\n"];
@@ -358,14 +358,8 @@ fn migrate_untouched(pages: u64, used: u64) -> f64 {
     let report = thread::scope(|scope| {
         scope.spawn(|| {
             let options = StreamOptions { channels: CHANNELS, ..StreamOptions::new().unwrap() };
-            receive(
-                &mut destination,
-                listener.accept(&options).unwrap(),
-                &options.cancel,
-                &Outcomes::default(),
-                SWITCHOVER_TIMEOUT,
-            )
-            .unwrap();
+            let connection = listener.accept(&options).unwrap();
+            receive(&mut destination, connection, &Outcomes::default(), SWITCHOVER_TIMEOUT).unwrap();
         });
         let connection = connect(listener.uri(), &options).unwrap();
         let parameters = MigrationParameters {
@@ -376,8 +370,7 @@ fn migrate_untouched(pages: u64, used: u64) -> f64 {
             switchover_timeout: None,
             continue_here: false,
         };
-        migrate(&mut StaticVm(source.clone()), connection, &parameters, &options.limiter, &options.cancel, &mut |_| ())
-            .unwrap()
+        migrate(&mut StaticVm(source.clone()), connection, &parameters, &mut |_| ()).unwrap()
     });
     let destination = destination.0.unwrap();
     let mut arrived = [0; 4096];

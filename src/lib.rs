@@ -77,15 +77,16 @@
 //! | `serde` | `Serialize` and `Deserialize` for states and figures |
 //! | `vm-memory-bitmap` | `dirty::LogBitmap`: the dirty log as the bitmap of vm-memory's guest memory |
 //! | `vhost-user-backend` | `dirty::RegionBitmap`: the dirty log for devices made of rust-vmm's crate of that name |
-//! | `command` | the command `vhost-migrate`, and [`control`]; includes all features above except the last two |
+//! | `unstable` | `unstable`: internals for this project's tests, which any version may change |
+//! | `command` | the command `vhost-migrate`, and [`control`]; includes all features above except the two before `unstable` |
 //!
 //! The default is `command` and `vm-memory-bitmap`. Users of the library set `default-features = false` and the
 //! features that they need.
 
 // docs.rs builds with a nightly toolchain and shows the feature that each item needs.
 #![cfg_attr(docsrs, feature(doc_cfg))]
-// Some shared helpers are unused if the features of all their users are off.
-#![cfg_attr(not(feature = "command"), allow(dead_code))]
+// Some shared helpers are unused, or used only by `unstable`, if the features of all their users are off.
+#![cfg_attr(not(feature = "command"), allow(dead_code, unreachable_pub))]
 
 pub mod abi;
 #[cfg(feature = "backend")]
@@ -109,3 +110,5 @@ pub mod ring;
 #[cfg(feature = "migrate")]
 pub mod stream;
 mod sys;
+#[cfg(feature = "unstable")]
+pub mod unstable;

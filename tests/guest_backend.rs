@@ -30,7 +30,7 @@ use vhost_migrate::migrate::{
     MigrationReport, OUTCOME_QUERY_TIMEOUT, Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate,
     receive,
 };
-use vhost_migrate::stream::{CancelToken, Codec, StreamOptions, transport};
+use vhost_migrate::stream::{self, CancelToken, Codec, StreamOptions};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -561,9 +561,9 @@ fn move_into(
     std::thread::scope(|scope| {
         let arrived = scope.spawn(|| {
             let connection = listener.accept(theirs).unwrap();
-            receive(arrival, connection, &theirs.cancel, outcomes, SWITCHOVER_TIMEOUT)
+            receive(arrival, connection, outcomes, SWITCHOVER_TIMEOUT)
         });
-        let connection = transport::connect(listener.uri(), &options).unwrap();
+        let connection = stream::connect(listener.uri(), &options).unwrap();
         let policy = ConvergencePolicy { downtime_limit: PATIENCE, max_rounds: 100 };
         let parameters = MigrationParameters {
             policy,
@@ -574,7 +574,7 @@ fn move_into(
             continue_here: false,
         };
         let mut machine = GuestSourceVm::new(guest).unwrap();
-        let left = migrate(&mut machine, connection, &parameters, &options.limiter, &options.cancel, &mut |_| {});
+        let left = migrate(&mut machine, connection, &parameters, &mut |_| {});
         (left, arrived.join().unwrap())
     })
 }

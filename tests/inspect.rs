@@ -11,9 +11,9 @@ use std::process::{Command, Output};
 use serde_json::{Value, json};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::LOG_PAGE;
-use vhost_migrate::stream::frame::ConnectionHeader;
-use vhost_migrate::stream::record::{Commit, MemoryLayout, RegionLayout, RoundEnd};
-use vhost_migrate::stream::{ChannelId, FrameKind, FrameWriter, MigrationId, PageStats, ToDestination};
+use vhost_migrate::stream::{FrameKind, MigrationId, PageStats, RegionLayout};
+use vhost_migrate::unstable::stream::frame::{ChannelId, ConnectionHeader, FrameWriter};
+use vhost_migrate::unstable::stream::record::{Commit, MemoryLayout, RoundEnd, ToDestination};
 
 fn inspect(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vhost-migrate")).arg("inspect").args(arguments).output().unwrap()

@@ -18,13 +18,13 @@ use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request as Code};
 use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
 use vhost_migrate::backend::{
-    BackendError, BackendListener, FrontendHandle, Logging, Notifier, Queue, RING_FEATURES, Request, Session,
-    SyncQueue, VhostUserMessage, VirtioDevice, VringConfig, VringController, serve,
+    BackendError, BackendListener, FrontendHandle, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice, serve,
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device as _, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
+use vhost_migrate::unstable::backend::{Logging, Notifier, Session, VhostUserMessage, VringConfig, VringController};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;

@@ -12,11 +12,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::fcntl::{FallocateFlags, fallocate};
 use proptest::prelude::*;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, FrameKind};
-use vhost_migrate::stream::pages::{CHUNK_PAGES, MAX_BATCH_PAGES, MAX_ENTRIES, PageBatch};
-use vhost_migrate::stream::{
-    ChannelId, Codec, CopyingReader, FrameReader, FrameWriter, IncomingMemory, MigrationId, PageDecoder, PageEncoder,
-    PageStats, StreamError, channel_of, runs_of_channel,
+use vhost_migrate::stream::{Codec, FrameKind, MigrationId, PageStats, StreamError};
+use vhost_migrate::unstable::stream::CopyingReader;
+use vhost_migrate::unstable::stream::frame::{ChannelId, FRAME_HEADER_BYTES, FrameReader, FrameWriter};
+use vhost_migrate::unstable::stream::pages::{
+    CHUNK_PAGES, IncomingMemory, MAX_BATCH_PAGES, MAX_ENTRIES, PageBatch, PageDecoder, PageEncoder, channel_of,
+    runs_of_channel,
 };
 
 const PAGE: usize = LOG_PAGE as usize;

@@ -17,13 +17,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use page_cache::unwritten;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, FrameKind, HEADER_BYTES, MAGIC};
-use vhost_migrate::stream::record::{Commit, RoundEnd};
-use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
-    Codec, IncomingMemory, PageDecoder, PageEncoder, PageStats, StreamConnection, StreamError, StreamListener,
-    StreamOptions, ToDestination, Uri,
+    Codec, FrameKind, PageStats, StreamConnection, StreamError, StreamListener, StreamOptions, Uri, connect,
 };
+use vhost_migrate::unstable::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES, MAGIC};
+use vhost_migrate::unstable::stream::pages::{IncomingMemory, PageDecoder, PageEncoder};
+use vhost_migrate::unstable::stream::record::{Commit, RoundEnd, ToDestination};
 
 const PAGES: u64 = 3072;
 /// Upper bound of the size of a save, bytes.

@@ -6,8 +6,8 @@ use std::collections::HashSet;
 use std::fs;
 use std::process::Command;
 
-use vhost_migrate::stream::frame::ConnectionHeader;
-use vhost_migrate::stream::{ChannelId, FrameKind, FrameReader, MigrationId};
+use vhost_migrate::stream::{FrameKind, MigrationId};
+use vhost_migrate::unstable::stream::frame::{ChannelId, ConnectionHeader, FrameReader};
 
 #[test]
 fn the_seeds_contain_complete_streams_of_the_current_version() {

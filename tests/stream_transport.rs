@@ -14,14 +14,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::stream::frame::{
-    ConnectionHeader, FrameKind, HEADER_BYTES, MAGIC, MigrationId, OLDEST_VERSION, VERSION,
-};
-use vhost_migrate::stream::transport::connect;
 use vhost_migrate::stream::{
-    CancelToken, Codec, FrameReader, IncomingMemory, PageDecoder, PageEncoder, RateLimiter, StreamChannel,
-    StreamConnection, StreamError, StreamListener, StreamOptions, ToDestination, ToSource, Uri, runs_of_channel,
+    CancelToken, Codec, FrameKind, MigrationId, RateLimiter, StreamChannel, StreamConnection, StreamError,
+    StreamListener, StreamOptions, ToSource, Uri, connect,
 };
+use vhost_migrate::unstable::stream::frame::{
+    ConnectionHeader, FrameReader, HEADER_BYTES, MAGIC, OLDEST_VERSION, VERSION,
+};
+use vhost_migrate::unstable::stream::pages::{IncomingMemory, PageDecoder, PageEncoder, runs_of_channel};
+use vhost_migrate::unstable::stream::record::{RoundEnd, ToDestination};
 
 fn options(channels: u16) -> StreamOptions {
     StreamOptions { channels, ..StreamOptions::new().unwrap() }
@@ -67,7 +68,7 @@ fn source(connection: &StreamConnection, memory: &Memory, codec: Codec) {
             scope.spawn(move || {
                 let runs = runs_of_channel([0..pages], number, channels);
                 let sent = PageEncoder::new(codec).unwrap().send(memory, runs, &mut writer).unwrap();
-                let end = vhost_migrate::stream::record::RoundEnd::new(0, true, &sent);
+                let end = RoundEnd::new(0, true, &sent);
                 ToDestination::RoundEnd(end).write(&mut writer).unwrap();
             });
         }

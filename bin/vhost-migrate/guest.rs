@@ -20,9 +20,10 @@ use vhost_migrate::migrate::{
     ConvergencePolicy, GuestLocation, MigrateError, MigrationEvent, MigrationListener, MigrationParameters,
     OUTCOME_QUERY_TIMEOUT, Outcomes, VmError, migrate, receive,
 };
-use vhost_migrate::stream::record::Started;
-use vhost_migrate::stream::transport::{connect, query_outcome, remove_unfinished_saves};
-use vhost_migrate::stream::{CancelToken, MigrationId, StreamListener, StreamOptions, ToSource, Uri};
+use vhost_migrate::stream::{
+    CancelToken, MigrationId, Started, StreamListener, StreamOptions, ToSource, Uri, connect, query_outcome,
+    remove_unfinished_saves,
+};
 
 use crate::log_arguments::LogArguments;
 use crate::metrics::MetricsArguments;
@@ -213,18 +214,12 @@ fn wait_for_arrival(
     uri: &Uri,
     arguments: &Arguments,
 ) -> Result<(), VmError> {
-    while let Some(arriving) = incoming.next()? {
-        let id = arriving.connection.id;
-        let (was_saved, any_disks) = (arriving.connection.one_way, arguments.ignore_disk_generation);
-        let arrival = GuestIncomingVm::new(arguments.backend.clone())?.with_cancel(&arriving.cancel);
+    while let Some(connection) = incoming.next()? {
+        let id = connection.id;
+        let (was_saved, any_disks) = (connection.one_way, arguments.ignore_disk_generation);
+        let arrival = GuestIncomingVm::new(arguments.backend.clone())?.with_cancel(connection.cancel_token());
         let mut arrival = arrival.with_disk_checks(was_saved, any_disks);
-        match receive(
-            &mut arrival,
-            arriving.connection,
-            &arriving.cancel,
-            &owner.outcomes,
-            arguments.switchover_timeout,
-        ) {
+        match receive(&mut arrival, connection, &owner.outcomes, arguments.switchover_timeout) {
             Ok(received) => {
                 let is = if received.running { "runs" } else { "is paused" };
                 tracing::info!(
@@ -515,13 +510,13 @@ impl GuestOwner {
             let vm = GuestSourceVm::new(&self.guest).ok_or("there is no guest here")?;
             let connection = connect(&uri, &options).map_err(|error| text_of(&error))?;
             // A one-way stream may be kept and restored at any time.
-            let mut vm = vm.with_cancel(&options.cancel).with_disk_generations(connection.one_way);
+            let mut vm = vm.with_cancel(connection.cancel_token()).with_disk_generations(connection.one_way);
             *lock(&self.unknown) = Some((uri, connection.id));
             let mut tell = |event| emit(serde_json::to_value(event).unwrap_or_default());
             if parameters.continue_here && state == OwnerState::Running && connection.is_to_file() {
                 tell(MigrationEvent::Warning { message: NOT_PAUSED_WARNING.into() });
             }
-            let left = migrate(&mut vm, connection, &parameters, &options.limiter, &options.cancel, &mut tell);
+            let left = migrate(&mut vm, connection, &parameters, &mut tell);
             *lock(&self.state) = match &left {
                 Ok(_) if parameters.continue_here => state,
                 Ok(_) => OwnerState::Migrated,

@@ -10,12 +10,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
-use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES};
-use vhost_migrate::stream::record::{Commit, DataRuns, Held, MemoryLayout, RoundEnd, Started};
-use vhost_migrate::stream::{
-    ChannelId, Codec, FrameKind, FrameReader, FrameWriter, MigrationId, PageEncoder, ToDestination, ToSource,
-    send_hashes,
-};
+use vhost_migrate::stream::{Codec, FrameKind, Held, MigrationId, Started, ToSource};
+use vhost_migrate::unstable::stream::frame::{ChannelId, ConnectionHeader, FrameReader, FrameWriter, HEADER_BYTES};
+use vhost_migrate::unstable::stream::hashes::send_hashes;
+use vhost_migrate::unstable::stream::pages::PageEncoder;
+use vhost_migrate::unstable::stream::record::{Commit, DataRuns, MemoryLayout, RoundEnd, ToDestination};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let folder = std::env::args_os().nth(1).ok_or("name the folder to write to")?;

@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use hostile::{Guest, Input, Link, device, leaving_nothing_behind};
 use libfuzzer_sys::fuzz_target;
 use vhost_migrate::abi::vhost_user::Request as Code;
-use vhost_migrate::backend::{MessageOutcome, Session, VhostUserMessage, Workers};
+use vhost_migrate::unstable::backend::{MessageOutcome, Session, VhostUserMessage, Workers};
 
 struct Direct {
     session: Session,

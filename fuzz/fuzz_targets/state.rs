@@ -13,8 +13,9 @@ use twox_hash::XxHash3_64;
 use vhost_migrate::abi::vhost_user::{
     DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, DeviceStateTransfer, Request as Code, protocol_feature,
 };
+use vhost_migrate::backend::VirtioDevice;
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
-use vhost_migrate::backend::{MessageOutcome, Session, VhostUserMessage, VirtioDevice, Workers};
+use vhost_migrate::unstable::backend::{MessageOutcome, Session, VhostUserMessage, Workers};
 use vhost_migrate::memory::sealed_memfd;
 use zerocopy::IntoBytes;
 

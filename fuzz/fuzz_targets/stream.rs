@@ -9,11 +9,10 @@ use std::sync::{Arc, OnceLock};
 
 use libfuzzer_sys::fuzz_target;
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
-use vhost_migrate::stream::frame::{ConnectionHeader, FrameKind};
-use vhost_migrate::stream::pages::PageBatch;
-use vhost_migrate::stream::{
-    ChannelId, FrameReader, FrameWriter, IncomingMemory, MigrationId, PageDecoder, ToDestination, ToSource,
-};
+use vhost_migrate::stream::{FrameKind, MigrationId, ToSource};
+use vhost_migrate::unstable::stream::frame::{ChannelId, ConnectionHeader, FrameReader, FrameWriter};
+use vhost_migrate::unstable::stream::pages::{IncomingMemory, PageBatch, PageDecoder};
+use vhost_migrate::unstable::stream::record::ToDestination;
 
 const ID: ChannelId = ChannelId { migration: MigrationId(1), channel: 0 };
 

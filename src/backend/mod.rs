@@ -73,20 +73,19 @@ mod counters;
 mod device;
 mod devices;
 mod error;
-mod rings;
+pub(crate) mod rings;
 mod sandbox;
 mod server;
-mod session;
+pub(crate) mod session;
 
 #[cfg(feature = "metrics")]
 pub use counters::describe_counters;
 pub use device::{Queue, RING_FEATURES, Request, VirtioDevice};
 pub use devices::{SyncQueue, blk, net};
 pub use error::BackendError;
-pub use rings::Workers;
 pub use sandbox::{Sandbox, SandboxError, ViolationAction};
 pub use server::{BackendListener, InheritedSocket, connect_and_serve, inherit_socket, serve, serve_connection};
-pub use session::{
-    FrontendHandle, Kick, Logging, MAX_FDS, MAX_PAYLOAD, MessageOutcome, Notifier, Session, VhostUserMessage,
-    VhostUserReply, VringConfig, VringController,
-};
+pub use session::FrontendHandle;
+
+use rings::Workers;
+use session::{Kick, MAX_FDS, Notifier, VhostUserMessage, VhostUserReply, VringConfig};

@@ -14,8 +14,7 @@ use crate::frontend::{Device, FrontendError, Interrupt, UserDevice, UserOptions}
 use crate::memory::Memory;
 use crate::migrate::{IncomingVm, RegionLayout, SourceVm, VmError};
 use crate::record::{self, MAX_STATE};
-use crate::stream::StreamError;
-use crate::stream::transport::{CancelCallback, CancelToken};
+use crate::stream::{CancelCallback, CancelToken, StreamError};
 
 /// Version of the record with a [`GuestState`], used in live migrations.
 const STATE_VERSION: u16 = 1;

@@ -38,9 +38,9 @@
 //! # Ok::<(), vhost_migrate::inflight::InflightError>(())
 //! ```
 
-pub mod packed;
+mod packed;
 mod region;
-pub mod split;
+mod split;
 mod store;
 
 pub use packed::{PackedInflight, PackedInflightRequest, PackedRecovery, recover_packed};

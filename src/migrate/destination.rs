@@ -16,12 +16,13 @@ use super::populate::{ArrivedPages, populate};
 use super::time_limit::TimeLimit;
 use super::vm::{IncomingVm, VmError};
 use crate::memory::LOG_PAGE;
-use crate::stream::record::{Commit, DataRuns, MemoryLayout, Started};
+use crate::stream::frame::{FrameReader, FrameWriter};
+use crate::stream::hashes::HashComparison;
+use crate::stream::pages::{IncomingMemory, PageDecoder};
+use crate::stream::record::{Commit, DataRuns, MemoryLayout, ToDestination};
 use crate::stream::{
-    CancelToken, FrameKind, FrameReader, FrameWriter, HashComparison, MigrationId, PageDecoder, StreamChannel,
-    StreamConnection,
+    CancelToken, FrameKind, MigrationId, PageStats, Started, StreamChannel, StreamConnection, StreamError, ToSource,
 };
-use crate::stream::{IncomingMemory, PageStats, StreamError, ToDestination, ToSource};
 
 /// Time limit for ending the connection.
 const FINAL_MESSAGE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -52,8 +53,8 @@ pub struct IncomingReport {
     pub running: bool,
 }
 
-/// Receives a guest over `connection` and starts it. `cancel` is the connection's token. It has no effect after READY
-/// was sent; [`Outcomes::give_up`] still works until the commit is read.
+/// Receives a guest over `connection` and starts it. Another thread may cancel this by the connection's token until
+/// READY was sent; [`Outcomes::give_up`] still works until the commit is read.
 ///
 /// `outcomes` records the result. Keep it, and answer outcome queries ([`Outcomes::answer`]), for at least
 /// [`OUTCOME_QUERY_TIMEOUT`](super::OUTCOME_QUERY_TIMEOUT) after this has returned. A migration that does not commit
@@ -65,7 +66,6 @@ pub struct IncomingReport {
 pub fn receive(
     vm: &mut dyn IncomingVm,
     connection: StreamConnection,
-    cancel: &CancelToken,
     outcomes: &Outcomes,
     switchover_timeout: Duration,
 ) -> Result<IncomingReport, MigrateError> {
@@ -73,7 +73,8 @@ pub fn receive(
     let mut replies = ReplyWriter { writer: first, one_way: connection.one_way };
     let mut readers = connection.readers();
     let id = connection.id;
-    outcomes.begin(connection.id, connection.one_way, &connection.channels, cancel)?;
+    let cancel = connection.cancel_token().clone();
+    outcomes.begin(connection.id, connection.one_way, &connection.channels, &cancel)?;
     let start_time_limit = || {
         let (outcomes, why) = (outcomes.clone(), format!("the switchover took longer than {switchover_timeout:?}"));
         TimeLimit::start(switchover_timeout, move || {
@@ -87,7 +88,7 @@ pub fn receive(
         vm,
         &mut readers,
         &mut replies,
-        cancel,
+        &cancel,
         &wait_for_next,
         &start_time_limit,
         &take_ownership,

@@ -23,18 +23,10 @@ const MAX_QUEUED: usize = 8;
 /// Time limit without received bytes on any channel of a migration.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// An incoming migration that has sent its first frame.
-pub struct IncomingMigration {
-    /// The channels.
-    pub connection: StreamConnection,
-    /// Cancels the migration.
-    pub cancel: CancelToken,
-}
-
 /// Accepts migrations at one URI until it is dropped.
 pub struct MigrationListener {
     /// `None` when no further migration is accepted.
-    migrations: Mutex<Option<Receiver<Result<IncomingMigration, StreamError>>>>,
+    migrations: Mutex<Option<Receiver<Result<StreamConnection, StreamError>>>>,
     shared: Arc<Mutex<ListenState>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -65,12 +57,12 @@ impl MigrationListener {
         Ok(MigrationListener { migrations: Mutex::new(Some(migrations)), shared, thread })
     }
 
-    /// Waits for the next migration. Returns `None` if there will be none: after [`close`](Self::close), or after the
+    /// Waits for the next migration that has sent its first frame. Returns `None` if there will be none: after [`close`](Self::close), or after the
     /// only migration of a single-channel transport.
     ///
     /// # Errors
     /// Errors of [`StreamListener::next`].
-    pub fn next(&self) -> Result<Option<IncomingMigration>, StreamError> {
+    pub fn next(&self) -> Result<Option<StreamConnection>, StreamError> {
         let migrations = lock(&self.migrations).clone();
         migrations.and_then(|migrations| migrations.recv().ok()).transpose()
     }
@@ -104,7 +96,7 @@ impl Drop for MigrationListener {
 fn listen(
     listener: &StreamListener,
     outcomes: &Outcomes,
-    to: &Sender<Result<IncomingMigration, StreamError>>,
+    to: &Sender<Result<StreamConnection, StreamError>>,
     shared: &Mutex<ListenState>,
 ) -> Result<(), StreamError> {
     let mut unstarted = UnstartedMigrations::default();
@@ -119,12 +111,7 @@ fn listen(
         if left.is_some_and(|left| left.is_zero()) {
             return Ok(());
         }
-        let options = StreamOptions {
-            deadline: left,
-            timeout: Some(IDLE_TIMEOUT),
-            cancel: cancel.clone(),
-            ..StreamOptions::new()?
-        };
+        let options = StreamOptions { deadline: left, timeout: Some(IDLE_TIMEOUT), cancel, ..StreamOptions::new()? };
         match listener.next(&options) {
             Ok(stream::IncomingConnection::OutcomeQuery(query)) => {
                 let (id, answer) = (query.id, outcomes.answer(query.id));
@@ -134,11 +121,11 @@ fn listen(
                 }
             }
             Ok(stream::IncomingConnection::Migration(connection)) if listener.uri().is_single_channel() => {
-                enqueue(to, IncomingMigration { connection, cancel });
+                enqueue(to, connection);
                 return Ok(());
             }
             Ok(stream::IncomingConnection::Migration(connection)) => {
-                unstarted.admit(IncomingMigration { connection, cancel }, to.clone())?;
+                unstarted.admit(connection, to.clone())?;
             }
             // The listener was closed.
             Err(_) if lock(shared).until.is_some() => {}
@@ -147,7 +134,7 @@ fn listen(
     }
 }
 
-fn enqueue(to: &Sender<Result<IncomingMigration, StreamError>>, migration: IncomingMigration) {
+fn enqueue(to: &Sender<Result<StreamConnection, StreamError>>, migration: StreamConnection) {
     match to.try_send(Ok(migration)) {
         Ok(()) => {}
         Err(TrySendError::Full(_)) => tracing::warn!("refused a migration: others are under way"),
@@ -163,8 +150,8 @@ impl UnstartedMigrations {
     /// Queues `migration` on `to` when its first frame has arrived.
     fn admit(
         &mut self,
-        migration: IncomingMigration,
-        to: Sender<Result<IncomingMigration, StreamError>>,
+        migration: StreamConnection,
+        to: Sender<Result<StreamConnection, StreamError>>,
     ) -> Result<(), StreamError> {
         self.0.retain(|(_, thread)| !thread.is_finished());
         if self.0.len() >= MAX_UNSTARTED
@@ -175,8 +162,8 @@ impl UnstartedMigrations {
             // The thread ends immediately.
             let _ = thread.join();
         }
-        let cancel = migration.cancel.clone();
-        let wait = move || match migration.connection.wait_for_frame(FIRST_FRAME_TIMEOUT) {
+        let cancel = migration.cancel_token().clone();
+        let wait = move || match migration.wait_for_frame(FIRST_FRAME_TIMEOUT) {
             Ok(()) => enqueue(&to, migration),
             Err(error) => tracing::warn!("dropping a migration that has not begun: {error}"),
         };

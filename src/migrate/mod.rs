@@ -33,8 +33,7 @@
 //!     ConvergencePolicy, IncomingVm, MigrationParameters, OUTCOME_QUERY_TIMEOUT, Outcomes, RegionLayout,
 //!     SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
 //! };
-//! use vhost_migrate::stream::transport::connect;
-//! use vhost_migrate::stream::{CancelToken, Codec, StreamListener, StreamOptions, Uri};
+//! use vhost_migrate::stream::{CancelToken, Codec, StreamListener, StreamOptions, Uri, connect};
 //!
 //! struct Vm(Option<Memory>);
 //!
@@ -76,16 +75,14 @@
 //! let uri = Uri::Unix(path);
 //! let listener = StreamListener::bind(&uri)?;
 //! let destination = thread::spawn(move || -> Result<Vm, VmError> {
-//!     let options = StreamOptions::new()?;
-//!     let connection = listener.accept(&options)?;
+//!     let connection = listener.accept(&StreamOptions::new()?)?;
 //!     let mut vm = Vm(None);
-//!     receive(&mut vm, connection, &options.cancel, &Outcomes::default(), SWITCHOVER_TIMEOUT)?;
+//!     receive(&mut vm, connection, &Outcomes::default(), SWITCHOVER_TIMEOUT)?;
 //!     Ok(vm)
 //! });
 //!
 //! let mut source = Vm(Some(guest_memory()?));
 //! source.memory().write(0x5000, b"contents")?;
-//! let options = StreamOptions::new()?;
 //! let parameters = MigrationParameters {
 //!     policy: ConvergencePolicy::default(),
 //!     codec: Codec::None,
@@ -94,8 +91,8 @@
 //!     switchover_timeout: None,
 //!     continue_here: false,
 //! };
-//! let connection = connect(&uri, &options)?;
-//! let report = migrate(&mut source, connection, &parameters, &options.limiter, &options.cancel, &mut |_| {})?;
+//! let connection = connect(&uri, &StreamOptions::new()?)?;
+//! let report = migrate(&mut source, connection, &parameters, &mut |_| {})?;
 //! assert_eq!(report.guest_bytes, 1 << 20);
 //!
 //! let mut contents = [0; 8];
@@ -120,7 +117,7 @@ mod vm;
 pub use converge::{Convergence, ConvergencePolicy, NextStep, RoundResult, RoundTime, STALL_ROUNDS};
 pub use destination::{IncomingReport, SWITCHOVER_TIMEOUT, receive};
 pub use error::{MigrateError, MigrationFailure};
-pub use listener::{IncomingMigration, MigrationListener};
+pub use listener::MigrationListener;
 pub use outcomes::Outcomes;
 pub use report::{GuestLocation, MigrationEvent, MigrationReport, RoundReport};
 pub use source::{MigrationParameters, OUTCOME_QUERY_TIMEOUT, migrate};

@@ -15,8 +15,7 @@ use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::MigrateError;
-use crate::stream::record::{Held, Started};
-use crate::stream::{CancelToken, MigrationId, StreamChannel, ToSource};
+use crate::stream::{CancelToken, Held, MigrationId, Started, StreamChannel, ToSource};
 
 /// The outcomes of a destination's migrations. Clones share one table.
 #[derive(Clone, Default)]

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::memory::LOG_PAGE;
-use crate::stream::IncomingMemory;
+use crate::stream::pages::IncomingMemory;
 
 /// Number of pages populated with one system call: 4 MiB, which takes 1 to 2 ms.
 const CHUNK_PAGES: u64 = (4 << 20) / LOG_PAGE;

@@ -27,11 +27,13 @@ use super::time_limit::TimeLimit;
 use super::vm::SourceVm;
 use crate::dirty::{DirtySource, PageSet};
 use crate::memory::{LOG_PAGE, Memory};
-use crate::stream::record::{Commit, DataRuns, MemoryLayout, RoundEnd, Started};
+use crate::stream::frame::{FrameReader, FrameWriter};
+use crate::stream::hashes::send_hashes;
+use crate::stream::pages::{PageEncoder, runs_of_channel};
+use crate::stream::record::{Commit, DataRuns, MemoryLayout, RoundEnd, ToDestination};
 use crate::stream::{
-    CancelToken, Codec, FrameReader, FrameWriter, PageEncoder, PageStats, RateLimiter, StreamChannel, StreamConnection,
+    CancelToken, Codec, PageStats, RateLimiter, Started, StreamChannel, StreamConnection, StreamError, ToSource,
 };
-use crate::stream::{StreamError, ToDestination, ToSource, runs_of_channel, send_hashes};
 
 /// Interval of [`MigrationEvent::Progress`].
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -92,8 +94,8 @@ impl MigrationParameters {
     }
 }
 
-/// Migrates the guest of `vm` over `connection`. `limiter` is the connection's rate limit; it applies until the guest
-/// is stopped. `cancel` must be the connection's token; another thread may use it to cancel the migration.
+/// Migrates the guest of `vm` over `connection`. The connection's rate limit applies until the guest is stopped. Another
+/// thread may cancel the migration by the connection's token.
 ///
 /// # Errors
 /// [`MigrationFailure`] with the location of the guest. Before the commit the guest resumes here, if the VM can resume.
@@ -101,8 +103,6 @@ pub fn migrate(
     vm: &mut dyn SourceVm,
     connection: StreamConnection,
     parameters: &MigrationParameters,
-    limiter: &RateLimiter,
-    cancel: &CancelToken,
     on_event: &mut dyn FnMut(MigrationEvent),
 ) -> Result<MigrationReport, MigrationFailure> {
     let begun = Instant::now();
@@ -113,6 +113,7 @@ pub fn migrate(
         on_event(MigrationEvent::Failed { message: error.to_string(), location });
         return Err(MigrationFailure { error, location });
     }
+    let (cancel, limiter) = (connection.cancel_token().clone(), connection.rate_limiter().clone());
     let codec = if connection.zstd { parameters.codec } else { Codec::None };
     if codec != parameters.codec {
         let message = format!(
@@ -121,7 +122,7 @@ pub fn migrate(
         );
         on_event(MigrationEvent::Warning { message });
     }
-    let (stream, dirty) = open(vm, &memory, connection, codec, cancel).map_err(|error| {
+    let (stream, dirty) = open(vm, &memory, connection, codec).map_err(|error| {
         let location = local_location(run);
         on_event(MigrationEvent::Failed { message: error.to_string(), location });
         MigrationFailure { error, location }
@@ -172,10 +173,10 @@ fn open(
     memory: &Memory,
     connection: StreamConnection,
     codec: Codec,
-    cancel: &CancelToken,
 ) -> Result<(OutgoingStream, Box<dyn DirtySource>), MigrateError> {
+    let cancel = connection.cancel_token().clone();
     let mut stream = OutgoingStream::new(connection, codec)?;
-    let dirty = begin(vm, memory, &mut stream).map_err(|error| prefer_cancelled(error, cancel));
+    let dirty = begin(vm, memory, &mut stream).map_err(|error| prefer_cancelled(error, &cancel));
     let dirty = dirty.inspect_err(|error| stream.send_cancel(error))?;
     Ok((stream, dirty))
 }
@@ -216,8 +217,8 @@ struct OutgoingMigration<'a> {
     /// Pages that the destination lacks or has in an older version.
     pending: PageSet,
     report: MigrationReport,
-    cancel: &'a CancelToken,
-    limiter: &'a RateLimiter,
+    cancel: CancelToken,
+    limiter: RateLimiter,
     tell: &'a mut dyn FnMut(MigrationEvent),
     /// Time for which dirty pages were counted, seconds.
     tracked_seconds: f64,
@@ -353,7 +354,7 @@ impl OutgoingMigration<'_> {
         parameters: &MigrationParameters,
     ) -> Result<(), (Stage, MigrateError)> {
         let limit = parameters.switchover_limit(self.memory.size());
-        let timer = self.stream.start_time_limit(limit, self.cancel).map_err(|error| (Stage::Running, error))?;
+        let timer = self.stream.start_time_limit(limit, &self.cancel).map_err(|error| (Stage::Running, error))?;
         self.hand_over(vm, round, parameters.verify).map_err(|(stage, error)| match error {
             MigrateError::Cancelled | MigrateError::Stream(_) if timer.has_passed() => {
                 (stage, MigrateError::SwitchoverTimeout { limit, doing: "sending what was left and hearing of it" })
@@ -437,7 +438,7 @@ impl OutgoingMigration<'_> {
             Err((stage, error)) => {
                 // Resumed first: the following steps may wait for the destination.
                 let resumed = if let Stage::Paused = stage { vm.resume() } else { Ok(()) };
-                let error = match prefer_cancelled(error, self.cancel) {
+                let error = match prefer_cancelled(error, &self.cancel) {
                     MigrateError::Cancelled => MigrateError::Cancelled,
                     error => self.stream.peer_reason(error),
                 };
@@ -505,7 +506,7 @@ impl OutgoingMigration<'_> {
     /// Sends all pending pages, with `verify` also hashes of all memory, and ends the round on every channel. Returns
     /// the time of the slowest channel.
     fn send_round(&mut self, round: u32, last: bool, verify: bool) -> Result<(PageStats, RoundTime), MigrateError> {
-        let (memory, pending, limiter, tell) = (&self.memory, &self.pending, self.limiter, &mut self.tell);
+        let (memory, pending, limiter, tell) = (&self.memory, &self.pending, &self.limiter, &mut self.tell);
         let siblings: Vec<StreamChannel> =
             self.stream.channels.iter_mut().map(|c| c.writer.get_mut().clone()).collect();
         let channels = self.stream.channels.len() as u16;

@@ -42,9 +42,9 @@ mod driver;
 mod error;
 mod in_order;
 mod iommu;
-pub mod packed;
+mod packed;
 mod shared_array;
-pub mod split;
+mod split;
 
 pub use base::RingBase;
 pub use chain::{Buffer, Chain};

@@ -2,7 +2,8 @@
 //! `transport` carries the bytes.
 //!
 //! ```
-//! use vhost_migrate::stream::{ChannelId, FrameKind, FrameReader, FrameWriter, MigrationId};
+//! use vhost_migrate::stream::{FrameKind, MigrationId};
+//! use vhost_migrate::unstable::stream::frame::{ChannelId, FrameReader, FrameWriter};
 //!
 //! let id = ChannelId { migration: MigrationId(1), channel: 0 };
 //! let mut writer = FrameWriter::new(Vec::new(), id);

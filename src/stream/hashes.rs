@@ -9,9 +9,10 @@
 //! # fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
 //! #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?)
 //! # }
-//! use vhost_migrate::stream::{
-//!     ChannelId, FrameReader, FrameWriter, IncomingMemory, MigrationId, PageDecoder, send_hashes,
-//! };
+//! use vhost_migrate::stream::MigrationId;
+//! use vhost_migrate::unstable::stream::frame::{ChannelId, FrameReader, FrameWriter};
+//! use vhost_migrate::unstable::stream::hashes::send_hashes;
+//! use vhost_migrate::unstable::stream::pages::{IncomingMemory, PageDecoder};
 //!
 //! let (source, destination) = (guest_memory()?, guest_memory()?);
 //! source.write(0x5000, b"lost")?;

@@ -3,75 +3,58 @@
 //!
 //! | file | purpose |
 //! |---|---|
-//! | [`frame`] | connection header and self-contained, checksummed frames |
-//! | [`record`] | everything that is not a page: the handshake and saved state, each with its version |
-//! | [`pages`] | guest memory to page batches and back |
-//! | [`hashes`] | hashes of guest memory, and their comparison |
-//! | [`codec`] | none or zstd |
-//! | [`transport`] | `tcp:`, `unix:`, `file:`, `exec:`, `fd:` as channels |
+//! | `frame` | connection header and self-contained, checksummed frames |
+//! | `record` | everything that is not a page: the handshake and saved state, each with its version |
+//! | `pages` | guest memory to page batches and back |
+//! | `hashes` | hashes of guest memory, and their comparison |
+//! | `codec` | none or zstd |
+//! | `transport` | `tcp:`, `unix:`, `file:`, `exec:`, `fd:` as channels |
 //!
 //! `docs/stream-format.md` specifies every byte.
 //!
 //! # Example
 //!
-//! Send all pages of a guest through a pair of sockets, and restore them:
+//! Connect two channels of a migration:
 //!
 //! ```
-//! # use std::sync::Arc;
-//! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
-//! # fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
-//! #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?)
-//! # }
-//! use std::os::unix::net::UnixStream;
+//! # let folder = tempfile::tempdir()?;
+//! # let path = folder.path().join("incoming");
+//! use vhost_migrate::stream::{StreamListener, StreamOptions, Uri, connect};
 //!
-//! use vhost_migrate::stream::{
-//!     ChannelId, Codec, CopyingReader, FrameReader, FrameWriter, IncomingMemory, MigrationId, PageDecoder, PageEncoder,
-//!     PageStats,
-//! };
+//! let uri: Uri = format!("unix:{}", path.display()).parse()?;
+//! let listener = StreamListener::bind(&uri)?;
+//! let destination = std::thread::spawn(move || listener.accept(&StreamOptions::new()?));
 //!
-//! let (source, destination) = (guest_memory()?, guest_memory()?);
-//! source.write(0x5000, b"contents")?;
-//! let (ours, theirs) = UnixStream::pair()?;
-//! let id = ChannelId { migration: MigrationId::random()?, channel: 0 };
-//!
-//! let mut writer = FrameWriter::new(ours, id);
-//! let sent = PageEncoder::new(Codec::None)?.send(&source, [0..256], &mut writer)?;
-//! assert_eq!((sent.data_pages, sent.zero_pages), (1, 255));
-//!
-//! let mut reader = FrameReader::new(CopyingReader(theirs), id);
-//! let mut decoder = PageDecoder::new(Arc::new(IncomingMemory::zeroed(destination.clone())), 0, 1)?;
-//! let mut received = PageStats::default();
-//! while received.pages() < sent.pages() {
-//!     let header = reader.next_frame()?;
-//!     received += decoder.receive(&header, &mut reader)?;
-//! }
-//! let mut contents = [0; 8];
-//! destination.read(0x5000, &mut contents)?;
-//! assert_eq!(&contents, b"contents");
+//! let mut options = StreamOptions::new()?;
+//! options.channels = 2;
+//! let connection = connect(&uri, &options)?;
+//! let accepted = destination.join().map_err(|_| "the destination panicked")??;
+//! assert_eq!((accepted.id, accepted.channels.len()), (connection.id, 2));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-pub mod codec;
+mod cancel;
+mod codec;
 mod data_bitmap;
 mod error;
-pub mod frame;
-pub mod hashes;
+pub(crate) mod frame;
+pub(crate) mod hashes;
 mod limiter;
 #[cfg(not(feature = "zstd"))]
 mod no_zstd;
-pub mod pages;
-pub mod record;
-mod sys;
-pub mod transport;
+pub(crate) mod pages;
+pub(crate) mod record;
+pub(crate) mod sys;
+mod transport;
 
+pub use cancel::{CancelCallback, CancelToken};
 pub use codec::Codec;
 pub use error::StreamError;
-pub use frame::{ChannelId, FrameHeader, FrameKind, FrameReader, FrameWriter, MigrationId};
-pub use hashes::{HashComparison, send_hashes};
+pub use frame::{FrameKind, MigrationId};
 pub use limiter::RateLimiter;
-pub use pages::{IncomingMemory, PageDecoder, PageEncoder, PageStats, channel_of, runs_of_channel};
-pub use record::{ToDestination, ToSource};
-pub use sys::{CopyingReader, ReadMemory, ReceiveWindow};
+pub use pages::PageStats;
+pub use record::{Held, RegionLayout, Started, ToSource};
 pub use transport::{
-    CancelToken, IncomingConnection, OutcomeQuery, StreamChannel, StreamConnection, StreamListener, StreamOptions, Uri,
+    IncomingConnection, OutcomeQuery, StreamChannel, StreamConnection, StreamListener, StreamOptions, Uri, connect,
+    query_outcome, remove_unfinished_saves,
 };

@@ -9,7 +9,7 @@
 //! Each channel sends its own chunks of 1 MiB:
 //!
 //! ```
-//! use vhost_migrate::stream::{channel_of, runs_of_channel};
+//! use vhost_migrate::unstable::stream::pages::{channel_of, runs_of_channel};
 //!
 //! let dirty = [100..600];
 //! let second: Vec<_> = runs_of_channel(dirty, 1, 2).collect();

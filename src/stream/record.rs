@@ -2,8 +2,9 @@
 //! stream; run-time types are converted to and from them.
 //!
 //! ```
-//! use vhost_migrate::stream::record::Commit;
-//! use vhost_migrate::stream::{ChannelId, FrameReader, FrameWriter, MigrationId, ToDestination};
+//! use vhost_migrate::stream::MigrationId;
+//! use vhost_migrate::unstable::stream::frame::{ChannelId, FrameReader, FrameWriter};
+//! use vhost_migrate::unstable::stream::record::{Commit, ToDestination};
 //!
 //! let id = ChannelId { migration: MigrationId(1), channel: 0 };
 //! let mut writer = FrameWriter::new(Vec::new(), id);
@@ -365,7 +366,8 @@ fn merge_adjacent(regions: &[RegionLayout]) -> Result<Vec<(u64, u64)>, StreamErr
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stream::{ChannelId, MigrationId};
+    use crate::stream::MigrationId;
+    use crate::stream::frame::ChannelId;
 
     const ID: ChannelId = ChannelId { migration: MigrationId(1), channel: 0 };
 

@@ -1,23 +1,5 @@
 //! Transports: QEMU-style URIs, opening and accepting the channels of a migration, and [`StreamChannel`]. Nothing here
 //! knows the stream beyond the connection header.
-//!
-//! ```
-//! # let folder = tempfile::tempdir()?;
-//! # let path = folder.path().join("incoming");
-//! use vhost_migrate::stream::transport::connect;
-//! use vhost_migrate::stream::{StreamListener, StreamOptions, Uri};
-//!
-//! let uri: Uri = format!("unix:{}", path.display()).parse()?;
-//! let listener = StreamListener::bind(&uri)?;
-//! let destination = std::thread::spawn(move || listener.accept(&StreamOptions::new()?));
-//!
-//! let mut options = StreamOptions::new()?;
-//! options.channels = 2;
-//! let connection = connect(&uri, &options)?;
-//! let accepted = destination.join().map_err(|_| "the destination panicked")??;
-//! assert_eq!((accepted.id, accepted.channels.len()), (connection.id, 2));
-//! # Ok::<(), Box<dyn std::error::Error>>(())
-//! ```
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -38,10 +20,11 @@ use nix::sys::socket::{self, MsgFlags, Shutdown, setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
 
+use super::cancel::{CancelTarget, CancelToken, lock, poll_until};
 use super::frame::{
     ChannelId, ConnectionHeader, FRAME_HEADER_BYTES, FrameReader, FrameWriter, HEADER_BYTES, MigrationId,
 };
-use super::limiter::{CancelTarget, lock, poll_until};
+use super::limiter::RateLimiter;
 use super::sys::{ReadMemory, ReceiveWindow};
 use super::{StreamError, ToSource};
 
@@ -50,7 +33,6 @@ mod connect;
 mod resolve;
 mod save;
 
-pub use super::limiter::{CancelCallback, CancelToken, RateLimiter};
 pub use accept::{IncomingConnection, OutcomeQuery, StreamListener};
 pub use connect::{connect, query_outcome};
 pub use save::remove_unfinished_saves;
@@ -184,9 +166,21 @@ pub struct StreamConnection {
     pub channels: Vec<StreamChannel>,
     /// URI for outcome queries, if the transport can connect again.
     query_uri: Option<Uri>,
+    cancel: CancelToken,
+    limiter: RateLimiter,
 }
 
 impl StreamConnection {
+    /// Returns the token that ends every wait of this connection.
+    pub fn cancel_token(&self) -> &CancelToken {
+        &self.cancel
+    }
+
+    /// Returns the rate limit of all channels together.
+    pub fn rate_limiter(&self) -> &RateLimiter {
+        &self.limiter
+    }
+
     /// Returns a frame writer for each channel.
     pub fn writers(&self) -> Vec<FrameWriter<StreamChannel>> {
         self.channels_with_ids().map(|(channel, id)| FrameWriter::new(channel, id)).collect()

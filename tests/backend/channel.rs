@@ -11,11 +11,11 @@ use rstest::rstest;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request as Code, VringState, protocol_feature};
 use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, PACKED_DESC_F_AVAIL, PackedDesc, VIRTIO_F_VERSION_1};
-use vhost_migrate::backend::{
-    BackendError, FrontendHandle, Logging, MessageOutcome, Notifier, Queue, Request, Session, VhostUserMessage,
-    VirtioDevice, VringConfig, VringController,
-};
+use vhost_migrate::backend::{BackendError, FrontendHandle, Queue, Request, VirtioDevice};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase};
+use vhost_migrate::unstable::backend::{
+    Logging, MessageOutcome, Notifier, Session, VhostUserMessage, VringConfig, VringController,
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::guest::{BASIC, Guest, HIGH, PACKED, PROTOCOL, Ring, SPLIT, status};

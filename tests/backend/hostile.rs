@@ -8,8 +8,8 @@ use vhost_migrate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
     VringAddr, VringState,
 };
-use vhost_migrate::backend::MAX_FDS;
 use vhost_migrate::memory::{Region, sealed_memfd};
+use vhost_migrate::unstable::backend::MAX_FDS;
 use zerocopy::IntoBytes;
 
 use crate::guest::{

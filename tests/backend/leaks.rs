@@ -6,8 +6,8 @@ use std::path::Path;
 
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{Header, InflightDescription, Request as Code, VringState};
-use vhost_migrate::backend::MAX_FDS;
 use vhost_migrate::memory::sealed_memfd;
+use vhost_migrate::unstable::backend::MAX_FDS;
 use zerocopy::IntoBytes;
 
 use crate::channel::BackendChannel;

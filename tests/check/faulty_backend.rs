@@ -18,14 +18,14 @@ use tempfile::TempDir;
 use vhost_migrate::abi::vhost_user::{Header, Request as Code};
 use vhost_migrate::backend::blk::{BlkDevice, BlkOptions};
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
-use vhost_migrate::backend::{
-    BackendError, Logging, MessageOutcome, Notifier, Session, VhostUserMessage, VirtioDevice, VringConfig,
-    VringController, Workers,
-};
+use vhost_migrate::backend::{BackendError, VirtioDevice};
 use vhost_migrate::check::{CheckOptions, CheckReport, FrameSource, check};
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::{RingBase, RingLayout};
+use vhost_migrate::unstable::backend::{
+    Logging, MessageOutcome, Notifier, Session, VhostUserMessage, VringConfig, VringController, Workers,
+};
 use zerocopy::IntoBytes;
 
 use crate::backend_channel::{ChannelFault, ChannelSocket};

@@ -13,7 +13,8 @@ use vhost_migrate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry};
 use vhost_migrate::abi::vhost_user::Request as Code;
 use vhost_migrate::abi::virtio::{BlkConfig, BlkRequestHeader};
 use vhost_migrate::backend::blk::BlkDevice;
-use vhost_migrate::backend::{BackendError, FrontendHandle, Queue, Request, VhostUserMessage, VirtioDevice};
+use vhost_migrate::backend::{BackendError, FrontendHandle, Queue, Request, VirtioDevice};
+use vhost_migrate::unstable::backend::VhostUserMessage;
 
 use crate::backend_channel::{ChannelFault, ChannelSocket};
 use crate::fault::Fault;

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use vhost_migrate::abi::vhost::{VHOST_ACCESS_RW, VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use vhost_migrate::abi::vhost_user::{Header, IotlbMsg, MemoryRegion, Request as Code};
-use vhost_migrate::backend::{VhostUserMessage, VringConfig};
 use vhost_migrate::memory::{Access, IovaWindow, LOG_PAGE};
+use vhost_migrate::unstable::backend::{VhostUserMessage, VringConfig};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// Start of the data region.

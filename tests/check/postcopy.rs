@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use nix::sys::eventfd::EventFd;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{Header, Request as Code, protocol_feature};
-use vhost_migrate::backend::VhostUserMessage;
+use vhost_migrate::unstable::backend::VhostUserMessage;
 use zerocopy::IntoBytes;
 
 use crate::fault::Fault;

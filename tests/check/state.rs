@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::thread::{self, JoinHandle};
 
-use vhost_migrate::backend::VhostUserMessage;
+use vhost_migrate::unstable::backend::VhostUserMessage;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum StateFault {

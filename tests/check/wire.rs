@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg};
 use vhost_migrate::abi::vhost_user::{Header, Request as Code};
-use vhost_migrate::backend::VhostUserMessage;
+use vhost_migrate::unstable::backend::VhostUserMessage;
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::fault::Fault;

@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use vhost_migrate::stream::record::{Held, Started};
-use vhost_migrate::stream::{FrameKind, IncomingConnection, StreamListener, StreamOptions, ToSource, Uri};
+use vhost_migrate::stream::{
+    FrameKind, Held, IncomingConnection, Started, StreamListener, StreamOptions, ToSource, Uri,
+};
 
 use crate::relay::{Direction, Fault, FaultAction, FaultPosition, Relay};
 use crate::{

@@ -11,7 +11,7 @@ use vhost_migrate::ring::{
     DriverRingState, InOrderState, PackedDriverRequest, PackedDriverState, Position, RingBase, SplitDriverState,
     UsedBuffer,
 };
-use vhost_migrate::stream::record::{MAX_STATE, decode, encode};
+use vhost_migrate::unstable::stream::record::{MAX_STATE, decode, encode};
 
 use crate::{read, write};
 

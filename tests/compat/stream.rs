@@ -6,7 +6,7 @@ use vhost_migrate::dirty::Log;
 use vhost_migrate::dirty::{DirtySource, LogSource};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{IncomingVm, Outcomes, RegionLayout, SourceVm, VmError, migrate, receive};
-use vhost_migrate::stream::{CancelToken, Codec, StreamListener, StreamOptions, Uri, transport};
+use vhost_migrate::stream::{self, CancelToken, Codec, StreamListener, StreamOptions, Uri};
 
 use crate::{path, read};
 
@@ -96,7 +96,7 @@ fn saved_streams_are_restored() {
         let connection = StreamListener::bind(&uri(name)).unwrap().accept(&options).unwrap();
         let mut vm = RestoredVm::default();
         let limit = std::time::Duration::from_secs(60);
-        receive(&mut vm, connection, &options.cancel, &Outcomes::default(), limit).unwrap();
+        receive(&mut vm, connection, &Outcomes::default(), limit).unwrap();
         assert!(vm.started && vm.state == STATE, "{name}");
         for gpa in pages() {
             let mut found = vec![0; LOG_PAGE as usize];
@@ -109,8 +109,8 @@ fn saved_streams_are_restored() {
 
 #[test]
 fn every_kind_of_frame_of_a_file_is_in_the_files() {
-    use vhost_migrate::stream::frame::{ConnectionHeader, FrameKind};
-    use vhost_migrate::stream::{ChannelId, FrameReader};
+    use vhost_migrate::stream::FrameKind;
+    use vhost_migrate::unstable::stream::frame::{ChannelId, ConnectionHeader, FrameReader};
     let mut kinds = Vec::new();
     for name in [NONE, ZSTD] {
         let bytes = read(name);
@@ -138,9 +138,9 @@ fn write_files() {
         let mut vm = IdleVm(memory([(0, size), (HIGH, size)]));
         pages().for_each(|gpa| vm.0.write(gpa, &page(gpa)).unwrap());
         let options = StreamOptions::new().unwrap();
-        let connection = transport::connect(&uri(name), &options).unwrap();
+        let connection = stream::connect(&uri(name), &options).unwrap();
         let parameters = crate::stream::parameters(codec);
-        migrate(&mut vm, connection, &parameters, &options.limiter, &options.cancel, &mut |_| {}).unwrap();
+        migrate(&mut vm, connection, &parameters, &mut |_| {}).unwrap();
     }
 }
 

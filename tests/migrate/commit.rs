@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, MigrationFailure, SourceVm};
-use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, FrameKind};
-use vhost_migrate::stream::record::{Commit, MemoryLayout, RoundEnd};
 use vhost_migrate::stream::{
-    CancelToken, FrameReader, FrameWriter, MigrationId, PageStats, StreamChannel, StreamConnection, StreamListener,
+    self, CancelToken, FrameKind, MigrationId, PageStats, StreamChannel, StreamConnection, StreamListener, ToSource,
+    Uri,
 };
-use vhost_migrate::stream::{ToDestination, ToSource, Uri, transport};
+use vhost_migrate::unstable::stream::frame::{FRAME_HEADER_BYTES, FrameReader, FrameWriter};
+use vhost_migrate::unstable::stream::record::{Commit, MemoryLayout, RoundEnd, ToDestination};
 
 use crate::guest::{Guest, GuestFault, PATIENCE, REFUSAL_REASON, RefusalPoint, SLOW_START, layout};
 use crate::harness::{
@@ -152,7 +152,7 @@ fn a_failed_start_is_retried() {
 
 /// Plays the source up to READY.
 fn until_ready(uri: &Uri) -> (StreamConnection, FrameWriter<StreamChannel>, FrameReader<StreamChannel>) {
-    let connection = transport::connect(uri, &options()).unwrap();
+    let connection = stream::connect(uri, &options()).unwrap();
     let mut writer = connection.writers().remove(0);
     let mut reader = connection.readers().remove(0);
     let layout = MemoryLayout { regions: layout(PAGES).to_vec() };
@@ -213,7 +213,7 @@ fn an_outcome_query_that_races_the_commit_has_one_final_answer() {
 fn an_unknown_migration_id_leaves_the_guest_paused_at_its_source() {
     let folder = TempFolder::new();
     let destination = Destination::at(&folder.unix("socket"));
-    let answer = transport::query_outcome(&destination.uri, MigrationId(7), PATIENCE).unwrap();
+    let answer = stream::query_outcome(&destination.uri, MigrationId(7), PATIENCE).unwrap();
     assert_eq!(answer, ToSource::Unknown);
     destination.cancel().expect_failure();
 

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, migrate};
-use vhost_migrate::stream::{StreamError, StreamOptions, transport};
+use vhost_migrate::stream::{self, StreamError};
 
 use crate::guest::{Calls, Guest, GuestFault};
 use crate::harness::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out, stream_error, uri};
@@ -86,12 +86,11 @@ fn a_disk_that_fills_up_during_a_save_leaves_no_file_and_a_running_guest() {
 fn the_sent_rounds_are_on_disk_before_the_guest_stops() {
     let folder = TempFolder::new();
     let setup = MigrationSetup::new();
-    let StreamOptions { limiter, cancel, .. } = &setup.options;
-    let connection = transport::connect(&uri(&format!("file:{}", folder.path("guest"))), &setup.options).unwrap();
+    let connection = stream::connect(&uri(&format!("file:{}", folder.path("guest"))), &setup.options).unwrap();
     let channel = connection.channels[0].clone();
     let (mut sent, mut left) = (0, None);
     let mut guest = Guest::running(PAGES);
-    migrate(&mut guest, connection, &setup.parameters, limiter, cancel, &mut |event| match event {
+    migrate(&mut guest, connection, &setup.parameters, &mut |event| match event {
         MigrationEvent::Round(_) => sent = channel.bytes_sent(),
         MigrationEvent::Switchover { .. } => left = Some(channel.unsynced_bytes()),
         _ => {}

@@ -4,7 +4,8 @@
 use std::time::{Duration, Instant};
 
 use vhost_migrate::migrate::{MigrateError, MigrationFailure};
-use vhost_migrate::stream::frame::{FRAME_HEADER_BYTES, FrameKind, HEADER_BYTES};
+use vhost_migrate::stream::FrameKind;
+use vhost_migrate::unstable::stream::frame::{FRAME_HEADER_BYTES, HEADER_BYTES};
 
 use crate::guest::{Guest, PATIENCE};
 use crate::harness::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out};

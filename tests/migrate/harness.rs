@@ -9,7 +9,7 @@ use vhost_migrate::migrate::{
     ConvergencePolicy, GuestLocation, IncomingReport, MigrateError, MigrationEvent, MigrationFailure,
     MigrationListener, MigrationParameters, MigrationReport, Outcomes, migrate, receive,
 };
-use vhost_migrate::stream::{Codec, StreamError, StreamListener, StreamOptions, Uri, transport};
+use vhost_migrate::stream::{self, Codec, StreamError, StreamListener, StreamOptions, Uri};
 
 use crate::guest::{Guest, IncomingGuest, PATIENCE, RefusalPoint};
 
@@ -97,10 +97,9 @@ pub(crate) fn migrate_out_with_events(
     mut tell: impl FnMut(&MigrationEvent),
 ) -> SourceOutcome {
     let mut events = Vec::new();
-    let outcome = match transport::connect(uri, &setup.options) {
+    let outcome = match stream::connect(uri, &setup.options) {
         Ok(connection) => {
-            let StreamOptions { limiter, cancel, .. } = &setup.options;
-            let outcome = migrate(guest, connection, &setup.parameters, limiter, cancel, &mut |event| {
+            let outcome = migrate(guest, connection, &setup.parameters, &mut |event| {
                 tell(&event);
                 events.push(event);
             });
@@ -182,9 +181,9 @@ impl Destination {
                 Ok(None) => return DestinationOutcome::none(MigrateError::Cancelled),
                 Err(error) => return DestinationOutcome::none(error.into()),
             };
-            let channels = arriving.connection.channels.clone();
+            let channels = arriving.channels.clone();
             let mut incoming_guest = IncomingGuest::new(refuse);
-            let outcome = receive(&mut incoming_guest, arriving.connection, &arriving.cancel, &its, switchover_timeout);
+            let outcome = receive(&mut incoming_guest, arriving, &its, switchover_timeout);
             let bytes = channels.iter().map(|channel| channel.bytes_received()).sum();
             DestinationOutcome { outcome, bytes, guest: incoming_guest.guest }
         });

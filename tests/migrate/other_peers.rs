@@ -4,11 +4,11 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 use vhost_migrate::migrate::{MigrateError, MigrationListener, Outcomes, receive};
-use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES};
-use vhost_migrate::stream::record::MemoryLayout;
-use vhost_migrate::stream::{
-    ChannelId, FrameWriter, MigrationId, StreamError, StreamListener, StreamOptions, ToDestination, Uri,
+use vhost_migrate::stream::{MigrationId, StreamError, StreamListener, StreamOptions, Uri};
+use vhost_migrate::unstable::stream::frame::{
+    ChannelId, ConnectionHeader, FRAME_HEADER_BYTES, FrameWriter, HEADER_BYTES,
 };
+use vhost_migrate::unstable::stream::record::{MemoryLayout, ToDestination};
 
 use crate::guest::{Guest, IncomingGuest, PATIENCE, layout};
 use crate::harness::{Destination, MigrationSetup, TempFolder, migrate_out};
@@ -78,8 +78,7 @@ fn a_peer_that_stops_after_its_accepted_layout_does_not_block_a_migration() {
     let take_in = || {
         let arriving = incoming.next().unwrap().unwrap();
         let mut incoming_guest = IncomingGuest::new(None);
-        let outcome =
-            receive(&mut incoming_guest, arriving.connection, &arriving.cancel, &Outcomes::default(), PATIENCE);
+        let outcome = receive(&mut incoming_guest, arriving, &Outcomes::default(), PATIENCE);
         outcome.map(|_| incoming_guest.guest.unwrap())
     };
     std::thread::scope(|scope| {

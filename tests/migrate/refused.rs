@@ -6,10 +6,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Duration;
 
 use vhost_migrate::migrate::{ConvergencePolicy, MigrateError, MigrationEvent, MigrationFailure};
-use vhost_migrate::stream::frame::{ConnectionHeader, HEADER_BYTES, OLDEST_VERSION, VERSION};
-use vhost_migrate::stream::record::{Commit, MemoryLayout, RoundEnd, Started};
-use vhost_migrate::stream::{Codec, MigrationId, PageStats, StreamError, StreamListener};
-use vhost_migrate::stream::{ToDestination, ToSource, Uri, transport};
+use vhost_migrate::stream::{self, Codec, MigrationId, PageStats, Started, StreamError, StreamListener, ToSource, Uri};
+use vhost_migrate::unstable::stream::frame::{ConnectionHeader, HEADER_BYTES, OLDEST_VERSION, VERSION};
+use vhost_migrate::unstable::stream::record::{Commit, MemoryLayout, RoundEnd, ToDestination};
 
 use crate::guest::{Guest, GuestFault, REFUSAL_REASON, RefusalPoint, layout};
 use crate::harness::{
@@ -60,7 +59,7 @@ fn devices_that_do_not_fit_fail_the_migration_while_the_guest_runs() {
 fn a_second_devices_message_is_refused() {
     let folder = TempFolder::new();
     let destination = Destination::at(&folder.unix("socket"));
-    let connection = transport::connect(&destination.uri, &options()).unwrap();
+    let connection = stream::connect(&destination.uri, &options()).unwrap();
     let (mut reader, mut writer) = (connection.readers().remove(0), connection.writers().remove(0));
     let regions = layout(PAGES).to_vec();
     ToDestination::Layout(MemoryLayout { regions }).write(&mut writer).unwrap();
@@ -166,7 +165,7 @@ fn a_source_that_breaks_the_handshake_order_is_refused() {
     for script in scripts {
         let folder = TempFolder::new();
         let destination = Destination::at(&folder.unix("socket"));
-        let connection = transport::connect(&destination.uri, &options()).unwrap();
+        let connection = stream::connect(&destination.uri, &options()).unwrap();
         let mut writer = connection.writers().remove(0);
         for message in &script {
             // The destination may have failed before the end.

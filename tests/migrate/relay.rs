@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use vhost_migrate::stream::Uri;
-use vhost_migrate::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, FrameKind, HEADER_BYTES};
+use vhost_migrate::stream::{FrameKind, Uri};
+use vhost_migrate::unstable::stream::frame::{ConnectionHeader, FRAME_HEADER_BYTES, HEADER_BYTES};
 
 /// Direction of a stream.
 #[derive(Clone, Copy, Debug, PartialEq)]

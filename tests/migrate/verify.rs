@@ -8,7 +8,7 @@ use io_uring::{IoUring, opcode, types};
 use vhost_migrate::dirty::{DirtySource, Log, LogSource, PageSet, Pagemap, UnionSource};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, SourceVm, VmError, migrate};
-use vhost_migrate::stream::transport;
+use vhost_migrate::stream::{self};
 
 use crate::guest::{Guest, GuestFault, HIGH, RefusalPoint};
 use crate::harness::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out, migrate_to, uri};
@@ -76,10 +76,9 @@ impl StaticVm {
         let folder = TempFolder::new();
         let destination = Destination::new(&folder.unix("socket"), Some(RefusalPoint::Restore));
         let setup = MigrationSetup::new().channels(2).verify();
-        let connection = transport::connect(&destination.uri, &setup.options).unwrap();
+        let connection = stream::connect(&destination.uri, &setup.options).unwrap();
         let (memory, mut rounds) = (self.memory.clone(), 0);
-        let (limiter, cancel) = (&setup.options.limiter, &setup.options.cancel);
-        let outcome = migrate(&mut self, connection, &setup.parameters, limiter, cancel, &mut |event| {
+        let outcome = migrate(&mut self, connection, &setup.parameters, &mut |event| {
             if let MigrationEvent::Switchover { .. } = event {
                 write(&memory);
                 rounds += 1;

@@ -15,7 +15,7 @@ use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestIncomingVm, Gues
 use vhost_migrate::migrate::{
     ConvergencePolicy, MigrationParameters, OUTCOME_QUERY_TIMEOUT, Outcomes, SWITCHOVER_TIMEOUT, migrate, receive,
 };
-use vhost_migrate::stream::{Codec, StreamListener, StreamOptions, transport};
+use vhost_migrate::stream::{self, Codec, StreamListener, StreamOptions};
 
 use crate::backend::{Backend, Kind};
 use crate::disk_driver::{DATA, HIGH, harvest};
@@ -95,9 +95,9 @@ fn a_guest_migrates_between_two_rust_vmm_disks() {
         std::thread::scope(|scope| {
             let arrived = scope.spawn(|| {
                 let connection = listener.accept(&theirs).unwrap();
-                receive(&mut arrival, connection, &theirs.cancel, &Outcomes::default(), SWITCHOVER_TIMEOUT)
+                receive(&mut arrival, connection, &Outcomes::default(), SWITCHOVER_TIMEOUT)
             });
-            let connection = transport::connect(listener.uri(), &ours).unwrap();
+            let connection = stream::connect(listener.uri(), &ours).unwrap();
             let plan = MigrationParameters {
                 policy: ConvergencePolicy { downtime_limit: DEADLINE, max_rounds: 100 },
                 codec: Codec::None,
@@ -107,7 +107,7 @@ fn a_guest_migrates_between_two_rust_vmm_disks() {
                 continue_here: false,
             };
             let mut machine = GuestSourceVm::new(&leaving).unwrap();
-            migrate(&mut machine, connection, &plan, &ours.limiter, &ours.cancel, &mut |_| {}).unwrap();
+            migrate(&mut machine, connection, &plan, &mut |_| {}).unwrap();
             arrived.join().unwrap().unwrap();
         });
         guest = arrival.into_guest().unwrap();

@@ -2,8 +2,7 @@
 
 use std::process::Command;
 
-use vhost_migrate::stream::transport::connect;
-use vhost_migrate::stream::{StreamOptions, Uri};
+use vhost_migrate::stream::{StreamOptions, Uri, connect};
 
 /// Set in the process that strace looks at: where to save.
 const TRACED: &str = "VHOST_MIGRATE_TEST_TRACED";

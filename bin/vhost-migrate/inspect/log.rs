@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use vhost_migrate::memory::LOG_PAGE;
-use vhost_migrate::stream::frame::MAGIC;
+use vhost_migrate::unstable::stream::frame::MAGIC;
 
 use super::{Inspection, LinePrinter, open};
 use crate::units::format_bytes;

@@ -7,11 +7,11 @@ use std::path::Path;
 use serde_json::{Value, json};
 use vhost_migrate::abi::vhost_user::DiskGeneration;
 use vhost_migrate::guest::decode_saved_disks;
-use vhost_migrate::stream::frame::ConnectionHeader;
-use vhost_migrate::stream::hashes::count_pages;
-use vhost_migrate::stream::pages::PageBatch;
-use vhost_migrate::stream::record::MemoryLayout;
-use vhost_migrate::stream::{ChannelId, FrameKind, FrameReader, PageStats, StreamError, ToDestination};
+use vhost_migrate::stream::{FrameKind, PageStats, StreamError};
+use vhost_migrate::unstable::stream::frame::{ChannelId, ConnectionHeader, FrameReader};
+use vhost_migrate::unstable::stream::hashes::count_pages;
+use vhost_migrate::unstable::stream::pages::PageBatch;
+use vhost_migrate::unstable::stream::record::{MemoryLayout, ToDestination};
 
 use super::{Inspection, LinePrinter, open};
 use crate::units::format_bytes;

@@ -18,10 +18,10 @@ use super::{
     duplicate_inherited, kind_of,
 };
 use super::{open_error, set_nonblocking, spawn_command};
+use crate::stream::cancel::{CancelToken, lock, poll_until};
 use crate::stream::frame::{
     ChannelId, ConnectionHeader, FrameWriter, HEADER_BYTES, MAX_CHANNELS, MigrationId, OLDEST_VERSION,
 };
-use crate::stream::limiter::{CancelToken, lock, poll_until};
 use crate::stream::{StreamError, ToSource};
 use crate::sys::listen::{SocketPathGuard, listen};
 
@@ -168,7 +168,7 @@ impl StreamListener {
             channel.write_all(&header.accepted().encode())?;
         }
         channel.set_timeout(options.timeout)?;
-        Ok(incoming_connection(header.accepted(), vec![channel]))
+        Ok(incoming_connection(header.accepted(), vec![channel], options))
     }
 
     fn accept_sockets(&self, options: &StreamOptions) -> Result<IncomingConnection, StreamError> {
@@ -360,11 +360,15 @@ fn accept_migration(
         first.get_or_insert(header);
     }
     let header = first.ok_or(StreamError::NotAStream)?;
-    Ok(incoming_connection(header, channels))
+    Ok(incoming_connection(header, channels, options))
 }
 
 /// Converts connected channels to a migration or an outcome query, by the header of the first.
-fn incoming_connection(header: ConnectionHeader, mut channels: Vec<StreamChannel>) -> IncomingConnection {
+fn incoming_connection(
+    header: ConnectionHeader,
+    mut channels: Vec<StreamChannel>,
+    options: &StreamOptions,
+) -> IncomingConnection {
     match channels.pop() {
         Some(channel) if header.outcome_query => {
             IncomingConnection::OutcomeQuery(OutcomeQuery { id: header.id, channel })
@@ -378,6 +382,8 @@ fn incoming_connection(header: ConnectionHeader, mut channels: Vec<StreamChannel
                 zstd: header.zstd,
                 channels,
                 query_uri: None,
+                cancel: options.cancel.clone(),
+                limiter: options.limiter.clone(),
             })
         }
     }

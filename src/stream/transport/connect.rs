@@ -19,9 +19,9 @@ use super::{
     check_socket_path, duplicate_inherited, kind_of,
 };
 use super::{open_error, save, spawn_command};
+use crate::stream::cancel::poll_until;
 use crate::stream::codec::Codec;
 use crate::stream::frame::{ChannelId, ConnectionHeader, FrameReader, MAX_CHANNELS, MigrationId};
-use crate::stream::limiter::poll_until;
 use crate::stream::{StreamError, ToSource};
 
 /// Opens the channels of a new migration, sends their headers and waits for the destination's headers, unless one way.
@@ -82,7 +82,8 @@ pub fn connect(uri: &Uri, options: &StreamOptions) -> Result<StreamConnection, S
     }
     let again = matches!(uri, Uri::Tcp { .. } | Uri::Unix(_)).then(|| uri.clone());
     let ConnectionHeader { version, zstd, .. } = accepted;
-    Ok(StreamConnection { id, version, one_way, zstd, channels: open, query_uri: again })
+    let (cancel, limiter) = (options.cancel.clone(), options.limiter.clone());
+    Ok(StreamConnection { id, version, one_way, zstd, channels: open, query_uri: again, cancel, limiter })
 }
 
 /// Queries the destination at `uri` for the outcome of the migration `id`. The answer is STARTED, FAILED, HELD or

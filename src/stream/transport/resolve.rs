@@ -8,7 +8,7 @@ use crossbeam::channel::bounded;
 
 use super::Uri;
 use crate::stream::StreamError;
-use crate::stream::limiter::CancelToken;
+use crate::stream::cancel::CancelToken;
 
 /// Returns the addresses of `host`, which may be an address itself.
 pub(super) fn resolve(
