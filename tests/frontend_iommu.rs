@@ -29,12 +29,12 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 #[path = "backend/guest.rs"]
 #[allow(dead_code)]
 mod guest;
+#[path = "backend/iommu_guest.rs"]
+#[allow(dead_code)]
+mod iommu_guest;
 #[path = "backend/iommu_load.rs"]
 #[allow(dead_code)]
 mod iommu_load;
-#[path = "backend/iommu_space.rs"]
-#[allow(dead_code)]
-mod iommu_space;
 #[path = "backend/raw.rs"]
 #[allow(dead_code)]
 mod raw;
@@ -43,8 +43,8 @@ mod raw;
 mod server;
 
 use guest::{Guest, HIGH, REGION, Ring, harvest};
+use iommu_guest::{BASE, DATA, Random};
 use iommu_load::{DiskLoad, Slot, bytes, contents};
-use iommu_space::{BASE, DATA, Random};
 use server::{Process, Server};
 
 const DISK: u64 = 4 << 20;

@@ -20,8 +20,8 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::drain::GatedDevice;
 use crate::guest::{Guest, LOG_ALL, Ring, harvest, install_log, wait_for_error};
+use crate::iommu_guest::{BASE, CHANNEL, DATA, FEATURES, IommuGuest, Random, invalidate, update};
 use crate::iommu_load::{DiskLoad, Slot, bytes, contents};
-use crate::iommu_space::{BASE, CHANNEL, DATA, FEATURES, IommuGuest, Random, invalidate, update};
 use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::Server;
 

@@ -8,7 +8,7 @@ use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
 use crate::guest::Ring;
-use crate::iommu_space::{DATA, Random};
+use crate::iommu_guest::{DATA, Random};
 
 /// What a disk of [`crate::server::Server`] has at first.
 pub(crate) fn contents(sector: u64, len: u64) -> Vec<u8> {

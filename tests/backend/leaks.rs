@@ -10,12 +10,12 @@ use vhost_migrate::memory::sealed_memfd;
 use vhost_migrate::unstable::backend::MAX_FDS;
 use zerocopy::IntoBytes;
 
-use crate::channel::BackendChannel;
+use crate::backend_channel::BackendChannel;
 use crate::guest::{Guest, PACKED, Ring, SPLIT, inflight_region, install_log, negotiate_with};
 use crate::hostile::{assert_ring_works, start_ring};
-use crate::interface::{LoopbackNetGuest, interface_features};
 use crate::iommu::assert_served;
-use crate::iommu_space::{CHANNEL, FEATURES, IommuGuest};
+use crate::iommu_guest::{CHANNEL, FEATURES, IommuGuest};
+use crate::net_driver::{LoopbackNetGuest, interface_features};
 use crate::raw::{NEED_REPLY, RawFrontend, VERSION};
 use crate::server::{Process, disk_options};
 

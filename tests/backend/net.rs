@@ -20,7 +20,7 @@ use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer, PacketCounts};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
-use crate::channel::BackendChannel;
+use crate::backend_channel::BackendChannel;
 use crate::guest::{
     BASIC, Guest, HIGH, PACKED, PROTOCOL_FEATURES_BIT, Ring, SPLIT, harvest, inflight_region, install_log, negotiate,
     start_logging,
@@ -912,7 +912,7 @@ fn a_deleted_tap_is_removed_from_the_device() {
     use std::io::{BufRead, BufReader, Write};
     use std::process::{Command, Stdio};
 
-    use crate::interface::{LoopbackNetGuest, interface_features};
+    use crate::net_driver::{LoopbackNetGuest, interface_features};
 
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("socket");

@@ -12,7 +12,7 @@ use zerocopy::IntoBytes;
 
 use crate::guest::{Guest, HIGH, PACKED, Ring, SPLIT, negotiate, wait_for_error};
 use crate::hostile::assert_ring_works;
-use crate::interface::{CONTROL, LoopbackNetGuest, interface_features};
+use crate::net_driver::{CONTROL, LoopbackNetGuest, interface_features};
 use crate::raw::RawFrontend;
 use crate::server::{Process, Server, disk_options};
 

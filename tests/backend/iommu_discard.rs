@@ -7,8 +7,8 @@ use vhost_migrate::memory::{LOG_PAGE, Region};
 use zerocopy::IntoBytes;
 
 use crate::guest::{BASIC, Guest, HIGH, REGION, Ring};
+use crate::iommu_guest::{BASE, FEATURES, IommuGuest};
 use crate::iommu_load::{Slot, bytes, contents};
-use crate::iommu_space::{BASE, FEATURES, IommuGuest};
 use crate::server::Server;
 
 const DISK: u64 = 4 << 20;
