@@ -1,4 +1,4 @@
-//! What a request costs in a ring's thread beside its device, and what the counters are of it.
+//! Cost of a request in a ring's thread without its device, and the share of the counters in it.
 //!
 //! A device that does nothing, a ring of 256, batches of 64 requests of three descriptors: the driver publishes a batch,
 //! kicks, and waits in a loop until all of it is used; all of that is in the clock. First as it is in a process without
@@ -102,7 +102,7 @@ fn main() {
         race(title, TURNS, vec![("without a log", Box::new(|| serve(None))), ("logged", Box::new(logged))]);
     };
     served("a request, counted for nobody");
-    // The one of `--metrics`; nobody reads it meanwhile.
+    // The recorder of `--metrics`. It is not read meanwhile.
     metrics::set_global_recorder(PrometheusBuilder::new().build_recorder()).unwrap();
     served("a request, counted");
 

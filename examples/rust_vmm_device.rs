@@ -47,7 +47,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let switch = Arc::new(LogSwitch::new()?);
     let device = Counter(memory(&switch, &[(0, 64 << 20), (4 << 30, 64 << 20)])?);
 
-    // Nothing migrates: the device writes, and no log hears of it.
+    // Without a migration there is no log: these writes are not recorded.
     device.fill(0x1000, 4096, 0x8000)?;
 
     // A migration begins: VHOST_USER_SET_LOG_BASE brings a log. Once `set` returns, answer the request.
@@ -64,7 +64,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("and in the next round: {round:?}");
     assert!(round.iter().eq(5..9));
 
-    // It is over: after `set` nobody writes to the log any more.
+    // The migration ends: after `set` nothing is written to the log.
     switch.set(None)?;
     device.fill(0x1000, 4096, 0x8000)?;
     assert!(harvest(&log).is_empty());

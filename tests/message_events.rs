@@ -37,7 +37,7 @@ const CHANNEL: &str = "vhost_migrate::frontend::user::backend_channel";
 struct RecordedEvents(Arc<Mutex<Vec<(String, String)>>>);
 
 impl RecordedEvents {
-    /// What stands before the colon in each event of a module, in their order.
+    /// The text before the colon in each event of a module, in their order.
     fn names(&self, module: &str) -> Vec<String> {
         let all = self.0.lock().unwrap();
         let of_module = all.iter().filter(|(target, _)| target == module);

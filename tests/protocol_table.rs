@@ -36,7 +36,7 @@ fn path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
-/// What is named between backticks and lies in one of these folders.
+/// Names between backticks that are in one of these folders.
 fn cited(text: &'static str, folders: &'static [&'static str]) -> impl Iterator<Item = &'static str> {
     text.split('`').filter(|word| folders.iter().any(|folder| word.starts_with(folder)))
 }
@@ -95,7 +95,7 @@ fn every_role_that_speaks_it_names_tests_and_each_name_is_in_one_of_them(
     }
 }
 
-/// Whether it is there as a word, or behind the prefix of a constant.
+/// Returns true if it is there as a word, or behind the prefix of a constant.
 fn speaks_of(text: &str, name: &str) -> bool {
     let words = text.split(|c: char| c != '_' && !c.is_ascii_alphanumeric());
     words.into_iter().any(|word| {
@@ -209,7 +209,7 @@ fn every_obligation_has_a_test_or_a_reason_why_not() {
     }
 }
 
-/// Whoever looks for the test of an obligation finds it by its number.
+/// The test of an obligation can be found by its number.
 #[test]
 fn every_tested_obligation_is_cited_in_one_of_the_files_named() {
     for rule in rules() {

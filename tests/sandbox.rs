@@ -1,4 +1,4 @@
-//! What a back-end process can do once it is confined, and what ends it.
+//! System calls that a confined back-end process may make, and those that end it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs::{File, OpenOptions};
@@ -16,7 +16,7 @@ use vhost_migrate::memory::sealed_memfd;
 /// Exit status of a child that has done what it was told to.
 const DONE: i32 = 42;
 
-/// What a child does, by name; `folder` is its own, and `socket` is open already.
+/// Executes the action `what` of a child. `folder` is its own, and `socket` is open already.
 fn act(what: &str, folder: &str, socket: &UnixStream) {
     let path = |name: &str| format!("{folder}/{name}");
     match what {

@@ -5,7 +5,7 @@
 /// One contender: its name, and a turn that returns nanoseconds for one unit of work.
 pub(crate) type Contender<'a> = (&'a str, Box<dyn FnMut() -> f64 + 'a>);
 
-/// How often a contender repeats its work within a turn. The fastest counts: it meets the contender's own caches, and
+/// Repetitions of a contender's work within a turn. The fastest counts: it meets the contender's own caches, and
 /// no other process in between.
 const REPEATS: usize = 7;
 

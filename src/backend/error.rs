@@ -50,7 +50,7 @@ pub enum BackendError {
     /// The front-end stalled within a message, or does not read its replies.
     #[error("the front-end stalled within a message, or did not read its replies, for {seconds} s (rule R9.3)")]
     Stalled {
-        /// How long it had, in seconds.
+        /// Time limit, seconds.
         seconds: u64,
     },
     /// The payload is shorter than the content of the request.
@@ -68,9 +68,9 @@ pub enum BackendError {
     FdCount {
         /// The request.
         code: Code,
-        /// How many came.
+        /// Number of descriptors received.
         got: usize,
-        /// How many it needs.
+        /// Number of descriptors required.
         needed: usize,
     },
     /// The request is unknown, or its feature was not acknowledged.
@@ -84,7 +84,7 @@ pub enum BackendError {
     Connect {
         /// The socket.
         path: String,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
     /// Another front-end runs its rings.
@@ -215,7 +215,7 @@ pub enum BackendError {
     BrokenRing {
         /// The ring.
         index: u16,
-        /// What is wrong with it.
+        /// The fault.
         source: RingError,
     },
     /// The front-end refuses a translation for a ring behind an IOMMU, or permits less than the required access.
@@ -228,7 +228,7 @@ pub enum BackendError {
         index: u16,
         /// I/O virtual address.
         iova: u64,
-        /// What for.
+        /// The required access.
         access: Access,
     },
     /// The areas of a ring behind an IOMMU cannot be mapped.
@@ -236,7 +236,7 @@ pub enum BackendError {
     RingTranslation {
         /// The ring.
         index: u16,
-        /// What is wrong with it.
+        /// The fault.
         source: TranslationError,
     },
     /// A translation is invalid.
@@ -273,7 +273,7 @@ pub enum BackendError {
         offset: u32,
         /// Bytes.
         len: u32,
-        /// What is wrong.
+        /// The fault.
         why: &'static str,
     },
     /// The device does not support this MTU.
@@ -287,7 +287,7 @@ pub enum BackendError {
     /// A postcopy message is out of order.
     #[error("{why} (rule P1)")]
     Postcopy {
-        /// What came when.
+        /// The message and the state in which it arrived.
         why: &'static str,
     },
     /// The system does not support postcopy.
@@ -296,7 +296,7 @@ pub enum BackendError {
     /// The device state cannot be saved or loaded.
     #[error("the device state is refused: {why} (rule D1.4)")]
     DeviceState {
-        /// What is wrong, and what to do.
+        /// The fault, with advice.
         why: String,
     },
     /// The generation of the disk is not available.
@@ -323,15 +323,15 @@ pub enum BackendError {
     /// A request cannot be sent over the back-end channel.
     #[error("the back-end channel: {why} (rule B1.1)")]
     BackendChannel {
-        /// What is in the way.
+        /// The obstacle.
         why: &'static str,
     },
     /// A system call failed.
     #[error("can't {what}: {source}")]
     System {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
     /// The socket cannot be listened on. The message has advice.
@@ -339,7 +339,7 @@ pub enum BackendError {
     Listen {
         /// The socket.
         path: String,
-        /// What to do.
+        /// Advice for the user.
         advice: String,
     },
 }

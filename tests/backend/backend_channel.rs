@@ -120,7 +120,7 @@ fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: u
     assert_eq!(client.acknowledged(Code::VRING_KICK, missing.as_bytes(), &[]), 1);
 }
 
-/// Cut short, with and without need-reply; and a second channel that is none takes the first one away from nobody.
+/// Truncated messages, with and without need-reply. A descriptor that is no socket does not replace the channel.
 /// Rules B1.1 and F8.3.
 #[rstest]
 fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPLIT, PACKED)] features: u64) {
@@ -343,7 +343,7 @@ fn invalid_data_on_the_back_end_channel_or_its_end_closes_only_the_channel() {
         }
         drop(channel);
         serve_requests(&mut ring, 1);
-        // Whatever was told to nobody comes over the next one.
+        // The events that were not read are sent over the next channel.
         let mut next = BackendChannel::open(&client);
         serve_requests(&mut ring, 1);
         assert_eq!(next.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));

@@ -542,7 +542,7 @@ fn completions_follow_the_request_order_with_in_order() {
         ring.set_up(&client, &guest, ring.drained_base());
         ring.enable(&client, true);
         for round in 0..20 {
-            // Large reads, and small ones and refusals that overtake them where nobody minds.
+            // Large reads, and small ones and refusals, which may overtake them.
             let asked: Vec<u16> = (0..30)
                 .map(|slot| match slot % 3 {
                     0 => ring.read(&guest, slot, round * 100, 60 << 10),

@@ -69,7 +69,7 @@ fn a_back_end_connects_to_a_listening_front_end_and_reconnects_after_hang_up(#[c
     answers(&connected);
     ends_at_sigterm(&mut process.child);
     drop((connected, listener));
-    // Also where there is nobody.
+    // Also without a front-end that listens.
     ends_at_sigterm(&mut start(&folder.path().join("nobody"), &["net", "--loopback"]).child);
 }
 

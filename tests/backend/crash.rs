@@ -261,7 +261,7 @@ fn a_process_serves_an_inherited_connection_until_it_ends() {
     assert!(child.wait().unwrap().success());
 }
 
-/// How often the thread of a ring has slept, once there is one.
+/// Number of times that the thread of a ring has slept, once there is one.
 fn sleep_count(process: &Process) -> u64 {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", process.child.id())).unwrap();
     let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();

@@ -306,7 +306,7 @@ impl Queue for PutsBackOldestQueue {
     }
 }
 
-/// What is given back and can't go back into the ring is used in its turn.
+/// A request that is given back and cannot return to the ring is used in its turn.
 #[rstest]
 fn a_request_put_back_before_later_ones_is_used_in_its_turn_with_in_order(#[values(SPLIT, PACKED)] features: u64) {
     let (device, _) = GatedDevice::new();
@@ -358,7 +358,7 @@ fn an_added_memory_region_is_usable_immediately_and_a_removed_one_is_not(#[value
     assert_eq!(client.acknowledged(Code::REM_MEM_REG, message.as_bytes(), &[]), 1, "it was removed twice");
 }
 
-/// A base that nobody knows must not be made up.
+/// An unknown base must not be invented.
 #[rstest]
 fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served(#[values(SPLIT, PACKED)] features: u64) {
     let (device, gate) = GatedDevice::new();

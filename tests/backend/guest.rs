@@ -28,7 +28,7 @@ use crate::raw::{DEADLINE, RawFrontend, VERSION};
 pub(crate) const LOG_ALL: u64 = 1 << 26;
 pub(crate) const PROTOCOL_FEATURES_BIT: u64 = 1 << 30;
 pub(crate) const BASIC: u64 = PROTOCOL_FEATURES_BIT | bit(VIRTIO_F_VERSION_1);
-/// What a driver of split rings acknowledges at least, and one of packed rings.
+/// Features that a driver of split rings acknowledges at least, and a driver of packed rings.
 pub(crate) const SPLIT: u64 = BASIC;
 pub(crate) const PACKED: u64 = BASIC | bit(VIRTIO_F_RING_PACKED);
 /// Bytes of each of the two regions; the second lies above 4 GiB.
@@ -102,7 +102,7 @@ impl Guest {
 /// A ring in guest memory: one per index, each in a 1 MiB of its own, 1 MiB from the start.
 pub(crate) struct Ring {
     pub(crate) index: u32,
-    /// Where its parts are; of a packed ring the event areas instead of avail and used ring.
+    /// Addresses of its parts; of a packed ring the event areas instead of avail and used ring.
     pub(crate) layout: SplitLayout,
     pub(crate) driver: DriverRing,
     features: u64,
@@ -150,7 +150,7 @@ impl Ring {
         u16::from_le_bytes([bytes[0], bytes[1]])
     }
 
-    /// Whether the descriptor at `position` of a packed ring is used in the position's round.
+    /// Returns true if the descriptor at `position` of a packed ring is used in the position's round.
     pub(crate) fn is_used(&self, guest: &Guest, position: Position) -> bool {
         self.flags(guest, position.index) & 0x8080 == if position.wrap { 0x8080 } else { 0 }
     }
@@ -161,7 +161,7 @@ impl Ring {
         u16::from_le_bytes([bytes[0], bytes[1]])
     }
 
-    /// Whether there is a completion that the driver has not taken.
+    /// Returns true if there is a completion that the driver has not taken.
     pub(crate) fn has_completion(&self, guest: &Guest) -> bool {
         match self.driver.state() {
             DriverRingState::Split(state) => self.used_index(guest) != state.used,
@@ -174,7 +174,7 @@ impl Ring {
         PreviousBackend::of(self, guest, region, count);
     }
 
-    /// How many requests of this ring a region has in flight; `None` while it changes.
+    /// Number of requests of this ring that a region has in flight; `None` while it changes.
     pub(crate) fn in_flight(&self, guest: &Guest, region: &inflight::InflightRegion) -> Option<usize> {
         let (bytes, size) = (region.copy(self.index as u16).unwrap(), self.layout.size);
         match self.driver {
@@ -358,7 +358,7 @@ pub(crate) fn header(guest: &Guest, gpa: u64, request_type: u32, sector: u64) ->
     Buffer { gpa, len: size_of::<BlkRequestHeader>() as u32 }
 }
 
-/// Where the parts of disk request number `slot` go: header, status, data. Status and data have pages of their own;
+/// Addresses of the parts of disk request number `slot`: header, status, data. Status and data have pages of their own;
 /// the data, of up to 64 KiB, is in the second region.
 pub(crate) fn request_addresses(slot: u64) -> (u64, u64, u64) {
     (0x60_0000 + slot * 16, 0x80_0000 + slot * LOG_PAGE, HIGH + slot * 0x1_0000)

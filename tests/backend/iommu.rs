@@ -252,7 +252,7 @@ fn recover_after_kill(features: u64) {
     }
     assert!(ring.driver.pop_used().unwrap().is_none());
     assert_eq!(space.client.acknowledged(Code::SET_INFLIGHT_FD, &region, &[fd.as_fd()]), 0);
-    // Nobody answers at first: it can be stopped all the same, and loses nothing.
+    // Without an answer at first: the ring can be stopped all the same, and loses nothing.
     for page in [ring.layout.desc, ring.layout.avail, ring.layout.used] {
         let mut asked = update(page, LOG_PAGE, space.guest.user(space.gpa(page)), 3);
         for _ in 0..3 {
@@ -314,7 +314,7 @@ fn a_truncated_iotlb_msg_is_refused_and_the_ring_continues() {
     assert_eq!(space.client.ring_base(0), 3);
 }
 
-/// Rule T1.4: a page that may only be read, and one that is nobody's.
+/// Rule T1.4: a page that may only be read, and one without a mapping.
 #[test]
 fn a_refused_translation_breaks_only_the_ring_that_needs_it() {
     for permission in [Some(1), Some(0), None] {

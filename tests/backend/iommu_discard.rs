@@ -27,7 +27,7 @@ fn assert_read(space: &IommuGuest, ring: &mut Ring, sector: u64) {
     assert_eq!(bytes(&memory, Slot(0).data(), 1024), contents(sector, 1024));
 }
 
-/// The pages of a request go elsewhere, and nobody says so. The driver fills the old ones.
+/// Moves the pages of a request without an invalidation. The driver fills the old ones.
 fn remap_silently(space: &IommuGuest, to: u64) -> Vec<u64> {
     let pages = Slot(0).at() / LOG_PAGE..(Slot(0).at() + Slot::BYTES) / LOG_PAGE;
     let old: Vec<u64> = pages.clone().map(|page| space.gpa(page * LOG_PAGE)).collect();

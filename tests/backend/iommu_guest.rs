@@ -51,7 +51,7 @@ pub(crate) struct IommuGuest {
     channel: Option<UnixStream>,
 }
 
-/// What it does with misses.
+/// Answers misses.
 pub(crate) struct Iommu {
     updates: RawFrontend,
     /// User address and permission, by I/O virtual page.

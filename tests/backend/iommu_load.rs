@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 use crate::guest::Ring;
 use crate::iommu_guest::{DATA, Random};
 
-/// What a disk of [`crate::server::Server`] has at first.
+/// Initial contents of a disk of [`crate::server::Server`].
 pub(crate) fn contents(sector: u64, len: u64) -> Vec<u8> {
     let sectors = (sector..sector + len / 512).flat_map(|number| {
         let mut bytes = [number as u8 | 1; 512];
@@ -32,7 +32,7 @@ pub(crate) struct Slot(pub(crate) u64);
 impl Slot {
     pub(crate) const BYTES: u64 = 32 * LOG_PAGE;
 
-    /// Where it begins.
+    /// Its first address.
     pub(crate) fn at(&self) -> u64 {
         self.0 * Slot::BYTES + DATA
     }

@@ -19,7 +19,7 @@ use crate::net_driver::{LoopbackNetGuest, interface_features};
 use crate::raw::{NEED_REPLY, RawFrontend, VERSION};
 use crate::server::{Process, disk_options};
 
-/// What a process has while a front-end is connected that has said nothing yet: fds, mappings of files, threads.
+/// Resources of a process while a silent front-end is connected: fds, mappings of files, threads.
 fn resources(process: &Process, socket: &Path) -> [usize; 3] {
     let client = RawFrontend::connect(socket);
     client.wait_until_processed();

@@ -21,14 +21,14 @@ use crate::raw::{RawFrontend, VERSION};
 use crate::server::Server;
 
 const EVENT_IDX: u64 = bit(VIRTIO_RING_F_EVENT_IDX);
-/// Where used rings are logged: not where they are, and so that a page ends between the indexes and the elements.
+/// Address at which used rings are logged. It is not their own, and a page ends between the indexes and the elements.
 pub(crate) const LOG_AT: u64 = 0x30_0ffc;
 const DISK: u64 = 4 << 20;
 
-/// What the device has written since a point in time, as far as it can be known in advance.
+/// Pages that the device has written since a point in time, as far as they can be known in advance.
 pub(crate) struct Oracle {
     pub(crate) pages: BTreeSet<u64>,
-    /// What it may have written and written back.
+    /// Pages that it may have written with their old contents.
     perhaps: BTreeSet<u64>,
     seen: DriverRingState,
     event: Vec<u8>,
@@ -79,7 +79,7 @@ impl Oracle {
         }
     }
 
-    /// What a successor logs of a ring: all that a device may write of it.
+    /// Adds the pages that a successor logs of a ring: all that a device may write of it.
     fn whole_ring(&mut self, ring: &Ring, at: u64) {
         let size = u64::from(ring.layout.size);
         match self.seen {
@@ -106,7 +106,7 @@ pub(crate) fn check<'a>(oracles: impl IntoIterator<Item = &'a Oracle>, mut marke
     assert_eq!(marked, expected);
 }
 
-/// What says when the device wants to be kicked, as far as it has a place of its own.
+/// The bytes by which the device asks for kicks, if they have a place of their own.
 fn event(guest: &Guest, ring: &Ring) -> Vec<u8> {
     match ring.driver.state() {
         DriverRingState::Split(_) => guest.bytes(ring.layout.used + 4 + 8 * u64::from(ring.layout.size), 2),

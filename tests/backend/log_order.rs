@@ -55,7 +55,7 @@ impl MemoryCopy {
         bytes[at..at + len].copy_from_slice(&guest.bytes(gpa, len));
     }
 
-    /// What has changed and is in no log.
+    /// Pages that have changed and are in no log.
     fn lost(&self, guest: &Guest, log: &BTreeSet<u64>) -> Vec<u64> {
         let page = LOG_PAGE as usize;
         let changed = self.0.iter().zip(guest.snapshot()).flat_map(|((start, before), now)| {
@@ -128,7 +128,7 @@ impl DiskLoad {
         }
     }
 
-    /// What comes before the steps: CALL, NUM and BASE.
+    /// Sends the messages before the steps: CALL, NUM and BASE.
     fn prepare(&self, client: &RawFrontend, base: u32) {
         let index = self.ring.index;
         client.send(Code::SET_VRING_CALL, VERSION, u64::from(index).as_bytes(), &[self.ring.call.as_fd()]);
@@ -136,7 +136,7 @@ impl DiskLoad {
         client.send_body(Code::SET_VRING_BASE, &VringState { index, num: base });
     }
 
-    /// Where the driver writes alone.
+    /// Records the areas that only the driver writes.
     fn driver_areas(&self, guest: &Guest, copy: &mut MemoryCopy, features: u64) {
         if features == SPLIT {
             copy.driver_wrote(guest, self.ring.layout.desc, 16 * 512);
@@ -252,7 +252,7 @@ fn marks_already_copied_or_of_an_earlier_migration_are_not_repeated(#[values(SPL
     assert_eq!(harvest(&old), marked);
     send_log(&client, &log, &fd);
     assert!(harvest(&log).is_empty(), "the same log was given again");
-    // That migration is cancelled with marks that nobody has read.
+    // That migration is cancelled before its marks were read.
     load.serve(&guest, &mut copy);
     stop_logging(&client, &guest, features, &mut [&mut load.ring]);
     let next = install_log(&client, &guest);

@@ -35,7 +35,7 @@ fn writes_outside_the_log_and_requests_of_a_predecessor_are_counted() {
     let socket = folder.path().join("s");
     let _process = Process::start(&socket, &image, &["--metrics", &format!("tcp:{address}"), "--queues", "2"]);
     let (guest, client) = (Guest::new(), RawFrontend::connect(&socket));
-    // Three requests that somebody took and did not finish.
+    // Three requests that a predecessor took and did not finish.
     let mut ring = Ring::new(&guest, 0, 512, BASIC);
     for slot in 0..3 {
         ring.read(&guest, slot, 8, 512);
@@ -63,7 +63,7 @@ fn writes_outside_the_log_and_requests_of_a_predecessor_are_counted() {
     }
 }
 
-/// Who connects to the counters and asks for nothing takes the back-end's descriptors from nobody, and fills no log.
+/// Idle connections to the counters use up no descriptors of front-ends, and fill no log.
 #[rstest]
 fn idle_metrics_connections_do_not_block_front_ends(#[values("tcp", "unix")] kind: &str) {
     let folder = tempfile::tempdir().unwrap();

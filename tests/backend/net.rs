@@ -36,7 +36,7 @@ const CONTROL: u64 = bit(VIRTIO_NET_F_CTRL_VQ)
     | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
     | bit(VIRTIO_NET_F_GUEST_ANNOUNCE);
 const HEADER: usize = 12;
-/// Where frames to send are put, and from where on buffers to receive into lie.
+/// Address of frames to send, and first address of receive buffers.
 const SENT: u64 = 0xc0_0000;
 const BUFFERS: u64 = HIGH;
 const OUTSIDE: u64 = 1 << 40;
@@ -327,7 +327,7 @@ fn a_burst_is_received_in_order_and_excess_packets_are_dropped_and_counted(#[val
     for seed in 0..50 {
         assert_eq!(net.receive(0), frame(1500, seed));
     }
-    // Nobody provides buffers any more.
+    // Without further buffers.
     for _ in 0..2000 {
         net.send(0, &frame(9000, 0));
     }
@@ -429,7 +429,7 @@ fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(#[value
     assert!(!net.rx[1].has_completion(&net.guest), "a pair that is not used has received something");
 }
 
-/// What a driver sets is its own: the next one must not inherit it, with a control queue or without.
+/// The next driver must not inherit the settings of a driver, with a control queue or without.
 /// Rule D1.8.
 #[rstest]
 fn a_new_driver_starts_with_the_default_filter(#[values(0, CONTROL)] next: u64) {

@@ -13,11 +13,11 @@ use crate::raw::RawFrontend;
 /// The ring behind both pairs.
 pub(crate) const CONTROL: u32 = 4;
 const HEADER: usize = 12;
-/// Where packets and commands are put, and where they are received.
+/// Addresses of packets and commands to send, and of received ones.
 const SENT: u64 = 0xc0_0000;
 const RECEIVED: u64 = HIGH;
 
-/// What its driver acknowledges, besides the kind of its rings.
+/// Features that its driver acknowledges, besides the kind of its rings.
 pub(crate) fn interface_features(rings: u64) -> u64 {
     let features = [VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX];
     features.into_iter().fold(rings, |features, feature| features | bit(feature))

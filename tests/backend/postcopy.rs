@@ -88,7 +88,7 @@ impl PageServer<'_> {
         asked
     }
 
-    /// What nobody has asked for too.
+    /// Provides all pages, also those without a fault.
     fn serve_all_pages(&self, addresses: &BackendAddresses) {
         for region in self.to.regions() {
             for offset in (0..region.size()).step_by(region.page_size() as usize) {
@@ -105,14 +105,14 @@ impl PageServer<'_> {
         let mut page = vec![0; size as usize];
         self.from.read(gpa, &mut page).unwrap();
         self.own.place(region, gpa - region.gpa(), &page).unwrap();
-        // Whoever waits, waits for one of the two.
+        // A thread that waits for the page waits on one of the two.
         self.own.wake(region.user_addr() + gpa - region.gpa(), size).unwrap();
         self.theirs.wake(addresses.address(gpa).unwrap(), size).unwrap();
         gpa
     }
 }
 
-/// How to start a ring that was never used.
+/// Parameters of a ring that was never used.
 fn setup(ring: &Ring) -> RingSetup {
     let eventfd = |eventfd: &nix::sys::eventfd::EventFd| Arc::new(eventfd.as_fd().try_clone_to_owned().unwrap());
     let SplitLayout { size, desc, avail, used } = ring.layout;
@@ -352,7 +352,7 @@ fn start_with_worker_waiting(server: &Server) -> (RawFrontend, Guest, Ring) {
     (client, empty, ring)
 }
 
-/// A connection whose userfaultfd nobody reads.
+/// A connection whose userfaultfd is not read.
 fn negotiate_postcopy(server: &Server) -> RawFrontend {
     let client = server.connect();
     client.send_body(Code::SET_PROTOCOL_FEATURES, &client.request_u64(Code::GET_PROTOCOL_FEATURES));
@@ -365,7 +365,7 @@ fn negotiate_postcopy(server: &Server) -> RawFrontend {
     client
 }
 
-/// Whether the disk serves somebody else.
+/// Asserts that the disk serves another front-end.
 fn assert_served(server: &Server) {
     let (client, guest) = (server.connect(), Guest::new());
     negotiate(&client, &guest, BASIC);
@@ -484,7 +484,7 @@ fn invalid_postcopy_messages_are_refused_and_close_the_connection_only_after_lis
     assert_served(&server);
 }
 
-/// A ring in scattered pages is mapped once more, where nobody waits for pages.
+/// A ring in scattered pages has a second mapping, in which a missing page is not waited for.
 /// Rule P1.1.
 #[test]
 fn postcopy_is_not_offered_to_drivers_behind_an_iommu() {

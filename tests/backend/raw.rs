@@ -10,7 +10,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use vhost_migrate::abi::vhost_user::{Header, Request as Code, VringState};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// How long anything may take before a test gives up.
+/// Time limit of every wait in a test.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 
 pub(crate) const VERSION: u32 = Header::FLAG_VERSION;
@@ -125,7 +125,7 @@ impl RawFrontend {
         self.request_u64(Code::GET_FEATURES);
     }
 
-    /// Whether the back-end has hung up, after all it had to say.
+    /// Returns true if the back-end has hung up and everything it sent was read.
     pub(crate) fn is_closed(&self) -> bool {
         match (&self.socket).read(&mut [0]) {
             Ok(count) => count == 0,

@@ -170,7 +170,7 @@ fn a_call_fd_may_be_a_socket_and_gets_eight_bytes_per_signal(#[values(SPLIT, PAC
     let mut signal = [0; 8];
     std::io::Read::read_exact(&mut &ours, &mut signal).unwrap();
     assert_eq!(u64::from_ne_bytes(signal), 1);
-    // Nobody reads any more: the ring must not wait for it.
+    // The descriptor is no longer read: the ring must not wait for it.
     for _ in 0..2000 {
         while ring.driver.pop_used().unwrap().is_some() {}
         read_polled(&guest, &mut ring);

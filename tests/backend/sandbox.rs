@@ -23,7 +23,7 @@ use crate::server::disk_options;
 
 const NOBODY: u32 = 65534;
 
-/// A folder, an image and a copy of the command, all of them nobody's.
+/// A folder, an image and a copy of the command, owned by the user `nobody`.
 struct Nobodys {
     folder: tempfile::TempDir,
 }

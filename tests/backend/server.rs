@@ -118,7 +118,7 @@ impl Process {
         Process { child }
     }
 
-    /// What it said on stderr, after it has ended.
+    /// Its standard error, after it has ended.
     pub(crate) fn stderr(&mut self) -> String {
         let mut said = String::new();
         self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();

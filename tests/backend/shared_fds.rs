@@ -160,7 +160,7 @@ fn a_full_blocking_error_fd_stops_no_ring(
     backend.assert_serves_next_front_end(client);
 }
 
-/// A kick that a poll says is there and that can't be read: for ever, or as long as nobody sends the other 7 bytes.
+/// A kick that a poll reports and that cannot be read, or not before the other 7 bytes are sent.
 /// Rule F9.3.
 #[rstest]
 fn a_kick_fd_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "epoll")] what: &str) {

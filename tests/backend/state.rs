@@ -109,7 +109,7 @@ fn save(client: &RawFrontend) -> Vec<u8> {
     state
 }
 
-/// What CHECK_DEVICE_STATE says to these bytes.
+/// Loads these bytes. Returns the reply to CHECK_DEVICE_STATE.
 fn load(client: &RawFrontend, bytes: &[u8]) -> u64 {
     let (reader, mut writer) = std::io::pipe().unwrap();
     assert_eq!(transfer(client, DEVICE_STATE_LOAD, 0, reader.as_fd()), NO_FD);

@@ -8,7 +8,7 @@
 //! | `refused` | one side says no, is of another version or no migration at all |
 //! | `commit` | after the commit, and called off at any moment: the guest runs once |
 //! | `disk` | files and commands that can't take it |
-//! | `verify` | memory compared before it is handed over; writers that nobody tracks |
+//! | `verify` | memory compared before it is handed over; writers that are not tracked |
 //! | `other_peers` | what connects and is no migration keeps no source out |
 //! | `rounds` | when it ends by itself and when not; the bandwidth limit |
 

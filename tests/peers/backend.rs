@@ -82,7 +82,7 @@ impl Backend {
         self.process.terminate();
     }
 
-    /// What it said so far.
+    /// Its output so far.
     pub(crate) fn output(&self) -> String {
         self.process.output()
     }
@@ -149,7 +149,7 @@ pub(crate) fn words(line: &str) -> Vec<String> {
     line.split_ascii_whitespace().map(|word| word.replace(NO_BREAK, " ")).collect()
 }
 
-/// Whether some process listens on the socket, asked without connecting: a connection would be served.
+/// Returns true if a process listens on the socket, without connecting: a connection would be served.
 pub(crate) fn listens(socket: &Path) -> bool {
     const ACCEPTS: u32 = 1 << 16; // __SO_ACCEPTCON
     let table = fs::read_to_string("/proc/net/unix").unwrap();

@@ -18,7 +18,7 @@ use crate::process::DEADLINE;
 pub(crate) const HIGH: u64 = 4 << 30;
 pub(crate) const REGION: u64 = 4 << 20;
 pub(crate) const SIZE: u16 = 64;
-/// Where tests have data read to.
+/// Address to which tests read data.
 pub(crate) const DATA: u64 = 0x100000;
 const HEADERS: u64 = 0x10000;
 const STATUSES: u64 = HIGH + 0x11000;
@@ -116,7 +116,7 @@ impl DiskDriver {
         pages
     }
 
-    /// Whether the last read brought what was written.
+    /// Returns true if the last read returned what was written.
     pub(crate) fn holds(&self, gpa: u64, expected: u8) {
         let mut data = [!expected; BYTES as usize];
         self.memory.read(gpa, &mut data).unwrap();

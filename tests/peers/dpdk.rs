@@ -18,7 +18,7 @@ use crate::linux_net;
 use crate::process::{DEADLINE, Lab, wait_for};
 use crate::testpmd::Testpmd;
 
-/// What testpmd makes of itself: an IP packet in the shortest frame.
+/// Size of the packets that testpmd generates: an IP packet in the shortest frame.
 const PACKET: u64 = 60;
 
 fn testpmd_drives_a_loopback(queues: u16, options: &str) {
@@ -57,11 +57,11 @@ fn testpmd_drives_a_loopback_with_two_pairs_of_packed_rings() {
     testpmd_drives_a_loopback(2, ",packed_vq=1");
 }
 
-/// What a packet has in front of it.
+/// Size of the header before a packet.
 const HEADER: usize = 12;
 const REGION: u64 = 4 << 20;
 const SIZE: u16 = 64;
-/// Where the packets are that arrive and those that leave: a page for each. The device writes the former.
+/// Addresses of the packets that arrive and of those that leave: a page for each. The device writes the former.
 const ARRIVALS: u64 = 0x10_0000;
 const DEPARTURES: u64 = 0x20_0000;
 /// The status of a driver that is ready.

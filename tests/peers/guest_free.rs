@@ -19,7 +19,7 @@ const PACKED: Options = Options { packed: true, ..PLAIN };
 const PACKED_EVENTS: Options = Options { packed: true, ..EVENTS };
 const PACKED_MANY: Options = Options { packed: true, ..MANY };
 
-/// Where the "CPU" of the guest dirties memory, so that a migration does not converge by itself.
+/// Memory that the "CPU" of the guest dirties, so that a migration does not converge by itself.
 const CPU_PAGES: (u64, u64) = (8 << 20, 8 << 20);
 
 /// A source with a load on its disk.
@@ -262,7 +262,7 @@ fn what_a_killed_back_end_marked_reaches_the_destination() {
     }
 }
 
-/// What the comparison of memory is worth: a back-end that answers GET_VRING_BASE with requests in flight is noticed.
+/// Shows that the comparison of memory detects a back-end that replies to GET_VRING_BASE with requests in flight.
 #[test]
 fn a_back_end_that_does_not_drain_is_noticed() {
     let slow = Kind::StorageDaemon { bytes_per_second: Some(1 << 20) };

@@ -4,7 +4,7 @@
 use std::net::UdpSocket;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver as Told, channel};
+use std::sync::mpsc::{self, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use crate::qemu::{Qemu, map_ram};
 use crate::qtest::Qtest;
 use crate::qtest_net::{BUFFERS, Receiver};
 
-/// Where the "CPU" of the guest dirties memory: start and length.
+/// Memory that the "CPU" of the guest dirties: start and length.
 const CPU_PAGES: (u64, u64) = (8 << 20, 8 << 20);
 /// Frames that come while there is no log, or the wrong one.
 const FRAMES: u16 = 16;
@@ -116,7 +116,7 @@ impl Source {
     }
 
     /// Has frames come before the next SET_LOG_BASE reaches the back-end; tells when they have come.
-    fn receive_before_log(&self) -> Told<()> {
+    fn receive_before_log(&self) -> mpsc::Receiver<()> {
         let (tell, told) = channel();
         let (sender, receiver) = (self.sender.clone(), self.receiver.clone());
         self.proxy.before_next_log(move || {

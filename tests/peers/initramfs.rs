@@ -7,9 +7,9 @@ use std::process::Command;
 use crate::backend::NO_BREAK;
 use crate::process::Lab;
 
-/// Where `tests/peers/install` puts the guest kernel and its modules.
+/// The folder in which `tests/peers/install` puts the guest kernel and its modules.
 const KERNEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/peers/kernel");
-/// Where the package of User-mode Linux has its modules, in a folder named after the kernel's version.
+/// The folder of the modules of User-mode Linux's package, each version of the kernel in a folder of its own.
 const UML_MODULES: &str = "/usr/lib/uml/modules";
 
 const DIRECTORY: u32 = 0o040_755;

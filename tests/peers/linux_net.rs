@@ -24,7 +24,7 @@ use crate::process::{Lab, Process, wait_for};
 const DEVICE: &str = "-netdev vhost-user,id=net,chardev=vu,queues=2 \
                       -device virtio-net-pci,netdev=net,mq=on,mac=52:54:00:47:47:47";
 
-/// Where datagrams come back from.
+/// The address that sends datagrams back.
 const ECHO: &str = "10.213.47.1:4747";
 /// Brings the guest's interface up and to the echo.
 pub(crate) const UP: &str = "busybox ip link set eth0 up\nbusybox ip addr add 10.213.47.2/24 dev eth0";

@@ -16,7 +16,7 @@ use crate::process::{Lab, Process, wait_for};
 use crate::qemu::Qemu;
 
 const DISK_BYTES: u64 = 64 << 20;
-/// Where the guest's disk and its network say how they are.
+/// The serial ports on which the guest's disk and network loads report.
 const SERIALS: [&str; 2] = ["disk", "net"];
 
 /// A QEMU with the guest in it or on its way to it.

@@ -205,7 +205,7 @@ impl Load {
     }
 }
 
-/// What a sector contains: no two sectors, versions or words are alike, and nothing is zero.
+/// Contents of a sector: no two sectors, versions or words are alike, and nothing is zero.
 fn contents(sector: u64, version: u32) -> [u8; SECTOR as usize] {
     let mut bytes = [0; SECTOR as usize];
     let mut word = mix(sector << 32 | u64::from(version));

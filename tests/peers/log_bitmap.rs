@@ -27,7 +27,7 @@ struct Logged {
     _lab: Lab,
 }
 
-/// What a log must hold and may hold.
+/// Pages that a log must hold, and those that it may hold.
 #[derive(Default)]
 struct Expected {
     must: BTreeSet<u64>,
@@ -163,7 +163,7 @@ fn a_switch_of_the_log_under_load_loses_nothing_and_leaves_the_old_one_alone(#[v
     }
 }
 
-/// What this comparison is worth: `qemu-storage-daemon` does not log its writes of avail_event, which QEMU would never notice.
+/// Shows that the comparison detects that `qemu-storage-daemon` does not log its writes of avail_event, which QEMU does not.
 #[test]
 fn a_back_end_that_does_not_log_avail_event_is_noticed() {
     let mut logged = Logged::start(Kind::StorageDaemon { bytes_per_second: None }, EVENTS);

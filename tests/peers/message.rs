@@ -12,14 +12,14 @@ use zerocopy::{FromBytes, IntoBytes};
 const MAX_FDS: usize = 8;
 const MAX_PAYLOAD: u32 = 1 << 16;
 
-/// A message and its fds, which whoever receives it has to pass on or to close.
+/// A message and its fds, which the receiver passes on or closes.
 pub(crate) struct Message {
     pub(crate) header: Header,
     pub(crate) payload: Vec<u8>,
     pub(crate) fds: Vec<RawFd>,
 }
 
-/// Whether the back-end answers this message (rules F3.1 and F4.1).
+/// Returns true if the back-end replies to this message (rules F3.1 and F4.1).
 pub(crate) fn has_reply(header: &Header) -> bool {
     const ANSWERED: &[Request] = &[
         Request::GET_FEATURES,

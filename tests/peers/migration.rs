@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::process::wait_for;
 use crate::qemu::Qemu;
 
-/// How fast a migration may be: bytes per second, and the downtime that ends it in milliseconds.
+/// Limits of a migration: bytes per second, and the downtime that ends it in milliseconds.
 #[derive(Clone, Copy)]
 pub(crate) struct Pace(u64, u64);
 
@@ -34,7 +34,7 @@ pub(crate) fn let_converge(source: &mut Qemu) {
     limit(source, CONVERGES);
 }
 
-/// How often the source has collected its dirty log: 2 means that every page was sent once.
+/// Number of times that the source has collected its dirty log: 2 means that every page was sent once.
 pub(crate) fn rounds(source: &mut Qemu) -> u64 {
     let info = source.qmp("query-migrate", json!({}));
     let status = info["status"].as_str().unwrap_or("none");

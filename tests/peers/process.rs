@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-/// How long anything may take before the test gives up. Generous: it decides only how late a failure is seen.
+/// Time limit of every wait. It is generous, because it only determines how late a failure is seen.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Looks again and again until `look` sees something.
@@ -76,7 +76,7 @@ impl Process {
         Process { name: name.into(), child, output: output.into() }
     }
 
-    /// What the program printed so far.
+    /// The program's output so far.
     pub(crate) fn output(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.output).unwrap_or_default()).into_owned()
     }

@@ -53,7 +53,7 @@ impl TestLog {
     }
 }
 
-/// What the proxy is asked to do to the back-end.
+/// A command for the proxy.
 enum Order {
     /// SET_LOG_BASE with this log; with ring log addresses moved by so many bytes: LOG_ALL and F_LOG too.
     Log(File, Option<u64>),
@@ -63,14 +63,14 @@ enum Order {
     Enable(bool),
 }
 
-/// What the front-end is not to see of the back-end's offer, as bits.
+/// Features of the back-end that are hidden from the front-end, as bits.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Hidden {
     pub(crate) features: u64,
     pub(crate) protocol_features: u64,
 }
 
-/// What is to be done before the next SET_LOG_BASE of the front-end reaches the back-end.
+/// Called before the next SET_LOG_BASE of the front-end reaches the back-end.
 type BeforeLog = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
 
 /// Guest memory as the front-end gave it to the back-end.
@@ -145,7 +145,7 @@ impl Proxy {
         self.order(Order::Enable(true));
     }
 
-    /// What guest memory contains: each region's first byte and its bytes.
+    /// Contents of guest memory: each region's first address and its bytes.
     pub(crate) fn contents(&self) -> Vec<(u64, Vec<u8>)> {
         let read = |(region, file): &(MemoryRegion, File)| {
             let mut bytes = vec![0; region.memory_size as usize];
@@ -266,7 +266,7 @@ impl Session {
         }
     }
 
-    /// Where the front-end's address is in guest memory.
+    /// The guest-physical address of the front-end's address.
     fn gpa(&self, user: u64) -> Option<u64> {
         let memory = self.memory.lock().unwrap();
         memory.iter().find_map(|(region, _)| {

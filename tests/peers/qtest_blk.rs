@@ -28,7 +28,7 @@ const F_VERSION_1: u64 = 1 << 32;
 const F_RING_PACKED: u64 = 1 << 34;
 const F_BLK_MQ: u64 = 1 << 12;
 
-/// How the driver uses its rings.
+/// Options of the driver's rings.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Options {
     pub(crate) queues: u16,
@@ -100,22 +100,22 @@ impl Driver {
         Driver { options, queues: vec![Queue::default(); options.queues.into()], function }
     }
 
-    /// How many requests fit into a queue at once.
+    /// Number of requests that fit into a queue at once.
     pub(crate) fn slots(&self) -> u16 {
         (self.options.queue_size / self.per_request()).min(self.max_slots())
     }
 
-    /// Where the data of a slot is.
+    /// Address of the data of a slot.
     pub(crate) fn data(&self, queue: u16, slot: u16) -> u64 {
         DATA + (u64::from(queue) * u64::from(self.max_slots()) + u64::from(slot)) * (SLOT_BYTES + 4096) + DATA_SKEW
     }
 
-    /// Where the status byte of a slot is.
+    /// Address of the status byte of a slot.
     pub(crate) fn status(&self, queue: u16, slot: u16) -> u64 {
         queue_base(queue) + STATUS + u64::from(slot)
     }
 
-    /// Where the used ring of a queue is, or its device event area.
+    /// Address of the used ring of a queue, or of its device event area.
     pub(crate) fn used_ring(&self, queue: u16) -> u64 {
         queue_base(queue) + USED
     }
@@ -328,7 +328,7 @@ fn queue_base(queue: u16) -> u64 {
     QUEUES + u64::from(queue) * QUEUE_STRIDE
 }
 
-/// Whether the wrap counter is 0 at a position of a packed ring that counts on from round to round.
+/// Returns true if the wrap counter is 0 at a position of a packed ring that counts on from round to round.
 fn round_is_odd(position: u64, size: u64) -> bool {
     position / size % 2 == 1
 }

@@ -52,7 +52,7 @@ impl Receiver {
         Receiver { packed, ram }
     }
 
-    /// How many frames have come.
+    /// Number of received frames.
     pub(crate) fn received(&self) -> u16 {
         if !self.packed {
             return self.ram.u16(QUEUES + USED + 2);

@@ -14,7 +14,7 @@ const DRIVER: u64 = 2;
 const DRIVER_OK: u64 = 4;
 const FEATURES_OK: u64 = 8;
 
-/// Where its registers are.
+/// Address of its registers.
 #[derive(Clone)]
 pub(crate) struct VirtioPci {
     common: u64,

@@ -9,7 +9,7 @@ use crate::process::{Lab, Process, wait_for};
 /// A running testpmd with one port, which forwards as it was told from the beginning. It polls: it takes a CPU for itself.
 pub(crate) struct Testpmd(Process);
 
-/// What a port has counted.
+/// Counters of a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Counters {
     pub(crate) received: u64,
@@ -49,7 +49,7 @@ impl Testpmd {
         Testpmd(Process::start(&name, "env", &words(&args), &log))
     }
 
-    /// What its port counted when it last told.
+    /// The last reported counters of its port.
     pub(crate) fn counters(&mut self) -> Option<Counters> {
         self.0.assert_running();
         let output = self.0.output();
@@ -63,7 +63,7 @@ impl Testpmd {
         })
     }
 
-    /// How often its port's link went up or down.
+    /// Number of times that its port's link went up or down.
     pub(crate) fn link_changes(&self) -> usize {
         self.0.output().matches("link state change event").count()
     }

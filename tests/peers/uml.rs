@@ -46,7 +46,7 @@ impl Uml {
         Uml(Process::start("uml", "unshare", &words(&args), &lab.file("uml.console")))
     }
 
-    /// What the guest counted last, since it was told to go on.
+    /// The guest's last count since it was told to continue.
     fn counts(&self) -> Option<(u64, u64)> {
         counts(self.0.output().rsplit("\nagain").next()?)
     }
@@ -59,7 +59,7 @@ impl Uml {
     fn freeze(&self) {
         let main = self.main();
         kill(main, Signal::SIGSTOP).unwrap();
-        // The processes of its user space stop at their next trap, for nobody handles it.
+        // The processes of its user space stop at their next trap, which is not handled.
         wait_for("the guest stands still", || {
             let running = [main].into_iter().chain(children(main)).any(|pid| state(pid).is_none_or(|now| now == 'R'));
             (!running && state(main) == Some('T')).then_some(())
@@ -107,7 +107,7 @@ fn device_writes(
 ) -> (BTreeSet<u64>, BTreeSet<u64>) {
     for _ in 0..100 {
         stop(backend);
-        thread::sleep(Duration::from_millis(10)); // requests come up that nobody serves; if there are none, again
+        thread::sleep(Duration::from_millis(10)); // requests arrive that are not served; if there are none, again
         uml.freeze();
         let before = proxy.contents();
         log.clear();
@@ -207,7 +207,7 @@ fn a_guest_whose_back_end_dies_loses_its_disk_for_good_and_the_next_guest_is_ser
     let empty = || File::create(&image).unwrap().set_len(64 << 20).unwrap();
     empty();
     let mut backend = Backend::start(&lab, Kind::Ours, "backend", &image, 1);
-    // Requests in flight are never answered: somebody without one has to look.
+    // Requests in flight are never completed: a process without one has to look.
     let commands = format!(
         "{TO_THE_LOG}
          watch() {{ while busybox head -c 1 /dev/vda >/dev/null; do busybox sleep 1; done; echo gone; }}

@@ -23,7 +23,7 @@ pub(crate) struct Faults {
     pub(crate) lose_write: AtomicU32,
     /// Rings that were kicked after their start.
     pub(crate) kicked: AtomicU32,
-    /// Where all disks of a guest wait for each other.
+    /// The barrier at which all disks of a guest wait for each other.
     pub(crate) barrier: Barrier,
 }
 

@@ -63,11 +63,11 @@ impl RingTask {
             .as_ref()
             .map(|region| InflightTracker::start(region, index, &mut ring, config.is_first_start))
             .transpose()?;
-        let has_a_past = inflight.as_ref().is_some_and(|(_, found)| found.was_used());
+        let was_used = inflight.as_ref().is_some_and(|(_, found)| found.was_used());
         if config.is_first_start {
-            self.device.ring_activated(has_a_past || goes_on, config.features);
+            self.device.ring_activated(was_used || goes_on, config.features);
         }
-        if config.is_first_start && (has_a_past || goes_on) {
+        if config.is_first_start && (was_used || goes_on) {
             mark_memory_if_log_is_new(index, &config, &ring);
         }
         let (inbox, wake) = (self.commands.clone(), self.wake.clone());

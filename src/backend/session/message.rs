@@ -83,7 +83,7 @@ impl VhostUserMessage {
 pub struct VhostUserReply {
     /// The request that is answered.
     pub code: Code,
-    /// What follows the header.
+    /// Content after the header.
     pub payload: Vec<u8>,
     /// A file descriptor to pass along.
     pub fd: Option<OwnedFd>,

@@ -378,7 +378,7 @@ impl Session {
             offered = offered & !bit(protocol_feature::STATUS) | bit(protocol_feature::DEVICE_STATE);
         }
         if self.device.features() & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 {
-            // Rings in scattered pages are mapped once more, where nobody waits for pages (rules P1.1, T4.2).
+            // Rings in scattered pages have a second mapping, in which a missing page is not waited for (rules P1.1, T4.2).
             offered &= !bit(protocol_feature::PAGEFAULT);
         }
         if offered & bit(protocol_feature::PAGEFAULT) != 0 {

@@ -158,9 +158,9 @@ pub enum BlkError {
     Open {
         /// The image.
         image: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
-        /// What to do.
+        /// Advice for the user.
         advice: &'static str,
     },
     /// The image is neither a file nor a block device.
@@ -182,7 +182,7 @@ pub enum BlkError {
     Format {
         /// The image.
         image: PathBuf,
-        /// What it looks like, by qemu-img's name.
+        /// The detected format, by qemu-img's name.
         format: &'static str,
     },
     /// The image is smaller than a sector.
@@ -202,7 +202,7 @@ pub enum BlkError {
         image: PathBuf,
         /// Its size.
         bytes: u64,
-        /// What the guest was told.
+        /// The capacity reported to the guest.
         capacity: u64,
     },
     /// The serial number is too long.

@@ -54,12 +54,12 @@ impl UringPool {
 /// I/O through io_uring.
 pub(crate) struct UringEngine {
     ring: ManuallyDrop<IoUring>,
-    /// Where the ring comes from, and goes back to.
+    /// The pool that lends the ring and takes it back.
     pool: Arc<UringPool>,
     files: Arc<ImageFiles>,
     slots: Vec<Slot>,
     free: Vec<usize>,
-    /// What could not even be tried.
+    /// Requests that could not be submitted.
     failed: Vec<Done>,
 }
 

@@ -139,9 +139,9 @@ pub enum NetError {
     Tap {
         /// Its name.
         name: String,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
-        /// What to do.
+        /// Advice for the user.
         advice: &'static str,
     },
     /// The socket of a pair cannot be used.
@@ -150,15 +150,15 @@ pub enum NetError {
     Pair {
         /// The socket.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
     /// A system call failed.
     #[error("can't {what}: {source}")]
     System {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
 }
