@@ -11,8 +11,7 @@ use std::time::Duration;
 use vhost_migrate::dirty::{DirtySource, Log, LogSource};
 use vhost_migrate::memory::{LOG_PAGE, Memory, MemoryError, Region, sealed_memfd};
 use vhost_migrate::migrate::*;
-use vhost_migrate::stream::transport::connect;
-use vhost_migrate::stream::{CancelToken, Codec, StreamListener, StreamOptions, Uri};
+use vhost_migrate::stream::{CancelToken, Codec, StreamListener, StreamOptions, Uri, connect};
 
 const PAGES: u64 = 1024;
 
@@ -112,7 +111,6 @@ fn source(uri: &Uri) -> Result<(), VmError> {
     let mut vm = Vm::new(0, PAGES * LOG_PAGE)?;
     vm.resume()?;
     thread::sleep(Duration::from_millis(500));
-    let options = StreamOptions::new()?;
     let parameters = MigrationParameters {
         policy: ConvergencePolicy::default(),
         codec: Codec::None,
@@ -121,7 +119,8 @@ fn source(uri: &Uri) -> Result<(), VmError> {
         switchover_timeout: None,
         continue_here: false,
     };
-    let moved = migrate(&mut vm, connect(uri, &options)?, &parameters, &options.limiter, &options.cancel, &mut |_| {})?;
+    let connection = connect(uri, &StreamOptions::new()?)?;
+    let moved = migrate(&mut vm, connection, &parameters, &mut |_| {})?;
     println!("source: moved at step {} in {} rounds, downtime {:.1} ms", vm.step, moved.rounds, moved.downtime_ms);
     Ok(())
 }
@@ -130,9 +129,9 @@ fn destination(uri: &Uri) -> Result<(), VmError> {
     // Records the outcome, and answers a source that has lost the connection.
     let outcomes = Outcomes::default();
     let listener = MigrationListener::start(StreamListener::bind(uri)?, outcomes.clone())?;
-    let IncomingMigration { connection, cancel } = listener.next()?.ok_or("no migration")?;
+    let connection = listener.next()?.ok_or("no migration")?;
     let mut incoming = Incoming(None);
-    receive(&mut incoming, connection, &cancel, &outcomes, SWITCHOVER_TIMEOUT)?;
+    receive(&mut incoming, connection, &outcomes, SWITCHOVER_TIMEOUT)?;
     let mut vm = incoming.0.ok_or("no guest")?;
     let arrived = vm.step;
     thread::sleep(Duration::from_millis(500));
