@@ -17,6 +17,7 @@
 
 pub mod features;
 pub mod inflight;
+pub(crate) mod linux;
 pub mod vduse;
 pub mod vhost;
 pub mod vhost_user;

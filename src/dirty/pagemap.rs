@@ -12,12 +12,21 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use super::harvest::Harvest;
 use super::page_set::PageSet;
 use super::source::{DirtyError, DirtySource};
-use crate::memory::userfault::abi::{Range, Register};
+use crate::abi::linux::{
+    PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, PageRegion, PmScanArg, UFFD_FEATURE_PAGEFAULT_FLAG_WP,
+    UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED, UFFD_USER_MODE_ONLY,
+    UFFDIO_REGISTER_MODE_WP, UFFDIO_WRITEPROTECT_MODE_WP, UffdioRange, UffdioRegister, UffdioWriteprotect,
+};
 use crate::memory::userfault::{self, Refusal};
 use crate::memory::{LOG_PAGE, Memory, Region};
 
 /// Maximum number of page ranges that the kernel reports with one call.
 const BATCH: usize = 4096;
+/// Write-protection, for shared memory and hugetlbfs and pages that are not populated, with faults resolved by the kernel.
+const UFFD_FEATURES: u64 = UFFD_FEATURE_PAGEFAULT_FLAG_WP
+    | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+    | UFFD_FEATURE_WP_UNPOPULATED
+    | UFFD_FEATURE_WP_ASYNC;
 
 /// An error in the tracking of this process's own writes.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +85,7 @@ struct WriteTracking {
     /// The userfaultfd of all regions. They stay registered while it is open.
     userfaultfd: OwnedFd,
     pagemap: File,
-    found: Vec<abi::PageRegion>,
+    found: Vec<PageRegion>,
 }
 
 impl Pagemap {
@@ -128,7 +137,7 @@ impl WriteTracking {
             })?;
         }
         let pagemap = File::open("/proc/self/pagemap").map_err(PagemapError::Kernel)?;
-        let mut found = vec![abi::PageRegion::default(); BATCH];
+        let mut found = vec![PageRegion::default(); BATCH];
         // An empty scan fails now, and not at the first harvest, if the kernel does not know the ioctl.
         written(&pagemap, 0, 0, &mut found).map_err(PagemapError::Kernel)?;
         Ok(WriteTracking { userfaultfd, pagemap, found })
@@ -137,9 +146,9 @@ impl WriteTracking {
     fn stop(self, memory: &Memory) -> Result<(), PagemapError> {
         for region in memory.regions() {
             let (_, start, end) = range(region);
-            let mut range = Range { start, len: end - start };
+            let mut range = UffdioRange { start, len: end - start };
             // SAFETY: the struct is the one this ioctl reads.
-            unsafe { userfault::abi::unregister(self.userfaultfd.as_raw_fd(), &mut range) }.map_err(|errno| {
+            unsafe { userfault::ioctls::unregister(self.userfaultfd.as_raw_fd(), &mut range) }.map_err(|errno| {
                 PagemapError::Region { gpa: region.gpa(), size: region.size(), cause: errno.into() }
             })?;
         }
@@ -181,8 +190,8 @@ fn range(region: &Region) -> (u64, u64, u64) {
 /// Creates a userfaultfd for asynchronous write-protection, which reports no faults.
 fn userfaultfd() -> Result<OwnedFd, PagemapError> {
     // USER_MODE_ONLY needs no privilege. It excludes faults of the kernel from reports, and there are no reports here.
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | abi::UFFD_USER_MODE_ONLY;
-    userfault::open(flags, abi::UFFD_FEATURES).map_err(|refusal| match refusal {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
+    userfault::open(flags, UFFD_FEATURES).map_err(|refusal| match refusal {
         Refusal::Fd(error) => PagemapError::Userfaultfd(error),
         Refusal::Features(error) => PagemapError::Kernel(error),
     })
@@ -191,13 +200,13 @@ fn userfaultfd() -> Result<OwnedFd, PagemapError> {
 /// Registers a region and write-protects all of it, pages that are not populated included.
 fn protect(userfaultfd: &OwnedFd, region: &Region) -> io::Result<()> {
     let (_, start, end) = range(region);
-    let range = Range { start, len: end - start };
-    let mut register = Register { range, mode: abi::UFFDIO_REGISTER_MODE_WP, ioctls: 0 };
+    let range = UffdioRange { start, len: end - start };
+    let mut register = UffdioRegister { range, mode: UFFDIO_REGISTER_MODE_WP, ioctls: 0 };
     // SAFETY: the struct is the one this ioctl reads and writes. The memory stays mapped and usable as before.
-    unsafe { userfault::abi::register(userfaultfd.as_raw_fd(), &mut register) }?;
-    let mut protect = abi::UffdioWriteprotect { range, mode: abi::UFFDIO_WRITEPROTECT_MODE_WP };
+    unsafe { userfault::ioctls::register(userfaultfd.as_raw_fd(), &mut register) }?;
+    let mut protect = UffdioWriteprotect { range, mode: UFFDIO_WRITEPROTECT_MODE_WP };
     // SAFETY: as above.
-    unsafe { abi::uffdio_writeprotect(userfaultfd.as_raw_fd(), &mut protect) }?;
+    unsafe { ioctls::uffdio_writeprotect(userfaultfd.as_raw_fd(), &mut protect) }?;
     Ok(())
 }
 
@@ -206,73 +215,29 @@ fn written<'a>(
     pagemap: &File,
     start: u64,
     end: u64,
-    found: &'a mut [abi::PageRegion],
-) -> io::Result<(&'a [abi::PageRegion], u64)> {
-    let mut arg = abi::PmScanArg {
-        size: size_of::<abi::PmScanArg>() as u64,
-        flags: abi::PM_SCAN_WP_MATCHING | abi::PM_SCAN_CHECK_WPASYNC,
+    found: &'a mut [PageRegion],
+) -> io::Result<(&'a [PageRegion], u64)> {
+    let mut arg = PmScanArg {
+        size: size_of::<PmScanArg>() as u64,
+        flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
         start,
         end,
         vec: found.as_mut_ptr().addr() as u64,
         vec_len: found.len() as u64,
-        category_mask: abi::PAGE_IS_WRITTEN,
-        return_mask: abi::PAGE_IS_WRITTEN,
-        ..abi::PmScanArg::default()
+        category_mask: PAGE_IS_WRITTEN,
+        return_mask: PAGE_IS_WRITTEN,
+        ..PmScanArg::default()
     };
     // SAFETY: the struct is the one this ioctl reads and writes, and `found` has `vec_len` entries.
-    let count = unsafe { abi::pagemap_scan(pagemap.as_raw_fd(), &mut arg) }?;
+    let count = unsafe { ioctls::pagemap_scan(pagemap.as_raw_fd(), &mut arg) }?;
     let regions = found.get(..count as usize).unwrap_or(found);
     Ok((regions, arg.walk_end))
 }
 
-/// Kernel numbers and structures (`linux/userfaultfd.h`, `linux/fs.h`).
+/// The ioctls of this source.
 #[allow(unreachable_pub, reason = "nix's macros make public functions")]
-mod abi {
-    use crate::memory::userfault::abi::Range;
-
-    pub const UFFD_USER_MODE_ONLY: i32 = 1;
-    /// Write-protection, for shmem and hugetlbfs, for pages that are not populated, with faults resolved by the kernel.
-    pub const UFFD_FEATURES: u64 = 1 << 0 | 1 << 12 | 1 << 13 | 1 << 15;
-    pub const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
-    pub const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1;
-    pub const PM_SCAN_WP_MATCHING: u64 = 1;
-    pub const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
-    pub const PAGE_IS_WRITTEN: u64 = 1 << 1;
-
-    #[repr(C)]
-    #[derive(Debug)]
-    pub struct UffdioWriteprotect {
-        pub range: Range,
-        pub mode: u64,
-    }
-
-    #[repr(C)]
-    #[derive(Debug, Default)]
-    pub struct PmScanArg {
-        pub size: u64,
-        pub flags: u64,
-        pub start: u64,
-        pub end: u64,
-        pub walk_end: u64,
-        pub vec: u64,
-        pub vec_len: u64,
-        pub max_pages: u64,
-        pub category_inverted: u64,
-        pub category_mask: u64,
-        pub category_anyof_mask: u64,
-        pub return_mask: u64,
-    }
-
-    #[repr(C)]
-    #[derive(Clone, Copy, Debug, Default)]
-    pub struct PageRegion {
-        pub start: u64,
-        pub end: u64,
-        pub categories: u64,
-    }
-
-    const _: () = assert!(size_of::<UffdioWriteprotect>() == 24);
-    const _: () = assert!(size_of::<PmScanArg>() == 96 && size_of::<PageRegion>() == 24);
+mod ioctls {
+    use crate::abi::linux::{PmScanArg, UffdioWriteprotect};
 
     nix::ioctl_readwrite!(uffdio_writeprotect, 0xaa, 0x06, UffdioWriteprotect);
     nix::ioctl_readwrite!(pagemap_scan, b'f', 16, PmScanArg);

@@ -10,6 +10,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use nix::errno::Errno;
 
 use super::Region;
+use crate::abi::linux::{
+    UFFD_API, UFFD_FEATURE_MISSING_HUGETLBFS, UFFD_FEATURE_MISSING_SHMEM, UFFDIO_REGISTER_MODE_MISSING, UffdioApi,
+    UffdioCopy, UffdioRange, UffdioRegister,
+};
 use crate::sys::nonblocking;
 
 /// An error of userfaultfd.
@@ -45,7 +49,7 @@ impl Userfault {
     /// # Errors
     /// [`UserfaultError::Refused`] and [`UserfaultError::Kernel`].
     pub fn new() -> Result<Userfault, UserfaultError> {
-        let fd = open(libc::O_CLOEXEC | libc::O_NONBLOCK, abi::FEATURE_MISSING_SHMEM | abi::FEATURE_MISSING_HUGETLBFS);
+        let fd = open(libc::O_CLOEXEC | libc::O_NONBLOCK, UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MISSING_HUGETLBFS);
         Ok(Userfault(fd.map_err(|refusal| match refusal {
             Refusal::Fd(error) => UserfaultError::Refused(error),
             Refusal::Features(error) => UserfaultError::Kernel(error),
@@ -64,10 +68,10 @@ impl Userfault {
     pub fn register(&self, region: &Region) -> Result<(), UserfaultError> {
         region.avoid_huge_pages();
         let (start, len) = region.mapped();
-        let range = abi::Range { start, len };
-        let mut register = abi::Register { range, mode: abi::REGISTER_MODE_MISSING, ioctls: 0 };
+        let range = UffdioRange { start, len };
+        let mut register = UffdioRegister { range, mode: UFFDIO_REGISTER_MODE_MISSING, ioctls: 0 };
         // SAFETY: the struct is the one this ioctl reads and writes. The memory stays mapped; accesses may wait.
-        unsafe { abi::register(self.0.as_raw_fd(), &mut register) }
+        unsafe { ioctls::register(self.0.as_raw_fd(), &mut register) }
             .map_err(|errno| UserfaultError::Region { gpa: region.gpa(), cause: errno.into() })?;
         Ok(())
     }
@@ -79,7 +83,7 @@ impl Userfault {
     pub fn unregister(&self, region: &Region) -> Result<(), UserfaultError> {
         let (start, len) = region.mapped();
         // SAFETY: the struct is the one this ioctl reads.
-        unsafe { abi::unregister(self.0.as_raw_fd(), &mut abi::Range { start, len }) }
+        unsafe { ioctls::unregister(self.0.as_raw_fd(), &mut UffdioRange { start, len }) }
             .map_err(|errno| UserfaultError::Region { gpa: region.gpa(), cause: errno.into() })?;
         Ok(())
     }
@@ -91,7 +95,7 @@ impl Userfault {
     /// The error of the system.
     pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
         // SAFETY: the struct is the one this ioctl reads; no memory is changed.
-        unsafe { abi::wake(self.0.as_raw_fd(), &mut abi::Range { start, len }) }?;
+        unsafe { ioctls::wake(self.0.as_raw_fd(), &mut UffdioRange { start, len }) }?;
         Ok(())
     }
 
@@ -115,10 +119,10 @@ impl Userfault {
     pub(crate) fn place_at(&self, address: u64, page: &[u8]) -> io::Result<bool> {
         let (src, len) = (page.as_ptr().addr() as u64, page.len() as u64);
         loop {
-            let mut copy = abi::Copy { dst: address, src, len, mode: 0, copied: 0 };
+            let mut copy = UffdioCopy { dst: address, src, len, mode: 0, copied: 0 };
             // SAFETY: the struct is the one this ioctl reads and writes. The source is a slice of `len` bytes. The
             // destination is registered, so it is guest memory, which is accessed through volatile views alone.
-            match unsafe { abi::copy(self.0.as_raw_fd(), &mut copy) } {
+            match unsafe { ioctls::copy(self.0.as_raw_fd(), &mut copy) } {
                 Ok(_) => return Ok(true),
                 Err(Errno::EEXIST) => return Ok(false),
                 Err(Errno::EAGAIN) => {}
@@ -158,10 +162,10 @@ impl AsFd for Userfault {
 /// The ioctls that a sandbox must permit for a process that registers its own memory, beside the userfaultfd system
 /// call.
 pub(crate) const IOCTLS: [libc::Ioctl; 4] = [
-    nix::request_code_readwrite!(0xaa, 0x3f, size_of::<abi::Api>()),
-    nix::request_code_readwrite!(0xaa, 0x00, size_of::<abi::Register>()),
-    nix::request_code_read!(0xaa, 0x01, size_of::<abi::Range>()),
-    nix::request_code_read!(0xaa, 0x02, size_of::<abi::Range>()),
+    nix::request_code_readwrite!(0xaa, 0x3f, size_of::<UffdioApi>()),
+    nix::request_code_readwrite!(0xaa, 0x00, size_of::<UffdioRegister>()),
+    nix::request_code_read!(0xaa, 0x01, size_of::<UffdioRange>()),
+    nix::request_code_read!(0xaa, 0x02, size_of::<UffdioRange>()),
 ];
 
 /// The step at which the kernel refused a userfaultfd.
@@ -182,58 +186,20 @@ pub(crate) fn open(flags: i32, features: u64) -> Result<OwnedFd, Refusal> {
     let fd = fd.map_err(|errno| Refusal::Fd(errno.into()))?;
     // SAFETY: the system call has just opened the fd for this process, and nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-    let mut api = abi::Api { api: abi::API, features, ioctls: 0 };
+    let mut api = UffdioApi { api: UFFD_API, features, ioctls: 0 };
     // SAFETY: the struct is the one this ioctl reads and writes.
-    unsafe { abi::api(fd.as_raw_fd(), &mut api) }.map_err(|errno| Refusal::Features(errno.into()))?;
+    unsafe { ioctls::api(fd.as_raw_fd(), &mut api) }.map_err(|errno| Refusal::Features(errno.into()))?;
     Ok(fd)
 }
 
-/// Kernel numbers and structures (`linux/userfaultfd.h`).
+/// The ioctls of a userfaultfd.
 #[allow(unreachable_pub, reason = "nix's macros make public functions")]
-pub(crate) mod abi {
-    pub const API: u64 = 0xaa;
-    pub const FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
-    pub const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
-    pub const REGISTER_MODE_MISSING: u64 = 1;
+pub(crate) mod ioctls {
+    use crate::abi::linux::{UffdioApi, UffdioCopy, UffdioRange, UffdioRegister};
 
-    #[repr(C)]
-    #[derive(Debug)]
-    pub struct Api {
-        pub api: u64,
-        pub features: u64,
-        pub ioctls: u64,
-    }
-
-    #[repr(C)]
-    #[derive(Clone, Copy, Debug)]
-    pub struct Range {
-        pub start: u64,
-        pub len: u64,
-    }
-
-    #[repr(C)]
-    #[derive(Debug)]
-    pub struct Register {
-        pub range: Range,
-        pub mode: u64,
-        pub ioctls: u64,
-    }
-
-    #[repr(C)]
-    #[derive(Debug)]
-    pub struct Copy {
-        pub dst: u64,
-        pub src: u64,
-        pub len: u64,
-        pub mode: u64,
-        pub copied: i64,
-    }
-
-    const _: () = assert!(size_of::<Api>() == 24 && size_of::<Register>() == 32 && size_of::<Copy>() == 40);
-
-    nix::ioctl_readwrite!(api, 0xaa, 0x3f, Api);
-    nix::ioctl_readwrite!(register, 0xaa, 0x00, Register);
-    nix::ioctl_read!(unregister, 0xaa, 0x01, Range);
-    nix::ioctl_read!(wake, 0xaa, 0x02, Range);
-    nix::ioctl_readwrite!(copy, 0xaa, 0x03, Copy);
+    nix::ioctl_readwrite!(api, 0xaa, 0x3f, UffdioApi);
+    nix::ioctl_readwrite!(register, 0xaa, 0x00, UffdioRegister);
+    nix::ioctl_read!(unregister, 0xaa, 0x01, UffdioRange);
+    nix::ioctl_read!(wake, 0xaa, 0x02, UffdioRange);
+    nix::ioctl_readwrite!(copy, 0xaa, 0x03, UffdioCopy);
 }

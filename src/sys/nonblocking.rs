@@ -10,42 +10,18 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::OnceLock;
 
-use libc::{c_int, c_long, c_ulong};
+use libc::{c_long, c_ulong};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 use nix::sys::stat::{SFlag, fstat};
 
-/// Kernel number (`linux/aio_abi.h`).
-const IOCB_CMD_PREAD: u16 = 0;
-/// Kernel flag (`linux/aio_abi.h`).
-const IOCB_FLAG_RESFD: u32 = 1;
-/// Kernel number (`linux/kcmp.h`).
-const KCMP_FILE: c_int = 0;
+use crate::abi::linux::{IOCB_CMD_PREAD, IOCB_FLAG_RESFD, Iocb, KCMP_FILE};
+
 /// Maximum number of completions that one io_getevents takes off the queue.
 const REAP_BATCH: usize = 32;
 /// Maximum number of attempts to find a free completion slot, for which other threads compete.
 const MAX_SUBMIT_ATTEMPTS: usize = 1000;
-
-/// `struct iocb`, little-endian.
-#[repr(C)]
-#[derive(Default)]
-struct Iocb {
-    data: u64,
-    key: u32,
-    rw_flags: u32,
-    opcode: u16,
-    priority: i16,
-    fd: u32,
-    buffer: u64,
-    bytes: u64,
-    offset: i64,
-    reserved: u64,
-    flags: u32,
-    signalled: u32,
-}
-
-const _: () = assert!(size_of::<Iocb>() == 64);
 
 /// Signals an eventfd, or sends the same 8 bytes through a socket or pipe.
 ///

@@ -11,14 +11,7 @@ use nix::libc::{self, c_int};
 
 use super::NetError;
 use super::state::{HEADER, PeerPort};
-
-/// `struct ifreq`, as TUNSETIFF reads it.
-#[repr(C)]
-struct InterfaceRequest {
-    name: [u8; libc::IFNAMSIZ],
-    flags: libc::c_short,
-    padding: [u8; 22],
-}
+use crate::abi::linux::InterfaceRequest;
 
 const _: () = assert!(size_of::<InterfaceRequest>() == size_of::<libc::ifreq>());
 
