@@ -68,12 +68,7 @@ fn child(parent: u32, words: &[&str]) -> Option<Pid> {
 }
 
 fn status(control: &Path) -> Option<Value> {
-    let mut status = None;
-    vhost_migrate::control::call(control, &vhost_migrate::control::ControlCommand::Status, |event| {
-        status = Some(event)
-    })
-    .ok()?;
-    status
+    serde_json::to_value(vhost_migrate::control::status(control).ok()?).ok()
 }
 
 fn is_in_state(control: &Path, state: &str) -> Option<()> {

@@ -73,7 +73,8 @@ impl Host {
     }
 }
 
-fn send_command(control: &Path, command: Value, each: impl FnMut(Value)) -> std::io::Result<()> {
+fn send_command(control: &Path, command: Value, mut each: impl FnMut(Value)) -> std::io::Result<()> {
+    let each = |event| each(serde_json::to_value(event).unwrap());
     control::call(control, &serde_json::from_value(command).unwrap(), each)
 }
 

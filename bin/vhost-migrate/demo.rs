@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vhost_migrate::abi::virtio::SECTOR_BYTES;
-use vhost_migrate::control::{self, ControlCommand};
+use vhost_migrate::control::{self, ControlCommand, ControlEvent};
 use vhost_migrate::guest::GuestConfig;
+use vhost_migrate::guest::{GuestStats, OwnerState};
 use vhost_migrate::migrate::{MigrationEvent, MigrationReport};
 
 use crate::migrate::TransferArguments;
@@ -222,7 +223,7 @@ impl<'a> Demo<'a> {
         }
         self.start_guest(&self.destination, &["--incoming", &incoming])?;
         self.start_guest(&self.source, &workload)?;
-        wait_for(&self.source.control, "running")?;
+        wait_for(&self.source.control, OwnerState::Running)?;
         self.progress
             .print_line(&format!("guest up after {:.1} s: it writes memory and disk, and checks", seconds(begun)));
 
@@ -231,14 +232,14 @@ impl<'a> Demo<'a> {
         let report = self.migrate(&incoming)?;
         self.run_guest(each, |demo| &demo.destination)?;
 
-        let status = self.verify()?;
+        let stats = self.verify()?;
         let kills = self.kills;
         self.progress.print_line(&format!(
             "verified: every byte of memory and disk is right after {} requests and {} killed back-ends, {} requests \
              resubmitted, 0 lost ({:.1} s in all)",
-            status["requests"],
+            stats.requests,
             kills,
-            status["resubmitted"],
+            stats.resubmitted,
             seconds(begun)
         ));
         Ok(json!({
@@ -252,10 +253,10 @@ impl<'a> Demo<'a> {
             "wire_bytes": report.wire_bytes,
             "pages_sent": report.pages_sent,
             "zero_pages": report.zero_pages,
-            "requests": status["requests"],
-            "lost": status["lost"],
-            "resubmitted": status["resubmitted"],
-            "reconnects": status["reconnects"],
+            "requests": stats.requests,
+            "lost": stats.lost,
+            "resubmitted": stats.resubmitted,
+            "reconnects": stats.reconnects,
             "kills": kills,
             "dirty_rate_bytes_per_s": report.dirty_rate_bytes_per_s,
         }))
@@ -284,14 +285,15 @@ impl<'a> Demo<'a> {
         let mut kill = if self.arguments.kill { Some(Ok(())) } else { None };
         let control = self.source.control.clone();
         let order = ControlCommand::Migrate(self.arguments.transfer.migrate_arguments(uri));
-        control::call(&control, &order, |value| {
-            self.progress.event(&value);
-            match serde_json::from_value(value) {
+        control::call(&control, &order, |event| {
+            self.progress.event(&event);
+            let ControlEvent::Migration(event) = event else { return };
+            match *event {
                 // During the migration: logging is on and most memory has not been sent.
-                Ok(MigrationEvent::Progress { .. } | MigrationEvent::Round(_)) if matches!(kill, Some(Ok(()))) => {
+                MigrationEvent::Progress { .. } | MigrationEvent::Round(_) if matches!(kill, Some(Ok(()))) => {
                     kill = self.kill_backend(|demo| &demo.source).err().map(Err);
                 }
-                Ok(MigrationEvent::Completed(report)) => completed = Some(report),
+                MigrationEvent::Completed(report) => completed = Some(report),
                 _ => {}
             }
         })?;
@@ -301,13 +303,14 @@ impl<'a> Demo<'a> {
         completed.ok_or_else(|| io::Error::other("the migration ended without a report"))
     }
 
-    fn verify(&self) -> io::Result<Value> {
-        let mut status = Value::Null;
-        control::call(&self.destination.control, &ControlCommand::Verify, |event| status = event)?;
-        if status["lost"] != 0 {
-            return Err(io::Error::other(format!("{} requests were lost", status["lost"])));
+    fn verify(&self) -> io::Result<GuestStats> {
+        control::call(&self.destination.control, &ControlCommand::Verify {}, |_| ())?;
+        let guest = control::status(&self.destination.control)?.guest;
+        let stats = guest.ok_or_else(|| io::Error::other("the guest is gone"))?.stats;
+        if stats.lost != 0 {
+            return Err(io::Error::other(format!("{} requests were lost", stats.lost)));
         }
-        Ok(status)
+        Ok(stats)
     }
 
     fn start_backend(&self, side: &DemoSide) -> io::Result<()> {
@@ -337,16 +340,15 @@ fn program() -> io::Result<Process> {
 }
 
 /// Waits until the guest behind a control socket is in `state`.
-fn wait_for(control: &Path, state: &str) -> io::Result<()> {
+fn wait_for(control: &Path, state: OwnerState) -> io::Result<()> {
     let deadline = Instant::now() + START_TIMEOUT;
     loop {
-        let mut seen = Value::Null;
-        let answer = control::call(control, &ControlCommand::Status, |event| seen = event["state"].clone());
-        if answer.is_ok() && seen == state {
+        let status = control::status(control);
+        if status.as_ref().is_ok_and(|status| status.state == state) {
             return Ok(());
         }
         if Instant::now() > deadline {
-            let why = answer.err().map_or_else(|| format!("state {seen}"), |error| error.to_string());
+            let why = status.map_or_else(|error| error.to_string(), |status| format!("state {}", status.state));
             return Err(io::Error::other(format!("the guest did not come up in {START_TIMEOUT:?}: {why}")));
         }
         std::thread::sleep(Duration::from_millis(5));

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use serde_json::Value;
-use vhost_migrate::control::{self, ControlCommand};
+use vhost_migrate::control::{self, ControlCommand, ControlEvent};
+use vhost_migrate::guest::MeasuredRate;
 
 use crate::units::{self, format_bytes};
 use crate::values;
@@ -53,8 +53,8 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     let outcome = control::call(&arguments.control, &order, |event| {
         if arguments.json {
             println!("{event}");
-        } else {
-            print(&event, arguments.bandwidth);
+        } else if let ControlEvent::DirtyRate(measured) = event {
+            print(&measured);
         }
     });
     match outcome {
@@ -66,27 +66,22 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     }
 }
 
-fn print(event: &Value, bandwidth: u64) {
-    let (rate, forecast) = (&event["rate"], &event["forecast"]);
-    let number = |value: &Value| value.as_f64().unwrap_or_default();
-    let line = |name: &str, of: &Value| {
-        let (pages, bytes) = (number(&of["pages_per_s"]), format_bytes(number(&of["bytes_per_s"])));
-        println!(
-            "{name:<24} {pages:>9.0} pages/s  {bytes:>10}/s  working set {}",
-            format_bytes(number(&of["working_set_bytes"]))
-        );
+fn print(MeasuredRate { rate, bandwidth, forecast }: &MeasuredRate) {
+    let line = |name: &str, pages: f64, bytes: f64, working_set: u64| {
+        let (bytes, working_set) = (format_bytes(bytes), format_bytes(working_set as f64));
+        println!("{name:<24} {pages:>9.0} pages/s  {bytes:>10}/s  working set {working_set}");
     };
-    line("guest", rate);
-    for source in rate["sources"].as_array().into_iter().flatten() {
-        line(&format!("  {}", source["name"].as_str().unwrap_or("?")), source);
+    line("guest", rate.pages_per_s, rate.bytes_per_s, rate.working_set_bytes);
+    for source in &rate.sources {
+        line(&format!("  {}", source.name), source.pages_per_s, source.bytes_per_s, source.working_set_bytes);
     }
-    let verdict = if forecast["converges"] == true { "converges" } else { "does not converge" };
     println!(
-        "at {}/s it {verdict}: {} rounds, {:.0} ms in all, downtime {:.1} ms, {} sent",
-        format_bytes(bandwidth as f64),
-        forecast["rounds"],
-        number(&forecast["total_ms"]),
-        number(&forecast["downtime_ms"]),
-        format_bytes(number(&forecast["bytes"]))
+        "at {}/s it {}: {} rounds, {:.0} ms in all, downtime {:.1} ms, {} sent",
+        format_bytes(*bandwidth as f64),
+        if forecast.converges { "converges" } else { "does not converge" },
+        forecast.rounds,
+        forecast.total_ms,
+        forecast.downtime_ms,
+        format_bytes(forecast.bytes as f64)
     );
 }

@@ -2,28 +2,19 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{RecvTimeoutError, bounded};
 use crossbeam::select;
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
-use vhost_migrate::control::{self, CommandHandler, ControlClient, ControlCommand, MigrateArguments};
-use vhost_migrate::dirty::{forecast, measure_dirty_rate};
-use vhost_migrate::frontend::{FrontendError, Interrupt};
-use vhost_migrate::guest::{
-    Guest, GuestConfig, GuestError, GuestIncomingVm, GuestSourceVm, GuestView, InterruptOnCancel, Verified,
-    connect_backends, dirty_sources,
-};
+use vhost_migrate::control::{self, CommandHandler, ControlClient, ControlCommand, ControlEvent, MigrateArguments};
+use vhost_migrate::frontend::Interrupt;
+use vhost_migrate::guest::{Guest, GuestConfig, GuestIncomingVm, GuestOwner, OwnerState, connect_backends};
 use vhost_migrate::migrate::{
-    ConvergencePolicy, GuestLocation, MigrateError, MigrationEvent, MigrationListener, MigrationParameters,
-    OUTCOME_QUERY_TIMEOUT, Outcomes, VmError, migrate, receive,
+    ConvergencePolicy, MigrateError, MigrationListener, MigrationParameters, OUTCOME_QUERY_TIMEOUT, VmError, receive,
 };
-use vhost_migrate::stream::{
-    CancelToken, MigrationId, Started, StreamListener, StreamOptions, ToSource, Uri, connect, query_outcome,
-    remove_unfinished_saves,
-};
+use vhost_migrate::stream::{StreamListener, StreamOptions, Uri, remove_unfinished_saves};
 
 use crate::log_arguments::LogArguments;
 use crate::metrics::MetricsArguments;
@@ -151,11 +142,11 @@ fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
     // Before the first answer: a client that learns that there is no guest can then migrate one to here.
     let incoming = match &arguments.incoming {
         Some(uri) => {
-            Some((uri, Arc::new(MigrationListener::start(StreamListener::bind(uri)?, owner.outcomes.clone())?)))
+            Some((uri, Arc::new(MigrationListener::start(StreamListener::bind(uri)?, owner.outcomes().clone())?)))
         }
         None => None,
     };
-    *lock(&owner.incoming) = incoming.as_ref().map(|(_, incoming)| incoming.clone());
+    owner.set_incoming(incoming.as_ref().map(|(_, incoming)| incoming.clone()));
     std::thread::spawn(move || control::serve(listener, handler));
 
     match incoming {
@@ -176,19 +167,24 @@ fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
                 recv(booted) -> guest => {
                     let guest = guest??;
                     tracing::info!("the guest has started, with disks from {}", join_paths(&arguments.backend));
-                    owner.set(Some(guest), OwnerState::Running);
+                    owner.own(Some(guest), true);
                 }
                 recv(quitting) -> _ => return Ok(ExitCode::SUCCESS),
             }
         }
     }
     // A failure of the guest is reported immediately.
-    while let Err(RecvTimeoutError::Timeout) = quitting.recv_timeout(Duration::from_millis(100)) {
-        owner.check_failure();
+    loop {
+        let waited = quitting.recv_timeout(Duration::from_millis(100));
+        if let Some(failure) = owner.new_failure() {
+            eprintln!("guest: {failure}");
+        }
+        if waited != Err(RecvTimeoutError::Timeout) {
+            break;
+        }
     }
-    owner.check_failure();
     // Stops listening and removes the socket.
-    *lock(&owner.incoming) = None;
+    owner.set_incoming(None);
     Ok(if owner.state() == OwnerState::Failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
@@ -219,21 +215,19 @@ fn wait_for_arrival(
         let (was_saved, any_disks) = (connection.one_way, arguments.ignore_disk_generation);
         let arrival = GuestIncomingVm::new(arguments.backend.clone())?.with_cancel(connection.cancel_token());
         let mut arrival = arrival.with_disk_checks(was_saved, any_disks);
-        match receive(&mut arrival, connection, &owner.outcomes, arguments.switchover_timeout) {
+        match receive(&mut arrival, connection, owner.outcomes(), arguments.switchover_timeout) {
             Ok(received) => {
                 let is = if received.running { "runs" } else { "is paused" };
                 tracing::info!(
                     "a guest has arrived at {uri} and {is} here, with disks from {}",
                     join_paths(&arguments.backend)
                 );
-                owner
-                    .set(arrival.into_guest(), if received.running { OwnerState::Running } else { OwnerState::Paused });
+                owner.own(arrival.into_guest(), received.running);
                 return Ok(());
             }
             Err(error @ MigrateError::NotStarted(_)) => {
                 eprintln!("guest: {error}");
-                *lock(&owner.held) = Some(id);
-                owner.set(arrival.into_guest(), OwnerState::Paused);
+                owner.own_unstarted(arrival.into_guest(), id);
                 return Ok(());
             }
             Err(error) if uri.is_single_channel() => return Err(error.into()),
@@ -272,400 +266,9 @@ impl Workload {
 
 /// Time limit for removing sockets and files of incomplete saves after SIGTERM.
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(2);
-/// Time limit of the outcome query before a resume.
-const RESUME_QUERY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Warning about a snapshot of a running guest.
-const NOT_PAUSED_WARNING: &str = "the guest is not paused and continues to write to its disk after the save: a restore onto that disk is then refused. \
-                       For a snapshot pause the guest, save it, copy its disk with cp --preserve=xattr, and resume it";
-/// Advice when a guest of unknown outcome can't be resumed.
-const DISK_IN_USE_ADVICE: &str =
-    "Another front-end seems to use the disk: the destination probably runs the guest. If it does, run forget here";
-const MIGRATION: &str = "a migration";
-const MEASUREMENT: &str = "a measurement";
-/// Time limit for a measurement to end before a migration.
-const MEASUREMENT_END_TIMEOUT: Duration = Duration::from_secs(15);
 /// Interval of checks for changes during a watch.
 const WATCH_INTERVAL: Duration = Duration::from_millis(20);
 const MAX_WATCH: Duration = Duration::from_secs(86_400);
-
-/// State of the guest's process.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-enum OwnerState {
-    /// There is no guest yet: it boots or is waited for.
-    #[default]
-    Absent,
-    /// The guest has arrived and is being started.
-    Starting,
-    Running,
-    Paused,
-    /// The guest was handed over.
-    Migrated,
-    /// The outcome of the guest's migration is unknown. It is intact and paused.
-    OutcomeUnknown,
-    /// The guest found a wrong byte or another error.
-    Failed,
-}
-
-impl OwnerState {
-    /// Returns the location of the guest, if there is one.
-    fn location(self) -> Option<GuestLocation> {
-        match self {
-            OwnerState::Running => Some(GuestLocation::RunningHere),
-            OwnerState::Paused => Some(GuestLocation::PausedHere),
-            OwnerState::Migrated => Some(GuestLocation::HandedOver),
-            OwnerState::OutcomeUnknown => Some(GuestLocation::OutcomeUnknown),
-            OwnerState::Absent | OwnerState::Starting | OwnerState::Failed => None,
-        }
-    }
-
-    fn at(location: GuestLocation) -> OwnerState {
-        match location {
-            GuestLocation::RunningHere => OwnerState::Running,
-            GuestLocation::PausedHere => OwnerState::Paused,
-            GuestLocation::HandedOver => OwnerState::Migrated,
-            _ => OwnerState::OutcomeUnknown,
-        }
-    }
-
-    /// Returns the error for a command that needs another state.
-    fn refusal_message(self) -> String {
-        match self {
-            OwnerState::Absent => "there is no guest here yet",
-            OwnerState::Starting => {
-                "a guest has arrived and is being started here: wait until it runs, or cancel the start, which leaves the guest here, paused"
-            }
-            OwnerState::Running => "the guest runs here: pause it first",
-            OwnerState::Paused => "the guest is paused here: resume it first",
-            OwnerState::Migrated => "the guest was handed over: there is no guest here",
-            OwnerState::OutcomeUnknown => {
-                "the outcome of the guest's migration is unknown: run resume if the destination does not run it, \
-                 or forget if the destination does"
-            }
-            OwnerState::Failed => "the guest has failed and never runs again: status reports the error",
-        }
-        .into()
-    }
-}
-
-/// The guest and the operations on it.
-#[derive(Default)]
-struct GuestOwner {
-    guest: Mutex<Option<Guest>>,
-    /// View of the guest for status, which never waits.
-    view: Mutex<Option<GuestView>>,
-    state: Mutex<OwnerState>,
-    /// Outcomes of incoming migrations.
-    outcomes: Outcomes,
-    /// Listener for migrations and outcome queries.
-    incoming: Mutex<Option<Arc<MigrationListener>>>,
-    /// The migration of an arrived guest that could not be started.
-    held: Mutex<Option<MigrationId>>,
-    /// Destination and id of an outgoing migration, for outcome queries.
-    unknown: Mutex<Option<(Uri, MigrationId)>>,
-    /// The operation under way, with its cancel token.
-    busy: Mutex<Option<(&'static str, Option<CancelToken>)>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl GuestOwner {
-    fn set(&self, guest: Option<Guest>, state: OwnerState) {
-        *lock(&self.view) = guest.as_ref().map(Guest::view);
-        *lock(&self.guest) = guest;
-        *lock(&self.state) = state;
-    }
-
-    fn state(&self) -> OwnerState {
-        match *lock(&self.state) {
-            OwnerState::Absent if self.outcomes.has_arrived() => OwnerState::Starting,
-            state => state,
-        }
-    }
-
-    fn check_failure(&self) {
-        let failure = lock(&self.view).as_ref().and_then(GuestView::failure);
-        if let Some(failure) = failure
-            && std::mem::replace(&mut *lock(&self.state), OwnerState::Failed) != OwnerState::Failed
-        {
-            eprintln!("guest: {failure}");
-        }
-    }
-
-    fn with<T>(&self, ask: impl FnOnce(&mut Guest) -> Result<T, VmError>) -> Result<T, String> {
-        let mut guest = lock(&self.guest);
-        let guest = guest.as_mut().ok_or_else(|| self.state().refusal_message())?;
-        ask(guest).map_err(|error| error.to_string())
-    }
-
-    /// Runs `work` unless another operation is under way. A migration has priority: it ends a measurement.
-    fn run_exclusively<T>(
-        &self,
-        what: &'static str,
-        cancel: Option<CancelToken>,
-        work: impl FnOnce() -> Result<T, String>,
-    ) -> Result<T, String> {
-        let deadline = Instant::now() + MEASUREMENT_END_TIMEOUT;
-        loop {
-            let mut busy = lock(&self.busy);
-            match &*busy {
-                None => {
-                    *busy = Some((what, cancel));
-                    break;
-                }
-                Some((MEASUREMENT, Some(other))) if what == MIGRATION && Instant::now() < deadline => {
-                    other.cancel();
-                }
-                Some((other, _)) => return Err(format!("{other} is under way: wait for its end, or cancel it")),
-            }
-            drop(busy);
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let done = work();
-        *lock(&self.busy) = None;
-        done
-    }
-
-    /// Lets `cancel` end waits for the guest's devices.
-    fn interrupt_on(&self, cancel: &CancelToken) -> Result<InterruptOnCancel, String> {
-        Ok(InterruptOnCancel::new(self.with(|guest| Ok(guest.interrupts()))?, cancel))
-    }
-
-    fn status(&self) -> Value {
-        self.check_failure();
-        let (state, busy) = (self.state(), lock(&self.busy).as_ref().map(|b| b.0));
-        let mut status = json!({"event": "status", "state": state, "location": state.location(), "busy": busy});
-        if let Some(guest) = &*lock(&self.view)
-            && let (Some(into), Ok(Value::Object(stats))) =
-                (status.as_object_mut(), serde_json::to_value(guest.stats()))
-        {
-            into.extend(stats);
-            into.insert("guest_bytes".into(), guest.memory_bytes().into());
-            into.insert("devices".into(), serde_json::to_value(guest.connections()).unwrap_or_default());
-            into.insert("failure".into(), guest.failure().map(|failure| failure.to_string()).into());
-        }
-        status
-    }
-
-    /// Reports each device now and whenever its connection changes.
-    fn watch(&self, seconds: f64, client: &ControlClient<'_>) -> Result<(), String> {
-        let for_long = Duration::try_from_secs_f64(seconds).ok().filter(|time| *time <= MAX_WATCH);
-        let deadline = Instant::now() + for_long.ok_or(format!("{seconds} seconds: watch for 0 to 86400"))?;
-        let mut reported = Vec::new();
-        loop {
-            let mut connections = lock(&self.view).as_ref().map(GuestView::connections).unwrap_or_default();
-            for (number, connection) in connections.iter_mut().enumerate() {
-                let mut event = json!(connection);
-                event["event"] = "device".into();
-                // A longer unavailability alone is not reported.
-                connection.away_ms = connection.away_ms.map(|_| 0);
-                if reported.get(number) != Some(connection) {
-                    client.send_event(&event);
-                }
-            }
-            reported = connections;
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || client.has_disconnected() {
-                return Ok(());
-            }
-            std::thread::sleep(WATCH_INTERVAL.min(left));
-        }
-    }
-
-    fn migrate(&self, arguments: &MigrateArguments, emit: &mut dyn FnMut(Value)) -> Result<(), String> {
-        let text_of = |error: &dyn std::error::Error| error.to_string();
-        let uri: Uri = arguments.uri.parse().map_err(|error| text_of(&error))?;
-        if let Uri::Fd(number) = &uri
-            && is_close_on_exec(*number)
-        {
-            let advice = "pass a descriptor to the guest's process at its start, not to this command";
-            return Err(format!("{uri}: the guest's process has opened this descriptor for itself: {advice}"));
-        }
-        let codec = arguments.codec.parse().map_err(|error| text_of(&error))?;
-        let options = StreamOptions {
-            channels: if uri.is_single_channel() { 1 } else { arguments.channels },
-            one_way: arguments.one_way,
-            ..StreamOptions::new().map_err(|error| text_of(&error))?
-        };
-        options.limiter.set(arguments.bandwidth);
-        let policy = ConvergencePolicy {
-            downtime_limit: Duration::from_millis(arguments.downtime_ms),
-            max_rounds: arguments.max_rounds,
-        };
-        let parameters = MigrationParameters {
-            policy,
-            codec,
-            verify: arguments.verify,
-            outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
-            switchover_timeout: arguments.switchover_timeout_ms.map(Duration::from_millis),
-            continue_here: arguments.continue_here,
-        };
-        self.run_exclusively(MIGRATION, Some(options.cancel.clone()), || {
-            let state = self.state();
-            if !matches!(state, OwnerState::Running | OwnerState::Paused) {
-                return Err(state.refusal_message());
-            }
-            let vm = GuestSourceVm::new(&self.guest).ok_or("there is no guest here")?;
-            let connection = connect(&uri, &options).map_err(|error| text_of(&error))?;
-            // A one-way stream may be kept and restored at any time.
-            let mut vm = vm.with_cancel(connection.cancel_token()).with_disk_generations(connection.one_way);
-            *lock(&self.unknown) = Some((uri, connection.id));
-            let mut tell = |event| emit(serde_json::to_value(event).unwrap_or_default());
-            if parameters.continue_here && state == OwnerState::Running && connection.is_to_file() {
-                tell(MigrationEvent::Warning { message: NOT_PAUSED_WARNING.into() });
-            }
-            let left = migrate(&mut vm, connection, &parameters, &mut tell);
-            *lock(&self.state) = match &left {
-                Ok(_) if parameters.continue_here => state,
-                Ok(_) => OwnerState::Migrated,
-                Err(failure) => OwnerState::at(failure.location),
-            };
-            if self.state() == OwnerState::Migrated {
-                *lock(&self.view) = None;
-                tracing::info!("the guest has moved to {}", arguments.uri);
-            }
-            left.map(drop).map_err(|failure| text_of(&failure))
-        })
-    }
-
-    /// Resumes a paused guest, or one of unknown outcome.
-    fn resume(&self) -> Result<(), String> {
-        let cancel = CancelToken::new().map_err(|error| error.to_string())?;
-        self.run_exclusively("a resume", Some(cancel.clone()), || {
-            let state = self.state();
-            match state {
-                OwnerState::Paused => {}
-                OwnerState::OutcomeUnknown => self.query_before_resume()?,
-                OwnerState::Running => return Err("the guest runs here already".into()),
-                other => return Err(other.refusal_message()),
-            }
-            let interrupt = self.interrupt_on(&cancel)?;
-            let downtime = self.with(|guest| match guest.start() {
-                Ok(()) => Ok(guest.downtime_ns()),
-                Err(error @ GuestError::Device(FrontendError::Refused { .. }))
-                    if state == OwnerState::OutcomeUnknown =>
-                {
-                    // Nothing of the guest may run here now.
-                    let _ = guest.stop_devices();
-                    Err(format!("{error}. {DISK_IN_USE_ADVICE}").into())
-                }
-                Err(error) => Err(error.into()),
-            })?;
-            drop(interrupt);
-            *lock(&self.state) = OwnerState::Running;
-            if let Some(id) = lock(&self.held).take() {
-                self.outcomes.record_started(id, Started { observed_downtime_ns: downtime, start_ns: 0 });
-            }
-            Ok(())
-        })
-    }
-
-    /// Queries the destination before a resume. The operator's assertion counts unless the destination contradicts it.
-    fn query_before_resume(&self) -> Result<(), String> {
-        let Some((uri, id)) = lock(&self.unknown).clone() else { return Ok(()) };
-        match query_outcome(&uri, id, RESUME_QUERY_TIMEOUT) {
-            Ok(ToSource::Started(_)) => {
-                self.set(None, OwnerState::Migrated);
-                Err("the destination confirms that it runs the guest: it was released here".into())
-            }
-            Ok(ToSource::Held(held)) => {
-                Err(format!("the destination has the guest ({}): end the destination's process first", held.message))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Releases a guest that runs at the destination according to the operator.
-    fn forget(&self) -> Result<(), String> {
-        self.run_exclusively("a forget", None, || match self.state() {
-            OwnerState::OutcomeUnknown => {
-                self.set(None, OwnerState::Migrated);
-                tracing::info!("the guest was released by forget");
-                Ok(())
-            }
-            OwnerState::Running | OwnerState::Paused => {
-                Err("the guest is here: forget is only for a guest of unknown outcome; quit ends this one".into())
-            }
-            other => Err(other.refusal_message()),
-        })
-    }
-
-    /// Checks that the process may end: not with a guest that has arrived meanwhile, and not with one of unknown
-    /// outcome.
-    fn prepare_quit(&self) -> Result<(), String> {
-        match (self.state(), &*lock(&self.incoming)) {
-            (OwnerState::OutcomeUnknown, _) => Err(OwnerState::OutcomeUnknown.refusal_message()),
-            (OwnerState::Absent | OwnerState::Starting, Some(incoming)) => {
-                if !self.outcomes.close("the destination's process was told to quit") {
-                    return Err("a guest has arrived meanwhile: run quit again to end it".into());
-                }
-                incoming.close();
-                Ok(())
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn cancel(&self) -> Result<(), String> {
-        match &*lock(&self.busy) {
-            Some((_, Some(cancel))) if cancel.cancel() => Ok(()),
-            Some((_, Some(_))) => {
-                Err("too late: the commit has been sent, and the destination decides the outcome".into())
-            }
-            _ if self.outcomes.give_up_all("cancelled at the destination") => Ok(()),
-            _ if self.outcomes.cancel_start() => Ok(()),
-            _ if self.state() == OwnerState::Absent && lock(&self.incoming).is_some() => {
-                Err("no migration has started yet: this process waits for one, and quit ends it".into())
-            }
-            _ => Err("no migration is under way".into()),
-        }
-    }
-
-    fn dirty_rate(&self, seconds: f64, bandwidth: u64, downtime_ms: u64) -> Result<Value, String> {
-        if !(0.01..=3600.0).contains(&seconds) {
-            return Err(format!("{seconds} seconds: measure for 0.01 to 3600"));
-        }
-        let cancel = CancelToken::new().map_err(|error| error.to_string())?;
-        self.run_exclusively(MEASUREMENT, Some(cancel.clone()), || {
-            let (mut sources, bytes) = self.with(|guest| Ok((dirty_sources(guest), guest.memory().size())))?;
-            let interval = Duration::from_millis(100);
-            // Logging devices are stopped regularly after the start.
-            let mut starting = Some(self.interrupt_on(&cancel)?);
-            let rate = measure_dirty_rate(&mut sources, Duration::from_secs_f64(seconds), interval, |time| {
-                starting = None;
-                cancel.wait(time).is_ok()
-            });
-            if cancel.is_cancelled() {
-                return Err("the measurement was ended by a migration, which has priority, or by cancel".into());
-            }
-            let rate = rate.map_err(|error| error.to_string())?;
-            let forecast = forecast(&(&rate).into(), bandwidth as f64, downtime_ms as f64, bytes);
-            Ok(json!({"event": "dirty_rate", "rate": rate, "bandwidth": bandwidth, "forecast": forecast}))
-        })
-    }
-
-    fn verify(&self) -> Result<Verified, String> {
-        let cancel = CancelToken::new().map_err(|error| error.to_string())?;
-        self.run_exclusively("a verification", Some(cancel.clone()), || {
-            let _interrupt = self.interrupt_on(&cancel)?;
-            self.with(|guest| Ok(guest.verify()?))
-        })
-    }
-
-    fn pause(&self) -> Result<(), String> {
-        self.run_exclusively("a pause", None, || {
-            match self.state() {
-                OwnerState::Running => self.with(|guest| Ok(guest.pause()?))?,
-                OwnerState::Paused => return Err("the guest is paused already".into()),
-                other => return Err(other.refusal_message()),
-            }
-            *lock(&self.state) = OwnerState::Paused;
-            Ok(())
-        })
-    }
-}
 
 struct GuestCommands {
     owner: Arc<GuestOwner>,
@@ -679,31 +282,102 @@ fn is_close_on_exec(number: i32) -> bool {
     flags.is_some_and(|flags| flags & libc::O_CLOEXEC != 0)
 }
 
-impl CommandHandler for GuestCommands {
-    fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), String> {
+/// Migrates the guest as `arguments` say, and sends events to `client`.
+fn migrate(owner: &GuestOwner, arguments: &MigrateArguments, client: &ControlClient<'_>) -> Result<(), VmError> {
+    let uri: Uri = arguments.uri.parse()?;
+    if let Uri::Fd(number) = &uri
+        && is_close_on_exec(*number)
+    {
+        let advice = "pass a descriptor to the guest's process at its start, not to this command";
+        return Err(format!("{uri}: the guest's process has opened this descriptor for itself: {advice}").into());
+    }
+    let codec = arguments.codec.parse()?;
+    let options = StreamOptions {
+        channels: if uri.is_single_channel() { 1 } else { arguments.channels },
+        one_way: arguments.one_way,
+        ..StreamOptions::new()?
+    };
+    options.limiter.set(arguments.bandwidth);
+    let policy = ConvergencePolicy {
+        downtime_limit: Duration::from_millis(arguments.downtime_ms),
+        max_rounds: arguments.max_rounds,
+    };
+    let parameters = MigrationParameters {
+        policy,
+        codec,
+        verify: arguments.verify,
+        outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
+        switchover_timeout: arguments.switchover_timeout_ms.map(Duration::from_millis),
+        continue_here: arguments.continue_here,
+    };
+    let mut tell = |event| client.send_event(&ControlEvent::Migration(Box::new(event)));
+    Ok(owner.migrate(&uri, &options, &parameters, &mut tell)?)
+}
+
+/// Reports each device now and whenever its connection changes.
+fn watch(owner: &GuestOwner, seconds: f64, client: &ControlClient<'_>) -> Result<(), String> {
+    let for_long = Duration::try_from_secs_f64(seconds).ok().filter(|time| *time <= MAX_WATCH);
+    let deadline = Instant::now() + for_long.ok_or(format!("{seconds} seconds: watch for 0 to 86400"))?;
+    let mut reported = Vec::new();
+    loop {
+        let mut connections = owner.connections();
+        for (number, connection) in connections.iter_mut().enumerate() {
+            let event = ControlEvent::Device(connection.clone());
+            // A longer unavailability alone is not reported.
+            connection.away_ms = connection.away_ms.map(|_| 0);
+            if reported.get(number) != Some(connection) {
+                client.send_event(&event);
+            }
+        }
+        reported = connections;
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() || client.has_disconnected() {
+            return Ok(());
+        }
+        std::thread::sleep(WATCH_INTERVAL.min(left));
+    }
+}
+
+fn dirty_rate(owner: &GuestOwner, seconds: f64, bandwidth: u64, downtime_ms: u64) -> Result<ControlEvent, VmError> {
+    if !(0.01..=3600.0).contains(&seconds) {
+        return Err(format!("{seconds} seconds: measure for 0.01 to 3600").into());
+    }
+    let measured = owner.dirty_rate(Duration::from_secs_f64(seconds), bandwidth, downtime_ms)?;
+    Ok(ControlEvent::DirtyRate(Box::new(measured)))
+}
+
+impl GuestCommands {
+    fn carry_out(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), VmError> {
         let owner = &self.owner;
         match command {
-            ControlCommand::Status => client.send_event(&owner.status()),
-            ControlCommand::Watch { seconds } => owner.watch(seconds, client)?,
-            ControlCommand::Migrate(arguments) => owner.migrate(&arguments, &mut |event| client.send_event(&event))?,
-            ControlCommand::Cancel => owner.cancel()?,
-            ControlCommand::Pause => owner.pause()?,
-            ControlCommand::Resume => owner.resume()?,
-            ControlCommand::Forget => owner.forget()?,
-            ControlCommand::Verify => {
+            ControlCommand::Status {} => client.send_event(&owner.status().into()),
+            ControlCommand::Watch { seconds } => watch(owner, seconds, client)?,
+            ControlCommand::Migrate(arguments) => migrate(owner, &arguments, client)?,
+            ControlCommand::Cancel {} => owner.cancel()?,
+            ControlCommand::Pause {} => owner.pause()?,
+            ControlCommand::Resume {} => owner.resume()?,
+            ControlCommand::Forget {} => owner.forget()?,
+            ControlCommand::Verify {} => {
                 let verified = owner.verify()?;
-                let mut status = owner.status();
-                status["verified_memory_bytes"] = verified.memory.into();
-                status["verified_disk_bytes"] = verified.disk.into();
-                client.send_event(&status);
+                client.send_event(&ControlEvent::Status {
+                    status: Box::new(owner.status()),
+                    verified_memory_bytes: Some(verified.memory),
+                    verified_disk_bytes: Some(verified.disk),
+                });
             }
             ControlCommand::DirtyRate { seconds, bandwidth, downtime_ms } => {
-                client.send_event(&owner.dirty_rate(seconds, bandwidth, downtime_ms)?);
+                client.send_event(&dirty_rate(owner, seconds, bandwidth, downtime_ms)?);
             }
-            ControlCommand::Quit => owner.prepare_quit()?,
-            other => return Err(format!("{other:?} is not supported by a built-in guest")),
+            ControlCommand::Quit {} => owner.prepare_quit()?,
+            other => return Err(format!("{other:?} is not supported by a built-in guest").into()),
         }
         Ok(())
+    }
+}
+
+impl CommandHandler for GuestCommands {
+    fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), String> {
+        self.carry_out(command, client).map_err(|error| error.to_string())
     }
 
     fn quit(&self) {

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
-use vhost_migrate::control::{self, ControlCommand, MigrateArguments};
-use vhost_migrate::migrate::GuestLocation;
+use vhost_migrate::control::{self, ControlCommand, ControlEvent, MigrateArguments};
+use vhost_migrate::guest::Operation;
+use vhost_migrate::migrate::{GuestLocation, MigrationEvent};
 use vhost_migrate::stream::{Codec, Uri};
 
 use crate::progress::{OutputArguments, Progress};
@@ -121,9 +121,8 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     let (continue_here, one_way) = (arguments.continue_here, arguments.one_way);
     let order = MigrateArguments { continue_here, one_way, ..arguments.transfer.migrate_arguments(uri) };
     let order = ControlCommand::Migrate(order);
-    let tell = |event: Value| {
-        // The migration has started.
-        if event["event"] == "started" {
+    let tell = |event: ControlEvent| {
+        if matches!(&event, ControlEvent::Migration(event) if matches!(**event, MigrationEvent::Started { .. })) {
             advice.take().iter().for_each(|advice| eprintln!("{advice}"));
         }
         progress.event(&event);
@@ -165,11 +164,11 @@ fn cancel_on_interrupt(control: &Path) -> io::Result<()> {
 }
 
 fn cancel(control: &Path) {
-    match control::call_with_timeout(control, &ControlCommand::Cancel, STATUS_TIMEOUT, |_| ()) {
+    match control::call_with_timeout(control, &ControlCommand::Cancel {}, STATUS_TIMEOUT, |_| ()) {
         Ok(()) => {
             let begun = Instant::now();
             let answers =
-                || control::call_with_timeout(control, &ControlCommand::Status, STATUS_TIMEOUT, |_| ()).is_ok();
+                || control::call_with_timeout(control, &ControlCommand::Status {}, STATUS_TIMEOUT, |_| ()).is_ok();
             // This process ends with the migration.
             while begun.elapsed() < CANCEL_TIMEOUT && answers() {
                 std::thread::sleep(STATUS_INTERVAL);
@@ -192,18 +191,19 @@ const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 fn report_location(control: &Path, error: &io::Error) -> ExitCode {
     let begun = Instant::now();
     let status = loop {
-        let mut status = Value::Null;
-        if let Err(silent) = control::call(control, &ControlCommand::Status, |event| status = event) {
-            eprintln!("no contact with the guest's process, the location of the guest is unknown: {error}");
-            if silent.to_string() != error.to_string() {
-                eprintln!("its status is not available: {silent}");
+        match control::status(control) {
+            // An answer means the end of the migration; a broken connection does not.
+            Ok(status) if error.kind() == io::ErrorKind::Other || status.busy != Some(Operation::Migration) => {
+                break status;
             }
-            return ExitCode::from(NO_CONTACT);
-        }
-        // An answer means the end of the migration; a broken connection does not.
-        let is_over = error.kind() == io::ErrorKind::Other || status["busy"] != "a migration";
-        if is_over {
-            break status;
+            Ok(_) => {}
+            Err(silent) => {
+                eprintln!("no contact with the guest's process, the location of the guest is unknown: {error}");
+                if silent.to_string() != error.to_string() {
+                    eprintln!("its status is not available: {silent}");
+                }
+                return ExitCode::from(NO_CONTACT);
+            }
         }
         if begun.elapsed() >= LOST_REPORT_TIMEOUT {
             eprintln!("no contact with the migration, which is still under way: {error}");
@@ -211,25 +211,24 @@ fn report_location(control: &Path, error: &io::Error) -> ExitCode {
         }
         std::thread::sleep(STATUS_INTERVAL);
     };
-    let (busy, state) = (&status["busy"], &status["state"]);
-    let (says, code) = match serde_json::from_value(status["location"].clone()) {
+    let (says, code) = match status.location {
         // An error answer with this location: another migration has handed the guest over.
-        Ok(GuestLocation::HandedOver) if error.kind() == io::ErrorKind::Other => ("there is no guest here".into(), 6),
-        Ok(GuestLocation::HandedOver) => {
+        Some(GuestLocation::HandedOver) if error.kind() == io::ErrorKind::Other => ("there is no guest here".into(), 6),
+        Some(GuestLocation::HandedOver) => {
             eprintln!("the guest was handed over, but the migration's report is lost: {error}");
             return ExitCode::SUCCESS;
         }
-        Ok(GuestLocation::RunningHere) => ("the guest still runs here".into(), 1),
-        Ok(GuestLocation::PausedHere) => ("the guest is paused here".into(), 4),
-        Ok(GuestLocation::OutcomeUnknown) => (
+        Some(GuestLocation::RunningHere) => ("the guest still runs here".into(), 1),
+        Some(GuestLocation::PausedHere) => ("the guest is paused here".into(), 4),
+        Some(GuestLocation::OutcomeUnknown) => (
             "the outcome is unknown: the guest is kept here, paused. Run `vhost-migrate forget` if the destination runs \
              it, `vhost-migrate resume` if it does not and never will"
                 .into(),
             3,
         ),
-        _ => (format!("no guest here can run ({})", state.as_str().unwrap_or("unknown")), 6),
+        _ => (format!("no guest here can run ({})", status.state), 6),
     };
-    let still = busy.as_str().map_or(String::new(), |busy| format!(" ({busy} is under way)"));
+    let still = status.busy.map_or(String::new(), |busy| format!(" ({busy} is under way)"));
     eprintln!("migration failed, {says}{still}: {error}");
     ExitCode::from(code)
 }

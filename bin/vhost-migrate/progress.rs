@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::Value;
+use vhost_migrate::control::ControlEvent;
 use vhost_migrate::migrate::{MigrationEvent, MigrationReport};
 
 use crate::units::format_bytes;
@@ -33,13 +33,13 @@ impl Progress {
     }
 
     /// Shows one event of the guest's process.
-    pub(crate) fn event(&mut self, event: &Value) {
+    pub(crate) fn event(&mut self, event: &ControlEvent) {
         if self.output.json {
             println!("{event}");
         } else if !self.output.quiet
-            && let Ok(event) = serde_json::from_value(event.clone())
+            && let ControlEvent::Migration(event) = event
         {
-            self.show(&event);
+            self.show(event);
         }
     }
 

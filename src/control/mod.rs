@@ -1,7 +1,7 @@
 //! Control socket of a process that owns a guest: one JSON object per line over a UNIX socket.
 //!
-//! A client sends [`ControlCommand`]s and reads events, objects with an `event` field, until `ok` or `error` ends the
-//! answer; then it may send the next command. Connections are independent: `cancel` is sent on a second one. The
+//! A client sends [`ControlCommand`]s and reads [`ControlEvent`]s, objects with an `event` field, until `ok` or `error`
+//! ends the answer; then it may send the next command. Connections are independent: `cancel` is sent on a second one. The
 //! [`CommandHandler`] implements the commands.
 //!
 //! A client that does not read cannot block the process: its events are buffered up to a limit and then dropped, and
@@ -14,16 +14,17 @@
 //! # let path = folder.path().join("guest.ctl");
 //! use std::sync::Arc;
 //!
-//! use serde_json::json;
-//! use vhost_migrate::control::{CommandHandler, ControlClient, ControlCommand, bind, call, serve};
+//! use vhost_migrate::control::{CommandHandler, ControlClient, ControlCommand, bind, call, serve, status};
+//! use vhost_migrate::guest::{GuestOwner, OwnerState};
 //!
-//! struct Owner;
+//! struct Commands(GuestOwner);
 //!
-//! impl CommandHandler for Owner {
+//! impl CommandHandler for Commands {
 //!     fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), String> {
 //!         match command {
-//!             ControlCommand::Status => client.send_event(&json!({"event": "status", "state": "running"})),
-//!             _ => return Err("this guest has a state and nothing else: ask for status".into()),
+//!             ControlCommand::Status {} => client.send_event(&self.0.status().into()),
+//!             ControlCommand::Pause {} => self.0.pause().map_err(|error| error.to_string())?,
+//!             _ => return Err("this guest knows status and pause only".into()),
 //!         }
 //!         Ok(())
 //!     }
@@ -32,16 +33,15 @@
 //! }
 //!
 //! let (listener, _socket) = bind(&path)?;
-//! std::thread::spawn(move || serve(listener, Arc::new(Owner)));
+//! std::thread::spawn(move || serve(listener, Arc::new(Commands(GuestOwner::default()))));
 //!
-//! let mut state = None;
-//! call(&path, &ControlCommand::Status, |event| state = event["state"].as_str().map(String::from))?;
-//! assert_eq!(state.as_deref(), Some("running"));
-//! assert!(call(&path, &ControlCommand::Pause, |_| {}).is_err());
+//! assert_eq!(status(&path)?.state, OwnerState::Absent);
+//! assert!(call(&path, &ControlCommand::Pause {}, |_| {}).is_err(), "there is no guest here yet");
 //! # Ok::<(), std::io::Error>(())
 //! ```
 #![forbid(unsafe_code)]
 
+use std::fmt;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -53,10 +53,12 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, send};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::abi::vhost_user::{Header, Request};
+use crate::guest::{DeviceConnection, MeasuredRate, OwnerStatus};
+use crate::migrate::MigrationEvent;
 use crate::sys::listen::{self, SocketPathGuard, listen};
 use crate::sys::socket;
 
@@ -75,13 +77,13 @@ const RETRY_DELAY: Duration = Duration::from_millis(20);
 /// Time limit of the probe that distinguishes a back-end's socket from a control socket.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A command of a client.
+/// A command of a client. Commands without arguments have braces, so that unknown fields are refused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum ControlCommand {
     /// Reports the guest's state and counters in one event.
-    Status,
+    Status {},
     /// Reports each of the guest's devices now and whenever its connection changes: its back-end disconnects, is
     /// refused, or is connected again.
     Watch {
@@ -91,16 +93,16 @@ pub enum ControlCommand {
     /// Migrates the guest; reports events until the end of the migration.
     Migrate(MigrateArguments),
     /// Cancels the migration, measurement, verification or resume under way.
-    Cancel,
+    Cancel {},
     /// Pauses the guest.
-    Pause,
+    Pause {},
     /// Resumes a paused guest. After a migration of unknown outcome: the operator asserts that the destination does not
     /// run the guest.
-    Resume,
+    Resume {},
     /// Releases a guest after a migration of unknown outcome: the operator asserts that the destination runs the guest.
-    Forget,
+    Forget {},
     /// Compares every byte of the guest's memory and disks with its expected value. A wrong byte fails the guest.
-    Verify,
+    Verify {},
     /// Measures dirty rates and forecasts a migration.
     DirtyRate {
         /// Duration of the measurement, seconds.
@@ -111,7 +113,7 @@ pub enum ControlCommand {
         downtime_ms: u64,
     },
     /// Ends the guest's process.
-    Quit,
+    Quit {},
 }
 
 /// Arguments of the `migrate` command.
@@ -144,6 +146,62 @@ pub struct MigrateArguments {
     pub one_way: bool,
 }
 
+/// An event of an answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum ControlEvent {
+    /// State and counters of the guest, for `status` and `verify`.
+    Status {
+        /// The status.
+        #[serde(flatten)]
+        status: Box<OwnerStatus>,
+        /// Bytes of memory that `verify` has compared.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        verified_memory_bytes: Option<u64>,
+        /// Bytes of disks that `verify` has compared.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        verified_disk_bytes: Option<u64>,
+    },
+    /// A device at the start of `watch`, or whose connection has changed.
+    Device(DeviceConnection),
+    /// The result of `dirty_rate`.
+    DirtyRate(Box<MeasuredRate>),
+    /// Events were dropped, because the client did not read them.
+    Dropped {
+        /// Number of events.
+        events: u64,
+    },
+    /// The end of a successful answer.
+    Ok,
+    /// The end of an answer without success.
+    Error {
+        /// The failure and advice.
+        message: String,
+    },
+    /// An event of a migration.
+    #[serde(untagged)]
+    Migration(Box<MigrationEvent>),
+    /// An event of a later version.
+    #[serde(untagged)]
+    Unknown(Value),
+}
+
+impl From<OwnerStatus> for ControlEvent {
+    fn from(status: OwnerStatus) -> ControlEvent {
+        let status = Box::new(status);
+        ControlEvent::Status { status, verified_memory_bytes: None, verified_disk_bytes: None }
+    }
+}
+
+/// Formats the event as its line on the socket.
+impl fmt::Display for ControlEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Fields in alphabetical order.
+        serde_json::to_value(self).map_err(|_| fmt::Error)?.fmt(f)
+    }
+}
+
 /// Implements the commands. Called from one thread per connection.
 pub trait CommandHandler: Send + Sync + 'static {
     /// Executes `command` and sends its events to `client`.
@@ -159,7 +217,8 @@ pub trait CommandHandler: Send + Sync + 'static {
 impl ControlCommand {
     /// Returns true if the process answers this command without waiting.
     fn is_answered_immediately(&self) -> bool {
-        matches!(self, ControlCommand::Status | ControlCommand::Cancel | ControlCommand::Forget | ControlCommand::Quit)
+        use ControlCommand::{Cancel, Forget, Quit, Status};
+        matches!(self, Status {} | Cancel {} | Forget {} | Quit {})
     }
 }
 
@@ -180,12 +239,11 @@ struct UnsentEvents {
 
 impl UnsentEvents {
     /// Adds a line, after a notice about dropped events.
-    fn add(&mut self, value: &Value) {
+    fn add(&mut self, event: &ControlEvent) {
         let dropped = std::mem::take(&mut self.dropped);
-        let notice = (dropped > 0).then(|| json!({"event": "dropped", "events": dropped}));
-        for value in notice.iter().chain([value]) {
-            self.bytes.extend(value.to_string().into_bytes());
-            self.bytes.push(b'\n');
+        let notice = (dropped > 0).then_some(ControlEvent::Dropped { events: dropped });
+        for event in notice.iter().chain([event]) {
+            self.bytes.extend(format!("{event}\n").into_bytes());
         }
     }
 
@@ -216,7 +274,7 @@ impl<'a> ControlClient<'a> {
 
     /// Sends an event without blocking. Events for a client that does not read are dropped beyond a limit; an event
     /// `dropped` reports their number. A command continues after its client has disconnected.
-    pub fn send_event(&self, event: &Value) {
+    pub fn send_event(&self, event: &ControlEvent) {
         let mut unsent = self.unsent.lock().unwrap_or_else(PoisonError::into_inner);
         let gone = unsent.flush(self.stream).is_err();
         if gone || unsent.bytes.len() > MAX_UNSENT {
@@ -229,7 +287,7 @@ impl<'a> ControlClient<'a> {
     }
 
     /// Sends the end of an answer and all buffered events. The client has a limited time to read them.
-    fn end_answer(&self, answer: &Value) -> io::Result<()> {
+    fn end_answer(&self, answer: &ControlEvent) -> io::Result<()> {
         let deadline = Instant::now() + REPLY_TIMEOUT;
         let mut unsent = self.unsent.lock().unwrap_or_else(PoisonError::into_inner);
         unsent.add(answer);
@@ -306,17 +364,14 @@ fn serve_connection(stream: &UnixStream, handler: &dyn CommandHandler) -> io::Re
     let client = ControlClient::new(stream);
     while let Some(line) = read_line(&mut lines)? {
         let command = serde_json::from_str(&line);
-        let quits = matches!(command, Ok(ControlCommand::Quit));
+        let quits = matches!(command, Ok(ControlCommand::Quit {}));
         let answer = match command {
             Ok(command) => handler.command(command, &client),
             Err(error) => Err(format!("not a valid command: {error}")),
         };
-        let (done, answer) = match answer {
-            Ok(()) => (true, json!({"event": "ok"})),
-            Err(message) => (false, json!({"event": "error", "message": message})),
-        };
+        let answer = answer.map_or_else(|message| ControlEvent::Error { message }, |()| ControlEvent::Ok);
         let answered = client.end_answer(&answer);
-        if quits && done {
+        if quits && answer == ControlEvent::Ok {
             handler.quit();
         }
         answered?;
@@ -329,8 +384,24 @@ fn serve_connection(stream: &UnixStream, handler: &dyn CommandHandler) -> io::Re
 /// # Errors
 /// [`io::ErrorKind::Other`] with the message of an `error` answer; [`io::ErrorKind::TimedOut`] if the process does not
 /// read the command, or does not reply to one that is answered immediately; other errors of the socket.
-pub fn call(path: &Path, command: &ControlCommand, each: impl FnMut(Value)) -> io::Result<()> {
+pub fn call(path: &Path, command: &ControlCommand, each: impl FnMut(ControlEvent)) -> io::Result<()> {
     call_with_timeout(path, command, REPLY_TIMEOUT, each)
+}
+
+/// Asks for the status of the guest.
+///
+/// # Errors
+/// As [`call`].
+pub fn status(path: &Path) -> io::Result<OwnerStatus> {
+    let mut found = None;
+    call(path, &ControlCommand::Status {}, |event| {
+        if let ControlEvent::Status { status, .. } = event {
+            found = Some(*status);
+        }
+    })?;
+    found.ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, format!("{}: no status in the answer", path.display()))
+    })
 }
 
 /// Like [`call`], with `patience` as time limit for reading the command, and for replying to one that is answered
@@ -342,7 +413,7 @@ pub fn call_with_timeout(
     path: &Path,
     command: &ControlCommand,
     patience: Duration,
-    mut each: impl FnMut(Value),
+    mut each: impl FnMut(ControlEvent),
 ) -> io::Result<()> {
     let explain_timeout = |error| explain_timeout(path, patience, error);
     let deadline = Instant::now() + patience;
@@ -352,14 +423,10 @@ pub fn call_with_timeout(
     let mut events = EventReader { stream: &stream, bytes: Vec::new() };
     let silence = command.is_answered_immediately().then_some(patience);
     while let Some(line) = events.next(silence).map_err(explain_timeout)? {
-        let event: Value = serde_json::from_slice(&line)?;
-        match event.get("event").and_then(Value::as_str) {
-            Some("ok") => return Ok(()),
-            Some("error") => {
-                let message = event.get("message").and_then(Value::as_str).unwrap_or("no reason given");
-                return Err(io::Error::other(message.to_owned()));
-            }
-            _ => each(event),
+        match serde_json::from_slice(&line)? {
+            ControlEvent::Ok => return Ok(()),
+            ControlEvent::Error { message } => return Err(io::Error::other(message)),
+            event => each(event),
         }
     }
     let message = if is_vhost_user_socket(path) {
@@ -478,6 +545,7 @@ fn read_line(lines: &mut BufReader<&UnixStream>) -> io::Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
     use std::io::Write;
 
     struct Echo;
@@ -485,9 +553,10 @@ mod tests {
     impl CommandHandler for Echo {
         fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), String> {
             match command {
-                ControlCommand::Quit => Err("not today".into()),
+                ControlCommand::Quit {} => Err("not today".into()),
                 other => {
-                    client.send_event(&json!({"event": "saw", "command": serde_json::to_value(other).unwrap()}));
+                    let saw = json!({"event": "saw", "command": serde_json::to_value(other).unwrap()});
+                    client.send_event(&ControlEvent::Unknown(saw));
                     Ok(())
                 }
             }
@@ -514,8 +583,8 @@ mod tests {
         let command = ControlCommand::DirtyRate { seconds: 1.5, bandwidth: 7, downtime_ms: 300 };
         let mut events = Vec::new();
         call(&dir.path().join("c"), &command, |event| events.push(event)).unwrap();
-        assert_eq!(events.len(), 1);
-        assert_eq!(serde_json::from_value::<ControlCommand>(events[0]["command"].clone()).unwrap(), command);
+        let [ControlEvent::Unknown(saw)] = &events[..] else { panic!("{events:?}") };
+        assert_eq!(serde_json::from_value::<ControlCommand>(saw["command"].clone()).unwrap(), command);
     }
 
     #[test]
@@ -532,7 +601,7 @@ mod tests {
     #[test]
     fn an_error_reply_carries_its_message() {
         let dir = served("c");
-        let error = call(&dir.path().join("c"), &ControlCommand::Quit, |_| ()).unwrap_err();
+        let error = call(&dir.path().join("c"), &ControlCommand::Quit {}, |_| ()).unwrap_err();
         assert_eq!(error.to_string(), "not today");
     }
 
@@ -541,10 +610,13 @@ mod tests {
         let dir = served("c");
         let stream = UnixStream::connect(dir.path().join("c")).unwrap();
         let mut lines = BufReader::new(&stream);
-        for nonsense in ["{}", "[", r#"{"command":"fly"}"#, r#"{"command":"migrate","uri":1}"#] {
+        let (fly, uri) = (r#"{"command":"fly"}"#, r#"{"command":"migrate","uri":1}"#);
+        let (no_field, one_field) = (r#"{"command":"status","x":1}"#, r#"{"command":"watch","seconds":1,"x":1}"#);
+        for nonsense in ["{}", "[", fly, uri, no_field, one_field] {
             (&stream).write_all(format!("{nonsense}\n").as_bytes()).unwrap();
             let answer = read_line(&mut lines).unwrap().unwrap();
             assert!(answer.contains(r#""event":"error""#), "{nonsense}: {answer}");
+            assert_eq!(answer.contains("unknown field `x`"), nonsense.contains('x'), "{nonsense}: {answer}");
         }
         (&stream).write_all(b"{\"command\":\"status\"}\n").unwrap();
         assert!(read_line(&mut lines).unwrap().unwrap().contains("saw"));
@@ -559,12 +631,12 @@ mod tests {
         let mut rest = Vec::new();
         let _ = (&stream).read_to_end(&mut rest);
         assert!(rest.is_empty());
-        call(&dir.path().join("c"), &ControlCommand::Status, |_| ()).unwrap();
+        call(&dir.path().join("c"), &ControlCommand::Status {}, |_| ()).unwrap();
     }
 
     #[test]
     fn a_missing_socket_error_gives_advice() {
-        let error = call(Path::new("/nonexistent/socket"), &ControlCommand::Status, |_| ()).unwrap_err();
+        let error = call(Path::new("/nonexistent/socket"), &ControlCommand::Status {}, |_| ()).unwrap_err();
         assert!(error.to_string().contains("Is the guest's process running"), "{error}");
     }
 
@@ -574,13 +646,14 @@ mod tests {
         let client = ControlClient::new(&ours);
         // More than its socket and what is kept for it hold.
         let events = 40_000u64;
-        (0..events).for_each(|number| client.send_event(&json!({"event": "round", "number": number})));
+        (0..events)
+            .for_each(|number| client.send_event(&ControlEvent::Unknown(json!({"event": "round", "number": number}))));
         let reader = std::thread::spawn(move || {
             let lines =
                 BufReader::new(theirs).lines().map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
             lines.collect::<Vec<_>>()
         });
-        client.end_answer(&json!({"event": "ok"})).unwrap();
+        client.end_answer(&ControlEvent::Ok).unwrap();
         drop(client);
         drop(ours);
         let seen = reader.join().unwrap();
@@ -600,7 +673,7 @@ mod tests {
         std::thread::scope(|scope| {
             // More than there is room for.
             let callers: Vec<_> =
-                (0..4).map(|_| scope.spawn(|| call(&path, &ControlCommand::Cancel, |_| ()))).collect();
+                (0..4).map(|_| scope.spawn(|| call(&path, &ControlCommand::Cancel {}, |_| ()))).collect();
             for callers in callers {
                 let error = callers.join().unwrap().unwrap_err();
                 assert!(error.to_string().contains("may be stuck"), "{error}");

@@ -38,6 +38,8 @@ mod error;
 mod layout;
 #[cfg(feature = "migrate")]
 mod migration;
+#[cfg(feature = "migrate")]
+mod owner;
 mod pattern;
 mod prepared;
 mod signal;
@@ -52,6 +54,8 @@ pub use migration::{
     GuestIncomingVm, GuestSourceVm, InterruptOnCancel, connect_backends, decode_guest_state, decode_saved_disks,
     dirty_sources,
 };
+#[cfg(feature = "migrate")]
+pub use owner::{GuestOwner, GuestStatus, MeasuredRate, Operation, OwnerError, OwnerState, OwnerStatus};
 pub use prepared::PreparedDevice;
 pub use state::{
     BlkDriverState, CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, GuestState, RequestKind,

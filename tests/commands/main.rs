@@ -586,7 +586,9 @@ fn watch_reports_a_lost_and_a_restored_back_end() {
     let watched = control.clone();
     let watching = std::thread::spawn(move || {
         let command = vhost_migrate::control::ControlCommand::Watch { seconds: 3600.0 };
-        let _ = vhost_migrate::control::call(&watched, &command, |event| drop(events.send(event)));
+        let _ = vhost_migrate::control::call(&watched, &command, |event| {
+            drop(events.send(serde_json::to_value(event).unwrap()))
+        });
     });
     let next = || heard.recv_timeout(PATIENCE).unwrap();
     let first = next();
