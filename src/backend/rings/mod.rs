@@ -6,7 +6,7 @@
 //! | `ring_lock` | lets one of several connections run rings |
 //! | `ring_task` | starts a ring, waits for the translation of its areas |
 //! | `worker` | main loop of a running ring: requests, log, publication, notification |
-//! | `tracker` | the inflight region as a worker uses it |
+//! | `tracker` | a ring with its part of the inflight region, as a worker uses it |
 //! | `iommu` | IOTLB misses of a ring, and what it has in use of the translations |
 
 mod iommu;

@@ -13,12 +13,12 @@ use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::backend::counters::RingCounters;
 use crate::backend::rings::iommu::{IotlbMisses, MappedRing};
-use crate::backend::rings::tracker::InflightTracker;
+use crate::backend::rings::tracker::TrackedRing;
 use crate::backend::rings::worker::{ParkedRing, StopReason, Worker, WorkerCommand, poll_readable, poll_timeout};
 use crate::backend::session::VringConfig;
 use crate::backend::{BackendError, VirtioDevice};
 use crate::memory::Iotlb;
-use crate::ring::{DeviceRing, PackedDevice, RingBase};
+use crate::ring::{PackedDevice, RingBase};
 use crate::sys::log_limit::limited;
 
 /// Time after which a refused translation of a ring's areas is requested again.
@@ -46,24 +46,22 @@ impl RingTask {
         let queue = self.device.start_queue(index, config.layout.size(), config.features);
         let queue = queue.map_err(BackendError::system("serve a queue"))?;
         let areas = iommu.as_ref().map_or(&config.memory, |iommu| iommu.window.memory());
-        let mut ring = DeviceRing::new(areas, config.layout, config.features, config.base).map_err(broken)?;
+        let mut ring = TrackedRing::new(areas, config.layout, config.features, config.base).map_err(broken)?;
         if let Some(iommu) = &iommu {
             ring.set_iommu(iommu.ring_iommu(&config));
         }
         ring.set_log(config.logging.of_ring());
         let found = match &mut ring {
-            DeviceRing::Packed(ring) if config.is_first_start && config.inflight.is_none() => {
+            TrackedRing::Packed(ring, _) if config.is_first_start && config.inflight.is_none() => {
                 find_packed_position(index, &config, ring)
             }
             _ => Ok(()),
         };
         let goes_on = !ring.base().is_initial(config.features);
-        let inflight = config
-            .inflight
-            .as_ref()
-            .map(|region| InflightTracker::start(region, index, &mut ring, config.is_first_start))
-            .transpose()?;
-        let was_used = inflight.as_ref().is_some_and(|(_, found)| found.was_used());
+        if let Some(region) = &config.inflight {
+            ring.track(region, index, config.is_first_start)?;
+        }
+        let was_used = ring.was_used();
         if config.is_first_start {
             self.device.ring_activated(was_used || goes_on, config.features);
         }
@@ -73,7 +71,7 @@ impl RingTask {
         let (inbox, wake) = (self.commands.clone(), self.wake.clone());
         let mut worker = Worker::new(index, inbox, wake, ring, queue, config, iommu);
         // A ring with an unknown position is treated as broken (rule I12).
-        let recovered = found.and_then(|()| worker.recover(inflight));
+        let recovered = found.and_then(|()| worker.recover());
         Ok((worker, recovered))
     }
 
@@ -157,7 +155,7 @@ impl RingTask {
 
 /// Marks all guest memory if the log has no marks of a ring with a past: the log of the previous back-end, with its
 /// marks, is then lost (rules L15.1, L15.2). Marks of other devices in the same log say nothing.
-fn mark_memory_if_log_is_new(index: u16, config: &VringConfig, ring: &DeviceRing) {
+fn mark_memory_if_log_is_new(index: u16, config: &VringConfig, ring: &TrackedRing) {
     let Some(log) = config.logging.data.as_ref().filter(|_| !ring.is_used_marked()) else { return };
     limited!(
         warn,

@@ -27,10 +27,10 @@ use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::backend::counters::RingCounters;
 use crate::backend::device::DroppedRequests;
 use crate::backend::rings::iommu::{MappedRing, used_log_range};
-use crate::backend::rings::tracker::{InflightTracker, Recovered};
+use crate::backend::rings::tracker::TrackedRing;
 use crate::backend::session::{Logging, VringConfig};
 use crate::backend::{BackendError, Kick, Notifier, Queue, Request};
-use crate::ring::{DeviceRing, RingError};
+use crate::ring::RingError;
 use crate::sys::log_limit::limited;
 use in_order::InOrder;
 
@@ -61,12 +61,9 @@ pub(super) enum WorkerCommand {
 /// The state of a ring's thread.
 pub(super) struct Worker {
     index: u16,
-    ring: DeviceRing,
+    ring: TrackedRing,
     queue: Box<dyn Queue>,
     config: VringConfig,
-    inflight: Option<InflightTracker>,
-    /// Requests of a previous back-end, and the number already resubmitted.
-    recovery: Option<(Recovered, usize)>,
     /// The translated ring, behind an IOMMU.
     iommu: Option<MappedRing>,
     commands: Receiver<WorkerCommand>,
@@ -94,13 +91,13 @@ impl Worker {
         index: u16,
         inbox: Receiver<WorkerCommand>,
         wake: Arc<EventFd>,
-        ring: DeviceRing,
+        ring: TrackedRing,
         queue: Box<dyn Queue>,
         config: VringConfig,
         iommu: Option<MappedRing>,
     ) -> Worker {
         // A packed ring's driver may choose any id.
-        let heads = if let DeviceRing::Split(_) = ring { config.layout.size().into() } else { 1 << 16 };
+        let heads = if let TrackedRing::Split(..) = ring { config.layout.size().into() } else { 1 << 16 };
         let busy = vec![false; heads];
         let order = (config.features & bit(VIRTIO_F_IN_ORDER) != 0).then(InOrder::default);
         let dropped = Arc::new(DroppedRequests::new(wake.clone()));
@@ -109,8 +106,6 @@ impl Worker {
             ring,
             queue,
             config,
-            inflight: None,
-            recovery: None,
             iommu,
             commands: inbox,
             wake,
@@ -129,20 +124,16 @@ impl Worker {
     }
 
     /// Takes over from a previous back-end: resubmits its requests in flight (rules I3, I4, I6.2).
-    pub(super) fn recover(&mut self, inflight: Option<(InflightTracker, Recovered)>) -> Result<(), BackendError> {
-        let Some((inflight, found)) = inflight else { return Ok(()) };
-        self.inflight = Some(inflight);
-        if !found.was_used() {
+    pub(super) fn recover(&mut self) -> Result<(), BackendError> {
+        if !self.ring.was_used() {
             return Ok(());
         }
-        if found.len() > 0 {
-            debug!("ring {}: {} requests are served again", self.index, found.len());
-            self.counters.resubmitted(found.len());
+        let found = self.ring.to_resubmit();
+        if found > 0 {
+            debug!("ring {}: {found} requests are served again", self.index);
+            self.counters.resubmitted(found);
         }
-        found.repair(&mut self.ring);
-        // A previous back-end may have been killed between a write to the ring and its mark.
-        self.ring.relog_used();
-        self.recovery = Some((found, 0));
+        self.ring.repair();
         self.resubmit()?;
         // The last notification may not have been sent.
         self.notify();
@@ -151,21 +142,22 @@ impl Worker {
 
     /// Submits requests of a previous back-end as far as they can be translated.
     fn resubmit(&mut self) -> Result<(), BackendError> {
-        let Some((found, next)) = self.recovery.take() else { return Ok(()) };
-        for number in next..found.len() {
+        loop {
             let mut request = self.spare_request();
-            match found.resubmit(number, &mut self.ring, request.reset()) {
-                Ok(name) => request.inflight_slot = name,
+            match self.ring.resubmit(request.reset()) {
+                Ok(Some(slot)) => request.inflight_slot = slot,
+                Ok(None) => {
+                    self.spare_requests.push(request);
+                    return Ok(());
+                }
                 Err(source) => {
                     self.spare_requests.push(request);
                     // The request stays marked in the inflight region.
-                    self.recovery = Some((found, number));
                     return self.request_translation(source);
                 }
             }
             self.submit(request)?;
         }
-        Ok(())
     }
 
     /// Requests a missing translation from the front-end (rule T1.2).
@@ -213,7 +205,7 @@ impl Worker {
                         self.enabled = enabled;
                         let _ = done.send(());
                     }
-                    WorkerCommand::Suspend if self.inflight.is_some() => return StopReason::Commanded(self.suspend()),
+                    WorkerCommand::Suspend if self.ring.is_tracked() => return StopReason::Commanded(self.suspend()),
                     WorkerCommand::Stop | WorkerCommand::Suspend => return StopReason::Commanded(self.drain(true)),
                     WorkerCommand::Abandon => return StopReason::Commanded(self.drain(false)),
                 }
@@ -259,12 +251,12 @@ impl Worker {
     /// Takes available requests and publishes completed ones. Returns false if there were none.
     fn process_ring(&mut self) -> Result<bool, BackendError> {
         let mut taken = 0;
-        let resubmitted = if self.recovery.is_some() && !self.broken { self.resubmit() } else { Ok(()) };
+        let resubmitted = if self.ring.to_resubmit() > 0 && !self.broken { self.resubmit() } else { Ok(()) };
         let result = loop {
             if let Err(error) = resubmitted {
                 break Err(error);
             }
-            if self.recovery.is_some() {
+            if self.ring.to_resubmit() > 0 {
                 break Ok(false);
             }
             // A batch is bounded by the ring size, so that commands are received in between.
@@ -298,10 +290,8 @@ impl Worker {
                 if self.heads_in_flight.get(usize::from(head)) == Some(&true) {
                     return Err(BackendError::HeadInFlight { index: self.index, head });
                 }
-                if let Some(inflight) = &mut self.inflight {
-                    let name = inflight.take(&self.ring, head);
-                    request.inflight_slot = name.ok_or(BackendError::HeadInFlight { index: self.index, head })?;
-                }
+                let slot = self.ring.take(head);
+                request.inflight_slot = slot.ok_or(BackendError::HeadInFlight { index: self.index, head })?;
                 self.submit(request)?;
                 Ok(true)
             }
@@ -376,16 +366,8 @@ impl Worker {
                 request.for_each_written(|gpa, len| burst.mark(gpa, len));
             }
         }
-        for request in &self.completed {
-            if let Some(inflight) = &mut self.inflight {
-                inflight.stage(request.inflight_slot);
-            }
-            self.ring.push(request.chain(), request.used_len());
-        }
+        self.completed.iter().for_each(|request| self.ring.push(request));
         let notify = self.ring.publish();
-        if let Some(inflight) = &mut self.inflight {
-            inflight.commit(&self.ring);
-        }
         self.signal_log();
         if notify {
             self.notify();

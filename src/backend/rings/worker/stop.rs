@@ -7,8 +7,8 @@ use crossbeam::channel::Sender;
 use nix::poll::PollTimeout;
 
 use super::{Worker, WorkerCommand, poll_readable};
-use crate::backend::{Request, VringConfig};
-use crate::ring::{Chain, RingBase};
+use crate::backend::VringConfig;
+use crate::ring::RingBase;
 use crate::sys::log_limit::limited;
 
 /// Interval in milliseconds at which a drain polls the device's queue.
@@ -46,8 +46,7 @@ impl Worker {
         if unused.is_empty() {
             return;
         }
-        let chains: Vec<&Chain> = unused.iter().map(Request::chain).collect();
-        if !self.ring.put_back(&chains) {
+        if !self.ring.put_back(&unused) {
             // Later requests are still in flight, so these are used with a length of 0.
             self.completed.append(&mut unused);
             if let Some(in_order) = &mut self.in_order {
@@ -61,9 +60,6 @@ impl Worker {
             return self.spare_requests.append(&mut self.completed);
         }
         for request in unused.iter().rev() {
-            if let Some(inflight) = &mut self.inflight {
-                inflight.put_back(request.inflight_slot);
-            }
             if let Some(in_order) = &mut self.in_order {
                 in_order.taken.pop_back();
             }
@@ -87,8 +83,8 @@ impl Worker {
         } else {
             self.queue.put_back(&mut unserved);
         }
-        if let Some((found, next)) = &self.recovery {
-            let count = found.len() - next;
+        let count = self.ring.to_resubmit();
+        if count > 0 {
             limited!(
                 warn,
                 "ring {}: {count} requests of the previous back-end can't be translated and stay marked (rule I3.3)",
