@@ -1,53 +1,20 @@
 //! First commands of a new user: the demo and its end, the commands of README and help, and mistyped values.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // also in the helpers of these tests
 
+#[path = "kit/process.rs"]
+mod process;
+
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
 use serde_json::{Value, json};
 
-const DEADLINE: Duration = Duration::from_secs(60);
-
-fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
-    command.arg("--exit-with-parent").env("RUST_LOG", "warn").stdin(Stdio::null());
-    command
-}
-
-fn run(arguments: &[&str]) -> Output {
-    program().args(arguments).output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(seen) = look() {
-            return seen;
-        }
-        assert!(start.elapsed() < DEADLINE, "{what}: not within {DEADLINE:?}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// A child process, killed on drop.
-struct ChildProcess(Child);
-
-impl Drop for ChildProcess {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
+use process::{ChildProcess, program, run, text, wait_for};
 
 /// Starts a demo that runs for minutes. Its temporary folder is in `folder`.
 fn long_demo(folder: &Path) -> ChildProcess {

@@ -6,7 +6,6 @@ use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -18,7 +17,7 @@ use vhost_migrate::abi::vhost_user::{
     unstable::INFLIGHT_MIGRATION,
 };
 use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
-use vhost_migrate::backend::{self, BackendListener, FrontendHandle, Queue, serve};
+use vhost_migrate::backend::{self, FrontendHandle, Queue};
 use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig};
 use vhost_migrate::inflight::{InflightRegion, RingKind};
@@ -26,9 +25,13 @@ use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, IntoBytes};
 
-#[path = "backend/raw.rs"]
+#[path = "kit/raw.rs"]
 #[allow(dead_code)]
 mod raw;
+#[path = "kit/served.rs"]
+mod served;
+
+use served::Served;
 
 const MIB: u64 = 1 << 20;
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -69,8 +72,7 @@ impl backend::VirtioDevice for ChannelDevice {
 struct Backend {
     folder: TempDir,
     channel_device: Arc<ChannelDevice>,
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    _served: Served,
 }
 
 impl Backend {
@@ -80,14 +82,8 @@ impl Backend {
         File::create(&image).unwrap().set_len(16 * MIB).unwrap();
         let disk = BlkDevice::open(BlkOptions { queues: 2, aio: Aio::Threads, ..BlkOptions::new(image) });
         let channel_device = Arc::new(ChannelDevice { disk: disk.unwrap(), host: Mutex::default() });
-        let listener = BackendListener::bind(&folder.path().join("s")).unwrap();
-        let (stop, device) = (Arc::new(EventFd::new().unwrap()), channel_device.clone());
-        let until = stop.clone();
-        let thread = std::thread::spawn(move || {
-            let device: Arc<dyn backend::VirtioDevice> = device;
-            serve(&listener, &device, until.as_fd()).unwrap();
-        });
-        Backend { folder, channel_device, stop, thread: Some(thread) }
+        let served = Served::new(&folder.path().join("s"), channel_device.clone());
+        Backend { folder, channel_device, _served: served }
     }
 
     fn device(&self, more: u64) -> UserDevice {
@@ -103,13 +99,6 @@ impl Backend {
     /// Sends a back-end request with need-reply. Returns the acknowledgement.
     fn ask(&self, code: BackendRequest, body: &(impl IntoBytes + zerocopy::Immutable)) -> u64 {
         self.host().send_with_reply(code, body).unwrap().expect("REPLY_ACK").recv_timeout(DEADLINE).unwrap()
-    }
-}
-
-impl Drop for Backend {
-    fn drop(&mut self) {
-        self.stop.write(1).unwrap();
-        let _ = self.thread.take().unwrap().join();
     }
 }
 

@@ -26,19 +26,21 @@ use vhost_migrate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory, Region,
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-#[path = "backend/guest.rs"]
+#[path = "kit/guest.rs"]
 #[allow(dead_code)]
 mod guest;
-#[path = "backend/iommu_guest.rs"]
+#[path = "kit/iommu_guest.rs"]
 #[allow(dead_code)]
 mod iommu_guest;
-#[path = "backend/iommu_load.rs"]
+#[path = "kit/iommu_load.rs"]
 #[allow(dead_code)]
 mod iommu_load;
-#[path = "backend/raw.rs"]
+#[path = "kit/raw.rs"]
 #[allow(dead_code)]
 mod raw;
-#[path = "backend/server.rs"]
+#[path = "kit/served.rs"]
+mod served;
+#[path = "kit/server.rs"]
 #[allow(dead_code)]
 mod server;
 

@@ -1,6 +1,7 @@
 //! The built-in guest: it continues elsewhere exactly where it stopped, and detects every wrong byte.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "kit/ram_disk.rs"]
 mod ram_disk;
 
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -1,42 +1,26 @@
 //! The device of the guide: it is what the guide says, keeps every rule, and a guest on it survives its death and moves.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+#[path = "kit/process.rs"]
+mod process;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use vhost_migrate::frontend::{UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig};
 
+use process::{ChildProcess, PATIENCE, file_disk};
+
 const MIB: u64 = 1 << 20;
-const PATIENCE: Duration = Duration::from_secs(120);
 const EXAMPLE: &str = include_str!("../examples/file_disk.rs");
 const GUIDE: &str = include_str!("../docs/guide/write-a-device.md");
 
-/// The example as a program, which `cargo test` builds beside the tests.
-fn program() -> PathBuf {
-    let here = std::env::current_exe().unwrap();
-    let path = here.parent().unwrap().parent().unwrap().join("examples/file_disk");
-    assert!(path.exists(), "build it first: cargo build --example file_disk");
-    path
-}
-
-/// Ends with the test.
-struct Backend(Child);
-
-impl Backend {
-    fn start(folder: &Path) -> Backend {
-        let mut command = Command::new(program());
-        command.arg(folder.join("socket")).arg(folder.join("image")).stdin(Stdio::null());
-        Backend(command.spawn().unwrap())
-    }
-}
-
-impl Drop for Backend {
-    fn drop(&mut self) {
-        self.0.kill().unwrap();
-        self.0.wait().unwrap();
-    }
+fn start(folder: &Path) -> ChildProcess {
+    let mut command = Command::new(file_disk());
+    command.arg(folder.join("socket")).arg(folder.join("image")).stdin(Stdio::null());
+    ChildProcess(command.spawn().unwrap())
 }
 
 fn folder() -> tempfile::TempDir {
@@ -56,7 +40,7 @@ fn the_guide_shows_the_example_and_it_has_less_than_60_lines() {
 #[test]
 fn the_example_passes_every_check() {
     let folder = folder();
-    let restart = format!("{} socket image", program().display());
+    let restart = format!("{} socket image", file_disk().display());
     let mut check = Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
     check.args(["--exit-with-parent", "check", "socket", "--hostile", "--write", "--json", "--restart"]).arg(restart);
     let output = check.current_dir(folder.path()).stdin(Stdio::null()).output().unwrap();
@@ -75,7 +59,7 @@ fn the_example_passes_every_check() {
 fn a_guest_survives_kills_of_the_example_with_split_and_packed_rings() {
     for packed in [false, true] {
         let folder = folder();
-        let mut backend = Backend::start(folder.path());
+        let mut backend = start(folder.path());
         let options = UserOptions::default();
         let device = UserDevice::connect(folder.path().join("socket"), options, Instant::now() + PATIENCE).unwrap();
         let mut guest =
@@ -83,14 +67,14 @@ fn a_guest_survives_kills_of_the_example_with_split_and_packed_rings() {
         guest.boot(vec![Box::new(device)]).unwrap();
         guest.resume().unwrap();
         for _ in 0..5 {
-            let (before, start) = (guest.stats().completions, Instant::now());
+            let (before, begun) = (guest.stats().completions, Instant::now());
             while guest.stats().completions < before + 50 {
                 assert!(guest.failure().is_none(), "{}", guest.failure().unwrap());
-                assert!(start.elapsed() < PATIENCE, "the guest does nothing");
+                assert!(begun.elapsed() < PATIENCE, "the guest does nothing");
                 std::thread::sleep(Duration::from_millis(1));
             }
             drop(backend);
-            backend = Backend::start(folder.path());
+            backend = start(folder.path());
         }
         guest.verify().unwrap();
         let stats = guest.stats();

@@ -2,22 +2,26 @@
 //! GET_VRING_BASE_INFLIGHT and GET_VRING_BASE_SKIP_DRAIN.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "kit/served.rs"]
+mod served;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
-use vhost_migrate::backend::{BackendListener, Queue, Request, VirtioDevice, serve};
+use vhost_migrate::backend::{Queue, Request, VirtioDevice};
 use vhost_migrate::frontend::{UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestState, make_memory};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
+
+use served::Served;
 
 const MIB: u64 = 1 << 20;
 const TIMEOUT: Duration = Duration::from_secs(120);
@@ -82,37 +86,15 @@ impl Queue for SlowQueue {
     }
 }
 
-/// A back-end on the shared image.
-struct Backend {
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Backend {
-    fn start(folder: &Path, socket: &str, aio: Aio) -> (Backend, UserDevice) {
-        let disk = BlkDevice::open(BlkOptions {
-            queues: 2,
-            aio,
-            inflight_migration: true,
-            ..BlkOptions::new(folder.join("image"))
-        });
-        let device: Arc<dyn VirtioDevice> = Arc::new(SlowDisk(disk.unwrap()));
-        let path = folder.join(socket);
-        let listener = BackendListener::bind(&path).unwrap();
-        let stop = Arc::new(EventFd::new().unwrap());
-        let until = stop.clone();
-        let thread = std::thread::spawn(move || serve(&listener, &device, until.as_fd()).unwrap());
-        let options = UserOptions::default().with_inflight_migration();
-        let device = UserDevice::connect(&path, options, Instant::now() + TIMEOUT).unwrap();
-        (Backend { stop, thread: Some(thread) }, device)
-    }
-}
-
-impl Drop for Backend {
-    fn drop(&mut self) {
-        self.stop.write(1).unwrap();
-        let _ = self.thread.take().map(JoinHandle::join);
-    }
+/// Starts a back-end on the shared image, and connects to it.
+fn start(folder: &Path, socket: &str, aio: Aio) -> (Served, UserDevice) {
+    let disk =
+        BlkDevice::open(BlkOptions { queues: 2, aio, inflight_migration: true, ..BlkOptions::new(folder.join("image")) });
+    let path = folder.join(socket);
+    let served = Served::new(&path, Arc::new(SlowDisk(disk.unwrap())));
+    let options = UserOptions::default().with_inflight_migration();
+    let device = UserDevice::connect(&path, options, Instant::now() + TIMEOUT).unwrap();
+    (served, device)
 }
 
 fn run_for(guest: &Guest, requests: u64) {
@@ -168,7 +150,7 @@ fn requests_in_flight_move_with_the_inflight_region(#[case] packed: bool, #[case
         dirty_rate: MIB,
         ..GuestConfig::new(16 * MIB)
     };
-    let (mut backend, device) = Backend::start(folder.path(), "0", aio);
+    let (mut backend, device) = start(folder.path(), "0", aio);
     let mut guest = Guest::new(config).unwrap();
     guest.boot(vec![Box::new(device)]).unwrap();
     guest.resume().unwrap();
@@ -195,7 +177,7 @@ fn requests_in_flight_move_with_the_inflight_region(#[case] packed: bool, #[case
         drop(guest);
         drop(backend);
         let device;
-        (backend, device) = Backend::start(folder.path(), &number.to_string(), aio);
+        (backend, device) = start(folder.path(), &number.to_string(), aio);
         guest = Guest::restore(memory, state).unwrap();
         guest.attach(vec![Box::new(device)]).unwrap();
         guest.start_devices().unwrap();
@@ -214,7 +196,7 @@ fn requests_in_flight_move_with_the_inflight_region(#[case] packed: bool, #[case
 fn a_back_end_without_the_inflight_migration_features_is_refused_at_boot() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::File::create(folder.path().join("image")).unwrap().set_len(16 * MIB).unwrap();
-    let (_backend, device) = Backend::start(folder.path(), "0", Aio::Threads);
+    let (_backend, device) = start(folder.path(), "0", Aio::Threads);
     drop(device);
     // A front-end that does not ask for the features does not negotiate them.
     let path = folder.path().join("0");
@@ -229,7 +211,7 @@ fn requests_in_flight_are_not_moved_to_a_device_with_another_region() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::File::create(folder.path().join("image")).unwrap().set_len(16 * MIB).unwrap();
     let config = GuestConfig { inflight_migration: true, dirty_rate: MIB, ..GuestConfig::new(16 * MIB) };
-    let (backend, device) = Backend::start(folder.path(), "0", Aio::Threads);
+    let (backend, device) = start(folder.path(), "0", Aio::Threads);
     let mut guest = Guest::new(config).unwrap();
     guest.boot(vec![Box::new(device)]).unwrap();
     guest.resume().unwrap();
@@ -242,7 +224,7 @@ fn requests_in_flight_are_not_moved_to_a_device_with_another_region() {
     inflight.contents.extend([0; LOG_PAGE as usize]);
     let memory = copy(guest.memory());
     drop((guest, backend));
-    let (_backend, device) = Backend::start(folder.path(), "1", Aio::Threads);
+    let (_backend, device) = start(folder.path(), "1", Aio::Threads);
     let mut guest = Guest::restore(memory, state).unwrap();
     let error = guest.attach(vec![Box::new(device)]).unwrap_err();
     assert!(error.to_string().contains("in flight"), "{error}");

@@ -2,11 +2,13 @@
 //! back-end channel.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "kit/served.rs"]
+mod served;
+
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
@@ -18,13 +20,15 @@ use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request as Code};
 use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
 use vhost_migrate::backend::{
-    BackendError, BackendListener, FrontendHandle, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice, serve,
+    BackendError, FrontendHandle, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice,
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device as _, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use vhost_migrate::unstable::backend::{Logging, Notifier, Session, VhostUserMessage, VringConfig, VringController};
+
+use served::Served;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
@@ -130,10 +134,8 @@ fn each_message_is_one_event_on_each_side_of_either_channel() {
     tracing::subscriber::set_global_default(registry().with(heard.clone())).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
-    let listener = BackendListener::bind(&path).unwrap();
-    let (plain, stop) = (Arc::new(EchoDevice::default()), Arc::new(EventFd::new().unwrap()));
-    let (device, until): (Arc<dyn VirtioDevice>, _) = (plain.clone(), stop.clone());
-    let server = thread::spawn(move || serve(&listener, &device, until.as_fd()).unwrap());
+    let plain = Arc::new(EchoDevice::default());
+    let served = Served::new(&path, plain.clone());
 
     let mut device = UserDevice::connect(&path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
     device.set_features(bit(VIRTIO_F_VERSION_1)).unwrap();
@@ -155,9 +157,7 @@ fn each_message_is_one_event_on_each_side_of_either_channel() {
     let unknown = BackendRequest(4711);
     let host = plain.0.lock().unwrap().clone();
     assert_eq!(host.send_with_reply(unknown, &[0u8; 8]).unwrap().unwrap().recv_timeout(PATIENCE), Ok(1));
-    drop(device);
-    stop.write(1).unwrap();
-    server.join().unwrap();
+    drop((device, served));
 
     let sent = heard.names(CLIENT);
     assert_eq!(heard.names(SESSION), sent, "each has come once, in its order");

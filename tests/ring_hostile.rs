@@ -2,12 +2,13 @@
 //! endless loop, and no more descriptors than the ring has.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod ring_common;
+#[path = "kit/ring.rs"]
+mod ring;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
-use ring_common::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, layout, memory, packed_layout, put_desc, ring_at};
+use ring::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, layout, memory, packed_layout, put_desc, ring_at};
 use vhost_migrate::abi::virtio::PackedDesc;
 use vhost_migrate::memory::Memory;
 use vhost_migrate::ring::RingError::{Loop, TooManyBuffers};

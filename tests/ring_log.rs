@@ -1,14 +1,15 @@
 //! The log of a ring is exact: it has each page that the device changed, at the log's address, and no other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod ring_common;
+#[path = "kit/ring.rs"]
+mod ring;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use ring_common::{EVENT_IDX, buffer, layout, memory, packed_at, packed_layout, ring_at};
+use ring::{EVENT_IDX, buffer, layout, memory, packed_at, packed_layout, ring_at};
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
 use vhost_migrate::ring::{Chain, PackedLayout, Position, RingLog, SplitLayout};

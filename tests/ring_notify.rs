@@ -1,7 +1,8 @@
 //! Suppression of notifications: neither side waits while there is work for it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod ring_common;
+#[path = "kit/ring.rs"]
+mod ring;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,7 +10,7 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 use proptest::prelude::*;
-use ring_common::{EVENT_IDX, buffer, either, layout, memory, packed_at, packed_layout, ring_at};
+use ring::{EVENT_IDX, buffer, either, layout, memory, packed_at, packed_layout, ring_at};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::Memory;
 use vhost_migrate::ring::{Chain, DeviceRing, DriverRing, Position, RingError, RingLayout, RingLog};

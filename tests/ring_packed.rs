@@ -1,12 +1,13 @@
 //! Both sides of a packed ring: each side takes exactly what the other side adds.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
-mod ring_common;
+#[path = "kit/ring.rs"]
+mod ring;
 
 use std::collections::VecDeque;
 
 use proptest::prelude::*;
-use ring_common::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, memory, packed_at, packed_layout, put_desc};
+use ring::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, memory, packed_at, packed_layout, put_desc};
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED};
 use vhost_migrate::ring::{

@@ -1,13 +1,14 @@
 //! Both sides of a split ring: each side takes exactly what the other side adds.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod ring_common;
+#[path = "kit/ring.rs"]
+mod ring;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use ring_common::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, layout, memory, put_desc, ring_at};
+use ring::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, layout, memory, put_desc, ring_at};
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost::{VHOST_ACCESS_RO, VHOST_ACCESS_RW};
 use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED};

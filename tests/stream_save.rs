@@ -2,6 +2,7 @@
 //! any failure and over any earlier contents.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::single_range_in_vec_init)]
 
+#[path = "kit/page_cache.rs"]
 mod page_cache;
 
 use std::fs::{self, File, OpenOptions};

@@ -1,14 +1,17 @@
 //! Migration, save and verification allocate no untouched guest memory on either side.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // also in the helpers of these tests
 
+#[path = "kit/process.rs"]
+mod process;
+
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use vhost_migrate::control;
+use vhost_migrate::guest::OwnerState;
 
-const PATIENCE: Duration = Duration::from_secs(120);
+use process::{ChildProcess, program, wait_for};
+
 const MIB: u64 = 1 << 20;
 /// Size of the guest's memory, of which half is used.
 const MEMORY: u64 = 256 * MIB;
@@ -16,34 +19,16 @@ const USED: u64 = 128 * MIB;
 /// Allowance for rings, buffers, inflight regions and dirty logs.
 const OVERHEAD: u64 = 16 * MIB;
 
-fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
-    command.arg("--exit-with-parent").env("RUST_LOG", "warn").stdin(Stdio::null()).stdout(Stdio::null());
-    command
+/// Returns the shared memory in the process's page tables, bytes.
+fn shared_memory(process: &ChildProcess) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.0.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap();
+    line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
 }
 
-/// A child process, killed on drop.
-struct ChildProcess(Child);
-
-impl ChildProcess {
-    /// Returns the shared memory in the process's page tables, bytes.
-    fn shared_memory(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap();
-        line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() << 10
-    }
-
-    fn assert_only_used_memory_is_allocated(&self, when: &str) {
-        let held = self.shared_memory();
-        assert!((USED - OVERHEAD..USED + OVERHEAD).contains(&held), "{} MiB {when}", held / MIB);
-    }
-}
-
-impl Drop for ChildProcess {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+fn assert_only_used_memory_is_allocated(process: &ChildProcess, when: &str) {
+    let held = shared_memory(process);
+    assert!((USED - OVERHEAD..USED + OVERHEAD).contains(&held), "{} MiB {when}", held / MIB);
 }
 
 struct Host {
@@ -78,22 +63,8 @@ fn send_command(control: &Path, command: Value, mut each: impl FnMut(Value)) -> 
     control::call(control, &serde_json::from_value(command).unwrap(), each)
 }
 
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !holds() {
-        assert!(Instant::now() < deadline, "never: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
 fn wait_until_running(control: &Path) {
-    wait_until("a guest runs", || {
-        let mut runs = false;
-        let asked = send_command(control, serde_json::json!({"command": "status"}), |status| {
-            runs = status["state"] == "running"
-        });
-        asked.is_ok() && runs
-    });
+    wait_for("a guest runs", || (control::status(control).ok()?.state == OwnerState::Running).then_some(()));
 }
 
 fn migrate(control: &Path, uri: &str, more: Value, each: impl FnMut(Value)) {
@@ -116,27 +87,27 @@ fn a_migration_allocates_no_untouched_memory_on_either_side() {
     let small = ["--memory", &memory, "--dirty-rate", "8MiB/s", "--request-rate", "50"];
     let (source, from) = host.guest("source", &small);
     wait_until_running(&from);
-    source.assert_only_used_memory_is_allocated("at the source before");
+    assert_only_used_memory_is_allocated(&source, "at the source before");
     verify(&from);
-    source.assert_only_used_memory_is_allocated("at the source after its verification");
+    assert_only_used_memory_is_allocated(&source, "at the source after its verification");
     let uri = format!("unix:{}", host.path("incoming").display());
     let (destination, to) = host.guest("destination", &["--incoming", &uri]);
-    wait_until("the destination listens", || host.path("incoming").exists());
+    wait_for("the destination listens", || host.path("incoming").exists().then_some(()));
     let mut looks = 0;
     migrate(&from, &uri, serde_json::json!({}), |event| {
         let during = event["event"] == "round" || event["event"] == "switchover";
         if during {
             looks += 1;
-            source.assert_only_used_memory_is_allocated("at the source meanwhile");
-            let held = destination.shared_memory();
+            assert_only_used_memory_is_allocated(&source, "at the source meanwhile");
+            let held = shared_memory(&destination);
             assert!(held < USED + OVERHEAD, "{} MiB at the destination meanwhile", held / MIB);
         }
     });
     assert!(looks >= 2, "nobody looked");
     wait_until_running(&to);
-    destination.assert_only_used_memory_is_allocated("at the destination");
+    assert_only_used_memory_is_allocated(&destination, "at the destination");
     verify(&to);
-    destination.assert_only_used_memory_is_allocated("at the destination after its verification");
+    assert_only_used_memory_is_allocated(&destination, "at the destination after its verification");
 }
 
 #[test]
@@ -148,12 +119,12 @@ fn save_and_restore_allocate_no_untouched_memory() {
     let uri = format!("file:{}", host.path("saved").display());
     migrate(&from, &uri, serde_json::json!({}), |event| {
         if event["event"] == "switchover" {
-            source.assert_only_used_memory_is_allocated("at the source meanwhile");
+            assert_only_used_memory_is_allocated(&source, "at the source meanwhile");
         }
     });
     let saved = std::fs::metadata(host.path("saved")).unwrap().len();
     assert!(saved < USED + 2 * OVERHEAD, "the file has {} MiB", saved / MIB);
     let (destination, to) = host.guest("destination", &["--incoming", &uri]);
     wait_until_running(&to);
-    destination.assert_only_used_memory_is_allocated("at the destination");
+    assert_only_used_memory_is_allocated(&destination, "at the destination");
 }

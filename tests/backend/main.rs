@@ -8,11 +8,14 @@ mod connect;
 mod crash;
 mod direct;
 mod drain;
+#[path = "../kit/guest.rs"]
 mod guest;
 mod hostile;
 mod iommu;
 mod iommu_discard;
+#[path = "../kit/iommu_guest.rs"]
 mod iommu_guest;
+#[path = "../kit/iommu_load.rs"]
 mod iommu_load;
 mod leaks;
 mod log;
@@ -20,14 +23,18 @@ mod log_order;
 mod metrics;
 mod net;
 mod net_driver;
-#[path = "../page_cache/mod.rs"]
+#[path = "../kit/page_cache.rs"]
 mod page_cache;
 mod postcopy;
 mod race;
+#[path = "../kit/raw.rs"]
 mod raw;
 mod ring_base;
 mod rules;
 mod sandbox;
+#[path = "../kit/served.rs"]
+mod served;
+#[path = "../kit/server.rs"]
 mod server;
 mod shared_fds;
 mod state;

@@ -3,10 +3,12 @@
 
 mod disks;
 mod flood;
-#[path = "../peers/message.rs"]
+#[path = "../kit/message.rs"]
 mod message;
 mod outcome;
-#[path = "../migrate/relay.rs"]
+#[path = "../kit/process.rs"]
+mod process;
+#[path = "../kit/relay.rs"]
 #[allow(dead_code)] // not all that it can break is broken here
 mod relay;
 mod saves;
@@ -18,7 +20,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,31 +29,7 @@ use nix::unistd::Pid;
 use rstest::rstest;
 use serde_json::{Value, json};
 
-const PATIENCE: Duration = Duration::from_secs(60);
-
-fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-migrate"));
-    command.arg("--exit-with-parent").env("RUST_LOG", "warn").stdin(Stdio::null());
-    command
-}
-
-fn run(arguments: &[&str]) -> Output {
-    program().args(arguments).output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// A child process, killed on drop.
-struct ChildProcess(Child);
-
-impl Drop for ChildProcess {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
+use process::{ChildProcess, PATIENCE, file_disk, program, run, text, wait_for};
 
 /// Serializes the tests, which start many busy processes.
 fn serial_guard() -> MutexGuard<'static, ()> {
@@ -111,10 +89,7 @@ impl Host {
     /// Starts the device of the guide on the common disk. Returns its socket.
     fn file_disk(&mut self, name: &str) -> PathBuf {
         let socket = self.path(name);
-        let here = std::env::current_exe().unwrap();
-        let program = here.parent().unwrap().parent().unwrap().join("examples/file_disk");
-        assert!(program.exists(), "build it first: cargo build --example file_disk");
-        let mut command = Command::new(program);
+        let mut command = Command::new(file_disk());
         self.running.push(ChildProcess(command.arg(&socket).arg(self.path("disk")).spawn().unwrap()));
         socket
     }
@@ -166,41 +141,24 @@ fn status(control: &Path) -> Option<Value> {
 }
 
 fn wait_for_state(control: &Path, state: &str) -> Value {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let seen = status(control);
-        if let Some(status) = &seen
-            && status["state"] == state
-        {
-            return status.clone();
-        }
-        assert!(Instant::now() < deadline, "not {state}: {seen:?}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    wait_for(state, || status(control).filter(|status| status["state"] == state))
 }
 
 /// Waits until a destination listens for a migration, which `cancel` reports. This is later than its control socket.
 fn wait_until_listening(control: &Path) -> String {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
+    wait_for("it waits for a migration", || {
         let answer = send_command(control, &json!({"command": "cancel"})).unwrap().pop().unwrap();
         let message = answer["message"].as_str().unwrap_or_default();
-        if message.contains("no migration has started yet") {
-            return message.into();
-        }
-        assert!(Instant::now() < deadline, "it does not wait for a migration: {answer}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+        message.contains("no migration has started yet").then(|| message.to_owned())
+    })
 }
 
 /// Asserts that the guest makes progress and that every byte is right.
 fn verify(control: &Path) {
     let before = wait_for_state(control, "running");
-    let deadline = Instant::now() + PATIENCE;
-    while status(control).unwrap()["requests"].as_u64() <= before["requests"].as_u64() {
-        assert!(Instant::now() < deadline, "the guest does nothing");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_for("the guest makes progress", || {
+        (status(control).unwrap()["requests"].as_u64() > before["requests"].as_u64()).then_some(())
+    });
     let answer = send_command(control, &json!({"command": "verify"})).unwrap();
     assert_eq!(answer.last().unwrap()["event"], "ok", "{answer:?}");
     let status = &answer[0];

@@ -21,6 +21,7 @@ mod guest;
 mod harness;
 mod other_peers;
 mod refused;
+#[path = "../kit/relay.rs"]
 mod relay;
 mod rounds;
 mod transports;

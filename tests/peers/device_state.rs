@@ -1,20 +1,18 @@
 //! The state of a device that QEMU migrates: a device with the name of a file system, and nothing in it but a state (rule D1).
 
 use std::io;
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
 
-use nix::sys::eventfd::EventFd;
 use serde_json::json;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
-use vhost_migrate::backend::{BackendError, BackendListener, Queue, VirtioDevice, serve};
+use vhost_migrate::backend::{BackendError, Queue, VirtioDevice};
 
 use crate::migration::{self, GENTLE};
 use crate::process::{Lab, wait_for};
 use crate::qemu::Qemu;
+use crate::served::Served;
 
 struct FileSystem {
     kind: &'static str,
@@ -62,22 +60,18 @@ impl VirtioDevice for FileSystem {
 }
 
 /// One that is served by a thread of this process.
-struct Served {
+struct Backend {
     device: Arc<FileSystem>,
     socket: PathBuf,
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    _served: Served,
 }
 
-impl Served {
-    fn new(lab: &Lab, name: &str, kind: &'static str) -> Served {
+impl Backend {
+    fn new(lab: &Lab, name: &str, kind: &'static str) -> Backend {
         let device = Arc::new(FileSystem { kind, state: Mutex::default() });
         let socket = lab.file(name);
-        let listener = BackendListener::bind(&socket).unwrap();
-        let stop = Arc::new(EventFd::new().unwrap());
-        let (served, until) = (device.clone() as Arc<dyn VirtioDevice>, stop.clone());
-        let thread = Some(thread::spawn(move || serve(&listener, &served, until.as_fd()).unwrap()));
-        Served { device, socket, stop, thread }
+        let served = Served::new(&socket, device.clone());
+        Backend { device, socket, _served: served }
     }
 
     /// As the guest would, after QEMU has reset the machine.
@@ -96,20 +90,13 @@ impl Served {
     }
 }
 
-impl Drop for Served {
-    fn drop(&mut self) {
-        self.stop.write(1).unwrap();
-        self.thread.take().unwrap().join().unwrap();
-    }
-}
-
 const INCOMING: &str = "-S -incoming defer";
 
 #[test]
 fn qemu_moves_the_state_of_a_device_and_every_byte_arrives() {
     let lab = Lab::new();
     let state: Vec<u8> = (0..3 << 20).map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-    let (a, b) = (Served::new(&lab, "a", "fs"), Served::new(&lab, "b", "fs"));
+    let (a, b) = (Backend::new(&lab, "a", "fs"), Backend::new(&lab, "b", "fs"));
     let (mut source, mut destination) = (a.qemu(&lab, "host-0", ""), b.qemu(&lab, "host-1", INCOMING));
     a.set_state(&state);
     migration::begin(&mut source, &mut destination, &lab.file("migration"), false, GENTLE);
@@ -121,7 +108,7 @@ fn qemu_moves_the_state_of_a_device_and_every_byte_arrives() {
 #[test]
 fn a_state_that_the_destination_refuses_fails_qemus_migration_and_the_source_runs_on() {
     let lab = Lab::new();
-    let (a, b) = (Served::new(&lab, "a", "fs"), Served::new(&lab, "b", "another"));
+    let (a, b) = (Backend::new(&lab, "a", "fs"), Backend::new(&lab, "b", "another"));
     let (mut source, mut destination) = (a.qemu(&lab, "host-0", ""), b.qemu(&lab, "host-1", INCOMING));
     a.set_state(b"state");
     b.set_state(b"own");

@@ -26,6 +26,7 @@ mod linux_whole;
 mod load;
 mod log_bitmap;
 mod loop_device;
+#[path = "../kit/message.rs"]
 mod message;
 mod migration;
 mod process;
@@ -41,5 +42,7 @@ mod readme;
 mod rust_vmm;
 mod rust_vmm_disk;
 mod saved;
+#[path = "../kit/served.rs"]
+mod served;
 mod testpmd;
 mod uml;

@@ -1,23 +1,20 @@
 //! Back-ends under test: a device served by a thread, or the command as a process.
 
 use std::io::{BufRead, BufReader, Read};
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 
-use nix::sys::eventfd::EventFd;
 use vhost_migrate::backend::blk::{BlkDevice, BlkOptions};
-use vhost_migrate::backend::{BackendListener, VirtioDevice, serve};
+use vhost_migrate::backend::VirtioDevice;
 
 use crate::raw::RawFrontend;
+use crate::served::Served;
 
 /// A device served by a thread of this process until it is dropped.
 pub(crate) struct Server {
     pub(crate) folder: tempfile::TempDir,
-    stop: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    served: Option<Served>,
 }
 
 impl Server {
@@ -26,11 +23,8 @@ impl Server {
     }
 
     pub(crate) fn at(folder: tempfile::TempDir, device: Arc<dyn VirtioDevice>) -> Server {
-        let listener = BackendListener::bind(&folder.path().join("socket")).unwrap();
-        let stop = Arc::new(EventFd::new().unwrap());
-        let until = stop.clone();
-        let thread = Some(thread::spawn(move || serve(&listener, &device, until.as_fd()).unwrap()));
-        Server { folder, stop, thread }
+        let served = Some(Served::new(&folder.path().join("socket"), device));
+        Server { folder, served }
     }
 
     /// A disk of `bytes`, each 512-byte sector of which begins with its own number.
@@ -51,18 +45,7 @@ impl Server {
 
     /// Ends it; everything it had under way is then done, or never will be.
     pub(crate) fn stop(&mut self) {
-        self.stop.write(1).unwrap();
-        if let Some(thread) = self.thread.take() {
-            thread.join().unwrap();
-        }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        if self.thread.is_some() {
-            self.stop();
-        }
+        self.served = None;
     }
 }
 
