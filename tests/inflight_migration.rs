@@ -88,8 +88,12 @@ impl Queue for SlowQueue {
 
 /// Starts a back-end on the shared image, and connects to it.
 fn start(folder: &Path, socket: &str, aio: Aio) -> (Served, UserDevice) {
-    let disk =
-        BlkDevice::open(BlkOptions { queues: 2, aio, inflight_migration: true, ..BlkOptions::new(folder.join("image")) });
+    let disk = BlkDevice::open(BlkOptions {
+        queues: 2,
+        aio,
+        inflight_migration: true,
+        ..BlkOptions::new(folder.join("image"))
+    });
     let path = folder.join(socket);
     let served = Served::new(&path, Arc::new(SlowDisk(disk.unwrap())));
     let options = UserOptions::default().with_inflight_migration();

@@ -60,10 +60,7 @@ impl RingLayout {
 
     /// Number of descriptors of the ring.
     pub fn size(&self) -> u16 {
-        match self {
-            RingLayout::Split(layout) => layout.size,
-            RingLayout::Packed(layout) => layout.size,
-        }
+        either!(self, layout => layout.size)
     }
 }
 
@@ -89,18 +86,12 @@ impl DeviceRing {
 
     /// Sets the log of further writes to the ring.
     pub fn set_log(&mut self, log: Option<RingLog>) {
-        match self {
-            DeviceRing::Split(ring) => ring.set_log(log),
-            DeviceRing::Packed(ring) => ring.set_log(log),
-        }
+        either!(self, ring => ring.set_log(log))
     }
 
     /// Makes all addresses in the ring and of its log I/O virtual.
     pub fn set_iommu(&mut self, iommu: RingIommu) {
-        match self {
-            DeviceRing::Split(ring) => ring.set_iommu(iommu),
-            DeviceRing::Packed(ring) => ring.set_iommu(iommu),
-        }
+        either!(self, ring => ring.set_iommu(iommu))
     }
 
     /// Takes the next request into `chain`. Returns false if there is none.
@@ -109,10 +100,7 @@ impl DeviceRing {
     /// [`RingError`] if the driver has broken the ring.
     #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        match self {
-            DeviceRing::Split(ring) => ring.pop(chain),
-            DeviceRing::Packed(ring) => ring.pop(chain),
-        }
+        either!(self, ring => ring.pop(chain))
     }
 
     /// Writes the completion of `chain`. `written` is the number of bytes that the device wrote.
@@ -137,50 +125,32 @@ impl DeviceRing {
     #[inline]
     #[must_use = "the driver may be waiting for a notification"]
     pub fn publish(&mut self) -> bool {
-        match self {
-            DeviceRing::Split(ring) => ring.publish(),
-            DeviceRing::Packed(ring) => ring.publish(),
-        }
+        either!(self, ring => ring.publish())
     }
 
     /// Asks the driver not to kick.
     pub fn disable_notifications(&mut self) {
-        match self {
-            DeviceRing::Split(ring) => ring.disable_notifications(),
-            DeviceRing::Packed(ring) => ring.disable_notifications(),
-        }
+        either!(self, ring => ring.disable_notifications())
     }
 
     /// Asks the driver to kick. Returns true if there are requests already.
     #[must_use = "requests that are there already bring no kick"]
     pub fn enable_notifications(&mut self) -> bool {
-        match self {
-            DeviceRing::Split(ring) => ring.enable_notifications(),
-            DeviceRing::Packed(ring) => ring.enable_notifications(),
-        }
+        either!(self, ring => ring.enable_notifications())
     }
 
     /// Marks all parts of the ring that the device writes in its log.
     pub fn relog_used(&self) {
-        match self {
-            DeviceRing::Split(ring) => ring.relog_used(),
-            DeviceRing::Packed(ring) => ring.relog_used(),
-        }
+        either!(self, ring => ring.relog_used())
     }
 
     /// Returns true if all parts of the ring that the device writes are marked in its log (rule L15.1).
     pub fn is_used_marked(&self) -> bool {
-        match self {
-            DeviceRing::Split(ring) => ring.is_used_marked(),
-            DeviceRing::Packed(ring) => ring.is_used_marked(),
-        }
+        either!(self, ring => ring.is_used_marked())
     }
 
     /// The base for the reply to GET_VRING_BASE (rules R4.1, R4.2).
     pub fn base(&self) -> RingBase {
-        match self {
-            DeviceRing::Split(ring) => ring.base(),
-            DeviceRing::Packed(ring) => ring.base(),
-        }
+        either!(self, ring => ring.base())
     }
 }

@@ -1,8 +1,13 @@
 //! The driver side of a ring of either kind. The work is done in `split` and `packed`.
 
+use crate::abi::bit;
+use crate::abi::virtio::{DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_IN_ORDER};
 use crate::memory::Memory;
 
-use super::{Buffer, PackedDriver, PackedDriverState, RingError, RingLayout, SplitDriver, SplitDriverState};
+use super::chain::MAX_BUFFERS;
+use super::{
+    Buffer, InOrderState, PackedDriver, PackedDriverState, RingError, RingLayout, SplitDriver, SplitDriverState,
+};
 
 /// A completed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,6 +17,59 @@ pub struct UsedBuffer {
     pub head: u16,
     /// Number of bytes that the device says it wrote. It is not checked against the buffers.
     pub len: u32,
+}
+
+/// Returns the number of descriptors that a request takes in a ring of `size`. With `table`, it is indirect.
+///
+/// # Errors
+/// [`RingError::Request`] for a request that has no buffer or never fits.
+pub(super) fn needed_descriptors(
+    readable: &[Buffer],
+    writable: &[Buffer],
+    table: Option<u64>,
+    size: u16,
+) -> Result<u16, RingError> {
+    let buffers = readable.len() + writable.len();
+    let limit = if table.is_some() { MAX_BUFFERS } else { MAX_BUFFERS.min(size.into()) };
+    match buffers {
+        0 => Err(RingError::Request { buffers, limit }),
+        _ if buffers > limit => Err(RingError::Request { buffers, limit }),
+        _ if table.is_some() => Ok(1),
+        _ => Ok(buffers as u16),
+    }
+}
+
+/// Returns the buffers of a request with the flags of their descriptors: WRITE, and NEXT for all but the last.
+pub(super) fn with_flags<'a>(
+    readable: &'a [Buffer],
+    writable: &'a [Buffer],
+) -> impl Iterator<Item = (&'a Buffer, u16)> {
+    let last = (readable.len() + writable.len()).saturating_sub(1);
+    let flagged = readable.iter().map(|buffer| (buffer, 0)).chain(writable.iter().map(|b| (b, DESC_F_WRITE)));
+    flagged.enumerate().map(move |(at, (buffer, flags))| (buffer, if at < last { flags | DESC_F_NEXT } else { flags }))
+}
+
+/// Returns the order of the requests of a new ring, with IN_ORDER negotiated.
+pub(super) fn new_order(features: u64) -> Option<InOrderState> {
+    (features & bit(VIRTIO_F_IN_ORDER) != 0).then(InOrderState::default)
+}
+
+/// Checks the order in a saved state, whose requests have these names.
+///
+/// # Errors
+/// [`RingError::State`].
+pub(super) fn check_order(
+    order: Option<&InOrderState>,
+    features: u64,
+    names: impl Iterator<Item = u16>,
+) -> Result<(), RingError> {
+    if order.is_some() != (features & bit(VIRTIO_F_IN_ORDER) != 0) {
+        return Err(RingError::State { fault: "requests have an order only with IN_ORDER" });
+    }
+    match order.is_some_and(|order| !order.is_of(names)) {
+        true => Err(RingError::State { fault: "the order has other requests than the ring" }),
+        false => Ok(()),
+    }
 }
 
 /// The saved state of a ring's driver side.
@@ -84,19 +142,13 @@ impl DriverRing {
         writable: &[Buffer],
         table: Option<u64>,
     ) -> Result<Option<u16>, RingError> {
-        match self {
-            DriverRing::Split(ring) => ring.add(readable, writable, table),
-            DriverRing::Packed(ring) => ring.add(readable, writable, table),
-        }
+        either!(self, ring => ring.add(readable, writable, table))
     }
 
     /// Publishes the requests added so far. Returns true if the device must be kicked.
     #[must_use = "the device may be waiting for a kick"]
     pub fn publish(&mut self) -> bool {
-        match self {
-            DriverRing::Split(ring) => ring.publish(),
-            DriverRing::Packed(ring) => ring.publish(),
-        }
+        either!(self, ring => ring.publish())
     }
 
     /// Takes the next completion, if there is one.
@@ -104,42 +156,27 @@ impl DriverRing {
     /// # Errors
     /// [`RingError`] if the device has broken the ring. Nothing is taken then.
     pub fn pop_used(&mut self) -> Result<Option<UsedBuffer>, RingError> {
-        match self {
-            DriverRing::Split(ring) => ring.pop_used(),
-            DriverRing::Packed(ring) => ring.pop_used(),
-        }
+        either!(self, ring => ring.pop_used())
     }
 
     /// Asks the device not to notify.
     pub fn disable_notifications(&mut self) {
-        match self {
-            DriverRing::Split(ring) => ring.disable_notifications(),
-            DriverRing::Packed(ring) => ring.disable_notifications(),
-        }
+        either!(self, ring => ring.disable_notifications())
     }
 
     /// Asks the device to notify. Returns true if there are completions already.
     #[must_use = "completions that are there already bring no notification"]
     pub fn enable_notifications(&mut self) -> bool {
-        match self {
-            DriverRing::Split(ring) => ring.enable_notifications(),
-            DriverRing::Packed(ring) => ring.enable_notifications(),
-        }
+        either!(self, ring => ring.enable_notifications())
     }
 
     /// Number of requests without a completion.
     pub fn outstanding(&self) -> u16 {
-        match self {
-            DriverRing::Split(ring) => ring.outstanding(),
-            DriverRing::Packed(ring) => ring.outstanding(),
-        }
+        either!(self, ring => ring.outstanding())
     }
 
     /// Number of free descriptors.
     pub fn free(&self) -> u16 {
-        match self {
-            DriverRing::Split(ring) => ring.free(),
-            DriverRing::Packed(ring) => ring.free(),
-        }
+        either!(self, ring => ring.free())
     }
 }

@@ -35,6 +35,16 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+/// Evaluates an expression for the variant of an enum that is split or packed.
+macro_rules! either {
+    ($self:expr, $it:ident => $result:expr) => {
+        match $self {
+            Self::Split($it) => $result,
+            Self::Packed($it) => $result,
+        }
+    };
+}
+
 mod base;
 mod chain;
 mod device;

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
-use vhost_migrate::backend::blk::{BlkDevice, BlkOptions};
 use vhost_migrate::backend::VirtioDevice;
+use vhost_migrate::backend::blk::{BlkDevice, BlkOptions};
 
 use crate::raw::RawFrontend;
 use crate::served::Served;

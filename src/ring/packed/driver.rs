@@ -9,11 +9,10 @@ use zerocopy::little_endian::{U16, U32, U64};
 
 use crate::abi::bit;
 use crate::abi::virtio::{
-    DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, PACKED_EVENT_FLAG_DISABLE, PackedDesc, VIRTIO_F_IN_ORDER,
-    VIRTIO_RING_F_EVENT_IDX,
+    DESC_F_INDIRECT, DESC_F_WRITE, PACKED_EVENT_FLAG_DISABLE, PackedDesc, VIRTIO_RING_F_EVENT_IDX,
 };
 use crate::memory::Memory;
-use crate::ring::chain::MAX_BUFFERS;
+use crate::ring::driver::{check_order, needed_descriptors, new_order, with_flags};
 use crate::ring::shared_array::SharedArray;
 use crate::ring::{Buffer, InOrderState, RingError, UsedBuffer};
 
@@ -97,7 +96,7 @@ impl PackedDriver {
             published: Position::START,
             used: Position::START,
             held: 0,
-            in_order: (features & bit(VIRTIO_F_IN_ORDER) != 0).then(InOrderState::default),
+            in_order: new_order(features),
         })
     }
 
@@ -133,12 +132,7 @@ impl PackedDriver {
         if published.until(avail, size).is_none_or(|unpublished| u64::from(unpublished) > outstanding) {
             return fault("more requests are unpublished than outstanding");
         }
-        if in_order.is_some() != (features & bit(VIRTIO_F_IN_ORDER) != 0) {
-            return fault("requests have an order only with IN_ORDER");
-        }
-        if in_order.as_ref().is_some_and(|order| !order.is_of(requests.iter().map(|request| request.id))) {
-            return fault("the order has other requests than the ring");
-        }
+        check_order(in_order.as_ref(), features, requests.iter().map(|request| request.id))?;
         Ok(PackedDriver {
             memory: memory.clone(),
             areas,
@@ -182,30 +176,23 @@ impl PackedDriver {
         writable: &[Buffer],
         table: Option<u64>,
     ) -> Result<Option<u16>, RingError> {
-        let buffers = readable.len() + writable.len();
-        let limit = if table.is_some() { MAX_BUFFERS } else { MAX_BUFFERS.min(self.size.into()) };
-        if buffers == 0 || buffers > limit {
-            return Err(RingError::Request { buffers, limit });
-        }
-        let needed = if table.is_some() { 1 } else { buffers as u16 };
+        let needed = needed_descriptors(readable, writable, table, self.size)?;
         let Some(&id) = self.free_ids.last().filter(|_| needed <= self.free()) else { return Ok(None) };
-        let flagged = readable.iter().map(|buffer| (buffer, 0)).chain(writable.iter().map(|b| (b, DESC_F_WRITE)));
+        let flagged = with_flags(readable, writable);
         if let Some(gpa) = table {
             let describe = |(buffer, flags): (&Buffer, u16)| PackedDesc {
                 addr: U64::new(buffer.gpa),
                 len: U32::new(buffer.len),
                 id: U16::ZERO,
-                flags: U16::new(flags),
+                // The order in the table links the descriptors (virtio 1.2, "Indirect Flag: Scatter-Gather Support").
+                flags: U16::new(flags & DESC_F_WRITE),
             };
             let descs: Vec<PackedDesc> = flagged.map(describe).collect();
             let written = self.memory.write(gpa, descs.as_bytes());
             written.map_err(|source| RingError::IndirectOutside { head: id, source })?;
             self.write_desc(gpa, descs.as_bytes().len() as u32, id, DESC_F_INDIRECT);
         } else {
-            for (at, (buffer, flags)) in flagged.enumerate() {
-                let next = if at + 1 < buffers { DESC_F_NEXT } else { 0 };
-                self.write_desc(buffer.gpa, buffer.len, id, flags | next);
-            }
+            flagged.for_each(|(buffer, flags)| self.write_desc(buffer.gpa, buffer.len, id, flags));
         }
         self.free_ids.pop();
         if let Some(length) = self.lengths.get_mut(usize::from(id)) {

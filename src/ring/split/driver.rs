@@ -9,12 +9,9 @@ use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32, U64};
 
 use crate::abi::bit;
-use crate::abi::virtio::{
-    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, USED_F_NO_NOTIFY, VIRTIO_F_IN_ORDER,
-    VIRTIO_RING_F_EVENT_IDX,
-};
+use crate::abi::virtio::{AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, Desc, USED_F_NO_NOTIFY, VIRTIO_RING_F_EVENT_IDX};
 use crate::memory::Memory;
-use crate::ring::chain::MAX_BUFFERS;
+use crate::ring::driver::{check_order, needed_descriptors, new_order, with_flags};
 use crate::ring::{Buffer, InOrderState, RingError, UsedBuffer, passes};
 
 use super::{SplitAreas, SplitLayout, load, store};
@@ -89,7 +86,7 @@ impl SplitDriver {
             avail: 0,
             published: 0,
             used: 0,
-            in_order: (features & bit(VIRTIO_F_IN_ORDER) != 0).then(InOrderState::default),
+            in_order: new_order(features),
         })
     }
 
@@ -133,12 +130,7 @@ impl SplitDriver {
         if first_free >= layout.size {
             return fault("a descriptor is outside the table or in two requests");
         }
-        if in_order.is_some() != (features & bit(VIRTIO_F_IN_ORDER) != 0) {
-            return fault("requests have an order only with IN_ORDER");
-        }
-        if in_order.as_ref().is_some_and(|order| !order.is_of(chains.iter().flat_map(|chain| chain.first().copied()))) {
-            return fault("the order has other requests than the ring");
-        }
+        check_order(in_order.as_ref(), features, chains.iter().flat_map(|chain| chain.first().copied()))?;
         // The free list, linked from its last descriptor back to its first.
         let (mut next, mut last_free) = (layout.size, None);
         for index in (0..layout.size).rev().map(|at| first_free.wrapping_add(at) & (layout.size - 1)) {
@@ -198,32 +190,25 @@ impl SplitDriver {
         writable: &[Buffer],
         table: Option<u64>,
     ) -> Result<Option<u16>, RingError> {
-        let buffers = readable.len() + writable.len();
-        let limit = if table.is_some() { MAX_BUFFERS } else { MAX_BUFFERS.min(self.size.into()) };
-        if buffers == 0 || buffers > limit {
-            return Err(RingError::Request { buffers, limit });
-        }
-        let needed = if table.is_some() { 1 } else { buffers as u16 };
+        let needed = needed_descriptors(readable, writable, table, self.size)?;
         if needed > self.free {
             return Ok(None);
         }
         let head = self.first_free;
-        let flagged = readable.iter().map(|buffer| (buffer, 0)).chain(writable.iter().map(|b| (b, DESC_F_WRITE)));
-        let next = |at: usize| if at + 1 < buffers { DESC_F_NEXT } else { 0 };
+        let flagged = with_flags(readable, writable);
         if let Some(gpa) = table {
-            let describe = |(at, (buffer, flags)): (usize, (&Buffer, u16))| {
-                describe(buffer.gpa, buffer.len, flags | next(at), at as u16 + 1)
-            };
-            let descs: Vec<Desc> = flagged.enumerate().map(describe).collect();
+            let describe =
+                |((buffer, flags), next): ((&Buffer, u16), u16)| describe(buffer.gpa, buffer.len, flags, next);
+            let descs: Vec<Desc> = flagged.zip(1..).map(describe).collect();
             let written = self.memory.write(gpa, descs.as_bytes());
             written.map_err(|source| RingError::IndirectOutside { head, source })?;
-            self.areas.set_desc(head, &describe_table(gpa, buffers));
+            self.areas.set_desc(head, &describe_table(gpa, descs.len()));
             self.first_free = self.link(head);
         } else {
-            for (at, (buffer, flags)) in flagged.enumerate() {
+            for (buffer, flags) in flagged {
                 let index = self.first_free;
                 self.first_free = self.link(index);
-                self.areas.set_desc(index, &describe(buffer.gpa, buffer.len, flags | next(at), self.first_free));
+                self.areas.set_desc(index, &describe(buffer.gpa, buffer.len, flags, self.first_free));
             }
         }
         self.free -= needed;
