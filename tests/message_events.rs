@@ -19,9 +19,7 @@ use tracing_subscriber::registry;
 use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request as Code};
 use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
-use vhost_migrate::backend::{
-    BackendError, FrontendHandle, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice,
-};
+use vhost_migrate::backend::{BackendError, FrontendHandle, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device as _, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};

@@ -228,20 +228,21 @@ enum State {
     #[default]
     Absent,
     Running,
-    /// With the migration of an arrived guest that could not be started.
-    Paused(Option<MigrationId>),
+    Paused,
     Migrated,
     /// With the destination and the id of the migration, for outcome queries.
     OutcomeUnknown(Uri, MigrationId),
     Failed,
 }
 
-/// What the lock protects.
+/// State and operation, under one lock.
 #[derive(Default)]
 struct Owned {
     state: State,
     /// View of the guest for status, which never waits.
     view: Option<GuestView>,
+    /// The migration of an arrived guest that could not be started yet.
+    not_started: Option<MigrationId>,
     /// Listener for migrations and outcome queries.
     incoming: Option<Arc<MigrationListener>>,
     /// The operation under way, with its cancel token.
@@ -277,12 +278,13 @@ impl GuestOwner {
 
     /// Takes a guest that runs or is paused.
     pub fn own(&self, guest: Option<Guest>, running: bool) {
-        self.set(guest, if running { State::Running } else { State::Paused(None) });
+        self.set(guest, if running { State::Running } else { State::Paused });
     }
 
     /// Takes a paused guest that has arrived and could not be started. [`resume`](Self::resume) tries again.
     pub fn own_unstarted(&self, guest: Option<Guest>, id: MigrationId) {
-        self.set(guest, State::Paused(Some(id)));
+        lock(&self.owned).not_started = Some(id);
+        self.set(guest, State::Paused);
     }
 
     fn set(&self, guest: Option<Guest>, state: State) {
@@ -302,7 +304,7 @@ impl GuestOwner {
             State::Absent if self.outcomes.has_arrived() => OwnerState::Starting,
             State::Absent => OwnerState::Absent,
             State::Running => OwnerState::Running,
-            State::Paused(_) => OwnerState::Paused,
+            State::Paused => OwnerState::Paused,
             State::Migrated => OwnerState::Migrated,
             State::OutcomeUnknown(..) => OwnerState::OutcomeUnknown,
             State::Failed => OwnerState::Failed,
@@ -405,8 +407,7 @@ impl GuestOwner {
                 Ok(_) => State::Migrated,
                 Err(failure) => match failure.location {
                     GuestLocation::RunningHere => State::Running,
-                    GuestLocation::PausedHere if state == OwnerState::Paused => owned.state.clone(),
-                    GuestLocation::PausedHere => State::Paused(None),
+                    GuestLocation::PausedHere => State::Paused,
                     GuestLocation::HandedOver => State::Migrated,
                     GuestLocation::OutcomeUnknown => State::OutcomeUnknown(uri.clone(), id),
                 },
@@ -449,8 +450,12 @@ impl GuestOwner {
                 Err(error) => Err(error.into()),
             })?;
             drop(interrupt);
-            lock(&self.owned).state = State::Running;
-            if let State::Paused(Some(id)) = state {
+            let not_started = {
+                let mut owned = lock(&self.owned);
+                owned.state = State::Running;
+                owned.not_started.take()
+            };
+            if let Some(id) = not_started {
                 self.outcomes.record_started(id, Started { observed_downtime_ns: downtime, start_ns: 0 });
             }
             Ok(())
@@ -498,7 +503,7 @@ impl GuestOwner {
                 OwnerState::Paused => return Err(OwnerError::Refused("the guest is paused already")),
                 other => return Err(OwnerError::State(other)),
             }
-            lock(&self.owned).state = State::Paused(None);
+            lock(&self.owned).state = State::Paused;
             Ok(())
         })
     }
