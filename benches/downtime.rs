@@ -19,10 +19,10 @@ use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestIncomingVm, GuestSourceVm};
 use vhost_migrate::memory::Memory;
 use vhost_migrate::migrate::{
-    ConvergencePolicy, IncomingVm, MigrationListener, MigrationParameters, MigrationReport, OUTCOME_QUERY_TIMEOUT,
-    Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
+    ConvergencePolicy, IncomingVm, MigrationListener, MigrationParameters, MigrationReport, Outcomes, RegionLayout,
+    SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
 };
-use vhost_migrate::stream::{self, CancelToken, Codec, StreamListener, StreamOptions};
+use vhost_migrate::stream::{self, CancelToken, StreamListener, StreamOptions};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -147,17 +147,15 @@ impl Drop for BackendProcesses {
 }
 
 fn config(disks: usize) -> GuestConfig {
-    GuestConfig {
-        working_set: 4 * MIB,
-        cold: 4 * MIB,
-        dirty_rate: 0,
-        request_rate: Some(0),
-        disks,
-        queues: QUEUES,
-        depth: 4,
-        disk_area: MIB,
-        ..GuestConfig::new(512 * MIB)
-    }
+    GuestConfig::new(512 * MIB)
+        .with_working_set(4 * MIB)
+        .with_cold(4 * MIB)
+        .with_dirty_rate(0)
+        .with_request_rate(Some(0))
+        .with_disks(disks)
+        .with_queues(QUEUES)
+        .with_depth(4)
+        .with_disk_area(MIB)
 }
 
 /// Moves the guest to the other side.
@@ -166,15 +164,8 @@ fn migrate_to_side(guest: Guest, backends: &BackendProcesses, to: usize) -> (Gue
     let outcomes = Outcomes::default();
     let incoming = MigrationListener::start(StreamListener::bind(&uri).unwrap(), outcomes.clone()).unwrap();
     let guest = Mutex::new(Some(guest));
-    let parameters = MigrationParameters {
-        policy: ConvergencePolicy { downtime_limit: PATIENCE, max_rounds: 100 },
-        codec: Codec::None,
-        verify: false,
-        outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
-        switchover_timeout: None,
-        continue_here: false,
-    };
-    let options = StreamOptions { channels: 2, ..StreamOptions::new().unwrap() };
+    let parameters = MigrationParameters::default().with_policy(ConvergencePolicy::new(PATIENCE, 100));
+    let options = StreamOptions::new().unwrap().with_channels(2);
     std::thread::scope(|scope| {
         let destination = scope.spawn(|| {
             let arriving = incoming.next().unwrap().unwrap();

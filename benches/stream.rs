@@ -31,8 +31,7 @@ use vhost_migrate::dirty::{DirtySource, UnionSource};
 use vhost_migrate::guest::make_memory;
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{
-    ConvergencePolicy, IncomingVm, MigrationParameters, OUTCOME_QUERY_TIMEOUT, Outcomes, RegionLayout,
-    SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
+    IncomingVm, MigrationParameters, Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
 };
 use vhost_migrate::stream::{
     CancelToken, Codec, MigrationId, StreamError, StreamListener, StreamOptions, Uri, connect,
@@ -241,7 +240,7 @@ fn decode(guest: &Guest, codec: Codec) -> f64 {
 
 fn end_to_end(guest: &Guest, listener: &StreamListener, codec: Codec) -> f64 {
     let target = Arc::new(IncomingMemory::zeroed(guest.destination.clone()));
-    let options = StreamOptions { channels: CHANNELS, ..StreamOptions::new().unwrap() };
+    let options = StreamOptions::new().unwrap().with_channels(CHANNELS);
     thread::scope(|scope| {
         let accepting = scope.spawn(|| listener.accept(&options).unwrap());
         let from = connect(listener.uri(), &options).unwrap();
@@ -353,23 +352,16 @@ fn migrate_untouched(pages: u64, used: u64) -> f64 {
     }
     let socket = std::env::temp_dir().join(format!("stream-bench-{}", std::process::id()));
     let listener = StreamListener::bind(&Uri::Unix(socket)).unwrap();
-    let options = StreamOptions { channels: CHANNELS, ..StreamOptions::new().unwrap() };
+    let options = StreamOptions::new().unwrap().with_channels(CHANNELS);
     let mut destination = StaticIncomingVm::default();
     let report = thread::scope(|scope| {
         scope.spawn(|| {
-            let options = StreamOptions { channels: CHANNELS, ..StreamOptions::new().unwrap() };
+            let options = StreamOptions::new().unwrap().with_channels(CHANNELS);
             let connection = listener.accept(&options).unwrap();
             receive(&mut destination, connection, &Outcomes::default(), SWITCHOVER_TIMEOUT).unwrap();
         });
         let connection = connect(listener.uri(), &options).unwrap();
-        let parameters = MigrationParameters {
-            policy: ConvergencePolicy::default(),
-            codec: Codec::None,
-            verify: false,
-            outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
-            switchover_timeout: None,
-            continue_here: false,
-        };
+        let parameters = MigrationParameters::default();
         migrate(&mut StaticVm(source.clone()), connection, &parameters, &mut |_| ()).unwrap()
     });
     let destination = destination.0.unwrap();

@@ -11,7 +11,7 @@ use std::time::Duration;
 use vhost_migrate::dirty::{DirtySource, Log, LogSource};
 use vhost_migrate::memory::{LOG_PAGE, Memory, MemoryError, Region, sealed_memfd};
 use vhost_migrate::migrate::*;
-use vhost_migrate::stream::{CancelToken, Codec, StreamListener, StreamOptions, Uri, connect};
+use vhost_migrate::stream::{CancelToken, StreamListener, StreamOptions, Uri, connect};
 
 const PAGES: u64 = 1024;
 
@@ -111,14 +111,7 @@ fn source(uri: &Uri) -> Result<(), VmError> {
     let mut vm = Vm::new(0, PAGES * LOG_PAGE)?;
     vm.resume()?;
     thread::sleep(Duration::from_millis(500));
-    let parameters = MigrationParameters {
-        policy: ConvergencePolicy::default(),
-        codec: Codec::None,
-        verify: false,
-        outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
-        switchover_timeout: None,
-        continue_here: false,
-    };
+    let parameters = MigrationParameters::default();
     let connection = connect(uri, &StreamOptions::new()?)?;
     let moved = migrate(&mut vm, connection, &parameters, &mut |_| {})?;
     println!("source: moved at step {} in {} rounds, downtime {:.1} ms", vm.step, moved.rounds, moved.downtime_ms);

@@ -86,7 +86,21 @@
 // docs.rs builds with a nightly toolchain and shows the feature that each item needs.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 // Some shared helpers are unused, or used only by `unstable`, if the features of all their users are off.
-#![cfg_attr(not(feature = "command"), allow(dead_code, unreachable_pub))]
+#![cfg_attr(not(feature = "command"), allow(dead_code, unreachable_pub, unused_macros))]
+
+/// Defines methods that return options with one field changed.
+macro_rules! setters {
+    ($($with:ident: $field:ident: $type:ty),* $(,)?) => {
+        $(
+            #[doc = concat!("Sets `", stringify!($field), "`.")]
+            #[must_use]
+            pub fn $with(mut self, $field: $type) -> Self {
+                self.$field = $field;
+                self
+            }
+        )*
+    };
+}
 
 pub mod abi;
 #[cfg(feature = "backend")]

@@ -80,7 +80,7 @@ impl Backend {
         let folder = tempfile::tempdir().unwrap();
         let image = folder.path().join("image");
         File::create(&image).unwrap().set_len(16 * MIB).unwrap();
-        let disk = BlkDevice::open(BlkOptions { queues: 2, aio: Aio::Threads, ..BlkOptions::new(image) });
+        let disk = BlkDevice::open(BlkOptions::new(image).with_queues(2).with_aio(Aio::Threads));
         let channel_device = Arc::new(ChannelDevice { disk: disk.unwrap(), host: Mutex::default() });
         let served = Served::new(&folder.path().join("s"), channel_device.clone());
         Backend { folder, channel_device, _served: served }
@@ -88,7 +88,7 @@ impl Backend {
 
     fn device(&self, more: u64) -> UserDevice {
         let usual = UserOptions::default();
-        let options = UserOptions { protocol_features: usual.protocol_features | more, ..usual };
+        let options = usual.with_protocol_features(usual.protocol_features | more);
         UserDevice::connect(self.folder.path().join("s"), options, Instant::now() + DEADLINE).unwrap()
     }
 
@@ -220,13 +220,11 @@ fn a_broken_ring_signals_its_error_fd_in_band_and_out_of_band() {
 }
 
 fn guest_config() -> GuestConfig {
-    GuestConfig {
-        working_set: 2 * MIB,
-        cold: 2 * MIB,
-        dirty_rate: 32 * MIB,
-        disk_area: 4 * MIB,
-        ..GuestConfig::new(32 * MIB)
-    }
+    GuestConfig::new(32 * MIB)
+        .with_working_set(2 * MIB)
+        .with_cold(2 * MIB)
+        .with_dirty_rate(32 * MIB)
+        .with_disk_area(4 * MIB)
 }
 
 fn wait_until(guest: &Guest, what: &str, is_so: impl Fn(&Guest) -> bool) {
@@ -358,7 +356,7 @@ impl ManualBackend {
         let negotiates = std::thread::spawn(move || ManualBackend::negotiate(&listener));
         let more = bit(protocol_feature::INBAND_NOTIFICATIONS) | INFLIGHT_MIGRATION;
         let usual = UserOptions::default();
-        let options = UserOptions { protocol_features: usual.protocol_features | more, ..usual };
+        let options = usual.with_protocol_features(usual.protocol_features | more);
         let device = UserDevice::connect(folder.path().join("s"), options, Instant::now() + DEADLINE).unwrap();
         (negotiates.join().unwrap(), device)
     }

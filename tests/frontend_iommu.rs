@@ -377,7 +377,7 @@ fn access_platform_needs_an_iommu_and_a_back_end_channel() {
     device.invalidate(0..=u64::MAX).expect("there is nothing to forget");
     drop(device);
     let protocol_features = usual.protocol_features & !bit(protocol_feature::BACKEND_REQ);
-    let options = UserOptions { protocol_features, ..usual };
+    let options = usual.with_protocol_features(protocol_features);
     let mut device = UserDevice::connect(&socket, options, Instant::now() + DEADLINE).unwrap();
     device.set_iommu(Arc::new(IommuTable::default()));
     let error = device.set_features(FEATURES).unwrap_err();

@@ -329,7 +329,7 @@ fn a_missing_reply_is_a_timeout_after_the_deadline() {
         _ => ScriptedReply::Default,
     });
     let timeout = Duration::from_millis(30);
-    let options = UserOptions { timeout, stop_timeout: 2 * timeout, ..UserOptions::default() };
+    let options = UserOptions::default().with_timeout(timeout).with_stop_timeout(2 * timeout);
     let error = backend.connect_with(options).unwrap().status().unwrap_err();
     assert!(matches!(error, FrontendError::Timeout { waited, .. } if waited == timeout), "{error}");
     assert!(error.is_hang_up());
@@ -443,7 +443,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Options with a timeout that is never reached.
 fn long_timeout() -> UserOptions {
-    UserOptions { timeout: DEADLINE, ..UserOptions::default() }
+    UserOptions::default().with_timeout(DEADLINE)
 }
 
 #[rstest]
@@ -508,7 +508,7 @@ fn a_start_refused_after_an_interrupt_is_repeated_on_a_new_connection() {
 #[test]
 fn a_stop_timeout_keeps_the_connection_when_there_is_no_inflight_region() {
     let (backend, go) = backend_slow_at(Request::GET_VRING_BASE, ALL & !bit(p::INFLIGHT_SHMFD));
-    let options = UserOptions { stop_timeout: Duration::from_millis(30), ..UserOptions::default() };
+    let options = UserOptions::default().with_stop_timeout(Duration::from_millis(30));
     let mut device = running(&backend, options);
     let error = device.stop_ring(0).unwrap_err();
     assert!(matches!(error, FrontendError::Timeout { .. }), "{error}");
@@ -751,7 +751,7 @@ fn each_ring_has_its_own_stop_timeout() {
             _ => ScriptedReply::Default,
         }
     });
-    let options = UserOptions { stop_timeout: Duration::from_millis(30), ..UserOptions::default() };
+    let options = UserOptions::default().with_stop_timeout(Duration::from_millis(30));
     let mut device = backend.connect_with(options).unwrap();
     device.set_features(VERSION_1).unwrap();
     device.set_memory(&memory(1)).unwrap();
@@ -765,7 +765,7 @@ fn each_ring_has_its_own_stop_timeout() {
 #[test]
 fn a_busy_back_end_is_told_apart_from_one_that_hangs() {
     let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
-    let options = UserOptions { timeout: Duration::from_millis(30), ..UserOptions::default() };
+    let options = UserOptions::default().with_timeout(Duration::from_millis(30));
     let first = backend.connect().unwrap();
     let error = backend.connect_with(options).err().unwrap();
     assert!(matches!(error, FrontendError::NotServed { busy: true, .. }) && error.is_transient(), "{error}");
@@ -786,7 +786,7 @@ fn a_busy_back_end_is_told_apart_from_one_that_hangs() {
         stream.read_exact(&mut bytes).unwrap();
         stream
     });
-    let longer = UserOptions { timeout: Duration::from_secs(5), ..options };
+    let longer = options.with_timeout(Duration::from_secs(5));
     let error = UserDevice::connect(&path, longer, Instant::now()).err().unwrap();
     assert!(matches!(error, FrontendError::Timeout { .. }), "{error}");
     drop(reader.join().unwrap());
@@ -1130,7 +1130,7 @@ fn with_state(code: u64, mut fds: Vec<OwnedFd>, check: impl Fn() -> ScriptedRepl
         Request::CHECK_DEVICE_STATE => check(),
         _ => ScriptedReply::Default,
     });
-    backend.connect_with(UserOptions { stop_timeout: Duration::from_millis(200), ..UserOptions::default() }).unwrap()
+    backend.connect_with(UserOptions::default().with_stop_timeout(Duration::from_millis(200))).unwrap()
 }
 
 fn checked(code: u64) -> impl Fn() -> ScriptedReply {
@@ -1204,7 +1204,8 @@ fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
             _ => ScriptedReply::Default,
         });
         let protocol_features = UserOptions::default().protocol_features | bit(p::PAGEFAULT);
-        let mut device = backend.connect_with(UserOptions { protocol_features, ..UserOptions::default() }).unwrap();
+        let mut device =
+            backend.connect_with(UserOptions::default().with_protocol_features(protocol_features)).unwrap();
         assert!(matches!(device.postcopy_advise(), Err(FrontendError::NotOffered { .. })), "no fd came");
         device.postcopy_listen().unwrap();
         let (mut told, memory) = (None, memory(1));

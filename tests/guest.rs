@@ -38,17 +38,15 @@ impl Disks {
 }
 
 fn config(packed: bool) -> GuestConfig {
-    GuestConfig {
-        packed,
-        cpus: 2,
-        disks: 2,
-        working_set: 2 * MIB,
-        cold: 2 * MIB,
-        dirty_rate: 64 * MIB,
-        disk_area: MIB,
-        request_timeout: 1,
-        ..GuestConfig::new(32 * MIB)
-    }
+    GuestConfig::new(32 * MIB)
+        .with_packed(packed)
+        .with_cpus(2)
+        .with_disks(2)
+        .with_working_set(2 * MIB)
+        .with_cold(2 * MIB)
+        .with_dirty_rate(64 * MIB)
+        .with_disk_area(MIB)
+        .with_request_timeout(1)
 }
 
 fn booted(config: GuestConfig) -> (Guest, Disks) {
@@ -149,7 +147,7 @@ fn a_restored_guest_continues_exactly_where_it_was_saved(#[values(false, true)] 
 
 #[test]
 fn a_switchover_stops_and_starts_all_devices_concurrently() {
-    let (mut guest, disks) = booted(GuestConfig { disks: 5, ..config(false) });
+    let (mut guest, disks) = booted(config(false).with_disks(5));
     guest.resume().unwrap();
     guest.pause().unwrap();
     // From here on each call waits until all disks have been called.

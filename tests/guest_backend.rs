@@ -27,10 +27,9 @@ use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestIncomingVm, Gues
 use vhost_migrate::memory::{LOG_PAGE, Memory};
 use vhost_migrate::migrate::{
     ConvergencePolicy, GuestLocation, IncomingReport, IncomingVm, MigrateError, MigrationFailure, MigrationParameters,
-    MigrationReport, OUTCOME_QUERY_TIMEOUT, Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate,
-    receive,
+    MigrationReport, Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
 };
-use vhost_migrate::stream::{self, CancelToken, Codec, StreamOptions};
+use vhost_migrate::stream::{self, CancelToken, StreamOptions};
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -72,7 +71,7 @@ impl Backend {
     /// Connects a front-end with additional protocol features.
     fn device_with(&self, more: u64) -> UserDevice {
         let usual = UserOptions::default();
-        let options = UserOptions { protocol_features: usual.protocol_features | more, ..usual };
+        let options = usual.with_protocol_features(usual.protocol_features | more);
         UserDevice::connect(self.socket(), options, Instant::now() + PATIENCE).unwrap()
     }
 
@@ -104,13 +103,11 @@ fn spawn_with(folder: &Path, socket: &str, queues: u16) -> Child {
 }
 
 fn config() -> GuestConfig {
-    GuestConfig {
-        working_set: 2 * MIB,
-        cold: 2 * MIB,
-        dirty_rate: 32 * MIB,
-        disk_area: 4 * MIB,
-        ..GuestConfig::new(32 * MIB)
-    }
+    GuestConfig::new(32 * MIB)
+        .with_working_set(2 * MIB)
+        .with_cold(2 * MIB)
+        .with_dirty_rate(32 * MIB)
+        .with_disk_area(4 * MIB)
 }
 
 fn running(backend: &Backend, config: GuestConfig) -> Guest {
@@ -182,7 +179,7 @@ fn a_guest_survives_repeated_kills_of_its_back_end(
     let mut backend = Backend::start();
     let device = backend.device_with(protocol_features);
     assert_eq!(device.protocol_features() & protocol_features, protocol_features);
-    let mut guest = running_on(device, GuestConfig { packed, ..config() });
+    let mut guest = running_on(device, config().with_packed(packed));
     for kill in 1..=KILLS {
         // At varying times within requests: after a different number of requests each time.
         run_for(&guest, 50 + 7 * kill);
@@ -200,7 +197,7 @@ fn a_guest_survives_repeated_kills_of_its_back_end(
 #[test]
 fn a_back_end_missing_beyond_the_reconnect_timeout_stops_the_guest() {
     let mut backend = Backend::start();
-    let mut guest = running(&backend, GuestConfig { reconnect_timeout: Some(1), ..config() });
+    let mut guest = running(&backend, config().with_reconnect_timeout(Some(1)));
     run_for(&guest, 100);
     backend.end();
     let start = Instant::now();
@@ -217,7 +214,7 @@ fn a_back_end_missing_beyond_the_reconnect_timeout_stops_the_guest() {
 fn a_guest_waits_without_limit_for_its_back_end_and_logs_it() {
     let mut backend = Backend::start();
     // A request waits longer than its timeout, but its back-end is disconnected.
-    let mut guest = running(&backend, GuestConfig { request_timeout: 1, ..config() });
+    let mut guest = running(&backend, config().with_request_timeout(1));
     run_for(&guest, 100);
     assert_eq!(guest.connections()[0].away_ms, None);
     backend.end();
@@ -299,7 +296,7 @@ fn a_switchover_cancelled_while_a_disk_hangs_resumes_cpus_and_other_disks_at_onc
     #[case] early: bool,
 ) {
     let mut backends = [Backend::start(), Backend::start()];
-    let mut guest = Guest::new(GuestConfig { disks: 2, request_timeout: 5, ..config() }).unwrap();
+    let mut guest = Guest::new(config().with_disks(2).with_request_timeout(5)).unwrap();
     guest.boot(backends.iter().map(|backend| Box::new(backend.device()) as Box<dyn Device>).collect()).unwrap();
     guest.resume().unwrap();
     run_for(&guest, 100);
@@ -406,7 +403,7 @@ fn copy_and_restore(mut guest: Guest, backend: &mut Backend, trust_log: bool) ->
 #[rstest]
 fn a_guest_copied_by_dirty_pages_survives_crashes_of_its_back_end(#[values(false, true)] packed: bool) {
     let mut backend = Backend::start();
-    let mut guest = running(&backend, GuestConfig { packed, ..config() });
+    let mut guest = running(&backend, config().with_packed(packed));
     for _ in 0..4 {
         guest = copy_and_restore(guest, &mut backend, true).unwrap();
         run_for(&guest, 100);
@@ -422,7 +419,7 @@ fn a_guest_copied_by_dirty_pages_survives_crashes_of_its_back_end(#[values(false
 #[rstest]
 fn a_guest_detects_device_writes_that_were_not_copied(#[values(false, true)] packed: bool) {
     let mut backend = Backend::start();
-    let guest = running(&backend, GuestConfig { packed, request_timeout: 2, ..config() });
+    let guest = running(&backend, config().with_packed(packed).with_request_timeout(2));
     let found = copy_and_restore(guest, &mut backend, false).and_then(|mut guest| guest.verify());
     assert!(found.is_err(), "without the device's log this test must fail, or it tests nothing");
 }
@@ -430,7 +427,7 @@ fn a_guest_detects_device_writes_that_were_not_copied(#[values(false, true)] pac
 #[rstest]
 fn devices_can_be_controlled_while_their_back_end_crashes(#[values(false, true)] packed: bool) {
     let mut backend = Backend::start();
-    let mut guest = running(&backend, GuestConfig { packed, ..config() });
+    let mut guest = running(&backend, config().with_packed(packed));
     let mut log = guest.logs().next().unwrap();
     std::thread::scope(|scope| {
         let toggle = scope.spawn(|| -> Result<(), DirtyError> {
@@ -505,7 +502,7 @@ impl backend::VirtioDevice for StatefulDevice {
 
 /// Serves a stateful device in this process.
 fn stateful(folder: &Path, socket: &str, state: &[u8]) -> Arc<StatefulDevice> {
-    let options = BlkOptions { queues: 2, aio: Aio::Threads, ..BlkOptions::new(folder.join("disk.img")) };
+    let options = BlkOptions::new(folder.join("disk.img")).with_queues(2).with_aio(Aio::Threads);
     let device = StatefulDevice {
         disk: BlkDevice::open(options).unwrap(),
         state: Mutex::new(state.to_vec()),
@@ -544,7 +541,7 @@ fn move_to(
 
 /// Returns options with the time limits of a test.
 fn migration_parameters() -> StreamOptions {
-    StreamOptions { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..StreamOptions::new().unwrap() }
+    StreamOptions::new().unwrap().with_deadline(Some(PATIENCE)).with_timeout(Some(PATIENCE))
 }
 
 /// Migrates a guest to the given [`IncomingVm`] and connection options.
@@ -564,15 +561,8 @@ fn move_into(
             receive(arrival, connection, outcomes, SWITCHOVER_TIMEOUT)
         });
         let connection = stream::connect(listener.uri(), &options).unwrap();
-        let policy = ConvergencePolicy { downtime_limit: PATIENCE, max_rounds: 100 };
-        let parameters = MigrationParameters {
-            policy,
-            codec: Codec::None,
-            verify: false,
-            outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
-            switchover_timeout: None,
-            continue_here: false,
-        };
+        let policy = ConvergencePolicy::new(PATIENCE, 100);
+        let parameters = MigrationParameters::default().with_policy(policy);
         let mut machine = GuestSourceVm::new(guest).unwrap();
         let left = migrate(&mut machine, connection, &parameters, &mut |_| {});
         (left, arrived.join().unwrap())
@@ -620,7 +610,7 @@ fn a_destination_back_end_refuses_rings_before_the_commit() {
     }
     let disk = |image: &str, max_queue_size| {
         let image = folder.join(image);
-        let options = BlkOptions { queues: 2, max_queue_size, aio: Aio::Threads, ..BlkOptions::new(image) };
+        let options = BlkOptions::new(image).with_queues(2).with_max_queue_size(max_queue_size).with_aio(Aio::Threads);
         Arc::new(BlkDevice::open(options).unwrap())
     };
     let size = 256;
@@ -632,7 +622,7 @@ fn a_destination_back_end_refuses_rings_before_the_commit() {
     serve(folder, "b", disk("disk.img", size));
     let lock = File::open(folder.join("other.img")).unwrap();
     lock.lock().unwrap();
-    let mut guest = Guest::new(GuestConfig { queue_size: size, ..config() }).unwrap();
+    let mut guest = Guest::new(config().with_queue_size(size)).unwrap();
     guest.boot(vec![connect_device(folder, "a")]).unwrap();
     guest.resume().unwrap();
     let guest = Mutex::new(Some(guest));
@@ -771,7 +761,7 @@ fn the_destination_prepares_and_compares_its_disk_while_the_guest_runs() {
         File::create(folder.join(image)).unwrap().set_len(mib * MIB).unwrap();
     }
     let disk = |image: &str| {
-        let options = BlkOptions { queues: 2, aio: Aio::Threads, ..BlkOptions::new(folder.join(image)) };
+        let options = BlkOptions::new(folder.join(image)).with_queues(2).with_aio(Aio::Threads);
         Arc::new(BlkDevice::open(options).unwrap())
     };
     serve(folder, "a", disk("disk.img"));

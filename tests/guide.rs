@@ -63,7 +63,7 @@ fn a_guest_survives_kills_of_the_example_with_split_and_packed_rings() {
         let options = UserOptions::default();
         let device = UserDevice::connect(folder.path().join("socket"), options, Instant::now() + PATIENCE).unwrap();
         let mut guest =
-            Guest::new(GuestConfig { packed, queues: 1, disk_area: 4 * MIB, ..GuestConfig::new(32 * MIB) }).unwrap();
+            Guest::new(GuestConfig::new(32 * MIB).with_packed(packed).with_queues(1).with_disk_area(4 * MIB)).unwrap();
         guest.boot(vec![Box::new(device)]).unwrap();
         guest.resume().unwrap();
         for _ in 0..5 {

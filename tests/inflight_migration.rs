@@ -88,12 +88,9 @@ impl Queue for SlowQueue {
 
 /// Starts a back-end on the shared image, and connects to it.
 fn start(folder: &Path, socket: &str, aio: Aio) -> (Served, UserDevice) {
-    let disk = BlkDevice::open(BlkOptions {
-        queues: 2,
-        aio,
-        inflight_migration: true,
-        ..BlkOptions::new(folder.join("image"))
-    });
+    let disk = BlkDevice::open(
+        BlkOptions::new(folder.join("image")).with_queues(2).with_aio(aio).with_inflight_migration(true),
+    );
     let path = folder.join(socket);
     let served = Served::new(&path, Arc::new(SlowDisk(disk.unwrap())));
     let options = UserOptions::default().with_inflight_migration();
@@ -147,13 +144,11 @@ fn in_flight(state: &GuestState) -> usize {
 fn requests_in_flight_move_with_the_inflight_region(#[case] packed: bool, #[case] aio: Aio) {
     let folder = tempfile::tempdir().unwrap();
     std::fs::File::create(folder.path().join("image")).unwrap().set_len(16 * MIB).unwrap();
-    let config = GuestConfig {
-        packed,
-        inflight_migration: true,
-        disk_area: 4 * MIB,
-        dirty_rate: MIB,
-        ..GuestConfig::new(16 * MIB)
-    };
+    let config = GuestConfig::new(16 * MIB)
+        .with_packed(packed)
+        .with_inflight_migration(true)
+        .with_disk_area(4 * MIB)
+        .with_dirty_rate(MIB);
     let (mut backend, device) = start(folder.path(), "0", aio);
     let mut guest = Guest::new(config).unwrap();
     guest.boot(vec![Box::new(device)]).unwrap();
@@ -205,7 +200,7 @@ fn a_back_end_without_the_inflight_migration_features_is_refused_at_boot() {
     // A front-end that does not ask for the features does not negotiate them.
     let path = folder.path().join("0");
     let device = UserDevice::connect(path, UserOptions::default(), Instant::now() + TIMEOUT).unwrap();
-    let mut guest = Guest::new(GuestConfig { inflight_migration: true, ..GuestConfig::new(16 * MIB) }).unwrap();
+    let mut guest = Guest::new(GuestConfig::new(16 * MIB).with_inflight_migration(true)).unwrap();
     let error = guest.boot(vec![Box::new(device)]).unwrap_err();
     assert!(error.to_string().contains("--inflight-migration"), "{error}");
 }
@@ -214,7 +209,7 @@ fn a_back_end_without_the_inflight_migration_features_is_refused_at_boot() {
 fn requests_in_flight_are_not_moved_to_a_device_with_another_region() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::File::create(folder.path().join("image")).unwrap().set_len(16 * MIB).unwrap();
-    let config = GuestConfig { inflight_migration: true, dirty_rate: MIB, ..GuestConfig::new(16 * MIB) };
+    let config = GuestConfig::new(16 * MIB).with_inflight_migration(true).with_dirty_rate(MIB);
     let (backend, device) = start(folder.path(), "0", Aio::Threads);
     let mut guest = Guest::new(config).unwrap();
     guest.boot(vec![Box::new(device)]).unwrap();

@@ -25,7 +25,7 @@ use vhost_migrate::unstable::stream::pages::{IncomingMemory, PageDecoder, PageEn
 use vhost_migrate::unstable::stream::record::{RoundEnd, ToDestination};
 
 fn options(channels: u16) -> StreamOptions {
-    StreamOptions { channels, ..StreamOptions::new().unwrap() }
+    StreamOptions::new().unwrap().with_channels(channels)
 }
 
 fn uri(text: impl AsRef<str>) -> Uri {
@@ -139,7 +139,7 @@ fn memory_arrives_over_unix_sockets_and_the_socket_file_is_removed() {
     let listener = StreamListener::bind(&to).unwrap();
     migrate(&listener, &to, options(1), Codec::None);
     migrate(&listener, &to, options(3), Codec::Zstd(1));
-    migrate(&listener, &to, StreamOptions { one_way: true, ..options(2) }, Codec::None);
+    migrate(&listener, &to, options(2).with_one_way(true), Codec::None);
     drop(listener);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
@@ -197,7 +197,7 @@ fn memory_arrives_through_filter_commands() {
     let path = folder.path().join("saved.gz");
     let from = filled(700);
     let to = uri(format!("exec:gzip -1 > '{}'", path.display()));
-    let connection = connect(&to, &StreamOptions { one_way: true, ..options(1) }).unwrap();
+    let connection = connect(&to, &options(1).with_one_way(true)).unwrap();
     source(&connection, &from, Codec::None);
     connection.finish().unwrap();
     assert!(fs::metadata(&path).unwrap().len() < 700 * 4096 / 4);
@@ -215,7 +215,7 @@ fn a_bidirectional_command_works_and_its_failure_is_reported() {
     let connection = connect(&uri("exec:cat"), &options(1)).unwrap();
     assert!(!connection.one_way);
     connection.finish().unwrap();
-    let one_way = StreamOptions { one_way: true, ..options(1) };
+    let one_way = options(1).with_one_way(true);
     let connection = connect(&uri("exec:cat >/dev/null; exit 3"), &one_way).unwrap();
     let error = connection.finish().unwrap_err();
     assert!(matches!(error, StreamError::Command { .. }) && error.to_string().contains("exit status: 3"), "{error}");
@@ -226,7 +226,7 @@ fn an_abandoned_migration_kills_its_command() {
     let folder = tempfile::tempdir().unwrap();
     let pid = folder.path().join("pid");
     let command = uri(format!("exec:echo $$ > '{0}.new'; mv '{0}.new' '{0}'; sleep 1000", pid.display()));
-    let connection = connect(&command, &StreamOptions { one_way: true, ..options(1) }).unwrap();
+    let connection = connect(&command, &options(1).with_one_way(true)).unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
     while !pid.exists() {
         assert!(Instant::now() < deadline, "the command has not started");
@@ -244,7 +244,7 @@ fn memory_arrives_over_inherited_sockets_pipes_and_files() {
     migrate(&listener, &Uri::Fd(ours.as_raw_fd()), options(1), Codec::None);
     let (reader, writer) = nix::unistd::pipe().unwrap();
     let listener = StreamListener::bind(&Uri::Fd(reader.as_raw_fd())).unwrap();
-    let one_way = StreamOptions { one_way: true, ..options(1) };
+    let one_way = options(1).with_one_way(true);
     migrate(&listener, &Uri::Fd(writer.as_raw_fd()), one_way, Codec::Zstd(1));
 }
 
@@ -390,7 +390,7 @@ fn cancelling_ends_accept_read_write_and_every_wait() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
     let listener = StreamListener::bind(&to).unwrap();
-    let forever = || StreamOptions { deadline: None, timeout: None, ..options(1) };
+    let forever = || options(1).with_deadline(None).with_timeout(None);
     let waiting = forever();
     thread::scope(|scope| {
         let accept = scope.spawn(|| listener.accept(&waiting));
@@ -407,7 +407,7 @@ fn cancelling_ends_accept_read_write_and_every_wait() {
     let (pipe_out, pipe_in) = nix::unistd::pipe().unwrap();
     let (one, _other) = UnixStream::pair().unwrap();
     for number in [one.as_raw_fd(), pipe_in.as_raw_fd()] {
-        let writing = StreamOptions { one_way: true, ..forever() };
+        let writing = forever().with_one_way(true);
         let connection = connect(&Uri::Fd(number), &writing).unwrap();
         thread::scope(|scope| {
             let mut channel = connection.channels[0].clone();
@@ -439,7 +439,7 @@ fn cancelling_ends_accept_read_write_and_every_wait() {
 
 #[test]
 fn a_hanging_peer_times_out_and_a_closed_connection_is_reported() {
-    let short = StreamOptions { timeout: Some(Duration::from_millis(30)), one_way: true, ..options(1) };
+    let short = options(1).with_timeout(Some(Duration::from_millis(30))).with_one_way(true);
     let (_kept, pipe) = nix::unistd::pipe().unwrap();
     let (socket, other) = UnixStream::pair().unwrap();
     for number in [pipe.as_raw_fd(), socket.as_raw_fd()] {
@@ -457,7 +457,7 @@ fn an_idle_channel_does_not_time_out_while_another_receives() {
     const TIMEOUT: Duration = Duration::from_secs(3);
     let folder = tempfile::tempdir().unwrap();
     let listener = StreamListener::bind(&unix(folder.path())).unwrap();
-    let accepting = StreamOptions { timeout: Some(TIMEOUT), ..options(1) };
+    let accepting = options(1).with_timeout(Some(TIMEOUT));
     thread::scope(|scope| {
         let source = scope.spawn(|| connect(listener.uri(), &options(2)).unwrap());
         let connection = listener.accept(&accepting).unwrap();
@@ -487,7 +487,7 @@ fn a_destination_without_a_source_times_out() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
     let listener = StreamListener::bind(&to).unwrap();
-    let short = StreamOptions { deadline: Some(Duration::from_millis(20)), ..options(1) };
+    let short = options(1).with_deadline(Some(Duration::from_millis(20)));
     let error = listener.accept(&short).unwrap_err().to_string();
     assert!(error.contains("no migration came within 20ms"), "{error}");
     let error = connect(&to, &short).unwrap_err().to_string();
@@ -499,7 +499,7 @@ fn the_rate_limit_covers_all_channels_together() {
     let folder = tempfile::tempdir().unwrap();
     let to = unix(folder.path());
     let listener = StreamListener::bind(&to).unwrap();
-    let limited = StreamOptions { limiter: RateLimiter::new(Some(10 << 20)), ..options(2) };
+    let limited = options(2).with_limiter(RateLimiter::new(Some(10 << 20)));
     let start = Instant::now();
     migrate(&listener, &to, limited, Codec::None);
     // Two thirds of 700 pages are 1.8 MiB; the first tenth of a second's worth is free.
@@ -510,7 +510,7 @@ fn the_rate_limit_covers_all_channels_together() {
 fn a_used_cancel_token_refuses_new_connections() {
     let cancel = CancelToken::new().unwrap();
     cancel.cancel();
-    let off = StreamOptions { cancel, ..options(1) };
+    let off = options(1).with_cancel(cancel);
     let result = connect(&uri("exec:cat"), &off);
     assert!(matches!(result, Err(StreamError::Cancelled)), "{result:?}");
 }

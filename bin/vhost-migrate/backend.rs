@@ -252,26 +252,26 @@ fn stop_on_interrupt(limit: Duration) -> Result<Arc<EventFd>, Box<dyn std::error
 impl Blk {
     fn run(self, stop: &EventFd) -> Result<(), Box<dyn std::error::Error>> {
         self.messages.start();
-        let disk = BlkDevice::open(BlkOptions {
-            image: self.image.clone(),
-            raw: matches!(self.format, Some(ImageFormat::Raw)),
-            read_only: self.read_only,
-            queues: self.queues,
-            max_queue_size: self.queue_size,
-            serial: self.serial,
-            aio: match self.aio {
-                AioEngine::IoUring => Aio::IoUring,
-                AioEngine::Threads => Aio::Threads,
-            },
-            direct: self.direct,
-            in_order: self.in_order,
-            inflight_migration: self.inflight_migration,
-            iommu: self.iommu,
-            max_front_ends: self.front_ends,
-            share_rw: self.share_rw,
-            share_readers: self.share_readers,
-            postcopy: self.postcopy,
-        })?;
+        let disk = BlkDevice::open(
+            BlkOptions::new(self.image.clone())
+                .with_raw(matches!(self.format, Some(ImageFormat::Raw)))
+                .with_read_only(self.read_only)
+                .with_queues(self.queues)
+                .with_max_queue_size(self.queue_size)
+                .with_serial(self.serial)
+                .with_aio(match self.aio {
+                    AioEngine::IoUring => Aio::IoUring,
+                    AioEngine::Threads => Aio::Threads,
+                })
+                .with_direct(self.direct)
+                .with_in_order(self.in_order)
+                .with_inflight_migration(self.inflight_migration)
+                .with_iommu(self.iommu)
+                .with_max_front_ends(self.front_ends)
+                .with_share_rw(self.share_rw)
+                .with_share_readers(self.share_readers)
+                .with_postcopy(self.postcopy),
+        )?;
         let disk = Arc::new(disk);
         let growing = disk.clone();
         on_hangup(move || {

@@ -189,32 +189,30 @@ impl Arguments {
     /// Runs the check and prints the report.
     fn run(self, stop: StopToken) -> Result<CheckReport, Box<dyn std::error::Error>> {
         let timeout = Duration::from_secs(self.timeout);
-        let options = CheckOptions {
-            device: self.device.map(|device| match device {
+        let options = CheckOptions::default()
+            .with_device(self.device.map(|device| match device {
                 DeviceArgument::Blk => DeviceKind::Blk,
                 DeviceArgument::Net => DeviceKind::Net,
                 DeviceArgument::Rng => DeviceKind::Rng,
                 DeviceArgument::Fs => DeviceKind::Fs,
                 DeviceArgument::Vsock => DeviceKind::Vsock,
                 DeviceArgument::Console => DeviceKind::Console,
-            }),
-            rings: self.rings.map(|rings| match rings {
+            }))
+            .with_rings(self.rings.map(|rings| match rings {
                 RingKindArgument::Split => RingKind::Split,
                 RingKindArgument::Packed => RingKind::Packed,
-            }),
-            only: self.only,
-            pairs: self.queue_pairs,
-            frame_source: self.frame_source,
-            timeout,
-            queue_size: self.queue_size,
-            may_kill: self.may_kill,
-            hostile: self.hostile,
-            write: self.write,
-            restart: self.restart,
-            kill_pid: self.kill_pid,
-            stop,
-            ..CheckOptions::default()
-        };
+            }))
+            .with_only(self.only)
+            .with_pairs(self.queue_pairs)
+            .with_frame_source(self.frame_source)
+            .with_timeout(timeout)
+            .with_queue_size(self.queue_size)
+            .with_may_kill(self.may_kill)
+            .with_hostile(self.hostile)
+            .with_write(self.write)
+            .with_restart(self.restart)
+            .with_kill_pid(self.kill_pid)
+            .with_stop(stop);
         // Created first: after a long run an error would lose the findings.
         let junit = self.junit.map(|path| Ok::<_, String>((File::create(&path).map_err(cannot_write(&path))?, path)));
         let junit = junit.transpose()?;

@@ -71,7 +71,7 @@ fn disk_size(text: &str) -> Result<u64, String> {
 
 /// Runs the command.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
-    let guest = GuestConfig { queues: QUEUES, packed: arguments.packed, ..GuestConfig::new(arguments.memory) };
+    let guest = GuestConfig::new(arguments.memory).with_queues(QUEUES).with_packed(arguments.packed);
     if let Err(error) = guest.check() {
         wrong_arguments(error);
     }

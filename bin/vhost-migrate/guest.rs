@@ -247,20 +247,19 @@ impl Arguments {
 impl Workload {
     fn config(&self, disks: usize) -> GuestConfig {
         let defaults = GuestConfig::new(self.memory);
-        GuestConfig {
-            cpus: self.cpus,
-            dirty_rate: self.dirty_rate,
-            working_set: self.working_set.unwrap_or(defaults.working_set),
-            disks,
-            queues: self.queues,
-            queue_size: self.queue_size,
-            packed: self.packed,
-            inflight_migration: self.inflight_migration,
-            reconnect_timeout: self.reconnect_timeout,
-            depth: self.depth,
-            request_rate: self.request_rate,
-            ..defaults
-        }
+        let working_set = self.working_set.unwrap_or(defaults.working_set);
+        defaults
+            .with_cpus(self.cpus)
+            .with_dirty_rate(self.dirty_rate)
+            .with_working_set(working_set)
+            .with_disks(disks)
+            .with_queues(self.queues)
+            .with_queue_size(self.queue_size)
+            .with_packed(self.packed)
+            .with_inflight_migration(self.inflight_migration)
+            .with_reconnect_timeout(self.reconnect_timeout)
+            .with_depth(self.depth)
+            .with_request_rate(self.request_rate)
     }
 }
 
@@ -292,24 +291,17 @@ fn migrate(owner: &GuestOwner, arguments: &MigrateArguments, client: &ControlCli
         return Err(format!("{uri}: the guest's process has opened this descriptor for itself: {advice}").into());
     }
     let codec = arguments.codec.parse()?;
-    let options = StreamOptions {
-        channels: if uri.is_single_channel() { 1 } else { arguments.channels },
-        one_way: arguments.one_way,
-        ..StreamOptions::new()?
-    };
+    let options = StreamOptions::new()?
+        .with_channels(if uri.is_single_channel() { 1 } else { arguments.channels })
+        .with_one_way(arguments.one_way);
     options.limiter.set(arguments.bandwidth);
-    let policy = ConvergencePolicy {
-        downtime_limit: Duration::from_millis(arguments.downtime_ms),
-        max_rounds: arguments.max_rounds,
-    };
-    let parameters = MigrationParameters {
-        policy,
-        codec,
-        verify: arguments.verify,
-        outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
-        switchover_timeout: arguments.switchover_timeout_ms.map(Duration::from_millis),
-        continue_here: arguments.continue_here,
-    };
+    let policy = ConvergencePolicy::new(Duration::from_millis(arguments.downtime_ms), arguments.max_rounds);
+    let parameters = MigrationParameters::default()
+        .with_policy(policy)
+        .with_codec(codec)
+        .with_verify(arguments.verify)
+        .with_switchover_timeout(arguments.switchover_timeout_ms.map(Duration::from_millis))
+        .with_continue_here(arguments.continue_here);
     let mut tell = |event| client.send_event(&ControlEvent::Migration(Box::new(event)));
     Ok(owner.migrate(&uri, &options, &parameters, &mut tell)?)
 }

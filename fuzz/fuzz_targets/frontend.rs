@@ -168,7 +168,7 @@ fn drive(path: PathBuf, features: u64, in_band: bool, memory: &Memory) {
     let usual = UserOptions::default();
     let more = if in_band { 1 << protocol_feature::INBAND_NOTIFICATIONS } else { 0 };
     let protocol_features = usual.protocol_features | more;
-    let options = UserOptions { timeout: TIMEOUT, stop_timeout: TIMEOUT, protocol_features, ..usual };
+    let options = usual.with_timeout(TIMEOUT).with_stop_timeout(TIMEOUT).with_protocol_features(protocol_features);
     let Ok(mut device) = UserDevice::connect(path, options, Instant::now()) else { return };
     device.set_iommu(Arc::new(Identity));
     let _ = device.set_features(features & device.features());

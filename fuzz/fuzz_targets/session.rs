@@ -13,9 +13,11 @@ use std::sync::Arc;
 use libfuzzer_sys::fuzz_target;
 use vhost_migrate::abi::vhost_user::{Request, protocol_feature, unstable};
 use vhost_migrate::backend::{BackendError, Queue, VirtioDevice};
-use vhost_migrate::unstable::backend::{Logging, MessageOutcome, Notifier, Session, VhostUserMessage, VringConfig, VringController};
 use vhost_migrate::memory::sealed_memfd;
 use vhost_migrate::ring::RingBase;
+use vhost_migrate::unstable::backend::{
+    Logging, MessageOutcome, Notifier, Session, VhostUserMessage, VringConfig, VringController,
+};
 
 struct Nothing;
 

@@ -15,13 +15,13 @@ use vhost_migrate::abi::vhost_user::{
 };
 use vhost_migrate::backend::VirtioDevice;
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
-use vhost_migrate::unstable::backend::{MessageOutcome, Session, VhostUserMessage, Workers};
 use vhost_migrate::memory::sealed_memfd;
+use vhost_migrate::unstable::backend::{MessageOutcome, Session, VhostUserMessage, Workers};
 use zerocopy::IntoBytes;
 
 fuzz_target!(|input: &[u8]| {
     let Some((&which, state)) = input.split_first() else { return };
-    let options = NetOptions { pairs: 3, ..NetOptions::new(NetPeer::Loopback, [2, 0, 0, 0, 0, 1]) };
+    let options = NetOptions::new(NetPeer::Loopback, [2, 0, 0, 0, 0, 1]).with_pairs(3);
     let net = Arc::new(NetDevice::open(options).unwrap());
     let before = net.save_state().unwrap();
     let loaded = if which & 1 == 0 { net.load_state(state).is_ok() } else { through_a_pipe(&net, state) };

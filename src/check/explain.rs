@@ -38,6 +38,7 @@ impl Consequence {
 
 /// Explanation of a rule.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Explanation {
     /// The rule.
     pub rule: Rule,

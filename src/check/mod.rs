@@ -106,6 +106,7 @@ const REDUCED_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Progress of a run: the check that is about to start.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct CheckProgress {
     /// Number of completed checks.
     pub done: usize,

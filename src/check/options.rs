@@ -59,6 +59,7 @@ pub enum FrameSource {
 
 /// Options of a check.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct CheckOptions {
     /// Device kind, if it cannot be detected.
     pub device: Option<DeviceKind>,
@@ -89,6 +90,25 @@ pub struct CheckOptions {
     pub kill_pid: Option<i32>,
     /// Token that ends the check early.
     pub stop: StopToken,
+}
+
+impl CheckOptions {
+    setters! {
+        with_device: device: Option<DeviceKind>,
+        with_only: only: Vec<Rule>,
+        with_rings: rings: Option<RingKind>,
+        with_pairs: pairs: Option<u16>,
+        with_frame_source: frame_source: Option<FrameSource>,
+        with_timeout: timeout: Duration,
+        with_settle: settle: Duration,
+        with_queue_size: queue_size: Option<u16>,
+        with_may_kill: may_kill: bool,
+        with_hostile: hostile: bool,
+        with_write: write: bool,
+        with_restart: restart: Option<String>,
+        with_kill_pid: kill_pid: Option<i32>,
+        with_stop: stop: StopToken,
+    }
 }
 
 impl Default for CheckOptions {

@@ -15,6 +15,7 @@ const MAX_NAMED_CHECKS: usize = 2;
 
 /// Result of one check.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Finding {
     /// Rule of `docs/protocol.md`.
     pub rule: Rule,
@@ -52,6 +53,7 @@ impl Finding {
 
 /// Results of a run.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct CheckReport {
     /// Path of the back-end's socket.
     pub socket: PathBuf,

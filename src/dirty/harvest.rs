@@ -12,6 +12,7 @@ use super::vector::{Isa, Vector};
 
 /// The result of one harvest of one source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Harvest {
     /// Number of pages that were marked in the source.
     pub pages: u64,

@@ -14,6 +14,7 @@ const MAX_ROUNDS: u32 = 1000;
 /// The dirty rate of memory over a period.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub struct DirtyRate {
     /// Length of the period, seconds.
     pub seconds: f64,
@@ -32,6 +33,7 @@ pub struct DirtyRate {
 /// The dirty rate of one device or CPU, see [`DirtyRate`].
 #[derive(Clone, Debug, Default, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub struct SourceRate {
     /// The name of the source.
     pub name: String,
@@ -135,6 +137,7 @@ impl From<&DirtyRate> for DirtyModel {
 /// The predicted course of a pre-copy migration, see [`forecast`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub struct Forecast {
     /// True if the rest becomes small enough to be sent within the allowed downtime.
     pub converges: bool,

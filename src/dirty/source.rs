@@ -152,6 +152,7 @@ struct UnionMember {
 
 /// The number of pages that one source of a [`UnionSource`] has reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SourceShare<'a> {
     /// The source's name.
     pub name: &'a str,

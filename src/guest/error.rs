@@ -153,6 +153,7 @@ impl fmt::Display for ByteLocation {
 /// A byte that differs from the value that the guest wrote or last read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("WRONG BYTE in {location}: expected {expected:#04x} of version {version}, found {found:#04x}; {diagnosis}")]
+#[non_exhaustive]
 pub struct WrongByte {
     /// Location of the first wrong byte.
     pub location: ByteLocation,

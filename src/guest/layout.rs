@@ -24,6 +24,7 @@ pub(super) const MAX_CHAIN: u16 = 6;
 
 /// Configuration of a guest and its workload.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct GuestConfig {
     /// Memory, bytes; a multiple of the page size.
     pub memory: u64,
@@ -127,6 +128,28 @@ impl GuestConfig {
         let low = self.memory.saturating_sub(self.high).min(LOW_MEMORY_END);
         let both = [(0, low), (HIGH_MEMORY_START, self.memory.saturating_sub(low))];
         both.into_iter().filter(|(_, size)| *size > 0).collect()
+    }
+
+    setters! {
+        with_high: high: u64,
+        with_prefault: prefault: bool,
+        with_cpus: cpus: usize,
+        with_working_set: working_set: u64,
+        with_cold: cold: u64,
+        with_dirty_rate: dirty_rate: u64,
+        with_repeated: repeated: u8,
+        with_disks: disks: usize,
+        with_queues: queues: u16,
+        with_queue_size: queue_size: u16,
+        with_packed: packed: bool,
+        with_inflight_migration: inflight_migration: bool,
+        with_depth: depth: u16,
+        with_request_rate: request_rate: Option<u64>,
+        with_disk_area: disk_area: u64,
+        with_blank_disks: blank_disks: bool,
+        with_request_timeout: request_timeout: u64,
+        with_reconnect_timeout: reconnect_timeout: Option<u64>,
+        with_seed: seed: u64,
     }
 }
 

@@ -139,6 +139,7 @@ impl AttachedDisk {
 
 /// Result of [`Guest::verify`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Verified {
     /// Bytes of memory checked.
     pub memory: u64,

@@ -12,6 +12,7 @@ use super::signal::GuestFailure;
 
 /// Counters of a guest over its whole life, including earlier hosts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct GuestStats {
     /// Disk requests made.
     pub requests: u64,
@@ -33,6 +34,7 @@ pub struct GuestStats {
 
 /// The connection to a device's back-end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct DeviceConnection {
     /// Name of the device.
     pub name: String,

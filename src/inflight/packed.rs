@@ -221,6 +221,7 @@ impl<S: StoreSink> PackedInflight<S> {
 
 /// State of a packed ring as recovered from the region, and the stores that repair region and ring.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PackedRecovery {
     /// Stores that repair the region, in this order. [`PackedInflight::resume`] executes them. A crash after any of
     /// them and another recovery give the same result.

@@ -83,6 +83,7 @@ impl<S: StoreSink> SplitInflight<S> {
 
 /// State of a split ring as recovered from the region, and the stores that repair the region.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SplitRecovery {
     /// Stores that repair the region, in this order. [`SplitInflight::resume`] executes them. A crash after any of them
     /// and another recovery give the same result.

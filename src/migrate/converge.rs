@@ -10,6 +10,7 @@ use crate::memory::LOG_PAGE;
 
 /// Limits for the rounds of a migration.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct ConvergencePolicy {
     /// Longest acceptable downtime.
     pub downtime_limit: Duration,
@@ -21,6 +22,13 @@ impl Default for ConvergencePolicy {
     /// 300 ms, QEMU's default, and 100 rounds.
     fn default() -> ConvergencePolicy {
         ConvergencePolicy { downtime_limit: Duration::from_millis(300), max_rounds: 100 }
+    }
+}
+
+impl ConvergencePolicy {
+    /// Creates limits.
+    pub fn new(downtime_limit: Duration, max_rounds: u32) -> ConvergencePolicy {
+        ConvergencePolicy { downtime_limit, max_rounds }
     }
 }
 

@@ -42,6 +42,7 @@ const START_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// Result of a successful incoming migration.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct IncomingReport {
     /// Received pages of all rounds, zero pages included.
     pub pages: PageStats,

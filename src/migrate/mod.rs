@@ -30,10 +30,9 @@
 //!
 //! use vhost_migrate::dirty::{DirtySource, Log, LogSource};
 //! use vhost_migrate::migrate::{
-//!     ConvergencePolicy, IncomingVm, MigrationParameters, OUTCOME_QUERY_TIMEOUT, Outcomes, RegionLayout,
-//!     SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
+//!     IncomingVm, MigrationParameters, Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
 //! };
-//! use vhost_migrate::stream::{CancelToken, Codec, StreamListener, StreamOptions, Uri, connect};
+//! use vhost_migrate::stream::{CancelToken, StreamListener, StreamOptions, Uri, connect};
 //!
 //! struct Vm(Option<Memory>);
 //!
@@ -83,14 +82,7 @@
 //!
 //! let mut source = Vm(Some(guest_memory()?));
 //! source.memory().write(0x5000, b"contents")?;
-//! let parameters = MigrationParameters {
-//!     policy: ConvergencePolicy::default(),
-//!     codec: Codec::None,
-//!     verify: true,
-//!     outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
-//!     switchover_timeout: None,
-//!     continue_here: false,
-//! };
+//! let parameters = MigrationParameters::default().with_verify(true);
 //! let connection = connect(&uri, &StreamOptions::new()?)?;
 //! let report = migrate(&mut source, connection, &parameters, &mut |_| {})?;
 //! assert_eq!(report.guest_bytes, 1 << 20);

@@ -83,6 +83,7 @@ pub enum MigrationEvent {
 
 /// A completed round of pre-copy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct RoundReport {
     /// Number of the round, from 0.
     pub round: u32,
@@ -104,6 +105,7 @@ pub struct RoundReport {
 
 /// Figures of a completed migration.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct MigrationReport {
     /// Time from the first connection until the guest runs at the destination, milliseconds.
     pub total_ms: f64,

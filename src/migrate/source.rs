@@ -65,6 +65,7 @@ const DEVICE_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Parameters of a migration.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct MigrationParameters {
     /// Limits for the rounds.
     pub policy: ConvergencePolicy,
@@ -84,6 +85,20 @@ pub struct MigrationParameters {
     pub continue_here: bool,
 }
 
+impl Default for MigrationParameters {
+    /// The default policy, pages as they are, no comparison, the default time limits; the guest moves.
+    fn default() -> MigrationParameters {
+        MigrationParameters {
+            policy: ConvergencePolicy::default(),
+            codec: Codec::None,
+            verify: false,
+            outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
+            switchover_timeout: None,
+            continue_here: false,
+        }
+    }
+}
+
 impl MigrationParameters {
     /// Returns the switchover timeout for a guest with `memory` bytes of memory.
     fn switchover_limit(&self, memory: u64) -> Duration {
@@ -91,6 +106,15 @@ impl MigrationParameters {
             let verifying = if self.verify { memory >> 28 } else { 0 };
             (4 * self.policy.downtime_limit).max(MIN_SWITCHOVER_TIMEOUT) + Duration::from_secs(verifying)
         })
+    }
+
+    setters! {
+        with_policy: policy: ConvergencePolicy,
+        with_codec: codec: Codec,
+        with_verify: verify: bool,
+        with_outcome_query_timeout: outcome_query_timeout: Duration,
+        with_switchover_timeout: switchover_timeout: Option<Duration>,
+        with_continue_here: continue_here: bool,
     }
 }
 

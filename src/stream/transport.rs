@@ -117,6 +117,7 @@ impl Uri {
 
 /// Options for connecting and accepting.
 #[derive(Clone)]
+#[non_exhaustive]
 pub struct StreamOptions {
     /// Number of channels to open, 1 to [`MAX_CHANNELS`](super::frame::MAX_CHANNELS). A destination uses the source's
     /// number.
@@ -149,6 +150,15 @@ impl StreamOptions {
             cancel: CancelToken::new()?,
             limiter: RateLimiter::new(None),
         })
+    }
+
+    setters! {
+        with_channels: channels: u16,
+        with_one_way: one_way: bool,
+        with_deadline: deadline: Option<Duration>,
+        with_timeout: timeout: Option<Duration>,
+        with_cancel: cancel: CancelToken,
+        with_limiter: limiter: RateLimiter,
     }
 }
 

@@ -30,7 +30,7 @@ impl OnDisk {
 
     /// The image that tests begin with, in place of the one in `options`. Nothing of it is in the page cache.
     fn image(&self, options: &mut BlkOptions) {
-        *options = BlkOptions { image: disk_options(self.0.path(), DISK, |_| {}).image, ..options.clone() };
+        options.image = disk_options(self.0.path(), DISK, |_| {}).image;
         let file = File::open(&options.image).unwrap();
         file.sync_all().unwrap();
         posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();

@@ -598,7 +598,7 @@ fn the_control_queue_executes_specified_commands_and_refuses_others(#[values(SPL
 fn without_multi_queue_the_control_queue_has_index_2() {
     let net = NetGuest::new(MERGEABLE | CONTROL, |options| options.pairs = 1);
     assert_eq!(ControlQueueDriver::new(&net, 2).ask(&net.guest, 0, 0, &[0]), 0);
-    let device = Arc::new(NetDevice::open(NetOptions { pairs: 4, ..options(NetPeer::Loopback) }).unwrap());
+    let device = Arc::new(NetDevice::open(options(NetPeer::Loopback).with_pairs(4)).unwrap());
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
     negotiate(&client, &guest, MERGEABLE | CONTROL);

@@ -43,7 +43,7 @@ fn server(change: impl FnOnce(&mut vhost_migrate::backend::blk::BlkOptions)) -> 
 
 fn driver(folder: &Path, queue_pairs: bool) -> UserDevice {
     let path = folder.join("socket");
-    let mut options = UserOptions { queue_pairs, ..UserOptions::default() };
+    let mut options = UserOptions::default().with_queue_pairs(queue_pairs);
     options.protocol_features |= bit(protocol_feature::PAGEFAULT);
     UserDevice::connect(path, options, Instant::now() + DEADLINE).unwrap()
 }

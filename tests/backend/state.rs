@@ -300,7 +300,7 @@ fn a_loaded_device_state_is_loaded_again_after_a_reconnect_until_a_ring_starts()
 #[test]
 fn network_driver_settings_are_transferred_and_kept_until_reset() {
     let net = |mtu| {
-        let options = NetOptions { mtu, ..NetOptions::new(NetPeer::Loopback, [2, 0, 0, 0, 0, 1]) };
+        let options = NetOptions::new(NetPeer::Loopback, [2, 0, 0, 0, 0, 1]).with_mtu(mtu);
         let device = Arc::new(NetDevice::open(options).unwrap());
         (device.clone(), Server::new(device))
     };

@@ -294,7 +294,7 @@ impl Drop for Keyboard {
 }
 
 fn checked(device: Arc<dyn VirtioDevice>, fault: Fault, options: CheckOptions) -> CheckReport {
-    let options = CheckOptions { settle: Duration::from_millis(50), ..options };
+    let options = options.with_settle(Duration::from_millis(50));
     Backend::serving(tempfile::tempdir().unwrap(), device, Arc::default(), fault).checked(options)
 }
 
@@ -313,13 +313,13 @@ fn assert_common_rules_pass_and_an_unlogged_device_fails(
     is: &str,
 ) {
     let (rules, (known, options)) = (COMMON.to_vec(), device());
-    let report = checked(known, Fault::None, CheckOptions { only: rules.clone(), may_kill: true, ..options });
+    let report = checked(known, Fault::None, options.with_only(rules.clone()).with_may_kill(true));
     assert!(report.offers.contains(is), "{report}");
     assert_eq!(of(&report, Verdict::Pass), rules.into_iter().collect(), "{report}");
     let (known, options) = device();
     let only = vec![L1, L9, M1, L3, R3];
     let rings = Some(RingKind::Split);
-    let report = checked(known, Fault::DoesNotLogData, CheckOptions { only, rings, ..options });
+    let report = checked(known, Fault::DoesNotLogData, options.with_only(only).with_rings(rings));
     assert_eq!(of(&report, Verdict::Fail), BTreeSet::from([L1, L9, M1]), "{report}");
 }
 
@@ -337,7 +337,7 @@ fn common_rules_are_checked_on_a_file_system() {
 
 #[test]
 fn common_rules_are_checked_on_vsock() {
-    let options = CheckOptions { device: Some(DeviceKind::Vsock), ..CheckOptions::default() };
+    let options = CheckOptions::default().with_device(Some(DeviceKind::Vsock));
     let device = || -> (Arc<dyn VirtioDevice>, CheckOptions) { (Arc::new(Vsock::new()), options.clone()) };
     assert_common_rules_pass_and_an_unlogged_device_fails(&device, "vsock with context id 42, frame source Loop");
 }
@@ -347,7 +347,10 @@ fn common_rules_are_checked_on_a_console() {
     let device = || -> (Arc<dyn VirtioDevice>, CheckOptions) {
         let console = Console::new();
         let frame_source = Some(FrameSource::Tcp(console.listener.local_addr().unwrap().to_string()));
-        (Arc::new(console), CheckOptions { device: Some(DeviceKind::Console), frame_source, ..CheckOptions::default() })
+        (
+            Arc::new(console),
+            CheckOptions::default().with_device(Some(DeviceKind::Console)).with_frame_source(frame_source),
+        )
     };
     assert_common_rules_pass_and_an_unlogged_device_fails(&device, "a console, frame source Tcp");
 }

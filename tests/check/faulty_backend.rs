@@ -419,7 +419,7 @@ pub(crate) fn image(folder: &Path) -> BlkOptions {
     let image = folder.join("image");
     let bytes: Vec<u8> = (0..DISK as u32).map(|byte| (byte / 97) as u8).collect();
     std::fs::write(&image, bytes).unwrap();
-    BlkOptions { max_queue_size: 256, serial: "check".into(), ..BlkOptions::new(image) }
+    BlkOptions::new(image).with_max_queue_size(256).with_serial("check".into())
 }
 
 /// A back-end with a fault, served at its own socket until it is dropped.
@@ -434,7 +434,7 @@ impl Backend {
         let folder = tempfile::tempdir().unwrap();
         let iommu = matches!(fault, Fault::Iommu(_) | Fault::BackendChannel(ChannelFault::Floods));
         let postcopy = matches!(fault, Fault::Postcopy(_));
-        let disk = BlkDevice::open(BlkOptions { iommu, postcopy, ..image(folder.path()) }).unwrap();
+        let disk = BlkDevice::open(image(folder.path()).with_iommu(iommu).with_postcopy(postcopy)).unwrap();
         let files = Arc::new(SharedFiles::default());
         let device: Arc<dyn VirtioDevice> = Arc::new(FaultyDisk { disk, fault, files: files.clone() });
         Backend::serving(folder, device, files, fault)
@@ -475,7 +475,7 @@ impl Backend {
 
     /// Checks the back-end.
     pub(crate) fn checked(&self, options: CheckOptions) -> CheckReport {
-        check(&self.socket(), &CheckOptions { timeout: Duration::from_secs(4), ..options }).unwrap()
+        check(&self.socket(), &options.with_timeout(Duration::from_secs(4))).unwrap()
     }
 }
 
@@ -493,9 +493,7 @@ impl Drop for Backend {
 /// Checks a back-end with a fault: a disk, unless the fault needs a network interface.
 pub(crate) fn checked(fault: Fault, options: CheckOptions) -> CheckReport {
     match fault {
-        Fault::DeviceState(_) => {
-            Backend::net(fault).checked(CheckOptions { frame_source: Some(FrameSource::Loop), ..options })
-        }
+        Fault::DeviceState(_) => Backend::net(fault).checked(options.with_frame_source(Some(FrameSource::Loop))),
         _ => Backend::start(fault).checked(options),
     }
 }

@@ -168,7 +168,8 @@ fn each_injected_fault_fails_exactly_its_own_check(#[case] rows: &[Row], #[case]
         let rings = is_split.then_some(RingKind::Split);
         let usual = CheckOptions::default();
         let settle = if WATCHED.contains(fault) { usual.settle } else { Duration::from_millis(50) };
-        let report = checked(*fault, CheckOptions { only: named(only), rings, settle, may_kill: true, ..usual });
+        let report =
+            checked(*fault, usual.with_only(named(only)).with_rings(rings).with_settle(settle).with_may_kill(true));
         assert_eq!(failed_rules(&report), breaks.iter().copied().collect(), "{fault:?}\n{report}");
         for finding in report.findings.iter().filter(|finding| breaks.contains(&finding.rule)) {
             let checks = if finding.verdict == Verdict::Fail { &mut failed } else { &mut passed };
@@ -196,29 +197,22 @@ fn a_back_end_without_faults_passes_and_every_check_has_a_fault_that_fails_it() 
 
 #[test]
 fn harmless_deviations_are_warnings() {
-    let report = checked(Fault::MarksEverything, CheckOptions { only: named("L"), ..CheckOptions::default() });
+    let report = checked(Fault::MarksEverything, CheckOptions::default().with_only(named("L")));
     assert!(!report.has_failures(), "{report}");
     let data = report.findings.iter().find(|finding| finding.rule == L1).unwrap();
     assert!(data.verdict == Verdict::Warning && data.seen.contains("% of the marks"), "{report}");
-    let report =
-        checked(Fault::SuccessorMarksOnlyItsWrites, CheckOptions { only: named("L15 L8"), ..CheckOptions::default() });
+    let report = checked(Fault::SuccessorMarksOnlyItsWrites, CheckOptions::default().with_only(named("L15 L8")));
     assert_eq!(report.rules().get(&L15), Some(&Verdict::Warning), "{report}");
     assert!(!report.has_failures(), "{report}");
-    let report = checked(
-        Fault::Iommu(IommuFault::AcknowledgesInvalid),
-        CheckOptions { only: named("T"), ..CheckOptions::default() },
-    );
+    let report = checked(Fault::Iommu(IommuFault::AcknowledgesInvalid), CheckOptions::default().with_only(named("T")));
     assert!(!report.has_failures(), "{report}");
     assert_eq!(report.rules().get(&T2), Some(&Verdict::Warning), "{report}");
-    let report =
-        checked(Fault::AcceptsEmptyLog, CheckOptions { only: named("L2"), hostile: true, ..CheckOptions::default() });
+    let report = checked(Fault::AcceptsEmptyLog, CheckOptions::default().with_only(named("L2")).with_hostile(true));
     let log = report.findings.iter().find(|finding| finding.what.starts_with("hostile")).unwrap();
     assert_eq!(log.verdict, Verdict::Warning, "{report}");
     assert!(log.seen.ends_with("acknowledged as done: a log of no bytes"), "{report}");
-    let report = checked(
-        Fault::DeviceState(StateFault::BlocksWhileLoading),
-        CheckOptions { only: named("D"), ..CheckOptions::default() },
-    );
+    let report =
+        checked(Fault::DeviceState(StateFault::BlocksWhileLoading), CheckOptions::default().with_only(named("D")));
     assert_eq!(report.rules().get(&D1), Some(&Verdict::Warning), "{report}");
 }
 
@@ -231,24 +225,20 @@ fn harmless_postcopy_deviations_are_warnings_and_a_missing_userfaultfd_is_not_te
         (PostcopyFault::MakesUpPages, P1, "the next was served; "),
     ];
     for (late, rule, seen) in odd {
-        let options = CheckOptions {
-            only: named("P F3 M1"),
-            rings: Some(RingKind::Split),
-            may_kill: true,
-            ..CheckOptions::default()
-        };
+        let options =
+            CheckOptions::default().with_only(named("P F3 M1")).with_rings(Some(RingKind::Split)).with_may_kill(true);
         let report = checked(Fault::Postcopy(late), options);
         assert!(!report.has_failures(), "{late:?}\n{report}");
         let mut warned = report.findings.iter().filter(|finding| finding.verdict == Verdict::Warning);
         let found = warned.next().unwrap();
         assert!(found.rule == rule && found.seen.starts_with(seen) && warned.next().is_none(), "{late:?}\n{report}");
     }
-    let options = CheckOptions { only: named("P"), may_kill: true, ..CheckOptions::default() };
+    let options = CheckOptions::default().with_only(named("P")).with_may_kill(true);
     let report = checked(Fault::Postcopy(PostcopyFault::NoUserfaultfd), options);
     assert_eq!(report.rules().get(&P1), Some(&Verdict::NotTested), "{report}");
     assert!(report.findings.iter().all(|finding| finding.seen.contains("unprivileged_userfaultfd")), "{report}");
     // A back-end without postcopy refuses it.
-    let report = checked(Fault::None, CheckOptions { only: named("P"), ..CheckOptions::default() });
+    let report = checked(Fault::None, CheckOptions::default().with_only(named("P")));
     assert_eq!(report.rules().get(&P1), Some(&Verdict::NotOffered), "{report}");
     assert!(report.findings.iter().any(|finding| finding.seen.contains("POSTCOPY_ADVISE is refused")), "{report}");
 }
@@ -256,7 +246,7 @@ fn harmless_postcopy_deviations_are_warnings_and_a_missing_userfaultfd_is_not_te
 #[test]
 fn a_back_end_that_floods_its_channel_does_not_block_the_check() {
     for (rule, only) in [(B1, vec![B1]), (T2, vec![T2])] {
-        let options = CheckOptions { only, rings: Some(RingKind::Split), ..CheckOptions::default() };
+        let options = CheckOptions::default().with_only(only).with_rings(Some(RingKind::Split));
         let report = checked(Fault::BackendChannel(ChannelFault::Floods), options);
         assert_eq!(failed_rules(&report), BTreeSet::from([rule]), "{report}");
         let why = |seen: &str| seen.contains("does not read them") || seen.contains("without an end");
@@ -267,7 +257,8 @@ fn a_back_end_that_floods_its_channel_does_not_block_the_check() {
 #[test]
 fn requests_to_a_disk_with_large_blocks_cover_whole_blocks() {
     let (only, rings) = (named("C L1 R3 R9"), Some(RingKind::Split));
-    let report = checked(Fault::LargeBlocks, CheckOptions { only, rings, write: true, ..CheckOptions::default() });
+    let report =
+        checked(Fault::LargeBlocks, CheckOptions::default().with_only(only).with_rings(rings).with_write(true));
     assert_eq!(failed_rules(&report), BTreeSet::new(), "{report}");
     let written = report.findings.iter().find(|finding| finding.what.starts_with("writes accepted")).unwrap();
     assert_eq!(written.verdict, Verdict::Pass, "{report}");
@@ -277,12 +268,12 @@ fn requests_to_a_disk_with_large_blocks_cover_whole_blocks() {
 #[test]
 fn destructive_checks_run_only_with_may_kill() {
     let fragile = Fault::DiesOf(Code::SET_LOG_BASE, &[128, 0, 0, 0, 0, 0, 0, 0]);
-    let usual = CheckOptions { only: vec![L6, P1], rings: Some(RingKind::Split), ..CheckOptions::default() };
+    let usual = CheckOptions::default().with_only(vec![L6, P1]).with_rings(Some(RingKind::Split));
     let report = checked(fragile, usual.clone());
     assert_eq!(failed_rules(&report), BTreeSet::new(), "{report}");
     let left_out = report.findings.iter().filter(|finding| finding.seen.starts_with("needs --may-kill"));
     assert_eq!(left_out.map(|finding| finding.rule).collect::<Vec<_>>(), [L6, P1], "{report}");
-    let report = checked(fragile, CheckOptions { may_kill: true, ..usual });
+    let report = checked(fragile, usual.with_may_kill(true));
     assert_eq!(failed_rules(&report), BTreeSet::from([L6, R9]), "{report}");
 }
 
@@ -310,8 +301,8 @@ const DEADLY: &[(Fault, Rule, &str)] = &[
 #[test]
 fn hostile_messages_are_sent_only_with_hostile() {
     for (fault, rule, message) in DEADLY {
-        let usual = CheckOptions { only: vec![*rule], rings: Some(RingKind::Split), ..CheckOptions::default() };
-        let usual = CheckOptions { settle: Duration::from_millis(50), ..usual };
+        let usual = CheckOptions::default().with_only(vec![*rule]).with_rings(Some(RingKind::Split));
+        let usual = usual.with_settle(Duration::from_millis(50));
         let report = checked(*fault, usual.clone());
         assert_eq!(failed_rules(&report), BTreeSet::new(), "{fault:?}\n{report}");
         let hostile = |report: &CheckReport| {
@@ -319,7 +310,7 @@ fn hostile_messages_are_sent_only_with_hostile() {
             hostile.next().unwrap().clone()
         };
         assert_eq!(hostile(&report).seen, "needs --hostile", "{fault:?}\n{report}");
-        let report = checked(*fault, CheckOptions { hostile: true, ..usual });
+        let report = checked(*fault, usual.with_hostile(true));
         assert_eq!(failed_rules(&report), BTreeSet::from([*rule, R9]), "{fault:?}\n{report}");
         let death = hostile(&report);
         let named = death.verdict == Verdict::Fail && death.seen.starts_with(message);
@@ -331,12 +322,9 @@ fn hostile_messages_are_sent_only_with_hostile() {
 fn an_interface_that_does_not_log_or_receives_after_get_vring_base_fails_on_receive_rings() {
     let found = |fault: Fault, only: &[Rule]| {
         let (only, rings) = (only.to_vec(), Some(RingKind::Split));
-        let report = Backend::net(fault).checked(CheckOptions {
-            only,
-            rings,
-            frame_source: Some(FrameSource::Loop),
-            ..CheckOptions::default()
-        });
+        let report = Backend::net(fault).checked(
+            CheckOptions::default().with_only(only).with_rings(rings).with_frame_source(Some(FrameSource::Loop)),
+        );
         let broken = report.findings.iter().filter(|finding| finding.verdict == Verdict::Fail);
         (broken.map(|finding| (finding.rule, finding.rings)).collect::<BTreeSet<_>>(), report)
     };
@@ -353,7 +341,7 @@ fn an_interface_that_does_not_log_or_receives_after_get_vring_base_fails_on_rece
 
 #[test]
 fn only_selects_the_rules_in_the_report() {
-    let report = checked(Fault::None, CheckOptions { only: vec![I4, L13, F2], ..CheckOptions::default() });
+    let report = checked(Fault::None, CheckOptions::default().with_only(vec![I4, L13, F2]));
     let verdicts: Vec<_> = report.rules().into_iter().collect();
     assert_eq!(verdicts, [(F2, Verdict::Pass), (L13, Verdict::NotTested), (I4, Verdict::Pass)], "{report}");
     // I2 and I3 of packed rings are I4.

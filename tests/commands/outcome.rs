@@ -33,8 +33,7 @@ fn destination_gone_after_commit(
     let mut answers = answers.into_iter();
     std::thread::spawn(move || {
         ready.send(()).unwrap();
-        let options =
-            StreamOptions { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..StreamOptions::new().unwrap() };
+        let options = StreamOptions::new().unwrap().with_deadline(Some(PATIENCE)).with_timeout(Some(PATIENCE));
         while let Ok(incoming) = listener.next(&options) {
             match incoming {
                 IncomingConnection::OutcomeQuery(query) => {

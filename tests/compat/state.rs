@@ -21,28 +21,26 @@ const DEVICES: &str = "devices-1";
 const DEVICES_AND_IDENTITIES: &str = "devices-2";
 
 fn config() -> GuestConfig {
-    GuestConfig {
-        memory: 1 << 30,
-        high: 1 << 28,
-        prefault: true,
-        cpus: 2,
-        working_set: 3 << 20,
-        cold: 5 << 20,
-        dirty_rate: 7,
-        repeated: 4,
-        disks: 2,
-        queues: 3,
-        queue_size: 128,
-        packed: false,
-        inflight_migration: true,
-        depth: 16,
-        request_rate: Some(1000),
-        disk_area: 1 << 24,
-        blank_disks: true,
-        request_timeout: 60,
-        reconnect_timeout: None,
-        seed: 0x0123_4567_89ab_cdef,
-    }
+    GuestConfig::new(1 << 30)
+        .with_high(1 << 28)
+        .with_prefault(true)
+        .with_cpus(2)
+        .with_working_set(3 << 20)
+        .with_cold(5 << 20)
+        .with_dirty_rate(7)
+        .with_repeated(4)
+        .with_disks(2)
+        .with_queues(3)
+        .with_queue_size(128)
+        .with_packed(false)
+        .with_inflight_migration(true)
+        .with_depth(16)
+        .with_request_rate(Some(1000))
+        .with_disk_area(1 << 24)
+        .with_blank_disks(true)
+        .with_request_timeout(60)
+        .with_reconnect_timeout(None)
+        .with_seed(0x0123_4567_89ab_cdef)
 }
 
 fn devices() -> Vec<DeviceState> {

@@ -147,12 +147,8 @@ fn write_files() {
 fn parameters(codec: Codec) -> vhost_migrate::migrate::MigrationParameters {
     use std::time::Duration;
     use vhost_migrate::migrate::{ConvergencePolicy, MigrationParameters};
-    MigrationParameters {
-        policy: ConvergencePolicy { downtime_limit: Duration::from_secs(60), max_rounds: 10 },
-        codec,
-        verify: false,
-        outcome_query_timeout: Duration::from_secs(60),
-        switchover_timeout: None,
-        continue_here: false,
-    }
+    MigrationParameters::default()
+        .with_policy(ConvergencePolicy::new(Duration::from_secs(60), 10))
+        .with_codec(codec)
+        .with_outcome_query_timeout(Duration::from_secs(60))
 }

@@ -59,7 +59,7 @@ pub(crate) fn disk_options(folder: &Path, bytes: u64, change: impl FnOnce(&mut B
         }
     }
     std::fs::write(&image, contents).unwrap();
-    let mut options = BlkOptions { queues: 2, serial: "serial-number".into(), ..BlkOptions::new(image) };
+    let mut options = BlkOptions::new(image).with_queues(2).with_serial("serial-number".into());
     change(&mut options);
     options
 }

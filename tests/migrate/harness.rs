@@ -9,7 +9,7 @@ use vhost_migrate::migrate::{
     ConvergencePolicy, GuestLocation, IncomingReport, MigrateError, MigrationEvent, MigrationFailure,
     MigrationListener, MigrationParameters, MigrationReport, Outcomes, migrate, receive,
 };
-use vhost_migrate::stream::{self, Codec, StreamError, StreamListener, StreamOptions, Uri};
+use vhost_migrate::stream::{self, StreamError, StreamListener, StreamOptions, Uri};
 
 use crate::guest::{Guest, IncomingGuest, PATIENCE, RefusalPoint};
 
@@ -23,16 +23,9 @@ pub(crate) struct MigrationSetup {
 impl MigrationSetup {
     /// Long time limits, and a downtime that every writer here meets.
     pub(crate) fn new() -> MigrationSetup {
-        let policy = ConvergencePolicy { downtime_limit: PATIENCE, max_rounds: 100 };
+        let policy = ConvergencePolicy::new(PATIENCE, 100);
         MigrationSetup {
-            parameters: MigrationParameters {
-                policy,
-                codec: Codec::None,
-                verify: false,
-                outcome_query_timeout: PATIENCE,
-                switchover_timeout: None,
-                continue_here: false,
-            },
+            parameters: MigrationParameters::default().with_policy(policy).with_outcome_query_timeout(PATIENCE),
             options: options(),
         }
     }
@@ -69,7 +62,7 @@ impl MigrationSetup {
 }
 
 pub(crate) fn options() -> StreamOptions {
-    StreamOptions { deadline: Some(PATIENCE), timeout: Some(PATIENCE), ..StreamOptions::new().unwrap() }
+    StreamOptions::new().unwrap().with_deadline(Some(PATIENCE)).with_timeout(Some(PATIENCE))
 }
 
 /// Result of a migration at the source.

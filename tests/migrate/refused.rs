@@ -46,7 +46,7 @@ fn devices_that_do_not_fit_fail_the_migration_while_the_guest_runs() {
     let destination = Destination::new(&folder.unix("socket"), Some(RefusalPoint::Devices));
     let mut setup = MigrationSetup::new();
     // No other limit ends the migration.
-    setup.parameters.policy = ConvergencePolicy { downtime_limit: Duration::ZERO, max_rounds: u32::MAX };
+    setup.parameters.policy = ConvergencePolicy::new(Duration::ZERO, u32::MAX);
     let failure = migrate_out(&mut guest, &destination.uri, &setup).failure();
     assert!(failure.to_string().contains(REFUSAL_REASON), "{failure}");
     destination.join().expect_failure();

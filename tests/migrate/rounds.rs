@@ -24,7 +24,7 @@ fn a_guest_that_dirties_faster_than_the_link_keeps_running_and_the_migration_fai
     let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES).with_fault(GuestFault::AlwaysDirty);
     let destination = Destination::at(&folder.unix("socket"));
-    let setup = limited(ConvergencePolicy { downtime_limit: Duration::from_millis(1), max_rounds: 8 });
+    let setup = limited(ConvergencePolicy::new(Duration::from_millis(1), 8));
     let left = migrate_out(&mut guest, &destination.uri, &setup);
 
     let rounds = left.events.iter().filter(|event| matches!(event, MigrationEvent::Round(_))).count();
@@ -48,11 +48,7 @@ fn a_longer_downtime_limit_lets_a_fast_writing_guest_migrate() {
     let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES).with_fault(GuestFault::AlwaysDirty);
     let destination = Destination::at(&folder.unix("socket"));
-    let left = migrate_out(
-        &mut guest,
-        &destination.uri,
-        &limited(ConvergencePolicy { downtime_limit: PATIENCE, max_rounds: 8 }),
-    );
+    let left = migrate_out(&mut guest, &destination.uri, &limited(ConvergencePolicy::new(PATIENCE, 8)));
     let (mut pages, mut milliseconds) = (0, 0.0);
     for event in &left.events {
         if let MigrationEvent::Round(round) = event {
@@ -100,7 +96,7 @@ fn the_expected_downtime_ignores_the_bandwidth_limit() {
     let destination = Destination::at(&folder.unix("socket"));
     // All pages are always dirty: 2 s with the limit, milliseconds without.
     let mut setup = MigrationSetup::new();
-    setup.parameters.policy = ConvergencePolicy { downtime_limit: Duration::from_secs(1), max_rounds: 2 };
+    setup.parameters.policy = ConvergencePolicy::new(Duration::from_secs(1), 2);
     setup.options.limiter = RateLimiter::new(Some(1 << 20));
     let left = migrate_out(&mut guest, &destination.uri, &setup);
     left.outcome.unwrap();
@@ -142,7 +138,7 @@ fn the_no_convergence_advice_names_the_limiting_factor() {
         let mut guest = Guest::running(PAGES).with_fault(GuestFault::AlwaysDirty);
         let destination = Destination::at(&folder.unix("socket"));
         let mut setup = MigrationSetup::new().codec(codec);
-        setup.parameters.policy = ConvergencePolicy { downtime_limit: Duration::ZERO, max_rounds: 2 };
+        setup.parameters.policy = ConvergencePolicy::new(Duration::ZERO, 2);
         setup.options.limiter = RateLimiter::new(limit);
         let failure = migrate_out(&mut guest, &destination.uri, &setup).failure().to_string();
         assert!(failure.contains("no convergence") && failure.contains(advice), "{codec}, {limit:?}: {failure}");

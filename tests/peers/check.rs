@@ -25,10 +25,10 @@ fn the_storage_daemon_fails_exactly_the_documented_rules() {
     let image = lab.file("disk.img");
     File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
     let backend = Backend::start(&lab, Kind::StorageDaemon { bytes_per_second: None }, "qsd", &image, 2);
-    let options = CheckOptions { timeout: Duration::from_secs(5), write: true, ..CheckOptions::default() };
+    let options = CheckOptions::default().with_timeout(Duration::from_secs(5)).with_write(true);
     let report = check(backend.socket(), &options).unwrap();
     // It survives these checks. A log that is too small ends it.
-    let deadly = CheckOptions { only: vec![L6], may_kill: true, ..options };
+    let deadly = options.with_only(vec![L6]).with_may_kill(true);
     let death = check(backend.socket(), &deadly).unwrap();
     let failed = |rule: &Rule| death.rules().get(rule) == Some(&Verdict::Fail);
     assert!([L6, R9].iter().all(failed), "{death}");
@@ -66,7 +66,7 @@ fn requests_to_a_storage_daemon_with_large_blocks_cover_whole_blocks() {
         socket.display()
     );
     let only = [L1, L2, L7, L9, L10, L11, R4, R5, R6, R9, M1];
-    let options = CheckOptions { only: only.to_vec(), restart: Some(start), write: true, ..CheckOptions::default() };
+    let options = CheckOptions::default().with_only(only.to_vec()).with_restart(Some(start)).with_write(true);
     let report = check(&socket, &options).unwrap();
     for rule in only {
         let expected = if rule == M1 { Verdict::Warning } else { Verdict::Pass };
@@ -88,8 +88,7 @@ fn a_disk_of_rust_vmm_crates_fails_exactly_the_documented_checks() {
     let image = lab.disk();
     File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
     let backend = Backend::start(&lab, Kind::RustVmm, "rust-vmm", &image, 2);
-    let options =
-        CheckOptions { timeout: Duration::from_secs(5), write: true, may_kill: true, ..CheckOptions::default() };
+    let options = CheckOptions::default().with_timeout(Duration::from_secs(5)).with_write(true).with_may_kill(true);
     let report = check(backend.socket(), &options).unwrap();
     let of = |verdict| {
         let findings = report.findings.iter().filter(move |finding| finding.verdict == verdict);
@@ -154,14 +153,12 @@ fn virtiofsd_fails_the_documented_rules_and_is_restarted_for_each_connection() {
     let restart =
         built("virtiofsd", &format!("--socket-path={at} --shared-dir {folder} --sandbox none --log-level off"));
     // Its properties do not distinguish a file system from other devices with two queues.
-    let unknown = check(&socket, &CheckOptions { restart: restart.clone(), ..CheckOptions::default() }).unwrap_err();
+    let unknown = check(&socket, &CheckOptions::default().with_restart(restart.clone())).unwrap_err();
     assert!(matches!(unknown, CheckError::UnknownDevice { .. }), "{unknown}");
-    let options = CheckOptions {
-        device: Some(DeviceKind::Fs),
-        restart,
-        timeout: Duration::from_secs(5),
-        ..CheckOptions::default()
-    };
+    let options = CheckOptions::default()
+        .with_device(Some(DeviceKind::Fs))
+        .with_restart(restart)
+        .with_timeout(Duration::from_secs(5));
     let report = check(&socket, &options).unwrap();
     let failed = [F1, F5, F6, R10, L3, L6, L7, L9, L12, M1];
     // Another thread replies to GET_VRING_BASE than executes requests: a late completion was not seen, but is possible.
@@ -179,8 +176,7 @@ fn a_back_end_that_exits_after_its_first_connection_needs_restart() {
     let arguments = format!("--socket-path={} --shared-dir / --sandbox none --log-level off", socket.display());
     let command = built("virtiofsd", &arguments).unwrap();
     let mut daemon = Command::new("sh").args(["-c", &format!("exec {command}")]).spawn().unwrap();
-    let options =
-        CheckOptions { device: Some(DeviceKind::Fs), timeout: Duration::from_secs(5), ..CheckOptions::default() };
+    let options = CheckOptions::default().with_device(Some(DeviceKind::Fs)).with_timeout(Duration::from_secs(5));
     let once = wait_for("a connection", || match check(&socket, &options) {
         Err(CheckError::Connect { .. }) => None,
         other => Some(other),
@@ -193,7 +189,7 @@ fn a_back_end_that_exits_after_its_first_connection_needs_restart() {
 fn vhost_device_rng_fails_the_documented_rules() {
     let lab = Lab::new();
     let restart = built("vhost-device-rng", &format!("--socket-path {}", lab.file("rng.sock").display()));
-    let options = CheckOptions { restart, timeout: Duration::from_secs(5), ..CheckOptions::default() };
+    let options = CheckOptions::default().with_restart(restart).with_timeout(Duration::from_secs(5));
     // The program appends the number of the guest to the socket's name.
     let report = check(&lab.file("rng.sock0"), &options).unwrap();
     assert!(report.offers.starts_with("an entropy source"), "{report}");
@@ -210,7 +206,11 @@ fn vhost_device_vsock_fails_the_documented_rules() {
     let arguments = format!("--guest-cid 3 --socket {} --uds-path {}", socket.display(), host.display());
     let restart = built("vhost-device-vsock", &arguments);
     let (frame_source, timeout) = (Some(FrameSource::Backend(host)), Duration::from_secs(5));
-    let report = check(&socket, &CheckOptions { restart, frame_source, timeout, ..CheckOptions::default() }).unwrap();
+    let report = check(
+        &socket,
+        &CheckOptions::default().with_restart(restart).with_frame_source(frame_source).with_timeout(timeout),
+    )
+    .unwrap();
     assert!(report.offers.starts_with("vsock with context id 3"), "{report}");
     // Another thread publishes completions, possibly after the reply to GET_VRING_BASE. A connection of the host before
     // the rings run has stopped this thread (seen).
@@ -228,12 +228,12 @@ fn vhost_device_console_exits_when_it_refuses_a_message() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let arguments = format!("--socket-path {} --backend network --tcp-port {port}", socket.display());
     let (restart, timeout) = (built("vhost-device-console", &arguments), Duration::from_secs(5));
-    let options = CheckOptions { restart, timeout, ..CheckOptions::default() };
+    let options = CheckOptions::default().with_restart(restart).with_timeout(timeout);
     let socket = lab.file("console.sock0");
     // Its configuration continues with other bytes, which match a disk.
     let unknown = check(&socket, &options).unwrap_err().to_string();
     assert!(unknown.contains("blk, console"), "{unknown}");
-    let report = check(&socket, &CheckOptions { device: Some(DeviceKind::Console), ..options }).unwrap();
+    let report = check(&socket, &options.with_device(Some(DeviceKind::Console))).unwrap();
     assert!(report.offers.starts_with("a console, 4 queues, rings of 128"), "{report}");
     let failed = BTreeSet::from([F1, F5, F6, R9, R10, P1]);
     // Seldom, on a loaded machine, it publishes after GET_VRING_BASE, which another thread answers.
@@ -247,8 +247,7 @@ fn a_disk_of_rust_vmm_crates_with_region_bitmap_passes_the_log_rules_that_it_can
     let image = lab.disk();
     File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
     let backend = Backend::start(&lab, Kind::RustVmmLogged, "rust-vmm", &image, 2);
-    let options =
-        CheckOptions { timeout: Duration::from_secs(5), write: true, may_kill: true, ..CheckOptions::default() };
+    let options = CheckOptions::default().with_timeout(Duration::from_secs(5)).with_write(true).with_may_kill(true);
     let report = check(backend.socket(), &options).unwrap();
     let rules = report.rules();
     for rule in [L1, L2, L6, L7, L8, L9, L10, L11, M1] {
@@ -275,7 +274,12 @@ fn of_testpmd(port: &str, only: &[Rule], seconds: u64) -> CheckReport {
         let mut testpmd = Testpmd::backend(&lab, &socket, 2, port);
         let (frame_source, pairs) = (Some(FrameSource::Loop), Some(2));
         let (only, timeout) = (only.to_vec(), Duration::from_secs(seconds));
-        let options = CheckOptions { frame_source, pairs, only, timeout, may_kill: true, ..CheckOptions::default() };
+        let options = CheckOptions::default()
+            .with_frame_source(frame_source)
+            .with_pairs(pairs)
+            .with_only(only)
+            .with_timeout(timeout)
+            .with_may_kill(true);
         let report = check(&socket, &options).unwrap();
         if report.rules().get(&R9) != Some(&Verdict::Fail) {
             return report;

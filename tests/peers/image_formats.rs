@@ -40,7 +40,7 @@ fn an_image_that_is_not_raw_is_refused_unless_told_otherwise() {
             other => panic!("{arguments:?}: {other:?}"),
         }
         // Some are a line of text about another file, which is no disk at all.
-        let told = BlkDevice::open(BlkOptions { raw: true, ..BlkOptions::new(&image) });
+        let told = BlkDevice::open(BlkOptions::new(&image).with_raw(true));
         assert!(matches!(told, Ok(_) | Err(BlkError::TooSmall { .. })), "{arguments:?}: {told:?}");
     }
     let made = Command::new("qemu-img").args(["create", "-f", "raw"]).arg(&image).arg("8M").output().unwrap();

@@ -57,7 +57,7 @@ fn a_guest_works_on_a_block_device_and_its_back_end_may_be_killed() {
         let mut capacity = [0; 8];
         device.config(0, &mut capacity).unwrap();
         assert_eq!(u64::from_le_bytes(capacity), BYTES / 512);
-        let config = GuestConfig { queues: 1, disk_area: BYTES / 2, ..GuestConfig::new(32 << 20) };
+        let config = GuestConfig::new(32 << 20).with_queues(1).with_disk_area(BYTES / 2);
         let mut guest = Guest::new(config).unwrap();
         guest.boot(vec![Box::new(device)]).unwrap();
         guest.resume().unwrap();

@@ -62,7 +62,7 @@ impl Rig {
 fn all_options() -> [UserOptions; 2] {
     let usual = UserOptions::default();
     let without_acks = usual.protocol_features & !bit(protocol_feature::REPLY_ACK);
-    [usual, UserOptions { protocol_features: without_acks, ..usual }]
+    [usual, usual.with_protocol_features(without_acks)]
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn the_built_in_guest_finds_every_byte_right_on_it_with_logging_on_and_off() {
     File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
     let backend = Backend::start(&lab, Kind::StorageDaemon { bytes_per_second: None }, "qsd", &image, 2);
     let device = UserDevice::connect(backend.socket(), UserOptions::default(), Instant::now() + DEADLINE).unwrap();
-    let mut guest = Guest::new(GuestConfig { disk_area: 2 << 20, ..GuestConfig::new(32 << 20) }).unwrap();
+    let mut guest = Guest::new(GuestConfig::new(32 << 20).with_disk_area(2 << 20)).unwrap();
     guest.boot(vec![Box::new(device)]).unwrap();
     guest.resume().unwrap();
     let mut logs: Vec<_> = guest.logs().collect();

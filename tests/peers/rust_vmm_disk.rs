@@ -12,10 +12,8 @@ use vhost_migrate::abi::vhost_user::{Request, protocol_feature};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestIncomingVm, GuestSourceVm};
-use vhost_migrate::migrate::{
-    ConvergencePolicy, MigrationParameters, OUTCOME_QUERY_TIMEOUT, Outcomes, SWITCHOVER_TIMEOUT, migrate, receive,
-};
-use vhost_migrate::stream::{self, Codec, StreamListener, StreamOptions};
+use vhost_migrate::migrate::{ConvergencePolicy, MigrationParameters, Outcomes, SWITCHOVER_TIMEOUT, migrate, receive};
+use vhost_migrate::stream::{self, StreamListener, StreamOptions};
 
 use crate::backend::{Backend, Kind};
 use crate::disk_driver::{DATA, HIGH, harvest};
@@ -35,7 +33,7 @@ fn device(backend: &Backend, options: UserOptions) -> Box<dyn Device> {
 }
 
 fn config() -> GuestConfig {
-    GuestConfig { working_set: 2 * MIB, dirty_rate: 32 * MIB, disk_area: 4 * MIB, ..GuestConfig::new(32 * MIB) }
+    GuestConfig::new(32 * MIB).with_working_set(2 * MIB).with_dirty_rate(32 * MIB).with_disk_area(4 * MIB)
 }
 
 fn running(backend: &Backend, options: UserOptions) -> Guest {
@@ -58,8 +56,7 @@ fn works(guest: &Guest, requests: u64) {
 #[test]
 fn a_guest_on_a_rust_vmm_disk_stops_resumes_and_verifies() {
     let usual = UserOptions::default();
-    let without_acks =
-        UserOptions { protocol_features: usual.protocol_features & !bit(protocol_feature::REPLY_ACK), ..usual };
+    let without_acks = usual.with_protocol_features(usual.protocol_features & !bit(protocol_feature::REPLY_ACK));
     for options in [usual, without_acks] {
         let lab = Lab::new();
         let backend = Backend::start(&lab, Kind::RustVmm, "rust-vmm", &disk(&lab), 2);
@@ -85,8 +82,7 @@ fn a_guest_migrates_between_two_rust_vmm_disks() {
     let mut guest = running(&backends[0], UserOptions::default());
     for trip in 1..=4 {
         works(&guest, 200);
-        let options =
-            || StreamOptions { deadline: Some(DEADLINE), timeout: Some(DEADLINE), ..StreamOptions::new().unwrap() };
+        let options = || StreamOptions::new().unwrap().with_deadline(Some(DEADLINE)).with_timeout(Some(DEADLINE));
         let (ours, theirs) = (options(), options());
         let socket = format!("unix:{}", lab.file(&format!("migration{trip}")).display());
         let listener = StreamListener::bind(&socket.parse().unwrap()).unwrap();
@@ -98,14 +94,7 @@ fn a_guest_migrates_between_two_rust_vmm_disks() {
                 receive(&mut arrival, connection, &Outcomes::default(), SWITCHOVER_TIMEOUT)
             });
             let connection = stream::connect(listener.uri(), &ours).unwrap();
-            let plan = MigrationParameters {
-                policy: ConvergencePolicy { downtime_limit: DEADLINE, max_rounds: 100 },
-                codec: Codec::None,
-                verify: false,
-                outcome_query_timeout: OUTCOME_QUERY_TIMEOUT,
-                switchover_timeout: None,
-                continue_here: false,
-            };
+            let plan = MigrationParameters::default().with_policy(ConvergencePolicy::new(DEADLINE, 100));
             let mut machine = GuestSourceVm::new(&leaving).unwrap();
             migrate(&mut machine, connection, &plan, &mut |_| {}).unwrap();
             arrived.join().unwrap().unwrap();
@@ -210,11 +199,11 @@ fn missing_features_of_a_rust_vmm_disk_are_reported_at_boot() {
         let refused: GuestError = Guest::new(config).unwrap().boot(vec![device]).unwrap_err();
         refused.to_string()
     };
-    let packed = refused(GuestConfig { packed: true, ..config() });
+    let packed = refused(config().with_packed(true));
     assert!(packed.contains("it has no packed rings"), "{packed}");
-    let in_flight = refused(GuestConfig { inflight_migration: true, ..config() });
+    let in_flight = refused(config().with_inflight_migration(true));
     assert!(in_flight.contains("it can't leave requests in flight"), "{in_flight}");
-    let queues = refused(GuestConfig { queues: 3, ..config() });
+    let queues = refused(config().with_queues(3));
     assert!(queues.contains("it has 2 queues, and the guest wants 3"), "{queues}");
     let mut device = device(&backend, UserOptions::default());
     let state = device.load_state(&[1; 16]).unwrap_err();

@@ -110,15 +110,14 @@ impl Arguments {
             (None, Some(path)) => (NetPeer::Pair(path.clone()), format!("a pair at {}", path.display())),
             (None, None) => (NetPeer::Loopback, "a loopback".into()),
         };
-        let net = NetDevice::open(NetOptions {
-            peer,
-            pairs: self.queue_pairs,
-            max_queue_size: self.queue_size,
-            mac: self.mac,
-            iommu: self.iommu,
-            mtu: self.mtu,
-            postcopy: self.postcopy,
-        })?;
+        let net = NetDevice::open(
+            NetOptions::new(peer, self.mac)
+                .with_pairs(self.queue_pairs)
+                .with_max_queue_size(self.queue_size)
+                .with_iommu(self.iommu)
+                .with_mtu(self.mtu)
+                .with_postcopy(self.postcopy),
+        )?;
         let what = format!("{what} ({} queue pairs)", self.queue_pairs);
         serve(&self.place, Arc::new(net), &what, sandbox, stop)
     }

@@ -75,15 +75,13 @@ static DISKS: LazyLock<[Arc<dyn VirtioDevice>; 2]> = LazyLock::new(|| {
     let disk = |aio| {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(16 * PAGE).unwrap();
-        let options = BlkOptions {
-            queues: 2,
-            max_queue_size: SIZE,
-            aio,
-            in_order: true,
-            inflight_migration: true,
-            iommu: true,
-            ..BlkOptions::new(file.path())
-        };
+        let options = BlkOptions::new(file.path())
+            .with_queues(2)
+            .with_max_queue_size(SIZE)
+            .with_aio(aio)
+            .with_in_order(true)
+            .with_inflight_migration(true)
+            .with_iommu(true);
         Arc::new(BlkDevice::open(options).unwrap()) as Arc<dyn VirtioDevice>
     };
     [disk(Aio::IoUring), disk(Aio::Threads)]
@@ -96,7 +94,7 @@ pub fn device(which: u8) -> Arc<dyn VirtioDevice> {
         2 => DISKS[1].clone(),
         _ => {
             let mac = [0x52, 0x54, 0, 0, 0, 1];
-            let options = NetOptions { max_queue_size: SIZE, iommu: true, ..NetOptions::new(NetPeer::Loopback, mac) };
+            let options = NetOptions::new(NetPeer::Loopback, mac).with_max_queue_size(SIZE).with_iommu(true);
             Arc::new(NetDevice::open(options).unwrap())
         }
     }

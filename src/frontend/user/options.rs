@@ -8,6 +8,7 @@ use crate::abi::virtio::VIRTIO_ID_NET;
 
 /// Options of the vhost-user client.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct UserOptions {
     /// Maximum wait for a reply.
     pub timeout: Duration,
@@ -59,5 +60,13 @@ impl UserOptions {
     /// Also negotiates unstable features: rings that are stopped without a drain (rule I8.1).
     pub fn with_inflight_migration(self) -> UserOptions {
         UserOptions { protocol_features: self.protocol_features | INFLIGHT_MIGRATION, ..self }
+    }
+
+    setters! {
+        with_timeout: timeout: Duration,
+        with_stop_timeout: stop_timeout: Duration,
+        with_protocol_features: protocol_features: u64,
+        with_queue_pairs: queue_pairs: bool,
+        with_device: device: Option<u32>,
     }
 }

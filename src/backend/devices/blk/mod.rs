@@ -87,6 +87,7 @@ pub enum Aio {
 
 /// Options of a block device.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct BlkOptions {
     /// The raw image, or a block device.
     pub image: PathBuf,
@@ -146,6 +147,23 @@ impl BlkOptions {
             postcopy: false,
             max_front_ends: 1,
         }
+    }
+
+    setters! {
+        with_raw: raw: bool,
+        with_read_only: read_only: bool,
+        with_queues: queues: u16,
+        with_max_queue_size: max_queue_size: u16,
+        with_serial: serial: String,
+        with_aio: aio: Aio,
+        with_direct: direct: bool,
+        with_in_order: in_order: bool,
+        with_inflight_migration: inflight_migration: bool,
+        with_iommu: iommu: bool,
+        with_share_rw: share_rw: bool,
+        with_share_readers: share_readers: bool,
+        with_postcopy: postcopy: bool,
+        with_max_front_ends: max_front_ends: u16,
     }
 }
 

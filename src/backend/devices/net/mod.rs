@@ -79,6 +79,7 @@ pub enum NetPeer {
 
 /// Options of a network device.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct NetOptions {
     /// The other end.
     pub peer: NetPeer,
@@ -101,6 +102,14 @@ impl NetOptions {
     /// Returns the options of a device with one pair of queues of up to 1024 entries and all other features off.
     pub fn new(peer: NetPeer, mac: Mac) -> NetOptions {
         NetOptions { peer, pairs: 1, max_queue_size: 1024, mac, iommu: false, mtu: None, postcopy: false }
+    }
+
+    setters! {
+        with_pairs: pairs: u16,
+        with_max_queue_size: max_queue_size: u16,
+        with_iommu: iommu: bool,
+        with_mtu: mtu: Option<u16>,
+        with_postcopy: postcopy: bool,
     }
 }
 
