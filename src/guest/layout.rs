@@ -3,8 +3,6 @@
 //! Rings, buffers and the CPUs' areas are spread over all regions, so that translation, logging and migration are
 //! exercised in each. Areas do not overlap.
 
-use serde::{Deserialize, Serialize};
-
 use super::error::GuestError;
 use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_RING_PACKED;
@@ -23,7 +21,7 @@ pub(super) const BUFFER_BYTES: u64 = 64 << 10;
 pub(super) const MAX_CHAIN: u16 = 6;
 
 /// Configuration of a guest and its workload.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct GuestConfig {
     /// Memory, bytes; a multiple of the page size.

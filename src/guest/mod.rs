@@ -58,8 +58,8 @@ pub use migration::{
 pub use owner::{GuestOwner, GuestStatus, MeasuredRate, Operation, OwnerError, OwnerState, OwnerStatus};
 pub use prepared::PreparedDevice;
 pub use state::{
-    BlkDriverState, CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, GuestState, RequestKind,
-    RequestState, RetainedState, STATE_VERSION, SavedGuest, SlotState, Timestamp,
+    BlkDriverState, ConfigState, CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, GuestState,
+    RequestKind, RequestState, RetainedState, STATE_VERSION, SavedGuest, SlotState, Timestamp,
 };
 pub use view::{DeviceConnection, GuestStats, GuestView};
 
@@ -190,6 +190,7 @@ impl Guest {
             return bad("it was saved by another version of this program");
         }
         let GuestState { config, cpus, drivers, devices, last_action, .. } = state;
+        let config = GuestConfig::from(config);
         let regions = memory.regions().iter().map(|region| (region.gpa(), region.size()));
         if !regions.eq(config.regions()) {
             let here: Vec<_> = memory.regions().iter().map(|region| (region.gpa(), region.size())).collect();
@@ -236,7 +237,7 @@ impl Guest {
         if !self.expected.is_empty() {
             return Err(GuestError::WrongState { is: "restored", advice: "attach its disks, don't boot it" });
         }
-        let setup = DeviceSetup { version: STATE_VERSION, config: self.config.clone(), devices: Vec::new() };
+        let setup = DeviceSetup { version: STATE_VERSION, config: self.config.clone().into(), devices: Vec::new() };
         self.attach_disks(PreparedDevice::all(&setup, &self.memory, devices)?, &[])?;
         let Execution::Paused(_, drivers) = &mut self.execution else { return Err(self.wrong_state()) };
         drivers.clear();
@@ -305,12 +306,12 @@ impl Guest {
     /// Describes the devices, so that others can be prepared in their place.
     pub fn device_setup(&self) -> DeviceSetup {
         let devices = self.disks.iter().map(AttachedDisk::state).collect();
-        DeviceSetup { version: STATE_VERSION, config: self.config.clone(), devices }
+        DeviceSetup { version: STATE_VERSION, config: self.config.clone().into(), devices }
     }
 
     /// Describes the saved devices of a restored guest.
     pub fn expected_setup(&self) -> DeviceSetup {
-        DeviceSetup { version: STATE_VERSION, config: self.config.clone(), devices: self.expected.clone() }
+        DeviceSetup { version: STATE_VERSION, config: self.config.clone().into(), devices: self.expected.clone() }
     }
 
     /// Returns the saved devices of a restored guest.
@@ -447,7 +448,7 @@ impl Guest {
         }
         Ok(GuestState {
             version: STATE_VERSION,
-            config: self.config.clone(),
+            config: self.config.clone().into(),
             cpus: cpus.iter().map(Cpu::state).collect(),
             drivers: drivers.iter().map(Driver::state).collect(),
             devices: in_parallel_if(waits, &self.disks, save)?,

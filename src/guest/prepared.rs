@@ -58,11 +58,12 @@ impl PreparedDevice {
         if setup.version != STATE_VERSION {
             return Err(GuestError::State("it was saved by another version of this program".into()));
         }
-        check_device_count(devices.len(), &setup.config)?;
-        let layout = GuestLayout::new(&setup.config)?;
-        let queues = layout.queues.chunks(setup.config.queues.max(1).into());
+        let config = GuestConfig::from(setup.config.clone());
+        check_device_count(devices.len(), &config)?;
+        let layout = GuestLayout::new(&config)?;
+        let queues = layout.queues.chunks(config.queues.max(1).into());
         let expected = setup.devices.iter().map(Some).chain(std::iter::repeat(None));
-        let agree = |((device, queues), expected)| PreparedDevice::new(device, &setup.config, queues, memory, expected);
+        let agree = |((device, queues), expected)| PreparedDevice::new(device, &config, queues, memory, expected);
         in_parallel(devices.into_iter().zip(queues).zip(expected), agree)
     }
 

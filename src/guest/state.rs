@@ -16,7 +16,7 @@ pub struct GuestState {
     /// [`STATE_VERSION`].
     pub version: u32,
     /// Configuration of the guest.
-    pub config: GuestConfig,
+    pub config: ConfigState,
     /// State of the CPUs.
     pub cpus: Vec<CpuState>,
     /// State of the drivers, in order of disks and queues.
@@ -25,6 +25,130 @@ pub struct GuestState {
     pub devices: Vec<DeviceState>,
     /// Time of the last action.
     pub last_action: Option<Timestamp>,
+}
+
+/// The configuration of a guest as it is in a stream: the fields of [`GuestConfig`], in the order of their encoding.
+#[expect(missing_docs, reason = "the fields of `GuestConfig` have the texts")]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ConfigState {
+    pub memory: u64,
+    pub high: u64,
+    pub prefault: bool,
+    pub cpus: usize,
+    pub working_set: u64,
+    pub cold: u64,
+    pub dirty_rate: u64,
+    pub repeated: u8,
+    pub disks: usize,
+    pub queues: u16,
+    pub queue_size: u16,
+    pub packed: bool,
+    pub inflight_migration: bool,
+    pub depth: u16,
+    pub request_rate: Option<u64>,
+    pub disk_area: u64,
+    pub blank_disks: bool,
+    pub request_timeout: u64,
+    pub reconnect_timeout: Option<u64>,
+    pub seed: u64,
+}
+
+impl From<GuestConfig> for ConfigState {
+    fn from(config: GuestConfig) -> ConfigState {
+        let GuestConfig {
+            memory,
+            high,
+            prefault,
+            cpus,
+            working_set,
+            cold,
+            dirty_rate,
+            repeated,
+            disks,
+            queues,
+            queue_size,
+            packed,
+            inflight_migration,
+            depth,
+            request_rate,
+            disk_area,
+            blank_disks,
+            request_timeout,
+            reconnect_timeout,
+            seed,
+        } = config;
+        ConfigState {
+            memory,
+            high,
+            prefault,
+            cpus,
+            working_set,
+            cold,
+            dirty_rate,
+            repeated,
+            disks,
+            queues,
+            queue_size,
+            packed,
+            inflight_migration,
+            depth,
+            request_rate,
+            disk_area,
+            blank_disks,
+            request_timeout,
+            reconnect_timeout,
+            seed,
+        }
+    }
+}
+
+impl From<ConfigState> for GuestConfig {
+    fn from(state: ConfigState) -> GuestConfig {
+        let ConfigState {
+            memory,
+            high,
+            prefault,
+            cpus,
+            working_set,
+            cold,
+            dirty_rate,
+            repeated,
+            disks,
+            queues,
+            queue_size,
+            packed,
+            inflight_migration,
+            depth,
+            request_rate,
+            disk_area,
+            blank_disks,
+            request_timeout,
+            reconnect_timeout,
+            seed,
+        } = state;
+        GuestConfig {
+            memory,
+            high,
+            prefault,
+            cpus,
+            working_set,
+            cold,
+            dirty_rate,
+            repeated,
+            disks,
+            queues,
+            queue_size,
+            packed,
+            inflight_migration,
+            depth,
+            request_rate,
+            disk_area,
+            blank_disks,
+            request_timeout,
+            reconnect_timeout,
+            seed,
+        }
+    }
 }
 
 /// Identity and generation of each disk (GET_DISK_GENERATION); `None` if the back-end has none.
@@ -48,7 +172,7 @@ pub struct DeviceSetup {
     /// [`STATE_VERSION`].
     pub version: u32,
     /// Configuration of the guest.
-    pub config: GuestConfig,
+    pub config: ConfigState,
     /// The devices, without rings, requests in flight and internal state.
     pub devices: Vec<DeviceState>,
 }

@@ -97,7 +97,7 @@ fn guest() -> GuestState {
     };
     GuestState {
         version: STATE_VERSION,
-        config: config(),
+        config: config().into(),
         cpus: vec![CpuState { steps: 5 }, CpuState { steps: 6 }],
         drivers: vec![driver(DriverRingState::Split(split)), driver(DriverRingState::Packed(packed))],
         devices: devices(),
@@ -114,7 +114,7 @@ fn identities() -> DiskIdentities {
 }
 
 fn setup() -> DeviceSetup {
-    DeviceSetup { version: STATE_VERSION, config: config(), devices: devices() }
+    DeviceSetup { version: STATE_VERSION, config: config().into(), devices: devices() }
 }
 
 #[test]
