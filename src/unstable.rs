@@ -7,8 +7,8 @@
 pub mod backend {
     pub use crate::backend::rings::Workers;
     pub use crate::backend::session::{
-        Kick, Logging, MAX_FDS, MAX_PAYLOAD, MessageOutcome, Notifier, Session, VhostUserMessage, VhostUserReply,
-        VringConfig, VringController,
+        Kick, Logging, MAX_FDS, MessageOutcome, Notifier, Session, VhostUserMessage, VhostUserReply, VringConfig,
+        VringController,
     };
 }
 

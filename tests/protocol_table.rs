@@ -259,7 +259,7 @@ fn is_id(word: &str) -> bool {
     numbers.all(is_number)
 }
 
-/// What a text cites: obligations anywhere, and rules behind the word "rule" or "rules", alone or in a list, or in quotes.
+/// Citations of a text: obligations anywhere, and rules behind the word "rule" or "rules", alone or in a list, or in quotes.
 fn citations(text: &str) -> impl Iterator<Item = &str> {
     let quoted = text.split('"').filter(|quoted| is_id(quoted));
     let words = text.split(|c: char| c != '.' && !c.is_ascii_alphanumeric()).map(|word| word.trim_matches('.'));

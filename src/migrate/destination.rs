@@ -339,7 +339,7 @@ fn receive_pages(
     })
 }
 
-/// Where channel 0 sends the data for preparations, each once.
+/// The receivers of the data for preparations, to which channel 0 sends each once.
 struct HintSenders {
     /// The announced pages.
     data_runs: Option<Sender<DataRuns>>,

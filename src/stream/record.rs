@@ -28,7 +28,7 @@ use super::{PageStats, StreamError};
 use crate::abi::vhost_user::VHOST_USER_MAX_RAM_SLOTS;
 use crate::memory::{LOG_PAGE, Memory};
 
-pub use crate::record::{Bytes, MAX_STATE, decode, decode_first, encode, version};
+use crate::record::{decode, encode};
 
 /// Maximum number of regions of a guest's memory: the limit of vhost-user.
 pub const MAX_REGIONS: usize = VHOST_USER_MAX_RAM_SLOTS;

@@ -7,11 +7,11 @@ use vhost_migrate::guest::{
     RequestKind, RequestState, RetainedState, STATE_VERSION, SavedGuest, SlotState, Timestamp, decode_guest_state,
     decode_saved_disks,
 };
+use vhost_migrate::record::{MAX_STATE, decode, encode};
 use vhost_migrate::ring::{
     DriverRingState, InOrderState, PackedDriverRequest, PackedDriverState, Position, RingBase, SplitDriverState,
     UsedBuffer,
 };
-use vhost_migrate::unstable::stream::record::{MAX_STATE, decode, encode};
 
 use crate::{read, write};
 

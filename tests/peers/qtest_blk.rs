@@ -8,7 +8,7 @@ use crate::ram::Ram;
 /// Bytes of data that one request can carry.
 pub(crate) const SLOT_BYTES: u64 = 64 << 10;
 
-/// Where the parts of a queue are in guest memory: parts that the device writes share no page with parts that the driver writes.
+/// Addresses of the parts of a queue in guest memory: parts that the device writes share no page with parts that the driver writes.
 const QUEUES: u64 = 32 << 20;
 const QUEUE_STRIDE: u64 = 2 << 20;
 const AVAIL: u64 = 0x2_0000;
@@ -120,7 +120,7 @@ impl Driver {
         queue_base(queue) + USED
     }
 
-    /// How far the driver has seen the device: elements of the used ring, modulo 2^16, or descriptors of a packed ring.
+    /// The driver's position in the completions of the device: elements of the used ring, modulo 2^16, or descriptors of a packed ring.
     pub(crate) fn seen(&self, queue: u16) -> u64 {
         let queue = &self.queues[usize::from(queue)];
         if self.options.packed { queue.positions[2] } else { queue.used.into() }
@@ -139,7 +139,7 @@ impl Driver {
         elements.map(|at| (at, 8)).chain([(self.used_ring(queue) + 2, 2)]).collect()
     }
 
-    /// Where the device says which event it waits for: avail_event, or the event area of a packed ring.
+    /// Address and size of the event that the device waits for: avail_event, or the event area of a packed ring.
     pub(crate) fn device_event(&self, queue: u16) -> (u64, u64) {
         match self.options.packed {
             true => (self.used_ring(queue), 4),

@@ -26,7 +26,7 @@ const PAGE: usize = 4096;
 /// The guest's commands print into the kernel's log, whose way out takes a file.
 const TO_THE_LOG: &str = "exec >/dev/kmsg 2>&1";
 
-/// What UML takes of an offer is what it uses: rings and signals of one kind and of the other.
+/// UML uses everything that it accepts of an offer: rings and signals of one kind and of the other.
 const AS_OFFERED: Hidden = Hidden { features: 0, protocol_features: 0 };
 const SPLIT_WITH_FDS: Hidden =
     Hidden { features: bit(VIRTIO_F_RING_PACKED), protocol_features: bit(protocol_feature::INBAND_NOTIFICATIONS) };

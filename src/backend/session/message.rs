@@ -17,7 +17,7 @@ pub const MAX_FDS: usize = socket::MAX_FDS;
 
 /// Maximum accepted payload in bytes: a memory table with as many regions as one message carries file descriptors
 /// (rule F1.4).
-pub const MAX_PAYLOAD: u32 = (size_of::<MemoryHeader>() + MAX_FDS * size_of::<MemoryRegion>()) as u32;
+const MAX_PAYLOAD: u32 = (size_of::<MemoryHeader>() + MAX_FDS * size_of::<MemoryRegion>()) as u32;
 
 /// A request of the front-end. File descriptors that are not taken out are closed with it (rule F5.3).
 #[derive(Debug)]

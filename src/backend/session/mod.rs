@@ -32,7 +32,7 @@ mod transfer;
 pub use backend_channel::FrontendHandle;
 pub use commands::{Logging, VringConfig, VringController};
 pub use kick::Kick;
-pub use message::{MAX_FDS, MAX_PAYLOAD, VhostUserMessage, VhostUserReply};
+pub use message::{MAX_FDS, VhostUserMessage, VhostUserReply};
 pub use notify::Notifier;
 
 use std::sync::Arc;

@@ -31,7 +31,7 @@ fn main() {
     }
 }
 
-/// Writes and reads the blocks from `first` on, which nobody else touches.
+/// Writes and reads the blocks from `first` on, which no other process uses.
 fn disk_load(disk: &File, first: u64) {
     let mut random = first + 1;
     let mut versions = vec![0; BLOCKS_PER_THREAD as usize];
