@@ -85,8 +85,10 @@
 
 // docs.rs builds with a nightly toolchain and shows the feature that each item needs.
 #![cfg_attr(docsrs, feature(doc_cfg))]
-// Some shared helpers are unused, or used only by `unstable`, if the features of all their users are off.
-#![cfg_attr(not(feature = "command"), allow(dead_code, unreachable_pub, unused_macros))]
+// Some shared helpers are unused if the features of all their users are off.
+#![cfg_attr(not(feature = "command"), allow(dead_code, unused_macros))]
+// Without `unstable`, what only it re-exports is private.
+#![cfg_attr(not(feature = "unstable"), allow(unreachable_pub, unused_imports))]
 
 /// Defines methods that return options with one field changed.
 macro_rules! setters {
