@@ -14,8 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use race::{Contender, race, time};
-use vhost_migrate::abi::bit;
-use vhost_migrate::abi::virtio::{PackedDesc, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC};
+use vhost_migrate::abi::virtio::{PackedDesc, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight::{InflightRegion, PackedInflight, RingKind, SplitInflight, recover_packed, recover_split};
 use vhost_migrate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory, Region, sealed_memfd};
@@ -27,14 +26,14 @@ const BATCH: u16 = 16;
 /// Number of batches of one turn.
 const BATCHES: u64 = 2000;
 const TURNS: usize = 9;
-const KINDS: [(&str, u64); 2] = [("split", 0), ("packed", bit(VIRTIO_F_RING_PACKED))];
+const KINDS: [(&str, VirtioFeatures); 2] = [("split", VirtioFeatures::empty()), ("packed", VIRTIO_F_RING_PACKED)];
 /// Guest-physical start of the memory for indirect tables.
 const TABLES: u64 = 0x2_0000;
 
-fn rings(kind: u64, translated: bool) -> (DriverRing, DeviceRing) {
+fn rings(kind: VirtioFeatures, translated: bool) -> (DriverRing, DeviceRing) {
     let fd = sealed_memfd("ring-bench", 1 << 20).unwrap();
     let memory = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 1 << 20, 0, 0).unwrap())]).unwrap();
-    let features = kind | bit(VIRTIO_RING_F_INDIRECT_DESC);
+    let features = kind | VIRTIO_RING_F_INDIRECT_DESC;
     let layout = RingLayout::new(features, SIZE, 0, 0x4000, 0x8000);
     let driver = DriverRing::new(&memory, layout, features).unwrap();
     let start = RingBase::initial(features);
@@ -70,12 +69,12 @@ enum Tracking {
 }
 
 impl Tracking {
-    fn new(kind: u64) -> Tracking {
-        match kind {
-            0 => Tracking::Split(
+    fn new(kind: VirtioFeatures) -> Tracking {
+        match kind.contains(VIRTIO_F_RING_PACKED) {
+            false => Tracking::Split(
                 InflightRegion::create(RingKind::Split, 1, SIZE).unwrap().0.split(0, SIZE, 0).unwrap().0,
             ),
-            _ => {
+            true => {
                 let (region, _) = InflightRegion::create(RingKind::Packed, 1, SIZE).unwrap();
                 Tracking::Packed(region.packed(0, SIZE, RingBase::PACKED_START, |_| 0).unwrap().0)
             }
@@ -109,7 +108,7 @@ impl Tracking {
 }
 
 /// Nanoseconds of the device side per request, measured over many batches.
-fn serve(kind: u64, layout: RequestLayout, tracking: &mut Tracking, log: Option<RingLog>) -> f64 {
+fn serve(kind: VirtioFeatures, layout: RequestLayout, tracking: &mut Tracking, log: Option<RingLog>) -> f64 {
     let (mut driver, mut device) = rings(kind, layout.translated);
     device.set_log(log);
     let buffer = Buffer { gpa: 0x1_0000, len: 4096 };

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use race::{race, time};
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::backend::{Queue, RING_FEATURES, SyncQueue, VirtioDevice};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
@@ -32,7 +33,7 @@ const FEATURES: u64 = 1 << 32;
 struct Nothing;
 
 impl VirtioDevice for Nothing {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         RING_FEATURES
     }
 
@@ -40,7 +41,7 @@ impl VirtioDevice for Nothing {
         Vec::new()
     }
 
-    fn start_queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _: u16, _: u16, _: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(SyncQueue::new(|request| {
             let _ = request.write(0, &[0]);
         })))
@@ -51,15 +52,15 @@ impl VirtioDevice for Nothing {
 fn serve(log: Option<Arc<Log>>) -> f64 {
     let fd = sealed_memfd("serve-bench", 1 << 20).unwrap();
     let memory = Memory::new([Arc::new(Region::share(fd, 0, 1 << 20, 0).unwrap())]).unwrap();
-    let layout = RingLayout::new(FEATURES, SIZE, 0, 0x4000, 0x8000);
-    let mut driver = DriverRing::new(&memory, layout, FEATURES).unwrap();
+    let layout = RingLayout::new(VirtioFeatures::from_bits_retain(FEATURES), SIZE, 0, 0x4000, 0x8000);
+    let mut driver = DriverRing::new(&memory, layout, VirtioFeatures::from_bits_retain(FEATURES)).unwrap();
     let kick = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
     let setup = VringConfig {
         call_changed: false,
         has_notified: Arc::default(),
         layout,
-        base: RingBase::initial(FEATURES),
-        features: FEATURES,
+        base: RingBase::initial(VirtioFeatures::from_bits_retain(FEATURES)),
+        features: VirtioFeatures::from_bits_retain(FEATURES),
         memory,
         logging: Logging { data: log.clone(), used: log.map(|log| (log, 0x8000)), ..Logging::default() },
         kick: Some(Arc::new(Kick::new(0, kick.as_fd().try_clone_to_owned().unwrap()).unwrap())),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::EventFd;
-use vhost_migrate::abi::{bit, virtio::*};
+use vhost_migrate::abi::virtio::*;
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::frontend::{Device, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // Connect, negotiate features, and share the memory.
     let mut disk = UserDevice::connect(socket, UserOptions::default(), Instant::now() + TIMEOUT)?;
-    let features = disk.features() & bit(VIRTIO_F_VERSION_1);
+    let features = disk.features() & VIRTIO_F_VERSION_1;
     disk.set_features(features)?;
     let region = Region::share(sealed_memfd("guest", MEMORY)?, 0, MEMORY, 0)?;
     let memory = Memory::new([Arc::new(region)])?;

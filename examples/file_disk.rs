@@ -1,14 +1,14 @@
 //! A disk out of a file, for any vhost-user front-end: `cargo run --example file_disk -- SOCKET IMAGE`
 
 use std::{error::Error, fs::File, io, os::fd::AsFd, os::unix::fs::FileExt, os::unix::net::UnixStream, sync::Arc};
-use vhost_migrate::abi::{bit, virtio::*};
+use vhost_migrate::abi::virtio::*;
 use vhost_migrate::backend::{BackendListener, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice, serve};
 
 struct Disk(Arc<File>);
 
 impl VirtioDevice for Disk {
-    fn features(&self) -> u64 {
-        RING_FEATURES | bit(VIRTIO_BLK_F_FLUSH)
+    fn features(&self) -> VirtioFeatures {
+        RING_FEATURES | VIRTIO_BLK_F_FLUSH
     }
 
     fn config(&self) -> Vec<u8> {
@@ -16,7 +16,7 @@ impl VirtioDevice for Disk {
         (bytes / SECTOR_BYTES).to_le_bytes().to_vec()
     }
 
-    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         let file = self.0.clone();
         Ok(Box::new(SyncQueue::new(move |request: &mut Request| {
             let status = if transfer(&file, request).is_ok() { VIRTIO_BLK_S_OK } else { VIRTIO_BLK_S_IOERR };

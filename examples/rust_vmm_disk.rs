@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures as Transport};
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::dirty::{DeviceLog, RegionBitmap};
 use vhost_user_backend::bitmap::{BitmapMmapRegion, BitmapReplace};
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringMutex, VringT};
@@ -49,7 +50,7 @@ impl Logged for RegionBitmap {
     type Log = DeviceLog;
 
     fn features(log: &DeviceLog, features: u64) {
-        log.acked_features(features);
+        log.acked_features(VirtioFeatures::from_bits_retain(features));
     }
 
     fn memory(log: &DeviceLog, memory: &Ram<Self>) {

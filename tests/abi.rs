@@ -5,11 +5,14 @@
 //! that `src/abi` lacks fails `every_number_of_the_headers_is_in_src_abi`.
 #![allow(clippy::unwrap_used, clippy::panic)] // also in the helpers of these tests
 
+use bitflags::Flags;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::{Command, Output};
-use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request, protocol_feature};
-use vhost_migrate::abi::{bit, vduse, vhost, virtio};
+use vhost_migrate::abi::vhost::{VHOST_VRING_F_LOG, VringAddrFlags};
+use vhost_migrate::abi::vhost_user::{BackendRequest, Header, ProtocolFeatures, Request};
+use vhost_migrate::abi::virtio::VirtioFeatures;
+use vhost_migrate::abi::{vduse, vhost, virtio};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// A number of `src/abi` and the C expression for the same number.
@@ -24,6 +27,29 @@ struct Item {
     ours: i64,
 }
 
+/// A constant of `src/abi`, as the number that C has.
+trait Number {
+    fn number(self) -> i64;
+}
+
+macro_rules! numbers {
+    ($($integer:ty),*) => { $(impl Number for $integer { fn number(self) -> i64 { self as i64 } })* };
+}
+numbers!(i32, u8, u16, u32, u64, usize);
+
+/// C has the numbers of bits.
+impl Number for VringAddrFlags {
+    fn number(self) -> i64 {
+        self.bits().trailing_zeros().into()
+    }
+}
+
+impl Number for VirtioFeatures {
+    fn number(self) -> i64 {
+        self.bits().trailing_zeros().into()
+    }
+}
+
 /// Fills a vector of [`Item`]s; `items` shows its lines.
 macro_rules! table {
     ($items:ident) => {};
@@ -34,7 +60,7 @@ macro_rules! table {
             c: format!("{}{}", $prefix, stringify!($name)),
             required: stringify!($need) == "required",
             guard: format!("{}{}", $prefix, stringify!($name)),
-            ours: $module::$name as i64,
+            ours: Number::number($module::$name),
         });)*
         table!($items $($rest)*);
     };
@@ -45,7 +71,7 @@ macro_rules! table {
             c: $c.to_owned(),
             required: stringify!($need) == "required",
             guard: stringify!($guard).to_owned(),
-            ours: $module::$name as i64,
+            ours: Number::number($module::$name),
         });
         table!($items $($rest)*);
     };
@@ -380,18 +406,24 @@ fn a_known_request_is_displayed_with_the_specifications_name() {
 fn requests_and_protocol_features_are_numbered_without_gaps() {
     assert!(Request::KNOWN.iter().map(|request| request.0).eq(1..=45));
     assert!(BackendRequest::KNOWN.iter().map(|request| request.0).eq(1..=10));
-    assert!(protocol_feature::NAMES.iter().map(|(bit, _)| *bit).eq(0..=23));
+    let features = ProtocolFeatures::FLAGS.iter().filter(|flag| flag.is_named());
+    assert!(features.map(|flag| flag.value().bits()).eq((0..=23).map(|bit| 1 << bit)));
     // Single numbers of the specification, so that an insertion in the middle is noticed.
     assert_eq!((Request::GET_QUEUE_NUM.0, Request::SET_CONFIG.0, Request::GET_INFLIGHT_FD.0), (17, 25, 31));
     assert_eq!((Request::GPU_SET_SOCKET.0, Request::VRING_KICK.0, Request::REM_MEM_REG.0), (33, 35, 38));
-    assert_eq!((protocol_feature::CONFIG, protocol_feature::INFLIGHT_SHMFD), (9, 12));
-    assert_eq!((protocol_feature::CONFIGURE_MEM_SLOTS, protocol_feature::DEVICE_STATE), (15, 19));
+    assert_eq!((ProtocolFeatures::CONFIG.bits(), ProtocolFeatures::INFLIGHT_SHMFD.bits()), (1 << 9, 1 << 12));
+    assert_eq!(
+        (ProtocolFeatures::CONFIGURE_MEM_SLOTS.bits(), ProtocolFeatures::DEVICE_STATE.bits()),
+        (1 << 15, 1 << 19)
+    );
 }
 
 #[test]
-fn the_mask_of_a_bit_beyond_the_word_is_empty() {
-    assert_eq!((bit(0), bit(26), bit(63)), (1, 0x0400_0000, 1 << 63));
-    assert_eq!((bit(64), bit(u32::MAX)), (0, 0));
+fn unknown_bits_are_kept() {
+    let bits = 1 << 63 | 1 << 50 | 1 << 26;
+    assert_eq!(!VirtioFeatures::from_bits_retain(!bits), VirtioFeatures::from_bits_retain(bits));
+    assert_eq!(!ProtocolFeatures::from_bits_retain(!bits), ProtocolFeatures::from_bits_retain(bits));
+    assert_eq!((!VHOST_VRING_F_LOG).bits(), !1);
 }
 
 /// The name of the constant or structure that a line of `src/abi` declares.

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tempfile::TempDir;
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
-    BackendRequest, Header, InflightDescription, Request as Code, VringArea, VringState, protocol_feature,
+    BackendRequest, Header, InflightDescription, ProtocolFeatures, Request as Code, VringArea, VringState,
     unstable::INFLIGHT_MIGRATION,
 };
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
 use vhost_migrate::backend::{self, FrontendHandle, Queue};
 use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, RingSetup, UserDevice, UserOptions};
@@ -43,7 +43,7 @@ struct ChannelDevice {
 }
 
 impl backend::VirtioDevice for ChannelDevice {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         self.disk.features()
     }
 
@@ -63,7 +63,7 @@ impl backend::VirtioDevice for ChannelDevice {
         *self.host.lock().unwrap() = host;
     }
 
-    fn start_queue(&self, index: u16, size: u16, features: u64) -> std::io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, index: u16, size: u16, features: VirtioFeatures) -> std::io::Result<Box<dyn Queue>> {
         self.disk.start_queue(index, size, features)
     }
 }
@@ -86,7 +86,7 @@ impl Backend {
         Backend { folder, channel_device, _served: served }
     }
 
-    fn device(&self, more: u64) -> UserDevice {
+    fn device(&self, more: ProtocolFeatures) -> UserDevice {
         let usual = UserOptions::default();
         let options = usual.with_protocol_features(usual.protocol_features | more);
         UserDevice::connect(self.folder.path().join("s"), options, Instant::now() + DEADLINE).unwrap()
@@ -121,7 +121,7 @@ fn eventfd() -> Arc<OwnedFd> {
 fn ring(device: &mut UserDevice) -> (Memory, RingSetup) {
     let region = Region::share(sealed_memfd("guest", MIB).unwrap(), 0, MIB, 0).unwrap();
     let memory = Memory::new([Arc::new(region)]).unwrap();
-    device.set_features(1 << 32).unwrap();
+    device.set_features(VirtioFeatures::from_bits_retain(1 << 32)).unwrap();
     device.set_memory(&memory).unwrap();
     let (kick, call, error) = (eventfd(), eventfd(), Some(eventfd()));
     let base = RingBase::split(0);
@@ -131,7 +131,7 @@ fn ring(device: &mut UserDevice) -> (Memory, RingSetup) {
 #[test]
 fn a_config_change_message_is_one_event() {
     let backend = Backend::start();
-    let mut device = backend.device(0);
+    let mut device = backend.device(ProtocolFeatures::empty());
     assert_eq!(device.take_events(), []);
     for _ in 0..3 {
         backend.host().config_changed();
@@ -149,7 +149,7 @@ fn a_config_change_message_is_one_event() {
 #[test]
 fn unsupported_back_end_requests_are_refused_when_they_need_a_reply() {
     let backend = Backend::start();
-    let mut device = backend.device(0);
+    let mut device = backend.device(ProtocolFeatures::empty());
     let area = VringArea { u64: 1, size: 4096, offset: 0 };
     assert_eq!(backend.ask(BackendRequest::VRING_HOST_NOTIFIER_MSG, &area), 1);
     assert_eq!(events(&mut device), [DeviceEvent::HostNotifierRefused(1)]);
@@ -170,7 +170,7 @@ fn unsupported_back_end_requests_are_refused_when_they_need_a_reply() {
 #[test]
 fn a_flooded_channel_keeps_a_bounded_number_of_events() {
     let backend = Backend::start();
-    let mut device = backend.device(0);
+    let mut device = backend.device(ProtocolFeatures::empty());
     let host = backend.host();
     let flood = std::thread::spawn(move || {
         for number in 0..20_000 {
@@ -199,10 +199,10 @@ fn a_flooded_channel_keeps_a_bounded_number_of_events() {
 /// Rules B3.2, B3.3: the back-end signals the error fd of SET_VRING_ERR, or sends BACKEND_VRING_ERR.
 #[test]
 fn a_broken_ring_signals_its_error_fd_in_band_and_out_of_band() {
-    for in_band in [0, bit(protocol_feature::INBAND_NOTIFICATIONS)] {
+    for in_band in [ProtocolFeatures::empty(), ProtocolFeatures::INBAND_NOTIFICATIONS] {
         let backend = Backend::start();
         let mut device = backend.device(in_band);
-        assert_eq!(device.protocol_features() & bit(protocol_feature::INBAND_NOTIFICATIONS), in_band);
+        assert_eq!(device.protocol_features() & ProtocolFeatures::INBAND_NOTIFICATIONS, in_band);
         let (memory, setup) = ring(&mut device);
         device.start_ring(0, setup.clone()).unwrap();
         let error = setup.error.unwrap();
@@ -210,7 +210,7 @@ fn a_broken_ring_signals_its_error_fd_in_band_and_out_of_band() {
         memory.write(0x2002, &9999u16.to_le_bytes()).unwrap();
         nix::unistd::write(&setup.kick, &1u64.to_ne_bytes()).unwrap();
         assert!(is_readable(&error, 60_000u16.into()), "in-band: {in_band:#x}");
-        if in_band != 0 {
+        if in_band != ProtocolFeatures::empty() {
             assert_eq!(events(&mut device), [DeviceEvent::RingBroken(0)]);
         }
         // A stopped ring is not signalled.
@@ -241,7 +241,7 @@ fn wait_until(guest: &Guest, what: &str, is_so: impl Fn(&Guest) -> bool) {
 fn the_guest_reports_the_new_capacity_and_broken_rings() {
     let backend = Backend::start();
     let mut guest = Guest::new(guest_config()).unwrap();
-    guest.boot(vec![Box::new(backend.device(0))]).unwrap();
+    guest.boot(vec![Box::new(backend.device(ProtocolFeatures::empty()))]).unwrap();
     guest.resume().unwrap();
     let now = |guest: &Guest| guest.connections().remove(0);
     assert_eq!((now(&guest).capacity, now(&guest).broken_rings), (16 * MIB, vec![]));
@@ -279,7 +279,7 @@ fn serve_with_channel(listener: UnixListener, mut talk: impl FnMut(raw::RawFront
         let number = match code {
             Code::GET_FEATURES => 1 << 32 | 1 << 30,
             Code::GET_PROTOCOL_FEATURES => {
-                bit(protocol_feature::REPLY_ACK) | bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::STATUS)
+                (ProtocolFeatures::REPLY_ACK | ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::STATUS).bits()
             }
             Code::GET_STATUS => 7,
             _ if header.flags & Header::FLAG_NEED_REPLY != 0 => 0,
@@ -354,7 +354,7 @@ impl ManualBackend {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
         let negotiates = std::thread::spawn(move || ManualBackend::negotiate(&listener));
-        let more = bit(protocol_feature::INBAND_NOTIFICATIONS) | INFLIGHT_MIGRATION;
+        let more = ProtocolFeatures::INBAND_NOTIFICATIONS | INFLIGHT_MIGRATION;
         let usual = UserOptions::default();
         let options = usual.with_protocol_features(usual.protocol_features | more);
         let device = UserDevice::connect(folder.path().join("s"), options, Instant::now() + DEADLINE).unwrap();
@@ -370,13 +370,11 @@ impl ManualBackend {
         loop {
             let (header, _, fd) = connection.receive();
             let code = Code(header.request);
-            let of_channel = [protocol_feature::REPLY_ACK, protocol_feature::BACKEND_REQ];
-            let protocol = [protocol_feature::INBAND_NOTIFICATIONS, protocol_feature::INFLIGHT_SHMFD];
+            let of_channel = ProtocolFeatures::REPLY_ACK | ProtocolFeatures::BACKEND_REQ;
+            let of_rings = ProtocolFeatures::INBAND_NOTIFICATIONS | ProtocolFeatures::INFLIGHT_SHMFD;
             let number = match code {
                 Code::GET_FEATURES => 1 << 32 | 1 << 30,
-                Code::GET_PROTOCOL_FEATURES => {
-                    of_channel.into_iter().chain(protocol).fold(INFLIGHT_MIGRATION, |all, number| all | bit(number))
-                }
+                Code::GET_PROTOCOL_FEATURES => (of_channel | of_rings | INFLIGHT_MIGRATION).bits(),
                 _ if header.flags & Header::FLAG_NEED_REPLY != 0 => 0,
                 _ => continue,
             };

@@ -14,11 +14,13 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rstest::rstest;
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE};
-use vhost_migrate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request as Code, protocol_feature};
+use vhost_migrate::abi::vhost_user::{
+    BackendRequest, Header, IotlbMsg, ProtocolFeatures, Request as Code, VHOST_USER_F_PROTOCOL_FEATURES,
+};
 use vhost_migrate::abi::virtio::{
     VIRTIO_BLK_T_IN, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC,
+    VirtioFeatures,
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, Iommu, Mapping, RingSetup, UserDevice, UserOptions};
@@ -51,10 +53,10 @@ use server::{Process, Server};
 
 const DISK: u64 = 4 << 20;
 const SIZE: u16 = 1024;
-const PACKED: u64 = bit(VIRTIO_F_RING_PACKED);
-const INDIRECT: u64 = bit(VIRTIO_RING_F_INDIRECT_DESC);
-const TRANSLATED: u64 = bit(VIRTIO_F_ACCESS_PLATFORM);
-const FEATURES: u64 = bit(VIRTIO_F_VERSION_1) | TRANSLATED;
+const PACKED: VirtioFeatures = VIRTIO_F_RING_PACKED;
+const INDIRECT: VirtioFeatures = VIRTIO_RING_F_INDIRECT_DESC;
+const TRANSLATED: VirtioFeatures = VIRTIO_F_ACCESS_PLATFORM;
+const FEATURES: VirtioFeatures = VIRTIO_F_VERSION_1.union(TRANSLATED);
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Mappings of an IOMMU: guest-physical page and permission, by I/O virtual page.
@@ -111,11 +113,11 @@ struct IommuSetup {
     table: Arc<IommuTable>,
     free: Vec<u64>,
     device: UserDevice,
-    features: u64,
+    features: VirtioFeatures,
 }
 
 impl IommuSetup {
-    fn new(socket: &Path, features: u64) -> IommuSetup {
+    fn new(socket: &Path, features: VirtioFeatures) -> IommuSetup {
         let mut device = UserDevice::connect(socket, UserOptions::default(), Instant::now() + DEADLINE).unwrap();
         let (table, free) = IommuTable::scattered();
         let (guest, table) = (Guest::new(), Arc::new(table));
@@ -164,9 +166,9 @@ impl IommuSetup {
 
     /// Returns the guest-physical pages of a ring that the device writes.
     fn written_of(&self, ring: &Ring) -> BTreeSet<u64> {
-        let areas = match self.features & PACKED {
-            0 => vec![(ring.layout.used, 6 + 8 * u64::from(SIZE))],
-            _ => vec![(ring.layout.desc, 16 * u64::from(SIZE)), (ring.layout.used, 4)],
+        let areas = match self.features.contains(PACKED) {
+            false => vec![(ring.layout.used, 6 + 8 * u64::from(SIZE))],
+            true => vec![(ring.layout.desc, 16 * u64::from(SIZE)), (ring.layout.used, 4)],
         };
         areas.iter().flat_map(|(at, len)| self.table.pages(*at, *len)).collect()
     }
@@ -200,8 +202,8 @@ fn event(device: &mut UserDevice) -> Vec<DeviceEvent> {
 /// Rules T1.1, L5.2.
 #[rstest]
 fn requests_through_scattered_pages_are_correct_and_logged_by_guest_physical_address(
-    #[values(0, PACKED)] kind: u64,
-    #[values(0, INDIRECT)] indirect: u64,
+    #[values(VirtioFeatures::empty(), PACKED)] kind: VirtioFeatures,
+    #[values(VirtioFeatures::empty(), INDIRECT)] indirect: VirtioFeatures,
 ) {
     let (server, socket) = server();
     let mut setup = IommuSetup::new(&socket, kind | indirect);
@@ -213,11 +215,11 @@ fn requests_through_scattered_pages_are_correct_and_logged_by_guest_physical_add
     let table = setup.table.clone();
     let pages = |at, len| table.pages(at, len);
     // The first rounds are not logged.
-    load.round(&mut ring, &view, pages, indirect != 0);
+    load.round(&mut ring, &view, pages, !indirect.is_empty());
     load.by_device.clear();
     setup.device.start_logging(&log, fd.as_fd()).unwrap();
     for round in 0..40 {
-        load.round(&mut ring, &view, pages, indirect != 0);
+        load.round(&mut ring, &view, pages, !indirect.is_empty());
         // Translations may be invalidated at any time.
         if round % 10 == 5 {
             setup.device.invalidate(0..=u64::MAX).unwrap();
@@ -227,7 +229,7 @@ fn requests_through_scattered_pages_are_correct_and_logged_by_guest_physical_add
     let base = setup.device.stop_ring(0).unwrap();
     assert_eq!(base.bits(), ring.drained_base());
     setup.start(&ring, base);
-    load.round(&mut ring, &view, pages, indirect != 0);
+    load.round(&mut ring, &view, pages, !indirect.is_empty());
     setup.device.stop_ring(0).unwrap();
     setup.device.stop_logging().unwrap();
     let (marked, of_ring) = (harvest(&log), setup.written_of(&ring));
@@ -242,7 +244,7 @@ fn requests_through_scattered_pages_are_correct_and_logged_by_guest_physical_add
 
 /// Rule T3.1.
 #[rstest]
-fn no_page_is_accessed_after_invalidate_has_returned(#[values(0, PACKED)] kind: u64) {
+fn no_page_is_accessed_after_invalidate_has_returned(#[values(VirtioFeatures::empty(), PACKED)] kind: VirtioFeatures) {
     let (_server, socket) = server();
     let mut setup = IommuSetup::new(&socket, kind);
     let (mut ring, _) = setup.ring(0);
@@ -290,7 +292,7 @@ fn no_page_is_accessed_after_invalidate_has_returned(#[values(0, PACKED)] kind: 
 #[rstest]
 fn an_access_that_the_iommu_denies_breaks_its_ring_and_is_an_event(#[values(false, true)] readable: bool) {
     let (_server, socket) = server();
-    let mut setup = IommuSetup::new(&socket, 0);
+    let mut setup = IommuSetup::new(&socket, VirtioFeatures::empty());
     let ((mut bad, error), (mut good, other)) = (setup.ring(0), setup.ring(1));
     setup.reads(&mut bad, &Slot(0));
     let page = Slot(1).data() / LOG_PAGE * LOG_PAGE;
@@ -317,7 +319,7 @@ fn an_access_that_the_iommu_denies_breaks_its_ring_and_is_an_event(#[values(fals
 /// Rules T1.8, L5.2, L15.4, I3.3, I4.5: the restarted back-end has no translations.
 #[rstest]
 fn a_restarted_back_end_requests_translations_again_and_completes_open_requests(
-    #[values(0, PACKED)] kind: u64,
+    #[values(VirtioFeatures::empty(), PACKED)] kind: VirtioFeatures,
     #[values(false, true)] logged: bool,
 ) {
     let folder = tempfile::tempdir().unwrap();
@@ -376,7 +378,7 @@ fn access_platform_needs_an_iommu_and_a_back_end_channel() {
     device.set_features(FEATURES & !TRANSLATED).unwrap();
     device.invalidate(0..=u64::MAX).expect("there is nothing to forget");
     drop(device);
-    let protocol_features = usual.protocol_features & !bit(protocol_feature::BACKEND_REQ);
+    let protocol_features = usual.protocol_features & !ProtocolFeatures::BACKEND_REQ;
     let options = usual.with_protocol_features(protocol_features);
     let mut device = UserDevice::connect(&socket, options, Instant::now() + DEADLINE).unwrap();
     device.set_iommu(Arc::new(IommuTable::default()));
@@ -386,8 +388,8 @@ fn access_platform_needs_an_iommu_and_a_back_end_channel() {
 }
 
 /// Protocol features of [`ManualBackend`].
-const PROTOCOL: [u32; 3] =
-    [protocol_feature::REPLY_ACK, protocol_feature::BACKEND_REQ, protocol_feature::CONFIGURE_MEM_SLOTS];
+const PROTOCOL: ProtocolFeatures =
+    ProtocolFeatures::REPLY_ACK.union(ProtocolFeatures::BACKEND_REQ).union(ProtocolFeatures::CONFIGURE_MEM_SLOTS);
 
 /// A back-end that the test drives: a connection after negotiation and SET_MEM_TABLE, and its back-end channel.
 struct ManualBackend {
@@ -421,8 +423,8 @@ impl ManualBackend {
             let (header, _, fd) = connection.receive();
             let code = Code(header.request);
             let number = match code {
-                Code::GET_FEATURES => FEATURES | 1 << 30,
-                Code::GET_PROTOCOL_FEATURES => PROTOCOL.into_iter().fold(0, |all, number| all | bit(number)),
+                Code::GET_FEATURES => (FEATURES | VHOST_USER_F_PROTOCOL_FEATURES).bits(),
+                Code::GET_PROTOCOL_FEATURES => PROTOCOL.bits(),
                 Code::GET_MAX_MEM_SLOTS => 128,
                 _ if header.flags & Header::FLAG_NEED_REPLY != 0 => 0,
                 _ => continue,
@@ -626,7 +628,10 @@ fn acknowledging_access_platform_again_invalidates_all_translations() {
     });
     for features in [FEATURES, FEATURES & !TRANSLATED, FEATURES] {
         let (header, payload, _) = backend.connection.receive();
-        assert_eq!((Code(header.request), payload), (Code::SET_FEATURES, (features | 1 << 30).as_bytes().to_vec()));
+        assert_eq!(
+            (Code(header.request), payload),
+            (Code::SET_FEATURES, (features | VirtioFeatures::from_bits_retain(1 << 30)).as_bytes().to_vec())
+        );
         backend.connection.send(Code::SET_FEATURES, Header::REPLY_FLAGS, 0u64.as_bytes(), &[]);
     }
     let said = [backend.receive_iotlb_message(), backend.receive_iotlb_message()]

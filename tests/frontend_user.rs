@@ -15,25 +15,28 @@ use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use rstest::rstest;
 use tempfile::TempDir;
-use vhost_migrate::abi::vhost_user::{Header, Request, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature as p};
-use vhost_migrate::abi::{bit, inflight};
+use vhost_migrate::abi::inflight;
+use vhost_migrate::abi::vhost_user::{
+    Header, ProtocolFeatures, Request, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES,
+};
+use vhost_migrate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, FrontendError, Reconnection, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use zerocopy::IntoBytes;
 
-const LOG_ALL: u64 = 1 << 26;
-const PROTOCOL: u64 = bit(VHOST_USER_F_PROTOCOL_FEATURES);
-const VERSION_1: u64 = 1 << 32;
-const PACKED: u64 = 1 << 34;
-const ALL: u64 = 1 << p::MQ
-    | 1 << p::LOG_SHMFD
-    | 1 << p::REPLY_ACK
-    | 1 << p::CONFIG
-    | 1 << p::INFLIGHT_SHMFD
-    | 1 << p::CONFIGURE_MEM_SLOTS
-    | 1 << p::STATUS;
+const LOG_ALL: VirtioFeatures = VHOST_F_LOG_ALL;
+const PROTOCOL: VirtioFeatures = VHOST_USER_F_PROTOCOL_FEATURES;
+const VERSION_1: VirtioFeatures = VIRTIO_F_VERSION_1;
+const PACKED: VirtioFeatures = VIRTIO_F_RING_PACKED;
+const ALL: ProtocolFeatures = ProtocolFeatures::MQ
+    .union(ProtocolFeatures::LOG_SHMFD)
+    .union(ProtocolFeatures::REPLY_ACK)
+    .union(ProtocolFeatures::CONFIG)
+    .union(ProtocolFeatures::INFLIGHT_SHMFD)
+    .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(ProtocolFeatures::STATUS);
 
 /// Reaction of the back-end to a message.
 enum ScriptedReply {
@@ -61,7 +64,10 @@ struct ScriptedBackend {
 }
 
 impl ScriptedBackend {
-    fn start(protocol: u64, script: impl FnMut(&Message) -> ScriptedReply + Send + 'static) -> ScriptedBackend {
+    fn start(
+        protocol: ProtocolFeatures,
+        script: impl FnMut(&Message) -> ScriptedReply + Send + 'static,
+    ) -> ScriptedBackend {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("s")).unwrap();
         let received = Arc::new(Mutex::new(Vec::new()));
@@ -97,7 +103,7 @@ impl ScriptedBackend {
     }
 }
 
-fn serve(mut stream: UnixStream, protocol: u64, received: &Mutex<Vec<Message>>, script: &mut Script) {
+fn serve(mut stream: UnixStream, protocol: ProtocolFeatures, received: &Mutex<Vec<Message>>, script: &mut Script) {
     loop {
         let mut header = [0; 12];
         if stream.read_exact(&mut header).is_err() {
@@ -125,12 +131,12 @@ fn serve(mut stream: UnixStream, protocol: u64, received: &Mutex<Vec<Message>>, 
     }
 }
 
-fn default_reply(message: &Message, protocol: u64) -> (Vec<u8>, Vec<OwnedFd>) {
+fn default_reply(message: &Message, protocol: ProtocolFeatures) -> (Vec<u8>, Vec<OwnedFd>) {
     let request = message.request;
     let number = |value: u64| (reply(request, value.as_bytes()), vec![]);
     match request {
-        Request::GET_FEATURES => number(LOG_ALL | PROTOCOL | VERSION_1 | PACKED),
-        Request::GET_PROTOCOL_FEATURES => number(protocol),
+        Request::GET_FEATURES => number((LOG_ALL | PROTOCOL | VERSION_1 | PACKED).bits()),
+        Request::GET_PROTOCOL_FEATURES => number(protocol.bits()),
         Request::GET_QUEUE_NUM => number(4),
         Request::GET_MAX_MEM_SLOTS => number(32),
         Request::GET_STATUS => number(7),
@@ -243,7 +249,7 @@ fn logging_starts_with_the_log_then_features_then_rings() {
 /// Rule F4.4.
 #[test]
 fn without_reply_ack_every_step_ends_with_a_get_features_round_trip() {
-    let backend = ScriptedBackend::start(ALL & !bit(p::REPLY_ACK), |_| ScriptedReply::Default);
+    let backend = ScriptedBackend::start(ALL & !ProtocolFeatures::REPLY_ACK, |_| ScriptedReply::Default);
     let mut device = running(&backend, UserOptions::default());
     backend.take();
     let (log, fd) = log();
@@ -340,7 +346,7 @@ fn a_missing_reply_is_a_timeout_after_the_deadline() {
 }
 
 /// A back-end that waits for a signal before it replies to the first such request.
-fn backend_slow_at(request: Request, protocol: u64) -> (ScriptedBackend, Sender<()>) {
+fn backend_slow_at(request: Request, protocol: ProtocolFeatures) -> (ScriptedBackend, Sender<()>) {
     let (go, gone) = channel();
     let mut held = false;
     let backend = ScriptedBackend::start(protocol, move |message| {
@@ -380,7 +386,8 @@ fn interrupted(
 #[rstest]
 fn a_ring_whose_stop_was_interrupted_is_restarted_by_reconnect(
     #[values(Request::SET_VRING_ENABLE, Request::GET_VRING_BASE)] slow: Request,
-    #[values(ALL, ALL & !bit(p::INFLIGHT_SHMFD), ALL & !bit(p::REPLY_ACK) & !bit(p::INFLIGHT_SHMFD))] protocol: u64,
+    #[values(ALL, ALL & !ProtocolFeatures::INFLIGHT_SHMFD, ALL & !ProtocolFeatures::REPLY_ACK & !ProtocolFeatures::INFLIGHT_SHMFD)]
+    protocol: ProtocolFeatures,
 ) {
     let (backend, go) = backend_slow_at(slow, protocol);
     let mut device = running(&backend, UserOptions::default());
@@ -413,7 +420,7 @@ fn a_ring_whose_stop_was_interrupted_is_restarted_by_reconnect(
 /// A back-end that, once armed, waits for a signal at the next such request and then replies with `code`.
 fn backend_held_at(
     request: Request,
-    protocol: u64,
+    protocol: ProtocolFeatures,
     code: u64,
 ) -> (ScriptedBackend, impl Fn(&ScriptedBackend), Sender<()>) {
     let ((go, gone), holds) = (channel(), Arc::new(AtomicBool::new(false)));
@@ -458,7 +465,7 @@ fn long_timeout() -> UserOptions {
 fn the_interrupt_ends_the_wait_for_any_reply_and_the_call_can_be_repeated(
     #[case] slow: Request,
     #[case] call: Call,
-    #[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64,
+    #[values(ALL, ALL & !ProtocolFeatures::REPLY_ACK)] protocol: ProtocolFeatures,
 ) {
     let (backend, hold, go) = backend_held_at(slow, protocol, 0);
     let mut device = running(&backend, long_timeout());
@@ -475,7 +482,9 @@ fn the_interrupt_ends_the_wait_for_any_reply_and_the_call_can_be_repeated(
 
 /// Rule F10.4.
 #[rstest]
-fn a_ring_whose_start_was_interrupted_runs_after_reconnect(#[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64) {
+fn a_ring_whose_start_was_interrupted_runs_after_reconnect(
+    #[values(ALL, ALL & !ProtocolFeatures::REPLY_ACK)] protocol: ProtocolFeatures,
+) {
     let (backend, hold, go) = backend_held_at(Request::SET_VRING_KICK, protocol, 0);
     let mut device = running(&backend, long_timeout());
     let call: Call = |device| device.start_ring(1, setup());
@@ -507,7 +516,7 @@ fn a_start_refused_after_an_interrupt_is_repeated_on_a_new_connection() {
 
 #[test]
 fn a_stop_timeout_keeps_the_connection_when_there_is_no_inflight_region() {
-    let (backend, go) = backend_slow_at(Request::GET_VRING_BASE, ALL & !bit(p::INFLIGHT_SHMFD));
+    let (backend, go) = backend_slow_at(Request::GET_VRING_BASE, ALL & !ProtocolFeatures::INFLIGHT_SHMFD);
     let options = UserOptions::default().with_stop_timeout(Duration::from_millis(30));
     let mut device = running(&backend, options);
     let error = device.stop_ring(0).unwrap_err();
@@ -523,7 +532,7 @@ fn two_rings() -> [(u16, RingSetup); 2] {
 }
 
 /// A back-end that replies only after the last message in `last` for ring 1.
-fn backend_replying_after(last: &[Request], protocol: u64) -> ScriptedBackend {
+fn backend_replying_after(last: &[Request], protocol: ProtocolFeatures) -> ScriptedBackend {
     let (last, mut kept) = (last.to_vec(), Vec::new());
     let rings = [Request::SET_VRING_CALL, Request::SET_VRING_KICK, Request::SET_VRING_NUM, Request::SET_VRING_BASE];
     let more = [Request::SET_VRING_ADDR, Request::SET_VRING_ENABLE, Request::GET_VRING_BASE];
@@ -542,7 +551,7 @@ fn backend_replying_after(last: &[Request], protocol: u64) -> ScriptedBackend {
 /// Rule R3.5.
 #[rstest]
 fn messages_that_start_and_stop_rings_are_sent_before_the_first_reply_is_read(
-    #[values(ALL, ALL & !bit(p::REPLY_ACK))] protocol: u64,
+    #[values(ALL, ALL & !ProtocolFeatures::REPLY_ACK)] protocol: ProtocolFeatures,
 ) {
     let backend = backend_replying_after(&[Request::SET_VRING_ENABLE], protocol);
     let mut device = backend.connect().unwrap();
@@ -648,7 +657,7 @@ fn ring_parameters_are_sent_again_only_after_a_change() {
     assert_eq!(told("VRING"), [&size[..], &place, &start].concat());
     device.stop_ring(0).unwrap();
     // Features and a status reset make the back-end forget them.
-    let forgets: [Call; 2] = [|device| device.set_features(0), |device| device.set_status(0)];
+    let forgets: [Call; 2] = [|device| device.set_features(VirtioFeatures::empty()), |device| device.set_status(0)];
     for forget in forgets {
         device.prepare_rings(&rings).unwrap();
         forget(&mut device).unwrap();
@@ -745,7 +754,7 @@ fn stopped_rings_stay_stopped_when_the_wait_for_the_next_is_interrupted() {
 
 #[test]
 fn each_ring_has_its_own_stop_timeout() {
-    let backend = ScriptedBackend::start(ALL & !bit(p::INFLIGHT_SHMFD), |message| {
+    let backend = ScriptedBackend::start(ALL & !ProtocolFeatures::INFLIGHT_SHMFD, |message| {
         match (message.request, message.payload.first()) {
             (Request::GET_VRING_BASE, Some(1)) => ScriptedReply::None,
             _ => ScriptedReply::Default,
@@ -889,7 +898,7 @@ fn set_config_and_restore_config_send_their_flags_and_report_refusals() {
         assert_eq!(backend.requests(), [""; 0], "what can't be right is not sent");
         assert_eq!(device.status().unwrap(), Some(7), "the connection goes on");
 
-        let backend = ScriptedBackend::start(ALL & !bit(p::CONFIG), |_| ScriptedReply::Default);
+        let backend = ScriptedBackend::start(ALL & !ProtocolFeatures::CONFIG, |_| ScriptedReply::Default);
         let error = write(&mut backend.connect().unwrap(), 8, b"bytes").unwrap_err();
         assert!(matches!(error, FrontendError::NotOffered { .. }), "{error}");
     }
@@ -927,7 +936,7 @@ fn an_invalid_inflight_region_is_refused() {
 
 /// Rules L15.4 and R6.1.
 #[rstest]
-fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(0, PACKED)] kind: u64) {
+fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(VirtioFeatures::empty(), PACKED)] kind: VirtioFeatures) {
     let backend = ScriptedBackend::start(ALL, |message| match message.request {
         Request::SEND_RARP => ScriptedReply::HangUp(vec![]),
         _ => ScriptedReply::Default,
@@ -1001,7 +1010,7 @@ fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(0, PACKED)] kind:
 
 #[test]
 fn reconnect_fails_with_outstanding_requests_and_no_inflight_region() {
-    let backend = ScriptedBackend::start(ALL & !bit(p::INFLIGHT_SHMFD), |_| ScriptedReply::Default);
+    let backend = ScriptedBackend::start(ALL & !ProtocolFeatures::INFLIGHT_SHMFD, |_| ScriptedReply::Default);
     let mut device = backend.connect().unwrap();
     device.set_features(VERSION_1).unwrap();
     assert!(!device.set_inflight(1, 8, None).unwrap());
@@ -1028,7 +1037,7 @@ fn reconnect_refuses_a_back_end_with_fewer_features() {
         }
     });
     let mut device = UserDevice::connect(&path, UserOptions::default(), Instant::now()).unwrap();
-    *started.lock().unwrap() = ALL & !bit(p::LOG_SHMFD);
+    *started.lock().unwrap() = ALL & !ProtocolFeatures::LOG_SHMFD;
     let error = device.reconnect(Instant::now()).unwrap_err();
     assert!(error.to_string().contains("LOG_SHMFD"), "{error}");
     *started.lock().unwrap() = ALL;
@@ -1123,7 +1132,7 @@ fn connect_waits_for_a_starting_back_end_until_the_deadline() {
 /// A device whose back-end replies to SET_DEVICE_STATE_FD with `code` and `fds`, and to CHECK_DEVICE_STATE with
 /// `check`.
 fn with_state(code: u64, mut fds: Vec<OwnedFd>, check: impl Fn() -> ScriptedReply + Send + 'static) -> UserDevice {
-    let backend = ScriptedBackend::start(ALL | bit(p::DEVICE_STATE), move |message| match message.request {
+    let backend = ScriptedBackend::start(ALL | ProtocolFeatures::DEVICE_STATE, move |message| match message.request {
         Request::SET_DEVICE_STATE_FD => {
             ScriptedReply::Raw(reply(message.request, code.as_bytes()), std::mem::take(&mut fds))
         }
@@ -1189,7 +1198,7 @@ fn a_failed_device_state_transfer_is_an_error() {
 #[test]
 fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
     for change in [0, 8, 16, 24] {
-        let backend = ScriptedBackend::start(ALL | bit(p::PAGEFAULT), move |message| match message.request {
+        let backend = ScriptedBackend::start(ALL | ProtocolFeatures::PAGEFAULT, move |message| match message.request {
             Request::SET_MEM_TABLE if message.payload.len() == 8 => ScriptedReply::None,
             Request::SET_MEM_TABLE => {
                 let mut payload = message.payload.clone();
@@ -1203,7 +1212,7 @@ fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
             Request::POSTCOPY_ADVISE => ScriptedReply::Raw(reply(message.request, &[]), vec![]),
             _ => ScriptedReply::Default,
         });
-        let protocol_features = UserOptions::default().protocol_features | bit(p::PAGEFAULT);
+        let protocol_features = UserOptions::default().protocol_features | ProtocolFeatures::PAGEFAULT;
         let mut device =
             backend.connect_with(UserOptions::default().with_protocol_features(protocol_features)).unwrap();
         assert!(matches!(device.postcopy_advise(), Err(FrontendError::NotOffered { .. })), "no fd came");
@@ -1233,7 +1242,7 @@ fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
 
 #[test]
 fn rarp_mtu_and_log_fd_are_sent_and_restored_by_reconnect() {
-    let all = ALL | 1 << p::RARP | 1 << p::MTU | 1 << p::RESET_DEVICE;
+    let all = ALL | ProtocolFeatures::RARP | ProtocolFeatures::MTU | ProtocolFeatures::RESET_DEVICE;
     let backend = ScriptedBackend::start(all, |_| ScriptedReply::Default);
     let mut device = backend.connect().unwrap();
     device.set_features(VERSION_1).unwrap();
@@ -1256,7 +1265,7 @@ fn rarp_mtu_and_log_fd_are_sent_and_restored_by_reconnect() {
 
     device.reset().unwrap();
     assert_eq!(backend.requests(), ["RESET_DEVICE"]);
-    assert_eq!(device.acked_features(), 0);
+    assert_eq!(device.acked_features(), VirtioFeatures::empty());
     device.set_features(VERSION_1).unwrap();
     device.start_ring(0, ring).unwrap();
     backend.take();
@@ -1275,6 +1284,6 @@ fn rarp_and_mtu_need_their_features_and_reset_falls_back_to_set_status() {
     assert!(matches!(device.set_mtu(1500), Err(FrontendError::NotOffered { .. })));
     device.reset().unwrap();
     assert_eq!(backend.requests(), ["SET_STATUS"]);
-    let backend = ScriptedBackend::start(1 << p::REPLY_ACK, |_| ScriptedReply::Default);
+    let backend = ScriptedBackend::start(ProtocolFeatures::REPLY_ACK, |_| ScriptedReply::Default);
     assert!(matches!(backend.connect().unwrap().reset(), Err(FrontendError::NotOffered { .. })));
 }

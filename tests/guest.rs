@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use ram_disk::{Faults, RamDisk};
 use rstest::rstest;
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::frontend::Device;
 use vhost_migrate::guest::{
     ByteLocation, DeviceState, Guest, GuestConfig, GuestError, GuestState, RequestKind, make_memory,
@@ -459,6 +460,6 @@ fn a_mismatched_disk_is_refused_with_both_values() {
     assert!(text.contains(&sizes), "{text}");
     let text = refused(&|device| device.bases.truncate(1));
     assert!(text.contains("queues differs: 2 here, 1 at the source"), "{text}");
-    let text = refused(&|device| device.features |= 1 << 13);
+    let text = refused(&|device| device.features |= VirtioFeatures::from_bits_retain(1 << 13));
     assert!(text.contains("it does not offer VIRTIO_BLK_F_DISCARD"), "{text}");
 }

@@ -17,8 +17,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
 use tempfile::TempDir;
-use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::protocol_feature;
+use vhost_migrate::abi::vhost_user::ProtocolFeatures;
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
 use vhost_migrate::backend::{self, BackendError, BackendListener};
 use vhost_migrate::dirty::{DirtyError, DirtySource, Log, PageSet, Pagemap};
@@ -65,11 +65,11 @@ impl Backend {
     }
 
     fn device(&self) -> UserDevice {
-        self.device_with(0)
+        self.device_with(ProtocolFeatures::empty())
     }
 
     /// Connects a front-end with additional protocol features.
-    fn device_with(&self, more: u64) -> UserDevice {
+    fn device_with(&self, more: ProtocolFeatures) -> UserDevice {
         let usual = UserOptions::default();
         let options = usual.with_protocol_features(usual.protocol_features | more);
         UserDevice::connect(self.socket(), options, Instant::now() + PATIENCE).unwrap()
@@ -174,7 +174,7 @@ fn a_guest_does_not_overwrite_foreign_disk_contents() {
 #[rstest]
 fn a_guest_survives_repeated_kills_of_its_back_end(
     #[values(false, true)] packed: bool,
-    #[values(0, bit(protocol_feature::INBAND_NOTIFICATIONS))] protocol_features: u64,
+    #[values(ProtocolFeatures::empty(), ProtocolFeatures::INBAND_NOTIFICATIONS)] protocol_features: ProtocolFeatures,
 ) {
     let mut backend = Backend::start();
     let device = backend.device_with(protocol_features);
@@ -460,7 +460,7 @@ struct StatefulDevice {
 }
 
 impl backend::VirtioDevice for StatefulDevice {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         self.disk.features()
     }
 
@@ -492,7 +492,7 @@ impl backend::VirtioDevice for StatefulDevice {
         Ok(())
     }
 
-    fn start_queue(&self, index: u16, size: u16, features: u64) -> std::io::Result<Box<dyn backend::Queue>> {
+    fn start_queue(&self, index: u16, size: u16, features: VirtioFeatures) -> std::io::Result<Box<dyn backend::Queue>> {
         if self.idles.load(Ordering::Relaxed) {
             return Err(std::io::Error::other("not now"));
         }

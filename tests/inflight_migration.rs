@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::EventFd;
 use rstest::rstest;
+use vhost_migrate::abi::vhost_user::ProtocolFeatures;
 use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
 use vhost_migrate::backend::{Queue, Request, VirtioDevice};
 use vhost_migrate::frontend::{UserDevice, UserOptions};
@@ -38,11 +40,11 @@ struct SlowQueue {
 }
 
 impl VirtioDevice for SlowDisk {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         self.0.features()
     }
 
-    fn protocol_features(&self) -> u64 {
+    fn protocol_features(&self) -> ProtocolFeatures {
         INFLIGHT_MIGRATION
     }
 
@@ -54,7 +56,7 @@ impl VirtioDevice for SlowDisk {
         self.0.config()
     }
 
-    fn start_queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, index: u16, size: u16, features: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         let disk = self.0.start_queue(index, size, features)?;
         Ok(Box::new(SlowQueue { disk, waiting: VecDeque::new(), ready: EventFd::from_value(1)? }))
     }

@@ -16,9 +16,8 @@ use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry;
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request as Code};
-use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
+use vhost_migrate::abi::virtio::{VIRTIO_F_VERSION_1, VirtioFeatures};
 use vhost_migrate::backend::{BackendError, FrontendHandle, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device as _, RingSetup, UserDevice, UserOptions};
@@ -70,7 +69,7 @@ impl<S: Subscriber> Layer<S> for RecordedEvents {
 struct EchoDevice(Mutex<Arc<FrontendHandle>>);
 
 impl VirtioDevice for EchoDevice {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         RING_FEATURES
     }
 
@@ -82,7 +81,7 @@ impl VirtioDevice for EchoDevice {
         *self.0.lock().unwrap() = host;
     }
 
-    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(SyncQueue::new(|_: &mut Request| {})))
     }
 }
@@ -136,7 +135,7 @@ fn each_message_is_one_event_on_each_side_of_either_channel() {
     let served = Served::new(&path, plain.clone());
 
     let mut device = UserDevice::connect(&path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
-    device.set_features(bit(VIRTIO_F_VERSION_1)).unwrap();
+    device.set_features(VIRTIO_F_VERSION_1).unwrap();
     device.set_inflight(1, 8, None).unwrap();
     let region = Region::share(sealed_memfd("guest", MIB).unwrap(), 0, MIB, 0).unwrap();
     device.set_memory(&Memory::new([Arc::new(region)]).unwrap()).unwrap();

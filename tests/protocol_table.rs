@@ -6,8 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use bitflags::Flags;
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::{BackendRequest, Request, protocol_feature};
+use vhost_migrate::abi::vhost_user::{BackendRequest, ProtocolFeatures, Request};
 use vhost_migrate::check;
 
 const PAGE: &str = include_str!("../docs/protocol.md");
@@ -61,7 +62,8 @@ fn every_message_of_a_back_end_is_spoken_of() {
 
 #[test]
 fn every_protocol_feature_has_a_row() {
-    let known: BTreeSet<_> = protocol_feature::NAMES.iter().map(|(_, name)| (*name).to_owned()).collect();
+    let known: BTreeSet<_> =
+        ProtocolFeatures::FLAGS.iter().filter(|f| f.is_named()).map(|f| f.name().to_owned()).collect();
     assert_eq!(names("protocol feature"), known);
 }
 

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 use ring::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, layout, memory, packed_layout, put_desc, ring_at};
-use vhost_migrate::abi::virtio::PackedDesc;
+use vhost_migrate::abi::virtio::{PackedDesc, VirtioFeatures};
 use vhost_migrate::memory::Memory;
 use vhost_migrate::ring::RingError::{Loop, TooManyBuffers};
 use vhost_migrate::ring::{
@@ -66,7 +66,7 @@ proptest! {
         memory.write(layout.avail, &avail[..usize::from(size) * 2 + 6]).unwrap();
         memory.write(layout.avail + 2, &base.wrapping_add(ahead).to_le_bytes()).unwrap();
         memory.write(layout.used + 2, &base.to_le_bytes()).unwrap();
-        let mut device = SplitDevice::new(&memory, layout, features, RingBase::split(base)).unwrap();
+        let mut device = SplitDevice::new(&memory, layout, VirtioFeatures::from_bits_retain(features), RingBase::split(base)).unwrap();
         drain(&mut device, size);
     }
 
@@ -186,10 +186,10 @@ proptest! {
         let (memory, layout) = (memory(), packed_layout(size));
         packed_put(&memory, &layout, &descs);
         memory.write(layout.driver, &event.to_le_bytes()).unwrap();
-        let _ = PackedDevice::new(&memory, layout, features, RingBase::from_bits(base));
+        let _ = PackedDevice::new(&memory, layout, VirtioFeatures::from_bits_retain(features), RingBase::from_bits(base));
         let (avail, used) = (indexes.0 % size, indexes.1 % size);
         let base = RingBase::packed(avail, avail >= used, used, true);
-        let mut device = PackedDevice::new(&memory, layout, features, base).unwrap();
+        let mut device = PackedDevice::new(&memory, layout, VirtioFeatures::from_bits_retain(features), base).unwrap();
         let mut chain = Chain::default();
         let in_flight = device.used_position().until(device.avail_position(), size).unwrap();
         let mut slots = u32::from(in_flight);
@@ -226,7 +226,7 @@ proptest! {
         let copies: Vec<PackedDesc> = copies.into_iter().map(|(addr, len, id, flags)| PackedDesc {
             addr: addr.into(), len: len.into(), id: id.into(), flags: flags.into(),
         }).collect();
-        let mut device = PackedDevice::new(&memory, layout, features, RingBase::PACKED_START).unwrap();
+        let mut device = PackedDevice::new(&memory, layout, VirtioFeatures::from_bits_retain(features), RingBase::PACKED_START).unwrap();
         let mut chain = Chain::default();
         if device.resubmit(&copies, &mut chain).is_ok() {
             prop_assert!((1..=8).contains(&copies.len()));
@@ -240,7 +240,7 @@ proptest! {
         requests in prop::collection::vec(1..4usize, 0..8), in_order in any::<bool>(),
     ) {
         let (memory, layout) = (memory(), packed_layout(7));
-        let features = if in_order { IN_ORDER } else { 0 };
+        let features = if in_order { IN_ORDER } else { VirtioFeatures::empty() };
         let mut driver = PackedDriver::new(&memory, layout, features).unwrap();
         let mut made = 0;
         for count in &requests {
@@ -314,7 +314,7 @@ fn a_guest_that_rewrites_a_packed_ring_while_it_is_read_gains_no_extra_buffers()
 #[test]
 fn a_chain_over_the_largest_packed_ring_is_refused() {
     let (memory, layout) = (memory(), packed_layout(32768));
-    let mut device = PackedDevice::new(&memory, layout, 0, RingBase::PACKED_START).unwrap();
+    let mut device = PackedDevice::new(&memory, layout, VirtioFeatures::empty(), RingBase::PACKED_START).unwrap();
     for index in 0..32768u64 {
         put_desc(&memory, layout.desc + index * 16, 0, 1, 0, 0x81);
     }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use ring::{EVENT_IDX, buffer, layout, memory, packed_at, packed_layout, ring_at};
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
 use vhost_migrate::ring::{Chain, PackedLayout, Position, RingLog, SplitLayout};
@@ -65,7 +66,7 @@ proptest! {
         ops in prop::collection::vec(op(), 1..40),
     ) {
         let (memory, layout) = (memory(), layout(size));
-        let (mut driver, mut device) = ring_at(&memory, layout, if event_idx { EVENT_IDX } else { 0 }, start);
+        let (mut driver, mut device) = ring_at(&memory, layout, if event_idx { EVENT_IDX } else { VirtioFeatures::empty() }, start);
         let log = Arc::new(Log::create(LOG_END).unwrap().0);
         let mut logging = false;
         let mut chain = Chain::default();
@@ -134,7 +135,7 @@ proptest! {
     ) {
         let (memory, layout) = (memory(), packed_layout(size));
         let start = Position { index: start, wrap: true };
-        let (mut driver, mut device) = packed_at(&memory, layout, if event_idx { EVENT_IDX } else { 0 }, start);
+        let (mut driver, mut device) = packed_at(&memory, layout, if event_idx { EVENT_IDX } else { VirtioFeatures::empty() }, start);
         let log = Arc::new(Log::create(LOG_END).unwrap().0);
         let mut logging = false;
         let mut chain = Chain::default();
@@ -176,7 +177,7 @@ proptest! {
 #[test]
 fn relog_used_marks_exactly_a_packed_ring_and_its_event_area() {
     let (memory, layout) = (memory(), packed_layout(1000));
-    let (_, mut device) = packed_at(&memory, layout, 0, Position::START);
+    let (_, mut device) = packed_at(&memory, layout, VirtioFeatures::empty(), Position::START);
     device.relog_used();
     let log = Arc::new(Log::create(LOG_END).unwrap().0);
     for (used_gpa, pages) in [(0x9000, [9, 9]), (0x9ffe, [9, 10]), (0x1000, [1, 1])] {
@@ -212,7 +213,7 @@ fn writes_to_a_packed_ring_outside_the_log_are_counted() {
 #[test]
 fn relog_used_marks_exactly_the_used_ring() {
     let (memory, layout) = (memory(), layout(1024));
-    let (_, mut device) = ring_at(&memory, layout, 0, 0);
+    let (_, mut device) = ring_at(&memory, layout, VirtioFeatures::empty(), 0);
     device.relog_used();
     let log = Arc::new(Log::create(LOG_END).unwrap().0);
     for (used_gpa, pages) in [(0x5000, 5..=7), (0x5ffc, 5..=8), (0x5000 - 8, 4..=6)] {

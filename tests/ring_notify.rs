@@ -11,12 +11,14 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, Sender, bounded};
 use proptest::prelude::*;
 use ring::{EVENT_IDX, buffer, either, layout, memory, packed_at, packed_layout, ring_at};
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::Memory;
 use vhost_migrate::ring::{Chain, DeviceRing, DriverRing, Position, RingError, RingLayout, RingLog};
 
 /// All variants of a ring: packed or not, and features.
-const VARIANTS: [(bool, u64); 4] = [(false, 0), (false, EVENT_IDX), (true, 0), (true, EVENT_IDX)];
+const VARIANTS: [(bool, VirtioFeatures); 4] = [(false, NONE), (false, EVENT_IDX), (true, NONE), (true, EVENT_IDX)];
+const NONE: VirtioFeatures = VirtioFeatures::empty();
 
 /// An error of one side: it does not look at the ring again after it has enabled notifications.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -104,7 +106,7 @@ fn run(
     memory: &Memory,
     packed: bool,
     size: u16,
-    features: u64,
+    features: VirtioFeatures,
     switches: &[usize],
     mutation: Mutation,
 ) -> Option<usize> {
@@ -141,7 +143,7 @@ fn run(
 
 /// Runs all schedules with up to three switches between steps, beside the switches that waiting forces. Returns their
 /// number, or the switches of one that fails.
-fn all_schedules(packed: bool, features: u64, mutation: Mutation) -> Result<usize, Vec<usize>> {
+fn all_schedules(packed: bool, features: VirtioFeatures, mutation: Mutation) -> Result<usize, Vec<usize>> {
     let (memory, mut runs) = (memory(), 0);
     for size in [1, 2] {
         let max_steps = 45;
@@ -180,7 +182,7 @@ fn wait(from: &Receiver<()>, side: &str) {
     from.recv_timeout(TIMEOUT).unwrap_or_else(|_| panic!("the {side} was not notified"));
 }
 
-fn threads(packed: bool, size: u16, features: u64, requests: u32) {
+fn threads(packed: bool, size: u16, features: VirtioFeatures, requests: u32) {
     let (mut driver, mut device) = either(&memory(), packed, size, features);
     let (kick, kicked) = bounded(1);
     let (call, called) = bounded(1);
@@ -384,13 +386,13 @@ proptest! {
 fn an_invalid_event_area_does_not_suppress_notifications() {
     let (memory, layout) = (memory(), packed_layout(4));
     for (features, flags, notified) in [
-        (0, 0u16, true),
-        (0, 1, false),
-        (0, 2, true),
-        (0, 3, true),
+        (NONE, 0u16, true),
+        (NONE, 1, false),
+        (NONE, 2, true),
+        (NONE, 3, true),
         (EVENT_IDX, 1, false),
         (EVENT_IDX, 3, true),
-        (0, 5, false),
+        (NONE, 5, false),
     ] {
         let (mut driver, mut device) = packed_at(&memory, layout, features, Position::START);
         for area in [layout.driver, layout.device] {
@@ -408,7 +410,7 @@ fn an_invalid_event_area_does_not_suppress_notifications() {
 #[test]
 fn disabling_and_enabling_notifications_takes_effect_on_the_other_side() {
     for packed in [false, true] {
-        let (mut driver, mut device) = either(&memory(), packed, 4, 0);
+        let (mut driver, mut device) = either(&memory(), packed, 4, VirtioFeatures::empty());
         let mut chain = Chain::default();
         let mut round = |driver: &mut DriverRing, device: &mut DeviceRing| {
             driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap();
@@ -433,13 +435,13 @@ fn disabling_and_enabling_notifications_takes_effect_on_the_other_side() {
 fn a_driver_continues_from_its_saved_state_on_a_ring_of_the_same_kind_only() {
     for packed in [false, true] {
         let memory = memory();
-        let (mut driver, mut device) = either(&memory, packed, 4, 0);
+        let (mut driver, mut device) = either(&memory, packed, 4, VirtioFeatures::empty());
         let head = driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap();
         let _ = driver.publish();
         let state = driver.state();
         drop(driver);
         let layouts = [RingLayout::Split(layout(4)), RingLayout::Packed(packed_layout(4))];
-        let restored = |layout| DriverRing::restore(&memory, layout, 0, &state);
+        let restored = |layout| DriverRing::restore(&memory, layout, VirtioFeatures::empty(), &state);
         let [own, other] = if packed { [layouts[1], layouts[0]] } else { layouts };
         let mut driver = restored(own).unwrap();
         assert_eq!((driver.outstanding(), driver.state()), (1, state.clone()));

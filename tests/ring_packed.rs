@@ -8,8 +8,7 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 use ring::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, memory, packed_at, packed_layout, put_desc};
-use vhost_migrate::abi::bit;
-use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED};
+use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED, VirtioFeatures};
 use vhost_migrate::ring::{
     Buffer, Chain, InOrderState, PackedDevice, PackedDriver, PackedDriverRequest, PackedDriverState, PackedLayout,
     Position, RingBase, RingError, UsedBuffer,
@@ -84,8 +83,8 @@ proptest! {
         event_idx in any::<bool>(), in_order in any::<bool>(), ops in prop::collection::vec(op(), 0..600),
     ) {
         let mut features = INDIRECT;
-        features |= if event_idx { EVENT_IDX } else { 0 };
-        features |= if in_order { IN_ORDER } else { 0 };
+        features |= if event_idx { EVENT_IDX } else { VirtioFeatures::empty() };
+        features |= if in_order { IN_ORDER } else { VirtioFeatures::empty() };
         let (memory, layout) = (memory(), packed_layout(size));
         let (mut driver, mut device) = packed_at(&memory, layout, features, start);
         let (mut made, mut visible) = (VecDeque::new(), 0);
@@ -244,7 +243,7 @@ fn one_chain(descs: &[(u64, u32, u16, u16)]) -> Result<Chain, RingError> {
 }
 
 fn one_chain_with(
-    features: u64,
+    features: VirtioFeatures,
     descs: &[(u64, u32, u16, u16)],
     table: &[(u64, u32, u16, u16)],
 ) -> Result<Chain, RingError> {
@@ -294,7 +293,7 @@ fn an_invalid_packed_chain_is_refused_with_its_error() {
     assert!(one_chain(&[(1, max, 0, N), (1, 1, 0, 0)]).is_ok());
     assert!(matches!(one_chain(&[(1, max, 0, N), (1, 2, 0, W)]), Err(TooManyBytes { .. })));
     let table = (TABLES, 32, 0, I);
-    assert!(matches!(one_chain_with(0, &[table], &[]), Err(Indirect { .. })));
+    assert!(matches!(one_chain_with(VirtioFeatures::empty(), &[table], &[]), Err(Indirect { .. })));
     assert!(matches!(one_chain(&[(TABLES, 32, 0, I | N), (1, 1, 1, 0)]), Err(Indirect { .. })));
     assert!(matches!(one_chain(&[(1, 1, 0, N), table]), Err(Indirect { .. })));
     assert!(matches!(one_chain(&[(TABLES, 0, 0, I)]), Err(Indirect { .. })));
@@ -306,7 +305,7 @@ fn an_invalid_packed_chain_is_refused_with_its_error() {
 #[test]
 fn packed_descriptors_in_flight_are_not_taken_again() {
     let (memory, layout) = (memory(), packed_layout(4));
-    let (mut driver, mut device) = packed_at(&memory, layout, 0, Position::START);
+    let (mut driver, mut device) = packed_at(&memory, layout, VirtioFeatures::empty(), Position::START);
     for i in 0..3 {
         driver.add(&[buffer(i, 1)], &[], None).unwrap().unwrap();
     }
@@ -327,7 +326,7 @@ fn packed_descriptors_in_flight_are_not_taken_again() {
 #[test]
 fn copies_with_an_invalid_number_of_descriptors_are_refused() {
     let (memory, layout) = (memory(), packed_layout(2));
-    let (mut driver, mut device) = packed_at(&memory, layout, 0, Position::START);
+    let (mut driver, mut device) = packed_at(&memory, layout, VirtioFeatures::empty(), Position::START);
     driver.add(&[buffer(1, 1)], &[buffer(2, 2)], None).unwrap().unwrap();
     let _ = driver.publish();
     let mut chain = Chain::default();
@@ -342,7 +341,7 @@ fn copies_with_an_invalid_number_of_descriptors_are_refused() {
 #[test]
 fn the_base_of_a_packed_ring_holds_both_positions() {
     let (memory, layout) = (memory(), packed_layout(5));
-    let new = |bits| PackedDevice::new(&memory, layout, 0, RingBase::from_bits(bits));
+    let new = |bits| PackedDevice::new(&memory, layout, VirtioFeatures::empty(), RingBase::from_bits(bits));
     let at = |index, wrap| Position { index, wrap };
     let positions = |bits| {
         let device = new(bits).unwrap();
@@ -375,7 +374,7 @@ fn a_device_deduces_the_position_of_a_packed_ring_with_a_stale_base() {
     let (here, there) = (Position { index: 2, wrap: false }, Position { index: 1, wrap: true });
     let at = |position: Position| {
         let base = RingBase::packed(position.index, position.wrap, position.index, position.wrap);
-        PackedDevice::new(&memory, layout, 0, base).unwrap()
+        PackedDevice::new(&memory, layout, VirtioFeatures::empty(), base).unwrap()
     };
     // Nothing can be deduced from a ring that no driver has written.
     for index in 0..4 {
@@ -383,7 +382,7 @@ fn a_device_deduces_the_position_of_a_packed_ring_with_a_stale_base() {
     }
     let mut device = at(there);
     assert_eq!((device.find_position().unwrap(), device.used_position()), (false, there));
-    drop(packed_at(&memory, layout, 0, here));
+    drop(packed_at(&memory, layout, VirtioFeatures::empty(), here));
     let mut device = at(here);
     assert_eq!((device.find_position().unwrap(), device.used_position()), (false, here));
     let mut device = at(there);
@@ -394,7 +393,7 @@ fn a_device_deduces_the_position_of_a_packed_ring_with_a_stale_base() {
 #[test]
 fn descriptor_flags_are_read_and_restored_only_inside_the_packed_ring() {
     let (memory, layout) = (memory(), packed_layout(4));
-    let (_driver, mut device) = packed_at(&memory, layout, 0, Position { index: 0, wrap: true });
+    let (_driver, mut device) = packed_at(&memory, layout, VirtioFeatures::empty(), Position { index: 0, wrap: true });
     put_desc(&memory, layout.desc + 3 * 16, 1, 2, 3, 0x8080);
     put_desc(&memory, layout.desc + 4 * 16, 4, 5, 6, 7);
     assert_eq!([2, 3, 4].map(|index| device.flags(index)), [0, 0x8080, 0]);
@@ -407,15 +406,15 @@ fn descriptor_flags_are_read_and_restored_only_inside_the_packed_ring() {
 
 #[test]
 fn the_initial_base_of_a_ring_depends_on_its_kind() {
-    let packed = bit(VIRTIO_F_RING_PACKED);
-    assert_eq!(RingBase::initial(0), RingBase::split(0));
+    let packed = VIRTIO_F_RING_PACKED;
+    assert_eq!(RingBase::initial(VirtioFeatures::empty()), RingBase::split(0));
     assert_eq!(RingBase::initial(packed), RingBase::PACKED_START);
     let starts = |features| {
         // The third is that of a front-end that knows only the avail position (rule R4.3).
         [0, 0x8000_8000, 0x0000_8000, 1, 0x8000_8001, 0x8001_8000]
             .map(|bits| RingBase::from_bits(bits).is_initial(features))
     };
-    assert_eq!(starts(0), [true, false, false, false, false, false]);
+    assert_eq!(starts(VirtioFeatures::empty()), [true, false, false, false, false, false]);
     assert_eq!(starts(packed), [false, true, true, false, false, false]);
 }
 
@@ -423,8 +422,8 @@ fn the_initial_base_of_a_ring_depends_on_its_kind() {
 #[test]
 fn a_base_of_zero_is_the_initial_base_of_a_packed_ring_that_was_never_used() {
     let (memory, layout) = (memory(), packed_layout(4));
-    let mut driver = PackedDriver::new(&memory, layout, 0).unwrap();
-    let at_zero = || PackedDevice::new(&memory, layout, 0, RingBase::from_bits(0)).unwrap();
+    let mut driver = PackedDriver::new(&memory, layout, VirtioFeatures::empty()).unwrap();
+    let at_zero = || PackedDevice::new(&memory, layout, VirtioFeatures::empty(), RingBase::from_bits(0)).unwrap();
     for round in 0..2 {
         // Requests that are available before the device is opened make no difference.
         let heads: Vec<_> = (0..4).map(|_| driver.add(&[buffer(0, 1)], &[], None).unwrap().unwrap()).collect();
@@ -449,7 +448,7 @@ fn a_packed_ring_that_is_misaligned_or_outside_guest_memory_is_refused() {
     let memory = memory();
     let new = |size, desc, driver, device| {
         let layout = PackedLayout { size, desc, driver, device };
-        PackedDevice::new(&memory, layout, 0, RingBase::PACKED_START).map(drop)
+        PackedDevice::new(&memory, layout, VirtioFeatures::empty(), RingBase::PACKED_START).map(drop)
     };
     let end = memory.end();
     for size in [1, 3, 8, 1000] {
@@ -472,7 +471,7 @@ fn a_packed_ring_that_is_misaligned_or_outside_guest_memory_is_refused() {
 #[test]
 fn a_packed_driver_refuses_completions_of_requests_that_are_not_in_flight() {
     let (memory, layout) = (memory(), packed_layout(4));
-    for features in [0, IN_ORDER] {
+    for features in [VirtioFeatures::empty(), IN_ORDER] {
         let (mut driver, _) = packed_at(&memory, layout, features, Position::START);
         let id = driver.add(&[buffer(0, 1)], &[buffer(1, 1)], None).unwrap().unwrap();
         let complete = |id: u16| put_desc(&memory, layout.desc, 0, 1, id, 0x8080 | W);
@@ -501,7 +500,7 @@ fn an_invalid_packed_driver_state_is_refused() {
         batch: batch.map(|head| UsedBuffer { head, len: 0 }),
     };
     let restore = |avail, published, used, requests: &[(u16, u16)], in_order: Option<InOrderState>| {
-        let features = if in_order.is_some() { IN_ORDER } else { 0 };
+        let features = if in_order.is_some() { IN_ORDER } else { VirtioFeatures::empty() };
         let requests = requests.iter().map(|&(id, slots)| PackedDriverRequest { id, slots }).collect();
         let state = PackedDriverState { avail, published, used, requests, held: 0, in_order };
         PackedDriver::restore(&memory, layout, features, &state).map(|driver| driver.free())

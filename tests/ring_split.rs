@@ -9,9 +9,8 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 use ring::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, layout, memory, put_desc, ring_at};
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost::{VHOST_ACCESS_RO, VHOST_ACCESS_RW};
-use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED};
+use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Access, Iotlb, IotlbMiss, IovaWindow, Memory};
 use vhost_migrate::ring::{
@@ -69,7 +68,7 @@ proptest! {
         size in (0..16u32).prop_map(|bits| 1u16 << bits), event_idx in any::<bool>(), in_order in any::<bool>(),
         start in prop_oneof![Just(0u16), Just(0xfff0), any::<u16>()], ops in prop::collection::vec(op(), 0..600),
     ) {
-        let features = INDIRECT | if event_idx { EVENT_IDX } else { 0 } | if in_order { IN_ORDER } else { 0 };
+        let features = INDIRECT | if event_idx { EVENT_IDX } else { VirtioFeatures::empty() } | if in_order { IN_ORDER } else { VirtioFeatures::empty() };
         let (memory, layout) = (memory(), layout(size));
         let (mut driver, mut device) = ring_at(&memory, layout, features, start);
         let (mut made, mut visible) = (VecDeque::new(), 0);
@@ -179,14 +178,14 @@ proptest! {
 #[test]
 fn a_split_device_continues_at_its_base_and_reads_requests_of_a_predecessor_again() {
     let (memory, layout) = (memory(), layout(4));
-    let (mut driver, mut first) = ring_at(&memory, layout, 0, 65535);
+    let (mut driver, mut first) = ring_at(&memory, layout, VirtioFeatures::empty(), 65535);
     let heads: Vec<u16> = (1..=3).map(|i| driver.add(&[buffer(i, 1)], &[], None).unwrap().unwrap()).collect();
     assert!(driver.publish());
     let mut chain = Chain::default();
     assert!(first.pop(&mut chain).unwrap());
     assert_eq!(first.base(), RingBase::split(0));
     drop(first);
-    let mut second = SplitDevice::new(&memory, layout, 0, RingBase::split(65535)).unwrap();
+    let mut second = SplitDevice::new(&memory, layout, VirtioFeatures::empty(), RingBase::split(65535)).unwrap();
     second.set_next_avail(0);
     second.resubmit(heads[0], &mut chain).unwrap();
     assert_eq!((chain.head, chain.readable[0].gpa), (heads[0], 1));
@@ -199,7 +198,7 @@ fn one_chain(descs: &[(u16, u64, u32, u16, u16)]) -> Result<Chain, RingError> {
     one_chain_with(INDIRECT, descs)
 }
 
-fn one_chain_with(features: u64, descs: &[(u16, u64, u32, u16, u16)]) -> Result<Chain, RingError> {
+fn one_chain_with(features: VirtioFeatures, descs: &[(u16, u64, u32, u16, u16)]) -> Result<Chain, RingError> {
     let (memory, layout) = (memory(), layout(8));
     let mut device = SplitDevice::new(&memory, layout, features, RingBase::split(0)).unwrap();
     for &(index, gpa, len, flags, next) in descs {
@@ -248,7 +247,7 @@ fn an_invalid_split_chain_is_refused_with_its_error() {
     assert!(one_chain(&[(0, 1, max, N, 1), (1, 1, 1, 0, 0)]).is_ok());
     assert!(matches!(one_chain(&[(0, 1, max, N, 1), (1, 1, 2, W, 0)]), Err(TooManyBytes { .. })));
     let table = (0, TABLES, 32, I, 0);
-    assert!(matches!(one_chain_with(0, &[table]), Err(Indirect { .. })));
+    assert!(matches!(one_chain_with(VirtioFeatures::empty(), &[table]), Err(Indirect { .. })));
     assert!(matches!(one_chain(&[(0, TABLES, 32, I | N, 1)]), Err(Indirect { .. })));
     assert!(matches!(one_chain(&[(0, TABLES, 0, I, 0)]), Err(Indirect { .. })));
     assert!(matches!(one_chain(&[(0, TABLES, 40, I, 0)]), Err(Indirect { .. })));
@@ -280,7 +279,7 @@ fn behind_an_iommu(memory: &Memory) -> (SplitDevice, Arc<Iotlb>) {
     ] {
         iotlb.update(iova, 0x1000, gpa, permission).unwrap();
     }
-    let [desc, avail, used] = RingLayout::area_bytes(0, 8);
+    let [desc, avail, used] = RingLayout::area_bytes(VirtioFeatures::empty(), 8);
     let areas = [(at.desc, desc, Access::Read), (at.avail, avail, Access::Read), (at.used, used, Access::ReadWrite)];
     let window = Arc::new(IovaWindow::open(memory, &iotlb, &areas, None).unwrap());
     let mut device = SplitDevice::new(window.memory(), at, INDIRECT, RingBase::split(0)).unwrap();
@@ -292,7 +291,7 @@ fn behind_an_iommu(memory: &Memory) -> (SplitDevice, Arc<Iotlb>) {
 fn buffers_behind_an_iommu_are_translated_page_by_page() {
     let memory = memory();
     let (mut device, iotlb) = behind_an_iommu(&memory);
-    let mut driver = SplitDriver::new(&memory, layout(8), 0).unwrap();
+    let mut driver = SplitDriver::new(&memory, layout(8), VirtioFeatures::empty()).unwrap();
     let mut add = |readable: &[Buffer], writable: &[Buffer]| {
         driver.add(readable, writable, None).unwrap();
         let _ = driver.publish();
@@ -354,12 +353,12 @@ fn the_used_ring_behind_an_iommu_is_logged_at_its_guest_physical_address() {
 #[test]
 fn the_areas_of_a_ring_depend_on_its_kind() {
     // 16 bytes per descriptor; flags, index and event word with 2 or 8 bytes per entry; packed: two event areas.
-    assert_eq!(RingLayout::area_bytes(0, 8), [128, 22, 70]);
-    assert_eq!(RingLayout::area_bytes(bit(VIRTIO_F_RING_PACKED), 8), [128, 4, 4]);
+    assert_eq!(RingLayout::area_bytes(VirtioFeatures::empty(), 8), [128, 22, 70]);
+    assert_eq!(RingLayout::area_bytes(VIRTIO_F_RING_PACKED, 8), [128, 4, 4]);
     let split = SplitLayout { size: 8, desc: 1, avail: 2, used: 3 };
     let packed = PackedLayout { size: 7, desc: 1, driver: 2, device: 3 };
-    assert_eq!(RingLayout::new(0, 8, 1, 2, 3), RingLayout::Split(split));
-    assert_eq!(RingLayout::new(bit(VIRTIO_F_RING_PACKED), 7, 1, 2, 3), RingLayout::Packed(packed));
+    assert_eq!(RingLayout::new(VirtioFeatures::empty(), 8, 1, 2, 3), RingLayout::Split(split));
+    assert_eq!(RingLayout::new(VIRTIO_F_RING_PACKED, 7, 1, 2, 3), RingLayout::Packed(packed));
     for (layout, size) in [(RingLayout::Split(split), 8), (RingLayout::Packed(packed), 7)] {
         assert_eq!((layout.areas(), layout.size()), ([1, 2, 3], size));
     }
@@ -371,7 +370,7 @@ fn an_invalid_avail_index_is_refused() {
     let offer = |idx: u16, head: u16| {
         memory.write(layout.avail + 2, &idx.to_le_bytes()).unwrap();
         memory.write(layout.avail + 4, &head.to_le_bytes()).unwrap();
-        let mut device = SplitDevice::new(&memory, layout, 0, RingBase::split(0)).unwrap();
+        let mut device = SplitDevice::new(&memory, layout, VirtioFeatures::empty(), RingBase::split(0)).unwrap();
         device.pop(&mut Chain::default())
     };
     assert!(matches!(offer(8, 0), Ok(true)));
@@ -379,7 +378,7 @@ fn an_invalid_avail_index_is_refused() {
     assert!(matches!(offer(u16::MAX, 0), Err(RingError::AvailIndex { .. })));
     assert!(matches!(offer(1, 8), Err(RingError::Descriptor { head: 8, index: 8, .. })));
     // One more request for each one taken, and none completed: more are in flight than the ring has entries.
-    let mut device = SplitDevice::new(&memory, layout, 0, RingBase::split(0)).unwrap();
+    let mut device = SplitDevice::new(&memory, layout, VirtioFeatures::empty(), RingBase::split(0)).unwrap();
     let mut chain = Chain::default();
     let mut offered = 0u16;
     let refused = std::iter::repeat_with(|| {
@@ -396,7 +395,7 @@ fn a_split_ring_that_is_misaligned_or_outside_guest_memory_is_refused() {
     let memory = memory();
     let new = |size, desc, avail, used| {
         let layout = SplitLayout { size, desc, avail, used };
-        SplitDevice::new(&memory, layout, 0, RingBase::default()).map(drop)
+        SplitDevice::new(&memory, layout, VirtioFeatures::empty(), RingBase::default()).map(drop)
     };
     let end = memory.end();
     assert!(new(8, 0, 0x100, 0x200).is_ok());
@@ -418,7 +417,7 @@ fn a_split_ring_that_is_misaligned_or_outside_guest_memory_is_refused() {
 #[test]
 fn a_split_driver_refuses_completions_of_requests_that_are_not_in_flight() {
     let (memory, layout) = (memory(), layout(4));
-    let (mut driver, _) = ring_at(&memory, layout, 0, 0);
+    let (mut driver, _) = ring_at(&memory, layout, VirtioFeatures::empty(), 0);
     let head = driver.add(&[buffer(0, 1)], &[buffer(1, 1)], None).unwrap().unwrap();
     let complete = |idx: u16, id: u32| {
         memory.write(layout.used + 2, &idx.to_le_bytes()).unwrap();
@@ -493,7 +492,7 @@ fn an_invalid_split_driver_state_is_refused() {
     let restore = |avail, published, used, chains: &[&[u16]]| {
         let chains = chains.iter().map(|chain| chain.to_vec()).collect();
         let state = SplitDriverState { avail, published, used, chains, ..Default::default() };
-        SplitDriver::restore(&memory, layout, 0, &state).map(|driver| driver.free())
+        SplitDriver::restore(&memory, layout, VirtioFeatures::empty(), &state).map(|driver| driver.free())
     };
     assert_eq!(restore(1, 0, 65535, &[&[3, 0], &[2]]).unwrap(), 1);
     assert!(restore(1, 1, 0, &[]).is_err());
@@ -517,7 +516,7 @@ fn an_invalid_split_driver_state_is_refused() {
         SplitDriver::restore(&memory, layout, features, &state).map(|driver| driver.free())
     };
     assert_eq!(restore(IN_ORDER, 0, &[(3, 0), (1, 0)]).unwrap(), 1);
-    assert!(restore(0, 0, &[(3, 0), (1, 0)]).is_err());
+    assert!(restore(VirtioFeatures::empty(), 0, &[(3, 0), (1, 0)]).is_err());
     assert!(restore(IN_ORDER, 4, &[(3, 0), (1, 0)]).is_err());
     assert!(restore(IN_ORDER, 0, &[(2, 0), (1, 0)]).is_err());
     assert!(restore(IN_ORDER, 0, &[(1, 0)]).is_err());

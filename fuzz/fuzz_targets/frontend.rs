@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use libfuzzer_sys::fuzz_target;
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use vhost_migrate::abi::vhost_user::{Header, InflightDescription, Request as Code, protocol_feature};
+use vhost_migrate::abi::vhost_user::{Header, InflightDescription, ProtocolFeatures, Request as Code};
+use vhost_migrate::abi::virtio::{VIRTIO_F_RING_PACKED, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, Iommu, Mapping, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::inflight;
@@ -28,7 +29,7 @@ const TIMEOUT: Duration = Duration::from_millis(5);
 /// Back-end side of the input.
 struct HostileBackend<'a> {
     input: &'a [u8],
-    features: u64,
+    features: VirtioFeatures,
     /// The back-end channel, if the front-end has sent one.
     channel: Option<UnixStream>,
 }
@@ -93,8 +94,11 @@ impl HostileBackend<'_> {
             Code::GET_STATUS => Some(7u64.as_bytes().to_vec()),
             Code::SET_LOG_BASE | Code::GET_VRING_BASE | Code::GET_CONFIG => Some(payload.to_vec()),
             Code::GET_INFLIGHT_FD => {
-                let kind =
-                    if self.features & 1 << 34 != 0 { inflight::RingKind::Packed } else { inflight::RingKind::Split };
+                let kind = if self.features.contains(VIRTIO_F_RING_PACKED) {
+                    inflight::RingKind::Packed
+                } else {
+                    inflight::RingKind::Split
+                };
                 let (_, region) = inflight::InflightRegion::create(kind, 2, 64).unwrap();
                 fd = Some(region);
                 let mmap_size = inflight::InflightRegion::bytes_for(kind, 2, 64).unwrap();
@@ -164,9 +168,9 @@ impl Iommu for Identity {
 }
 
 /// Uses a device as a VMM does. Errors are as good as success.
-fn drive(path: PathBuf, features: u64, in_band: bool, memory: &Memory) {
+fn drive(path: PathBuf, features: VirtioFeatures, in_band: bool, memory: &Memory) {
     let usual = UserOptions::default();
-    let more = if in_band { 1 << protocol_feature::INBAND_NOTIFICATIONS } else { 0 };
+    let more = if in_band { ProtocolFeatures::INBAND_NOTIFICATIONS } else { ProtocolFeatures::empty() };
     let protocol_features = usual.protocol_features | more;
     let options = usual.with_timeout(TIMEOUT).with_stop_timeout(TIMEOUT).with_protocol_features(protocol_features);
     let Ok(mut device) = UserDevice::connect(path, options, Instant::now()) else { return };
@@ -201,6 +205,7 @@ fuzz_target!(|input: &[u8]| {
     let Some((&features, input)) = input.split_first() else { return };
     let (in_band, iommu) = (features & 8 != 0, u64::from(features >> 4 & 1) << 33);
     let features = iommu | 1 << 32 | 1 << 30 | 1 << 26 | u64::from(features & 1) << 34 | u64::from(features & 6) << 27;
+    let features = VirtioFeatures::from_bits_retain(features);
     let path = FOLDER.path().join("socket");
     let count = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let before = count();

@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, LazyLock};
 
 use libfuzzer_sys::fuzz_target;
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{
     Buffer, Chain, PackedDevice, PackedDriver, PackedLayout, RingBase, SplitDevice, SplitDriver, SplitLayout,
@@ -31,7 +32,7 @@ fuzz_target!(|input: &[u8]| {
     }
     let all: Vec<u8> = bytes.iter().copied().cycle().take(BYTES as usize).collect();
     // Bits 24 to 39: INDIRECT_DESC, EVENT_IDX, and IN_ORDER.
-    let features = u64::from(features) << 24 | u64::from(bits >> 7) << 35;
+    let features = VirtioFeatures::from_bits_retain(u64::from(features) << 24 | u64::from(bits >> 7) << 35);
     if bits & 0x40 != 0 {
         let layout = PackedLayout { size: 1 + u16::from(bits & 0x3f), ..PACKED };
         packed(layout, features, [base_low, base_high, ahead, lag], requests, &all);
@@ -41,7 +42,7 @@ fuzz_target!(|input: &[u8]| {
     }
 });
 
-fn split(layout: SplitLayout, features: u64, indexes: [u8; 4], requests: u8, all: &[u8]) {
+fn split(layout: SplitLayout, features: VirtioFeatures, indexes: [u8; 4], requests: u8, all: &[u8]) {
     let memory = &*MEMORY;
     let mut driver = SplitDriver::new(memory, layout, features).unwrap();
     for request in 0..u64::from(requests) {
@@ -75,7 +76,7 @@ fn split(layout: SplitLayout, features: u64, indexes: [u8; 4], requests: u8, all
     let _ = (device.publish(), device.enable_notifications());
 }
 
-fn packed(layout: PackedLayout, features: u64, base: [u8; 4], requests: u8, all: &[u8]) {
+fn packed(layout: PackedLayout, features: VirtioFeatures, base: [u8; 4], requests: u8, all: &[u8]) {
     let memory = &*MEMORY;
     let mut driver = PackedDriver::new(memory, layout, features).unwrap();
     for request in 0..u64::from(requests) {

@@ -11,7 +11,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use vhost_migrate::abi::vhost_user::{Request, protocol_feature, unstable};
+use vhost_migrate::abi::virtio::VirtioFeatures;
+use vhost_migrate::abi::vhost_user::{Request, ProtocolFeatures, unstable};
 use vhost_migrate::backend::{BackendError, Queue, VirtioDevice};
 use vhost_migrate::memory::sealed_memfd;
 use vhost_migrate::ring::RingBase;
@@ -22,8 +23,8 @@ use vhost_migrate::unstable::backend::{
 struct Nothing;
 
 impl VirtioDevice for Nothing {
-    fn features(&self) -> u64 {
-        1 << 32 | 1 << 33
+    fn features(&self) -> VirtioFeatures {
+        VirtioFeatures::from_bits_retain(1 << 32 | 1 << 33)
     }
 
     fn queues(&self) -> u16 {
@@ -38,8 +39,8 @@ impl VirtioDevice for Nothing {
         vec![1; 60]
     }
 
-    fn protocol_features(&self) -> u64 {
-        1 << protocol_feature::PAGEFAULT | unstable::INFLIGHT_MIGRATION
+    fn protocol_features(&self) -> ProtocolFeatures {
+        ProtocolFeatures::PAGEFAULT | unstable::INFLIGHT_MIGRATION
     }
 
     fn state_kind(&self) -> Option<&'static str> {
@@ -55,7 +56,7 @@ impl VirtioDevice for Nothing {
         Ok(())
     }
 
-    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         Err(io::ErrorKind::Unsupported.into())
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use libfuzzer_sys::fuzz_target;
 use twox_hash::XxHash3_64;
 use vhost_migrate::abi::vhost_user::{
-    DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, DeviceStateTransfer, Request as Code, protocol_feature,
+    DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, DeviceStateTransfer, ProtocolFeatures, Request as Code,
 };
 use vhost_migrate::backend::VirtioDevice;
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
@@ -44,7 +44,7 @@ fn through_a_pipe(net: &Arc<NetDevice>, record: &[u8]) -> bool {
             session.handle_message(VhostUserMessage { code, flags: 1, payload: payload.to_vec(), fds }, &mut rings);
         if let MessageOutcome::Reply(reply) = step { reply.payload.first() == Some(&0) } else { false }
     };
-    tell(Code::SET_PROTOCOL_FEATURES, (1u64 << protocol_feature::DEVICE_STATE).as_bytes(), vec![]);
+    tell(Code::SET_PROTOCOL_FEATURES, ProtocolFeatures::DEVICE_STATE.as_bytes(), vec![]);
     let transfer = DeviceStateTransfer { direction: DEVICE_STATE_LOAD, phase: DEVICE_STATE_PHASE_STOPPED };
     assert!(tell(Code::SET_DEVICE_STATE_FD, transfer.as_bytes(), vec![file.into()]));
     tell(Code::CHECK_DEVICE_STATE, &[], vec![])

@@ -8,9 +8,9 @@
 //! Name the features that a device offers:
 //!
 //! ```
-//! use vhost_migrate::abi::{bit, features::feature_names, virtio::*};
+//! use vhost_migrate::abi::{features::feature_names, virtio::*};
 //!
-//! let offered = bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_F_VERSION_1);
+//! let offered = VIRTIO_BLK_F_FLUSH | VIRTIO_F_VERSION_1;
 //! assert_eq!(feature_names(offered, Some(VIRTIO_ID_BLOCK)), "VIRTIO_BLK_F_FLUSH, VIRTIO_F_VERSION_1");
 //! ```
 #![forbid(unsafe_code)]
@@ -22,12 +22,6 @@ pub mod vduse;
 pub mod vhost;
 pub mod vhost_user;
 pub mod virtio;
-
-/// The mask of feature bit `number`, for virtio, vhost and vhost-user protocol features alike. It is 0 for 64 and
-/// above.
-pub const fn bit(number: u32) -> u64 {
-    if number < u64::BITS { 1 << number } else { 0 }
-}
 
 /// Declares a plain structure with its size and the offset of every field in bytes, and checks both at compile time.
 /// The derived `IntoBytes` refuses padding that is not a field of its own.

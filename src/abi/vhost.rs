@@ -10,6 +10,7 @@
 //!
 //! assert_eq!(VHOST_GET_FEATURES, ior::<u64>(0xaf, 0x00));
 //! ```
+use super::virtio::{VirtioFeatures, feature};
 use super::wire;
 
 /// The number of an ioctl without an argument: `_IO(kind, number)`.
@@ -64,7 +65,7 @@ wire! {
     VringAddr, 40 bytes {
         /// Ring index.
         index: u32 => 0,
-        /// Bit [`VHOST_VRING_F_LOG`]: used-ring writes are logged at `log_guest_addr`.
+        /// [`VHOST_VRING_F_LOG`]: used-ring writes are logged at `log_guest_addr`.
         flags: u32 => 4,
         /// Address of the descriptor table: a user address of the front-end, or an IOVA with VIRTIO_F_ACCESS_PLATFORM.
         desc_user_addr: u64 => 8,
@@ -194,11 +195,20 @@ pub const VHOST_FILE_UNBIND: i32 = -1;
 pub const VHOST_PAGE_SIZE: u64 = 0x1000;
 
 /// Feature bit: every write to guest memory is logged. It may change while rings run (rules L3.1, R1.4).
-pub const VHOST_F_LOG_ALL: u32 = 26;
+pub const VHOST_F_LOG_ALL: VirtioFeatures = feature(26);
 /// Feature bit of vhost-net: the device adds and strips the virtio-net header itself.
-pub const VHOST_NET_F_VIRTIO_NET_HDR: u32 = 27;
-/// Bit number in [`VringAddr::flags`]: `log_guest_addr` is valid and used-ring writes are logged.
-pub const VHOST_VRING_F_LOG: u32 = 0;
+pub const VHOST_NET_F_VIRTIO_NET_HDR: VirtioFeatures = feature(27);
+bitflags::bitflags! {
+    /// Flags of [`VringAddr::flags`]. Unknown flags are kept.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    #[repr(transparent)]
+    pub struct VringAddrFlags: u32 {
+        const _ = !0;
+    }
+}
+
+/// [`VringAddr::flags`]: `log_guest_addr` is valid, and writes to the used ring are logged there.
+pub const VHOST_VRING_F_LOG: VringAddrFlags = VringAddrFlags::from_bits_retain(1 << 0);
 
 /// Ring byte order: little-endian.
 pub const VHOST_VRING_LITTLE_ENDIAN: u32 = 0;

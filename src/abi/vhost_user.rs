@@ -17,10 +17,11 @@ use super::wire;
 use std::fmt;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-pub use super::vhost::{IotlbMsg, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG, VringAddr, VringState};
+pub use super::vhost::{IotlbMsg, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG, VringAddr, VringAddrFlags, VringState};
+use super::virtio::{VirtioFeatures, feature};
 
 /// Feature bit of SET_FEATURES: protocol features are negotiated, and rings start disabled (rules R1.1, R2.1).
-pub const VHOST_USER_F_PROTOCOL_FEATURES: u32 = 30;
+pub const VHOST_USER_F_PROTOCOL_FEATURES: VirtioFeatures = feature(30);
 /// Guest memory covered by one bit of the dirty log, bytes.
 pub const VHOST_LOG_PAGE: u64 = 4096;
 /// Maximum number of regions in a SET_MEM_TABLE, and of fds in one message.
@@ -59,23 +60,20 @@ pub const DEVICE_STATE_NOFD_MASK: u64 = 0x100;
 pub const SHMEM_MAP_RW: u64 = 1;
 
 /// Transport features of User-mode Linux's front-end.
-pub const UML_SUPPORTED_F: u64 = super::bit(VHOST_USER_F_PROTOCOL_FEATURES);
+pub const UML_SUPPORTED_F: VirtioFeatures = VHOST_USER_F_PROTOCOL_FEATURES;
 /// Protocol features of User-mode Linux's front-end.
-pub const UML_SUPPORTED_PROTOCOL_F: u64 = super::bit(protocol_feature::REPLY_ACK)
-    | super::bit(protocol_feature::BACKEND_REQ)
-    | super::bit(protocol_feature::CONFIG);
+pub const UML_SUPPORTED_PROTOCOL_F: ProtocolFeatures =
+    ProtocolFeatures::REPLY_ACK.union(ProtocolFeatures::BACKEND_REQ).union(ProtocolFeatures::CONFIG);
 /// Number of regions in every SET_MEM_TABLE payload of User-mode Linux, also if `nregions` is less (rule F6.2).
 pub const UML_MEM_TABLE_REGIONS: usize = 2;
 
-/// Numbers that the specification has not settled (rule I8.1). They are used only on request, and defined only here.
+/// Numbers that the specification has not settled (rule I8.1). They are used only on request.
 pub mod unstable {
-    /// Protocol feature: GET_VRING_BASE leaves requests marked in the inflight region.
-    pub const F_GET_VRING_BASE_INFLIGHT: u32 = 20;
-    /// Protocol feature: [`GET_VRING_BASE_SKIP_DRAIN`] is supported.
-    pub const F_GET_VRING_BASE_SKIP_DRAIN: u32 = 23;
-    /// Mask of both features. Neither is useful without the other.
-    pub const INFLIGHT_MIGRATION: u64 =
-        super::super::bit(F_GET_VRING_BASE_INFLIGHT) | super::super::bit(F_GET_VRING_BASE_SKIP_DRAIN);
+    use super::ProtocolFeatures;
+
+    /// Both protocol features. Neither is useful without the other.
+    pub const INFLIGHT_MIGRATION: ProtocolFeatures =
+        ProtocolFeatures::GET_VRING_BASE_INFLIGHT.union(ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN);
     /// Request: GET_VRING_BASE without draining the ring.
     pub const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
     /// Number of the same request in one implementation. The specification assigns it to GET_SHMEM_CONFIG.
@@ -86,7 +84,7 @@ pub mod unstable {
 pub mod own {
     /// Protocol feature: the requests of this module are supported. The specification adds bits from the other end of
     /// the word.
-    pub const F_DISK_GENERATION: u32 = 62;
+    pub const F_DISK_GENERATION: super::ProtocolFeatures = super::ProtocolFeatures::from_bits_retain(1 << 62);
     /// Asks a disk that no ring uses for its [`DiskGeneration`](super::DiskGeneration). A reply without payload means
     /// that the generation is not known.
     pub const GET_DISK_GENERATION: super::Request = super::Request(0x7664_0001);
@@ -95,69 +93,69 @@ pub mod own {
     pub const GET_DISK_IDENTITY: super::Request = super::Request(0x7664_0002);
 }
 
-/// Protocol feature bits of GET_PROTOCOL_FEATURES and SET_PROTOCOL_FEATURES: bit numbers, and [`NAMES`] for messages.
-///
-/// [`NAMES`]: protocol_feature::NAMES
-pub mod protocol_feature {
-    pub use crate::abi::bit;
+/// Protocol feature bits of GET_PROTOCOL_FEATURES and SET_PROTOCOL_FEATURES. Unknown bits are kept.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(transparent)]
+pub struct ProtocolFeatures(u64);
 
-    macro_rules! features {
-        ($($(#[$doc:meta])* $name:ident = $bit:expr;)*) => {
-            $($(#[$doc])* pub const $name: u32 = $bit;)*
-            /// Every known bit with the specification's name.
-            pub const NAMES: &[(u32, &str)] = &[$(($name, stringify!($name))),*];
-        };
+/// The specification's names of the bits that are set.
+impl fmt::Debug for ProtocolFeatures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        bitflags::parser::to_writer(self, f)
     }
+}
 
-    features! {
+bitflags::bitflags! {
+    impl ProtocolFeatures: u64 {
         /// Several queues.
-        MQ = 0;
+        const MQ = 1 << 0;
         /// SET_LOG_BASE carries an fd.
-        LOG_SHMFD = 1;
+        const LOG_SHMFD = 1 << 1;
         /// SEND_RARP.
-        RARP = 2;
+        const RARP = 1 << 2;
         /// The need-reply flag and its u64 reply (rule F4.1).
-        REPLY_ACK = 3;
+        const REPLY_ACK = 1 << 3;
         /// NET_SET_MTU.
-        MTU = 4;
+        const MTU = 1 << 4;
         /// The back-end channel: SET_BACKEND_REQ_FD.
-        BACKEND_REQ = 5;
+        const BACKEND_REQ = 1 << 5;
         /// SET_VRING_ENDIAN.
-        CROSS_ENDIAN = 6;
+        const CROSS_ENDIAN = 1 << 6;
         /// Crypto sessions.
-        CRYPTO_SESSION = 7;
+        const CRYPTO_SESSION = 1 << 7;
         /// Postcopy (rule P1).
-        PAGEFAULT = 8;
+        const PAGEFAULT = 1 << 8;
         /// GET_CONFIG and SET_CONFIG.
-        CONFIG = 9;
+        const CONFIG = 1 << 9;
         /// The back-end channel carries fds.
-        BACKEND_SEND_FD = 10;
+        const BACKEND_SEND_FD = 1 << 10;
         /// VRING_HOST_NOTIFIER_MSG.
-        HOST_NOTIFIER = 11;
+        const HOST_NOTIFIER = 1 << 11;
         /// GET_INFLIGHT_FD and SET_INFLIGHT_FD.
-        INFLIGHT_SHMFD = 12;
+        const INFLIGHT_SHMFD = 1 << 12;
         /// RESET_DEVICE.
-        RESET_DEVICE = 13;
+        const RESET_DEVICE = 1 << 13;
         /// VRING_KICK, and on the back-end channel VRING_CALL and VRING_ERR.
-        INBAND_NOTIFICATIONS = 14;
+        const INBAND_NOTIFICATIONS = 1 << 14;
         /// GET_MAX_MEM_SLOTS, ADD_MEM_REG and REM_MEM_REG.
-        CONFIGURE_MEM_SLOTS = 15;
+        const CONFIGURE_MEM_SLOTS = 1 << 15;
         /// GET_STATUS and SET_STATUS.
-        STATUS = 16;
+        const STATUS = 1 << 16;
         /// Xen's own region layout.
-        XEN_MMAP = 17;
+        const XEN_MMAP = 1 << 17;
         /// Shared objects by UUID.
-        SHARED_OBJECT = 18;
+        const SHARED_OBJECT = 1 << 18;
         /// SET_DEVICE_STATE_FD and CHECK_DEVICE_STATE (rules D1.2, D1.4).
-        DEVICE_STATE = 19;
-        /// Unstable, see [`unstable`](super::unstable).
-        GET_VRING_BASE_INFLIGHT = super::unstable::F_GET_VRING_BASE_INFLIGHT;
+        const DEVICE_STATE = 1 << 19;
+        /// GET_VRING_BASE leaves requests marked in the inflight region. Unstable, see [`unstable`].
+        const GET_VRING_BASE_INFLIGHT = 1 << 20;
         /// Ring addresses are guest-physical.
-        GPA_ADDRESSES = 21;
+        const GPA_ADDRESSES = 1 << 21;
         /// SHMEM_MAP, SHMEM_UNMAP and GET_SHMEM_CONFIG.
-        SHMEM = 22;
-        /// Unstable, see [`unstable`](super::unstable).
-        GET_VRING_BASE_SKIP_DRAIN = super::unstable::F_GET_VRING_BASE_SKIP_DRAIN;
+        const SHMEM = 1 << 22;
+        /// [`unstable::GET_VRING_BASE_SKIP_DRAIN`]. Unstable, see [`unstable`].
+        const GET_VRING_BASE_SKIP_DRAIN = 1 << 23;
+        const _ = !0;
     }
 }
 

@@ -11,34 +11,63 @@
 //! assert_eq!([desc_table_bytes(256), avail_ring_bytes(256), used_ring_bytes(256)], [4096, 518, 2054]);
 //! ```
 use super::wire;
+use std::fmt;
 use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-// Feature bits (numbers, see `abi::bit`).
+/// Feature bits of virtio and vhost, as in GET_FEATURES and SET_FEATURES.
+///
+/// The bits are constants with the names of the headers, such as [`VIRTIO_F_VERSION_1`]; those from 0 to 23 mean
+/// something else for every type of device. Bits without a constant are kept.
+/// [`feature_names`](super::features::feature_names) gives the names.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(transparent))]
+#[repr(transparent)]
+pub struct VirtioFeatures(u64);
+
+bitflags::bitflags! {
+    impl VirtioFeatures: u64 {
+        const _ = !0;
+    }
+}
+
+impl fmt::Debug for VirtioFeatures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.bits())
+    }
+}
+
+/// The feature of bit `number`, at most 63.
+pub(super) const fn feature(number: u32) -> VirtioFeatures {
+    VirtioFeatures::from_bits_retain(1 << number)
+}
+
+// Feature bits.
 
 /// Legacy: the device notifies when the ring becomes empty, even if notifications are suppressed.
-pub const VIRTIO_F_NOTIFY_ON_EMPTY: u32 = 24;
+pub const VIRTIO_F_NOTIFY_ON_EMPTY: VirtioFeatures = feature(24);
 /// Legacy: any descriptor layout.
-pub const VIRTIO_F_ANY_LAYOUT: u32 = 27;
+pub const VIRTIO_F_ANY_LAYOUT: VirtioFeatures = feature(27);
 /// Indirect descriptors.
-pub const VIRTIO_RING_F_INDIRECT_DESC: u32 = 28;
+pub const VIRTIO_RING_F_INDIRECT_DESC: VirtioFeatures = feature(28);
 /// Notification by index: `used_event` and `avail_event`.
-pub const VIRTIO_RING_F_EVENT_IDX: u32 = 29;
+pub const VIRTIO_RING_F_EVENT_IDX: VirtioFeatures = feature(29);
 /// Virtio 1.0 or later.
-pub const VIRTIO_F_VERSION_1: u32 = 32;
+pub const VIRTIO_F_VERSION_1: VirtioFeatures = feature(32);
 /// Addresses are IOVAs.
-pub const VIRTIO_F_ACCESS_PLATFORM: u32 = 33;
+pub const VIRTIO_F_ACCESS_PLATFORM: VirtioFeatures = feature(33);
 /// Packed rings.
-pub const VIRTIO_F_RING_PACKED: u32 = 34;
+pub const VIRTIO_F_RING_PACKED: VirtioFeatures = feature(34);
 /// Buffers are used in the order they were made available.
-pub const VIRTIO_F_IN_ORDER: u32 = 35;
+pub const VIRTIO_F_IN_ORDER: VirtioFeatures = feature(35);
 /// The driver orders memory accesses as the platform requires.
-pub const VIRTIO_F_ORDER_PLATFORM: u32 = 36;
+pub const VIRTIO_F_ORDER_PLATFORM: VirtioFeatures = feature(36);
 /// SR-IOV.
-pub const VIRTIO_F_SR_IOV: u32 = 37;
+pub const VIRTIO_F_SR_IOV: VirtioFeatures = feature(37);
 /// Kicks carry data.
-pub const VIRTIO_F_NOTIFICATION_DATA: u32 = 38;
+pub const VIRTIO_F_NOTIFICATION_DATA: VirtioFeatures = feature(38);
 /// Rings can be reset one by one.
-pub const VIRTIO_F_RING_RESET: u32 = 40;
+pub const VIRTIO_F_RING_RESET: VirtioFeatures = feature(40);
 
 // Device status bits.
 
@@ -204,33 +233,33 @@ wire! {
 // Block device.
 
 /// Legacy: barriers.
-pub const VIRTIO_BLK_F_BARRIER: u32 = 0;
+pub const VIRTIO_BLK_F_BARRIER: VirtioFeatures = feature(0);
 /// `size_max` is valid.
-pub const VIRTIO_BLK_F_SIZE_MAX: u32 = 1;
+pub const VIRTIO_BLK_F_SIZE_MAX: VirtioFeatures = feature(1);
 /// `seg_max` is valid.
-pub const VIRTIO_BLK_F_SEG_MAX: u32 = 2;
+pub const VIRTIO_BLK_F_SEG_MAX: VirtioFeatures = feature(2);
 /// `geometry` is valid.
-pub const VIRTIO_BLK_F_GEOMETRY: u32 = 4;
+pub const VIRTIO_BLK_F_GEOMETRY: VirtioFeatures = feature(4);
 /// The disk is read-only.
-pub const VIRTIO_BLK_F_RO: u32 = 5;
+pub const VIRTIO_BLK_F_RO: VirtioFeatures = feature(5);
 /// `blk_size` is valid.
-pub const VIRTIO_BLK_F_BLK_SIZE: u32 = 6;
+pub const VIRTIO_BLK_F_BLK_SIZE: VirtioFeatures = feature(6);
 /// Legacy: SCSI commands.
-pub const VIRTIO_BLK_F_SCSI: u32 = 7;
+pub const VIRTIO_BLK_F_SCSI: VirtioFeatures = feature(7);
 /// Flush requests are supported.
-pub const VIRTIO_BLK_F_FLUSH: u32 = 9;
+pub const VIRTIO_BLK_F_FLUSH: VirtioFeatures = feature(9);
 /// The topology fields are valid.
-pub const VIRTIO_BLK_F_TOPOLOGY: u32 = 10;
+pub const VIRTIO_BLK_F_TOPOLOGY: VirtioFeatures = feature(10);
 /// `wce` can be written to switch the write cache.
-pub const VIRTIO_BLK_F_CONFIG_WCE: u32 = 11;
+pub const VIRTIO_BLK_F_CONFIG_WCE: VirtioFeatures = feature(11);
 /// `num_queues` is valid.
-pub const VIRTIO_BLK_F_MQ: u32 = 12;
+pub const VIRTIO_BLK_F_MQ: VirtioFeatures = feature(12);
 /// Discard requests are supported.
-pub const VIRTIO_BLK_F_DISCARD: u32 = 13;
+pub const VIRTIO_BLK_F_DISCARD: VirtioFeatures = feature(13);
 /// Write-zeroes requests are supported.
-pub const VIRTIO_BLK_F_WRITE_ZEROES: u32 = 14;
+pub const VIRTIO_BLK_F_WRITE_ZEROES: VirtioFeatures = feature(14);
 /// Secure-erase requests are supported.
-pub const VIRTIO_BLK_F_SECURE_ERASE: u32 = 16;
+pub const VIRTIO_BLK_F_SECURE_ERASE: VirtioFeatures = feature(16);
 
 /// Request: read.
 pub const VIRTIO_BLK_T_IN: u32 = 0;
@@ -349,51 +378,51 @@ wire! {
 // Net device.
 
 /// The device accepts packets with partial checksum.
-pub const VIRTIO_NET_F_CSUM: u32 = 0;
+pub const VIRTIO_NET_F_CSUM: VirtioFeatures = feature(0);
 /// The driver accepts packets with partial checksum.
-pub const VIRTIO_NET_F_GUEST_CSUM: u32 = 1;
+pub const VIRTIO_NET_F_GUEST_CSUM: VirtioFeatures = feature(1);
 /// The control queue changes offloads.
-pub const VIRTIO_NET_F_CTRL_GUEST_OFFLOADS: u32 = 2;
+pub const VIRTIO_NET_F_CTRL_GUEST_OFFLOADS: VirtioFeatures = feature(2);
 /// `mtu` is valid.
-pub const VIRTIO_NET_F_MTU: u32 = 3;
+pub const VIRTIO_NET_F_MTU: VirtioFeatures = feature(3);
 /// `mac` is valid.
-pub const VIRTIO_NET_F_MAC: u32 = 5;
+pub const VIRTIO_NET_F_MAC: VirtioFeatures = feature(5);
 /// The driver accepts TSO over IPv4.
-pub const VIRTIO_NET_F_GUEST_TSO4: u32 = 7;
+pub const VIRTIO_NET_F_GUEST_TSO4: VirtioFeatures = feature(7);
 /// The driver accepts TSO over IPv6.
-pub const VIRTIO_NET_F_GUEST_TSO6: u32 = 8;
+pub const VIRTIO_NET_F_GUEST_TSO6: VirtioFeatures = feature(8);
 /// The driver accepts TSO with ECN.
-pub const VIRTIO_NET_F_GUEST_ECN: u32 = 9;
+pub const VIRTIO_NET_F_GUEST_ECN: VirtioFeatures = feature(9);
 /// The driver accepts UFO.
-pub const VIRTIO_NET_F_GUEST_UFO: u32 = 10;
+pub const VIRTIO_NET_F_GUEST_UFO: VirtioFeatures = feature(10);
 /// The device accepts TSO over IPv4.
-pub const VIRTIO_NET_F_HOST_TSO4: u32 = 11;
+pub const VIRTIO_NET_F_HOST_TSO4: VirtioFeatures = feature(11);
 /// The device accepts TSO over IPv6.
-pub const VIRTIO_NET_F_HOST_TSO6: u32 = 12;
+pub const VIRTIO_NET_F_HOST_TSO6: VirtioFeatures = feature(12);
 /// The device accepts TSO with ECN.
-pub const VIRTIO_NET_F_HOST_ECN: u32 = 13;
+pub const VIRTIO_NET_F_HOST_ECN: VirtioFeatures = feature(13);
 /// The device accepts UFO.
-pub const VIRTIO_NET_F_HOST_UFO: u32 = 14;
+pub const VIRTIO_NET_F_HOST_UFO: VirtioFeatures = feature(14);
 /// A received packet may span several buffers.
-pub const VIRTIO_NET_F_MRG_RXBUF: u32 = 15;
+pub const VIRTIO_NET_F_MRG_RXBUF: VirtioFeatures = feature(15);
 /// `status` is valid.
-pub const VIRTIO_NET_F_STATUS: u32 = 16;
+pub const VIRTIO_NET_F_STATUS: VirtioFeatures = feature(16);
 /// The device has a control queue.
-pub const VIRTIO_NET_F_CTRL_VQ: u32 = 17;
+pub const VIRTIO_NET_F_CTRL_VQ: VirtioFeatures = feature(17);
 /// The control queue sets receive modes.
-pub const VIRTIO_NET_F_CTRL_RX: u32 = 18;
+pub const VIRTIO_NET_F_CTRL_RX: VirtioFeatures = feature(18);
 /// The control queue filters VLANs.
-pub const VIRTIO_NET_F_CTRL_VLAN: u32 = 19;
+pub const VIRTIO_NET_F_CTRL_VLAN: VirtioFeatures = feature(19);
 /// The control queue sets more receive modes.
-pub const VIRTIO_NET_F_CTRL_RX_EXTRA: u32 = 20;
+pub const VIRTIO_NET_F_CTRL_RX_EXTRA: VirtioFeatures = feature(20);
 /// The driver announces itself on request.
-pub const VIRTIO_NET_F_GUEST_ANNOUNCE: u32 = 21;
+pub const VIRTIO_NET_F_GUEST_ANNOUNCE: VirtioFeatures = feature(21);
 /// The device has several queue pairs.
-pub const VIRTIO_NET_F_MQ: u32 = 22;
+pub const VIRTIO_NET_F_MQ: VirtioFeatures = feature(22);
 /// The control queue sets the MAC address.
-pub const VIRTIO_NET_F_CTRL_MAC_ADDR: u32 = 23;
+pub const VIRTIO_NET_F_CTRL_MAC_ADDR: VirtioFeatures = feature(23);
 /// `speed` and `duplex` are valid.
-pub const VIRTIO_NET_F_SPEED_DUPLEX: u32 = 63;
+pub const VIRTIO_NET_F_SPEED_DUPLEX: VirtioFeatures = feature(63);
 
 /// [`NetConfig::status`]: the link is up.
 pub const VIRTIO_NET_S_LINK_UP: u16 = 1;

@@ -13,26 +13,23 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::sys::eventfd::EventFd;
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::abi::bit;
-use crate::abi::vhost_user::{DiskGeneration, Request as Code};
+use crate::abi::vhost_user::{DiskGeneration, ProtocolFeatures, Request as Code};
 use crate::abi::virtio::{
-    VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
 };
 use crate::backend::{BackendError, FrontendHandle};
 use crate::memory::{Memory, MemoryError};
 use crate::ring::{Buffer, Chain};
 
 /// The ring features of every device: VERSION_1, indirect descriptors, event indexes, packed rings.
-pub const RING_FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
-    | bit(VIRTIO_RING_F_INDIRECT_DESC)
-    | bit(VIRTIO_RING_F_EVENT_IDX)
-    | bit(VIRTIO_F_RING_PACKED);
+pub const RING_FEATURES: VirtioFeatures =
+    VIRTIO_F_VERSION_1.union(VIRTIO_RING_F_INDIRECT_DESC).union(VIRTIO_RING_F_EVENT_IDX).union(VIRTIO_F_RING_PACKED);
 
 /// A vhost-user device: its features, its configuration space, and its queues.
 pub trait VirtioDevice: Send + Sync {
     /// Returns the virtio features of the device type and of its rings ([`RING_FEATURES`]). The back-end adds logging
     /// and protocol features.
-    fn features(&self) -> u64;
+    fn features(&self) -> VirtioFeatures;
 
     /// Returns the number of queues.
     fn queues(&self) -> u16 {
@@ -64,8 +61,8 @@ pub trait VirtioDevice: Send + Sync {
     }
 
     /// Returns the protocol features of the device type, in addition to those of every device.
-    fn protocol_features(&self) -> u64 {
-        0
+    fn protocol_features(&self) -> ProtocolFeatures {
+        ProtocolFeatures::empty()
     }
 
     /// Handles a message that only this device type knows: SEND_RARP or NET_SET_MTU, with its u64 payload.
@@ -94,7 +91,7 @@ pub trait VirtioDevice: Send + Sync {
     /// Called before a ring runs for the first time on a connection. `resumed` is true if the base or the inflight
     /// region show that a back-end has served the ring before; otherwise its driver is new. `features` are the
     /// acknowledged features.
-    fn ring_activated(&self, goes_on: bool, features: u64) {
+    fn ring_activated(&self, goes_on: bool, features: VirtioFeatures) {
         let _ = (goes_on, features);
     }
 
@@ -176,7 +173,7 @@ pub trait VirtioDevice: Send + Sync {
     ///
     /// # Errors
     /// The error of the system. The ring is then not served until it is started again.
-    fn start_queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>>;
+    fn start_queue(&self, index: u16, size: u16, features: VirtioFeatures) -> io::Result<Box<dyn Queue>>;
 }
 
 /// A running queue of a device, used by one thread. Devices whose requests never block can use a

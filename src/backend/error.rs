@@ -5,7 +5,8 @@
 use std::io;
 
 use crate::abi::features::{feature_names, protocol_feature_names};
-use crate::abi::vhost_user::Request as Code;
+use crate::abi::vhost_user::{ProtocolFeatures, Request as Code};
+use crate::abi::virtio::VirtioFeatures;
 use crate::dirty::LogError;
 use crate::inflight::InflightError;
 use crate::memory::{Access, IotlbError, MemoryError, TranslationError, UserfaultError};
@@ -145,7 +146,7 @@ pub enum BackendError {
     )]
     FeaturesOfRunningRings {
         /// The bits.
-        changed: u64,
+        changed: VirtioFeatures,
     },
     /// A started and enabled ring has no size, address or memory.
     #[error("ring {index} can't start: {missing} is missing (rule R6.4)")]
@@ -353,7 +354,7 @@ impl BackendError {
 /// Returns the names of the bits of SET_FEATURES or SET_PROTOCOL_FEATURES.
 fn feature_list(code: Code, bits: u64) -> String {
     match code {
-        Code::SET_PROTOCOL_FEATURES => protocol_feature_names(bits),
-        _ => feature_names(bits, None),
+        Code::SET_PROTOCOL_FEATURES => protocol_feature_names(ProtocolFeatures::from_bits_retain(bits)),
+        _ => feature_names(VirtioFeatures::from_bits_retain(bits), None),
     }
 }

@@ -28,6 +28,7 @@
 //! use std::thread;
 //! use std::time::{Duration, Instant};
 //!
+//! use vhost_migrate::abi::virtio::VirtioFeatures;
 //! use vhost_migrate::backend::{BackendListener, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice, serve};
 //! use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 //!
@@ -35,7 +36,7 @@
 //! struct Rng;
 //!
 //! impl VirtioDevice for Rng {
-//!     fn features(&self) -> u64 {
+//!     fn features(&self) -> VirtioFeatures {
 //!         RING_FEATURES
 //!     }
 //!
@@ -43,7 +44,7 @@
 //!         Vec::new()
 //!     }
 //!
-//!     fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+//!     fn start_queue(&self, _index: u16, _size: u16, _features: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
 //!         Ok(Box::new(SyncQueue::new(|request: &mut Request| {
 //!             let numbers = vec![4; request.writable_len().min(4096) as usize];
 //!             // Fails for addresses outside guest memory: nothing is written then.

@@ -16,7 +16,7 @@ use super::harness::{Harness, MAX_REQUESTS, RequestSize, wait_until};
 use super::outcome::{CheckAbort, Outcome};
 use super::stop::Deadline;
 use super::target::Target;
-use crate::abi::vhost_user::{BackendRequest, Header, Request as Code, VRING_NOFD_MASK, VringState, protocol_feature};
+use crate::abi::vhost_user::{BackendRequest, Header, ProtocolFeatures, Request as Code, VRING_NOFD_MASK, VringState};
 
 /// Number of batches whose notifications stay unread; more than fit into the socket.
 const UNREAD: u32 = 64;
@@ -83,13 +83,14 @@ enum NotifyMethod {
 impl NotifyMethod {
     /// Returns a harness with these notifications negotiated and without a back-end channel.
     fn harness(self, target: &Target) -> Result<Harness, CheckAbort> {
-        use protocol_feature::{BACKEND_REQ, INBAND_NOTIFICATIONS, REPLY_ACK};
         if self == NotifyMethod::Fds {
-            return target.harness_with_protocol(&[BACKEND_REQ]);
+            return target.harness_with_protocol(ProtocolFeatures::BACKEND_REQ);
         }
-        target.offered.require_protocol(INBAND_NOTIFICATIONS)?;
-        match [BACKEND_REQ, REPLY_ACK].into_iter().all(|feature| target.offered.has_protocol(feature)) {
-            true => target.harness_with_protocol(&[BACKEND_REQ, INBAND_NOTIFICATIONS]),
+        target.offered.require_protocol(ProtocolFeatures::INBAND_NOTIFICATIONS)?;
+        match target.offered.has_protocol(ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::REPLY_ACK) {
+            true => {
+                target.harness_with_protocol(ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::INBAND_NOTIFICATIONS)
+            }
             false => {
                 Err(CheckAbort::Violation("INBAND_NOTIFICATIONS is offered without BACKEND_REQ and REPLY_ACK".into()))
             }
@@ -98,7 +99,7 @@ impl NotifyMethod {
 
     /// Returns the offered kinds.
     fn offered(target: &Target) -> impl Iterator<Item = NotifyMethod> + use<> {
-        let messages = target.offered.has_protocol(protocol_feature::INBAND_NOTIFICATIONS);
+        let messages = target.offered.has_protocol(ProtocolFeatures::INBAND_NOTIFICATIONS);
         std::iter::once(NotifyMethod::Fds).chain(messages.then_some(NotifyMethod::Messages))
     }
 
@@ -262,7 +263,7 @@ pub(super) fn lost_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 pub(super) fn unread_channel(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::BACKEND_REQ)?;
+    target.offered.require_protocol(ProtocolFeatures::BACKEND_REQ)?;
     let mut harness = NotifyMethod::Messages.harness(target)?;
     let (ours, theirs) = UnixStream::pair()?;
     // The smallest buffer that the kernel allows.

@@ -13,8 +13,10 @@ use super::harness::{HIGH, Harness, MAX_REQUESTS, SLOT_BYTES};
 use super::outcome::{CheckAbort, Outcome};
 use super::pages::noise;
 use super::target::Target;
-use crate::abi::vhost_user::protocol_feature;
-use crate::abi::virtio::{BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_RO, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+use crate::abi::vhost_user::ProtocolFeatures;
+use crate::abi::virtio::{
+    BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_RO, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VirtioFeatures,
+};
 use crate::ring::Buffer;
 use nix::unistd::mkstemp;
 
@@ -45,7 +47,7 @@ fn add_all(harness: &mut Harness, parts: &[(u64, Buffer)], request_type: u32) ->
 
 /// Reads all parts.
 fn read_all(target: &Target, parts: &[(u64, Buffer)]) -> Result<Vec<Vec<u8>>, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     add_all(&mut harness, parts, VIRTIO_BLK_T_IN)?;
     harness.publish();
@@ -111,7 +113,7 @@ fn with_restore(
 }
 
 fn overwrite(target: &Target, parts: &[(u64, Buffer)]) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     let contents = contents(parts, 0);
     prepare(&mut harness, parts, &contents)?;
@@ -148,14 +150,14 @@ fn overwrite_after_death(target: &mut Target, parts: &[(u64, Buffer)]) -> Result
     let (mut open, mut round) = (0, 0);
     while round < MIN_KILLS || open == 0 && round < MAX_KILLS {
         round += 1;
-        let mut harness = target.harness(0)?;
+        let mut harness = target.harness(VirtioFeatures::empty())?;
         harness.start()?;
         prepare(&mut harness, parts, &contents(parts, 2 * round))?;
         harness.publish();
         target.replace()?;
         harness.pop_all()?;
         open += u64::from(harness.outstanding());
-        let mut harness = target.harness(0)?;
+        let mut harness = target.harness(VirtioFeatures::empty())?;
         harness.start()?;
         let written = contents(parts, 2 * round + 1);
         prepare(&mut harness, parts, &written)?;
@@ -184,7 +186,7 @@ fn no_late_write(kills: u64, open: u64) -> Outcome {
 }
 
 fn restore(target: &Target, parts: &[(u64, Buffer)], before: &[Vec<u8>]) -> Result<(), CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     prepare(&mut harness, parts, before)?;
     harness.publish();
@@ -210,8 +212,8 @@ fn not_a_disk() -> CheckAbort {
 }
 
 pub(super) fn config(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::CONFIG)?;
-    let harness = target.harness(0)?;
+    target.offered.require_protocol(ProtocolFeatures::CONFIG)?;
+    let harness = target.harness(VirtioFeatures::empty())?;
     let (len, parts) = target.device.config();
     if len == 0 {
         return Err(CheckAbort::NotOffered("configuration space of this device".into()));

@@ -11,9 +11,10 @@ use super::harness::{Harness, RequestSize, describe};
 use super::outcome::{CheckAbort, Outcome};
 use super::target::Target;
 use crate::abi::vhost_user::{
-    ConfigHeader, Header, InflightDescription, MemoryHeader, MemoryRegion, Request as Code, VringAddr, VringState,
-    protocol_feature,
+    ConfigHeader, Header, InflightDescription, MemoryHeader, MemoryRegion, ProtocolFeatures, Request as Code,
+    VringAddr, VringState,
 };
+use crate::abi::virtio::VirtioFeatures;
 
 const VERSION: u32 = Header::FLAG_VERSION;
 const NEED_REPLY: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
@@ -21,7 +22,7 @@ const NEED_REPLY: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
 const UNKNOWN: Code = Code(4711);
 
 pub(super) fn segments(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let harness = target.harness(0)?;
+    let harness = target.harness(VirtioFeatures::empty())?;
     harness.connection.send_in_parts(Code::SET_FEATURES, VERSION, harness.features.as_bytes(), &[])?;
     harness.connection.barrier()?;
     harness.connection.send_in_parts(Code::SET_MEM_TABLE, VERSION, &harness.memory_table(), &harness.fds())?;
@@ -40,20 +41,21 @@ fn requests_with_reply(target: &Target) -> Vec<(Code, Vec<u8>, usize)> {
         (None, Code::GET_FEATURES, Vec::new(), 8),
         (None, Code::GET_PROTOCOL_FEATURES, Vec::new(), 8),
         (None, Code::GET_VRING_BASE, state, 8),
-        (Some(protocol_feature::MQ), Code::GET_QUEUE_NUM, Vec::new(), 8),
-        (Some(protocol_feature::CONFIGURE_MEM_SLOTS), Code::GET_MAX_MEM_SLOTS, Vec::new(), 8),
-        (Some(protocol_feature::STATUS), Code::GET_STATUS, Vec::new(), 8),
-        (Some(protocol_feature::CONFIG), Code::GET_CONFIG, [config.as_bytes(), &[0; 8]].concat(), 20),
-        (Some(protocol_feature::INFLIGHT_SHMFD), Code::GET_INFLIGHT_FD, inflight.as_bytes().to_vec(), 24),
+        (Some(ProtocolFeatures::MQ), Code::GET_QUEUE_NUM, Vec::new(), 8),
+        (Some(ProtocolFeatures::CONFIGURE_MEM_SLOTS), Code::GET_MAX_MEM_SLOTS, Vec::new(), 8),
+        (Some(ProtocolFeatures::STATUS), Code::GET_STATUS, Vec::new(), 8),
+        (Some(ProtocolFeatures::CONFIG), Code::GET_CONFIG, [config.as_bytes(), &[0; 8]].concat(), 20),
+        (Some(ProtocolFeatures::INFLIGHT_SHMFD), Code::GET_INFLIGHT_FD, inflight.as_bytes().to_vec(), 24),
     ];
-    let offered = |feature: Option<u32>| feature.is_none_or(|feature| target.offered.has_protocol(feature));
+    let offered =
+        |feature: Option<ProtocolFeatures>| feature.is_none_or(|feature| target.offered.has_protocol(feature));
     let all = all.into_iter().filter(|(feature, ..)| offered(*feature));
     all.map(|(_, code, payload, length)| (code, payload, length)).collect()
 }
 
 pub(super) fn reply_flags(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let harness = target.harness(0)?;
-    let asked = target.offered.has_protocol(protocol_feature::REPLY_ACK).then_some(NEED_REPLY);
+    let harness = target.harness(VirtioFeatures::empty())?;
+    let asked = target.offered.has_protocol(ProtocolFeatures::REPLY_ACK).then_some(NEED_REPLY);
     for (code, payload, _) in requests_with_reply(target) {
         for flags in [VERSION].into_iter().chain(asked) {
             harness.connection.send(code, flags, &payload, &[])?;
@@ -65,8 +67,8 @@ pub(super) fn reply_flags(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 pub(super) fn replies(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let harness = target.harness(0)?;
-    let flags = if target.offered.has_protocol(protocol_feature::REPLY_ACK) { NEED_REPLY } else { VERSION };
+    let harness = target.harness(VirtioFeatures::empty())?;
+    let flags = if target.offered.has_protocol(ProtocolFeatures::REPLY_ACK) { NEED_REPLY } else { VERSION };
     let (mut names, mut odd) = (Vec::new(), Vec::new());
     for (code, payload, length) in requests_with_reply(target) {
         harness.connection.send(code, flags, &payload, &[])?;
@@ -86,8 +88,8 @@ pub(super) fn replies(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 pub(super) fn acknowledgements(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
-    let harness = target.harness(0)?;
+    target.offered.require_protocol(ProtocolFeatures::REPLY_ACK)?;
+    let harness = target.harness(VirtioFeatures::empty())?;
     let index = 0u64.as_bytes();
     let size = VringState { index: 0, num: harness.ring.layout.size().into() };
     let (base, addr) =
@@ -114,7 +116,7 @@ pub(super) fn acknowledgements(target: &mut Target) -> Result<Outcome, CheckAbor
 }
 
 pub(super) fn message_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let harness = target.harness(0)?;
+    let harness = target.harness(VirtioFeatures::empty())?;
     let codes = [Code::GET_FEATURES, Code::GET_PROTOCOL_FEATURES, Code::GET_FEATURES, Code::GET_FEATURES];
     let sent: Vec<Code> = codes.into_iter().cycle().take(64).collect();
     for code in &sent {
@@ -127,8 +129,8 @@ pub(super) fn message_order(target: &mut Target) -> Result<Outcome, CheckAbort> 
 }
 
 pub(super) fn unknown_with_need_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
-    let harness = target.harness(0)?;
+    target.offered.require_protocol(ProtocolFeatures::REPLY_ACK)?;
+    let harness = target.harness(VirtioFeatures::empty())?;
     // The other end of the pipe shows if the back-end closed the fd.
     let (ours, theirs) = std::io::pipe()?;
     let answer = {
@@ -152,14 +154,14 @@ fn closed(harness: &Harness, mut pipe: std::io::PipeReader) -> bool {
 }
 
 pub(super) fn unknown_without_need_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let harness = target.harness(0)?;
+    let harness = target.harness(VirtioFeatures::empty())?;
     harness.connection.send(UNKNOWN, VERSION, &[1; 100], &[])?;
     harness.connection.barrier()?;
     Ok(Outcome::pass("the next request was served"))
 }
 
 pub(super) fn padded_memory_table(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let harness = target.harness(0)?;
+    let harness = target.harness(VirtioFeatures::empty())?;
     let Some((region, fd)) = harness.memory.regions().first().and_then(|region| Some((region, region.shared()?.0)))
     else {
         return Ok(Outcome::not_tested("no memory"));
@@ -172,7 +174,7 @@ pub(super) fn padded_memory_table(target: &mut Target) -> Result<Outcome, CheckA
 }
 
 pub(super) fn socket_as_call_fd(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     let (ours, theirs) = UnixStream::pair()?;
     harness.send_acked(Code::SET_VRING_CALL, u64::from(harness.ring.index).as_bytes(), &[theirs.as_fd()])?;

@@ -15,10 +15,12 @@ use super::outcome::{CheckAbort, Outcome, Verdict};
 use super::target::Target;
 use crate::abi::inflight::{PACKED_HEADER_BYTES, SPLIT_HEADER_BYTES, VERSION};
 use crate::abi::vhost_user::{
-    ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
-    VringAddr, VringState, protocol_feature,
+    ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, ProtocolFeatures,
+    Request as Code, VringAddr, VringState,
 };
-use crate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, PACKED_DESC_F_AVAIL, PackedDesc};
+use crate::abi::virtio::{
+    DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, PACKED_DESC_F_AVAIL, PackedDesc, VirtioFeatures,
+};
 use crate::inflight::RingKind;
 use crate::memory::sealed_memfd;
 
@@ -60,7 +62,7 @@ impl HostileTally {
 
 /// Fails if the next front-end is not served.
 pub(super) fn serves(target: &Target) -> Result<(), CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     harness.run_batch(2, RequestSize::Mixed)
 }
@@ -75,7 +77,7 @@ pub(super) fn attack<T>(
     let mut tally = HostileTally::default();
     for thing in all {
         let what = name(&thing);
-        let mut harness = target.harness(0)?;
+        let mut harness = target.harness(VirtioFeatures::empty())?;
         harness.start()?;
         match attempt(&mut harness, &thing) {
             Ok(0) => tally.accepted.push(what),
@@ -121,7 +123,7 @@ fn attack_rings<T>(
 
 fn send(target: &Target, all: Vec<HostileMessage>) -> Result<Outcome, CheckAbort> {
     let file = sealed_memfd("hostile", MIB)?;
-    let acks = target.offered.has_protocol(protocol_feature::REPLY_ACK);
+    let acks = target.offered.has_protocol(ProtocolFeatures::REPLY_ACK);
     attack(
         target,
         all,
@@ -223,7 +225,7 @@ pub(super) fn memory_tables(target: &mut Target) -> Result<Outcome, CheckAbort> 
             fds: 2,
         },
     ];
-    if target.offered.has_protocol(protocol_feature::CONFIGURE_MEM_SLOTS) {
+    if target.offered.has_protocol(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
         let add = |region| MemRegMsg { padding: 0, region };
         let far = region(1 << 40, MIB, 1 << 40, 0);
         all.extend([
@@ -239,7 +241,7 @@ pub(super) fn memory_tables(target: &mut Target) -> Result<Outcome, CheckAbort> 
 
 pub(super) fn ring_parameters(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let state = |index, num| VringState { index, num };
-    let harness = target.harness(0)?;
+    let harness = target.harness(VirtioFeatures::empty())?;
     let fine = harness.vring_addr(&harness.ring, None);
     let end = harness.memory.regions().first().map_or(0, |region| {
         let MemoryRegion { userspace_addr, memory_size, .. } = describe(region);
@@ -278,7 +280,7 @@ pub(super) fn ring_parameters(target: &mut Target) -> Result<Outcome, CheckAbort
 }
 
 pub(super) fn logs(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::LOG_SHMFD)?;
+    target.offered.require_protocol(ProtocolFeatures::LOG_SHMFD)?;
     let log = |mmap_size, mmap_offset| LogDescription { mmap_size, mmap_offset };
     send(
         target,
@@ -293,7 +295,7 @@ pub(super) fn logs(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 pub(super) fn configuration_ranges(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::CONFIG)?;
+    target.offered.require_protocol(ProtocolFeatures::CONFIG)?;
     let config = |offset, size| ConfigHeader { offset, size, flags: 0 };
     let with = |header: ConfigHeader, bytes: usize| [header.as_bytes(), &vec![0; bytes]].concat();
     let read = Code::GET_CONFIG;
@@ -313,7 +315,7 @@ fn describe_region(mmap_size: u64, mmap_offset: u64, num_queues: u16, queue_size
 }
 
 pub(super) fn inflight_regions(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
+    target.offered.require_protocol(ProtocolFeatures::INFLIGHT_SHMFD)?;
     let set = Code::SET_INFLIGHT_FD;
     send(
         target,
@@ -335,7 +337,7 @@ pub(super) fn inflight_regions(target: &mut Target) -> Result<Outcome, CheckAbor
 }
 
 pub(super) fn inflight_noise(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
+    target.offered.require_protocol(ProtocolFeatures::INFLIGHT_SHMFD)?;
     attack_rings(
         target,
         1..=NOISE_REGIONS,

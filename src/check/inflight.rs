@@ -16,7 +16,10 @@ use super::outcome::{CheckAbort, Outcome};
 use super::pages::changed;
 use super::target::Target;
 use crate::abi::inflight::{PackedEntry, PackedHeader, SplitEntry, SplitHeader, VERSION};
-use crate::abi::vhost_user::{Header, InflightDescription, Request as Code, protocol_feature};
+use crate::abi::vhost_user::{
+    Header, InflightDescription, ProtocolFeatures, Request as Code, unstable::INFLIGHT_MIGRATION,
+};
+use crate::abi::virtio::VirtioFeatures;
 use crate::inflight::RingKind;
 use crate::memory::{Memory, Region};
 use crate::ring::RingBase;
@@ -51,7 +54,7 @@ struct RegionContents {
 impl TrackedRegion {
     /// Requests a region with GET_INFLIGHT_FD.
     pub(super) fn get_inflight_fd(harness: &Harness) -> Result<TrackedRegion, CheckAbort> {
-        harness.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
+        harness.offered.require_protocol(ProtocolFeatures::INFLIGHT_SHMFD)?;
         let queue_size = harness.ring.layout.size();
         let num_queues = harness.ring.index as u16 + 1;
         let wanted = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues, queue_size, padding: [0; 4] };
@@ -140,8 +143,8 @@ fn packed(bytes: &[u8], size: u16) -> Option<RegionContents> {
 
 /// Returns a running ring with an inflight region.
 fn harness_with_region(target: &Target) -> Result<(Harness, TrackedRegion), CheckAbort> {
-    target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
-    let harness = target.harness(0)?;
+    target.offered.require_protocol(ProtocolFeatures::INFLIGHT_SHMFD)?;
+    let harness = target.harness(VirtioFeatures::empty())?;
     let region = TrackedRegion::get_inflight_fd(&harness)?;
     region.set_inflight_fd(&harness)?;
     harness.start()?;
@@ -149,7 +152,7 @@ fn harness_with_region(target: &Target) -> Result<(Harness, TrackedRegion), Chec
 }
 
 pub(super) fn region_size(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let harness = target.harness(0)?;
+    let harness = target.harness(VirtioFeatures::empty())?;
     let InflightDescription { mmap_size, mmap_offset, num_queues, .. } =
         TrackedRegion::get_inflight_fd(&harness)?.description;
     let size = harness.ring.layout.size();
@@ -265,8 +268,8 @@ pub(super) fn kills(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 pub(super) fn fresh_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
-    let mut harness = target.harness(0)?;
+    target.offered.require_protocol(ProtocolFeatures::INFLIGHT_SHMFD)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     let region = TrackedRegion::get_inflight_fd(&harness)?;
     // One more than the region's own index: the difference that loses a request (rule I3.2).
     harness.move_to(1)?;
@@ -302,16 +305,18 @@ pub(super) fn request_counters(target: &mut Target) -> Result<Outcome, CheckAbor
 }
 
 pub(super) fn inflight_migration(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    const BASE_INFLIGHT: u32 = 20;
-    const SKIP_DRAIN: u32 = 23;
-    match [BASE_INFLIGHT, SKIP_DRAIN].into_iter().find(|bit| target.offered.has_protocol(*bit)) {
-        Some(bit) => Ok(Outcome::not_tested(format!("bit {bit} is offered; without it rings are drained"))),
+    let offered = target.offered.protocol & INFLIGHT_MIGRATION;
+    match offered.iter().next() {
+        Some(feature) => {
+            let bit = feature.bits().trailing_zeros();
+            Ok(Outcome::not_tested(format!("bit {bit} is offered; without it rings are drained")))
+        }
         None => Err(CheckAbort::NotOffered("GET_VRING_BASE_INFLIGHT".into())),
     }
 }
 
 pub(super) fn region_after_reset(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::RESET_DEVICE)?;
+    target.offered.require_protocol(ProtocolFeatures::RESET_DEVICE)?;
     let (mut harness, region) = harness_with_region(target)?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     harness.connection.send(Code::RESET_DEVICE, Header::FLAG_VERSION, &[], &[])?;

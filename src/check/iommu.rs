@@ -14,13 +14,12 @@ use super::pages::{Pages, changed, harvest, noise, pages};
 use super::queue::RING_SLOT_BYTES;
 use super::ring_variant::Flow;
 use super::target::Target;
-use crate::abi::bit;
 use crate::abi::vhost::{
     VHOST_ACCESS_RO, VHOST_ACCESS_RW, VHOST_ACCESS_WO, VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_INVALIDATE,
     VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE,
 };
-use crate::abi::vhost_user::{IotlbMsg, Request as Code, protocol_feature};
-use crate::abi::virtio::VIRTIO_RING_F_EVENT_IDX;
+use crate::abi::vhost_user::{IotlbMsg, ProtocolFeatures, Request as Code};
+use crate::abi::virtio::{VIRTIO_RING_F_EVENT_IDX, VirtioFeatures};
 use crate::memory::LOG_PAGE;
 
 /// Number of moves of data under load.
@@ -40,7 +39,7 @@ fn expected_data(target: &Target, sizes: &[RequestSize]) -> Result<Vec<(u64, u64
     if !target.device.is_stable() {
         return Ok(Vec::new());
     }
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     run_batches(&mut harness, sizes)?;
     data_hashes(&harness)
@@ -69,7 +68,7 @@ fn served(target: &Target, scatter: Scatter) -> Result<Outcome, CheckAbort> {
     let mut sizes = [RequestSize::Mixed; BATCHES];
     sizes.iter_mut().step_by(4).for_each(|size| *size = RequestSize::Large);
     let expected = expected_data(target, &sizes)?;
-    let mut harness = target.harness_behind_iommu(0, scatter, 1)?;
+    let mut harness = target.harness_behind_iommu(VirtioFeatures::empty(), scatter, 1)?;
     let before = harness.hashes()?;
     harness.start()?;
     run_batches(&mut harness, &sizes)?;
@@ -112,7 +111,7 @@ pub(super) fn denied_pages(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     // The ring on which a frame arrives cannot be chosen.
     let rings = if target.variant.flow == Flow::Receive { 1 } else { target.max_rings().min(2) };
-    let mut harness = target.harness_behind_iommu(0, Scatter::Rings, rings)?;
+    let mut harness = target.harness_behind_iommu(VirtioFeatures::empty(), Scatter::Rings, rings)?;
     harness.start()?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     let too_little = if target.variant.flow == Flow::Transmit { VHOST_ACCESS_WO } else { VHOST_ACCESS_RO };
@@ -159,7 +158,7 @@ pub(super) fn denied_pages(target: &mut Target) -> Result<Outcome, CheckAbort> {
 
 pub(super) fn outstanding_translation(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
-    let mut harness = target.harness_behind_iommu(0, Scatter::Rings, 1)?;
+    let mut harness = target.harness_behind_iommu(VirtioFeatures::empty(), Scatter::Rings, 1)?;
     harness.start()?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     let iova = unused_page(0, 0);
@@ -206,10 +205,10 @@ fn invalid_messages(harness: &Harness) -> Vec<(String, IotlbMsg)> {
 
 pub(super) fn invalid_iotlb_messages(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
-    target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
+    target.offered.require_protocol(ProtocolFeatures::REPLY_ACK)?;
     let sizes = [RequestSize::Mixed; 2];
     let expected = expected_data(target, &sizes)?;
-    let mut harness = target.harness_behind_iommu(0, Scatter::Rings, 1)?;
+    let mut harness = target.harness_behind_iommu(VirtioFeatures::empty(), Scatter::Rings, 1)?;
     harness.start()?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     let messages = invalid_messages(&harness);
@@ -250,7 +249,7 @@ fn add_first_halves(harness: &mut Harness) -> Result<(), CheckAbort> {
 
 pub(super) fn moved_data(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
-    let mut harness = target.harness_behind_iommu(0, Scatter::Rings, 1)?;
+    let mut harness = target.harness_behind_iommu(VirtioFeatures::empty(), Scatter::Rings, 1)?;
     harness.start()?;
     let (halves, mut open) = (first_halves(), 0);
     for round in 1..=MOVES {
@@ -300,7 +299,7 @@ pub(super) fn moved_data(target: &mut Target) -> Result<Outcome, CheckAbort> {
 
 pub(super) fn moved_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
-    let mut harness = target.harness_behind_iommu(0, Scatter::Rings, 1)?;
+    let mut harness = target.harness_behind_iommu(VirtioFeatures::empty(), Scatter::Rings, 1)?;
     harness.start()?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     let room = harness.ring.slot_address();
@@ -344,7 +343,7 @@ pub(super) fn access_platform_offered(target: &mut Target) -> Result<Outcome, Ch
 pub(super) fn guest_physical_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_iommu()?;
     let packed = target.variant.packed;
-    let mut harness = target.harness_behind_iommu(bit(VIRTIO_RING_F_EVENT_IDX), Scatter::Rings, 1)?;
+    let mut harness = target.harness_behind_iommu(VIRTIO_RING_F_EVENT_IDX, Scatter::Rings, 1)?;
     harness.start()?;
     let log = harness.install_log()?;
     // As in the check of rule L3.3, the device area is logged at another address.

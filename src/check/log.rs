@@ -13,10 +13,9 @@ use super::harness::{Harness, LOW_BYTES, MAX_REQUESTS, RequestSize, UNUSED_AREA,
 use super::outcome::{CheckAbort, Outcome, Verdict};
 use super::pages::{Pages, changed, harvest, pages};
 use super::target::Target;
-use crate::abi::bit;
 use crate::abi::vhost_user::{Header, LogDescription, Request as Code};
 use crate::abi::virtio::{
-    RING_ELEMENTS_OFFSET, RING_IDX_OFFSET, VIRTIO_RING_F_EVENT_IDX, avail_event_offset, used_ring_bytes,
+    RING_ELEMENTS_OFFSET, RING_IDX_OFFSET, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures, avail_event_offset, used_ring_bytes,
 };
 use crate::dirty::Log;
 use crate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
@@ -69,7 +68,7 @@ impl MarkComparison {
 }
 
 /// Returns a running ring with a log installed. Logging is off.
-pub(super) fn harness_with_log(target: &Target, features: u64) -> Result<(Harness, Log), CheckAbort> {
+pub(super) fn harness_with_log(target: &Target, features: VirtioFeatures) -> Result<(Harness, Log), CheckAbort> {
     let harness = target.harness(features)?;
     harness.start()?;
     let log = harness.install_log()?;
@@ -77,7 +76,7 @@ pub(super) fn harness_with_log(target: &Target, features: u64) -> Result<(Harnes
 }
 
 pub(super) fn set_log_base_reply(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let harness = target.harness(0)?;
+    let harness = target.harness(VirtioFeatures::empty())?;
     let (log, fd) = Log::create(harness.memory.end())?;
     let plain = harness.send_log(&fd, log.size(), 0)?;
     harness.connection.barrier()?;
@@ -96,7 +95,7 @@ pub(super) fn set_log_base_reply(target: &mut Target) -> Result<Outcome, CheckAb
 }
 
 pub(super) fn data_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = harness_with_log(target, 0)?;
+    let (mut harness, log) = harness_with_log(target, VirtioFeatures::empty())?;
     harness.enable_logging(harness.ring.device_area())?;
     let mut worst = Outcome::not_tested("no round was run");
     for round in 0..ROUNDS {
@@ -125,7 +124,7 @@ fn log_file(bytes: u64) -> Result<(OwnedFd, Memory), CheckAbort> {
 }
 
 pub(super) fn log_at_offset(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     let at = 2 * LOG_PAGE;
     // The last needed page has its bit in the last byte. The file continues behind the log.
@@ -153,7 +152,7 @@ pub(super) fn log_at_offset(target: &mut Target) -> Result<Outcome, CheckAbort> 
 }
 
 pub(super) fn used_ring_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = harness_with_log(target, 0)?;
+    let (mut harness, log) = harness_with_log(target, VirtioFeatures::empty())?;
     // Flags and index of the used ring are alone on their page; the elements are on later ones.
     let at = UNUSED_AREA + LOG_PAGE - 4;
     harness.enable_logging(at)?;
@@ -181,7 +180,7 @@ pub(super) fn missing_marks(marked: &Pages, at: u64, place: impl Fn(u64) -> u64)
 }
 
 pub(super) fn logging_switches(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = harness_with_log(target, 0)?;
+    let (mut harness, log) = harness_with_log(target, VirtioFeatures::empty())?;
     let at = UNUSED_AREA + LOG_PAGE - 4;
     let ring: Pages = pages(at, used_ring_bytes(harness.ring.layout.size().into())).collect();
     harness.set_ring_logging(Some(at))?;
@@ -218,7 +217,7 @@ pub(super) fn avail_event_marks(target: &mut Target) -> Result<Outcome, CheckAbo
     if !target.offered.has(VIRTIO_RING_F_EVENT_IDX) {
         return Err(CheckAbort::NotOffered("EVENT_IDX".into()));
     }
-    let (mut harness, log) = harness_with_log(target, bit(VIRTIO_RING_F_EVENT_IDX))?;
+    let (mut harness, log) = harness_with_log(target, VIRTIO_RING_F_EVENT_IDX)?;
     // Everything before the event word is on earlier pages.
     let word = avail_event_offset(harness.ring.layout.size().into());
     let at = UNUSED_AREA + 4 * LOG_PAGE - word;
@@ -244,7 +243,7 @@ pub(super) fn avail_event_marks(target: &mut Target) -> Result<Outcome, CheckAbo
 }
 
 pub(super) fn descriptor_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = harness_with_log(target, 0)?;
+    let (mut harness, log) = harness_with_log(target, VirtioFeatures::empty())?;
     harness.set_log_all(true)?;
     harness.stop()?;
     // A ring of 256 entries spans more than one page: exactly the written ones must be marked.
@@ -276,7 +275,7 @@ pub(super) fn descriptor_marks(target: &mut Target) -> Result<Outcome, CheckAbor
 }
 
 pub(super) fn event_area_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = harness_with_log(target, bit(VIRTIO_RING_F_EVENT_IDX))?;
+    let (mut harness, log) = harness_with_log(target, VIRTIO_RING_F_EVENT_IDX)?;
     harness.enable_logging(UNUSED_AREA)?;
     let read = |harness: &Harness| {
         let mut event = [0; 4];
@@ -299,7 +298,7 @@ pub(super) fn event_area_marks(target: &mut Target) -> Result<Outcome, CheckAbor
 }
 
 pub(super) fn no_marks_while_off(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = harness_with_log(target, 0)?;
+    let (mut harness, log) = harness_with_log(target, VirtioFeatures::empty())?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     harness.connection.barrier()?;
     let early = harvest(&log).len();
@@ -320,7 +319,7 @@ pub(super) fn no_marks_while_off(target: &mut Target) -> Result<Outcome, CheckAb
 }
 
 pub(super) fn reconnect_while_logging(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
     harness.publish();
     let (log, fd) = Log::create(harness.memory.end())?;
@@ -351,7 +350,7 @@ pub(super) fn reconnect_while_logging(target: &mut Target) -> Result<Outcome, Ch
 }
 
 pub(super) fn replaced_log(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, mut log) = harness_with_log(target, 0)?;
+    let (mut harness, mut log) = harness_with_log(target, VirtioFeatures::empty())?;
     harness.enable_logging(harness.ring.device_area())?;
     let mut worst = Outcome::not_tested("no round was run");
     for round in 1..=ROUNDS {
@@ -382,7 +381,7 @@ pub(super) fn replaced_log(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 pub(super) fn log_fd_signals(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, _log) = harness_with_log(target, 0)?;
+    let (mut harness, _log) = harness_with_log(target, VirtioFeatures::empty())?;
     let signal = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
     match harness.send_acked(Code::SET_LOG_FD, 0u64.as_bytes(), &[signal.as_fd()]) {
         Err(CheckAbort::Refused { .. }) => return Err(CheckAbort::NotOffered("SET_LOG_FD".into())),
@@ -421,7 +420,7 @@ pub(super) fn log_fd_signals(target: &mut Target) -> Result<Outcome, CheckAbort>
 }
 
 pub(super) fn log_too_small(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     // Bits for the lower region only; data is beyond it.
     let size = LOW_BYTES / LOG_PAGE / 8;

@@ -9,14 +9,15 @@ use super::log::{MarkComparison, harness_with_log};
 use super::outcome::{CheckAbort, Outcome, Verdict};
 use super::pages::{Pages, changed, harvest, pages};
 use super::target::Target;
-use crate::abi::vhost_user::protocol_feature;
+use crate::abi::vhost_user::ProtocolFeatures;
+use crate::abi::virtio::VirtioFeatures;
 use crate::dirty::Log;
 use crate::memory::LOG_PAGE;
 
 const ROUNDS: u32 = 8;
 
 pub(super) fn mark_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = harness_with_log(target, 0)?;
+    let (mut harness, log) = harness_with_log(target, VirtioFeatures::empty())?;
     harness.enable_logging(harness.ring.device_area())?;
     let (mut early, mut late) = (0, 0);
     for _ in 0..ROUNDS {
@@ -50,7 +51,7 @@ pub(super) fn mark_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 pub(super) fn concurrent_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = harness_with_log(target, 0)?;
+    let (mut harness, log) = harness_with_log(target, VirtioFeatures::empty())?;
     harness.enable_logging(harness.ring.device_area())?;
     // Pages that no batch of mixed sizes uses, with bits in the same words.
     let ours: Pages =
@@ -103,8 +104,8 @@ fn mark_and_harvest(log: &Log, ours: &Pages, over: &AtomicBool) -> (Pages, usize
 }
 
 pub(super) fn successor_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::INFLIGHT_SHMFD)?;
-    let mut harness = target.harness(0)?;
+    target.offered.require_protocol(ProtocolFeatures::INFLIGHT_SHMFD)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     let region = TrackedRegion::get_inflight_fd(&harness)?;
     region.set_inflight_fd(&harness)?;
     harness.start()?;

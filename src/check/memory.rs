@@ -9,7 +9,8 @@ use super::log::{MarkComparison, harness_with_log};
 use super::outcome::{CheckAbort, Outcome, Verdict};
 use super::pages::harvest;
 use super::target::Target;
-use crate::abi::vhost_user::{MemRegMsg, Request as Code, VHOST_USER_MAX_RAM_SLOTS, protocol_feature};
+use crate::abi::vhost_user::{MemRegMsg, ProtocolFeatures, Request as Code, VHOST_USER_MAX_RAM_SLOTS};
+use crate::abi::virtio::VirtioFeatures;
 use crate::dirty::Log;
 use crate::memory::{Memory, Region, sealed_memfd};
 
@@ -18,8 +19,8 @@ const ADDED: u64 = HIGH + (1 << 30);
 const ADDED_BYTES: u64 = 2 << 20;
 
 pub(super) fn slot_count(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::CONFIGURE_MEM_SLOTS)?;
-    let slots = target.harness(0)?.connection.request_u64(Code::GET_MAX_MEM_SLOTS)?;
+    target.offered.require_protocol(ProtocolFeatures::CONFIGURE_MEM_SLOTS)?;
+    let slots = target.harness(VirtioFeatures::empty())?.connection.request_u64(Code::GET_MAX_MEM_SLOTS)?;
     Ok(match slots >= VHOST_USER_MAX_RAM_SLOTS as u64 {
         true => Outcome::pass(format!("{slots}")),
         false => Outcome::fail(format!("{slots}, fewer than {VHOST_USER_MAX_RAM_SLOTS}")),
@@ -27,8 +28,8 @@ pub(super) fn slot_count(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 pub(super) fn added_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::CONFIGURE_MEM_SLOTS)?;
-    let mut harness = target.harness(0)?;
+    target.offered.require_protocol(ProtocolFeatures::CONFIGURE_MEM_SLOTS)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     let (log, fd) = Log::create(ADDED + ADDED_BYTES)?;
     harness.send_log(&fd, log.size(), 0)?;
@@ -65,7 +66,7 @@ pub(super) fn added_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 pub(super) fn repeated_memory_table(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let (mut harness, log) = harness_with_log(target, 0)?;
+    let (mut harness, log) = harness_with_log(target, VirtioFeatures::empty())?;
     harness.enable_logging(harness.ring.device_area())?;
     harness.add(MAX_REQUESTS, RequestSize::Large)?;
     let before = harness.hashes()?;

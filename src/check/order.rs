@@ -13,13 +13,14 @@ use super::pages::changed;
 use super::ring_variant::Flow;
 use super::target::Target;
 use crate::abi::vhost_user::{
-    Header, Request as Code, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VringAddr, protocol_feature,
+    Header, ProtocolFeatures, Request as Code, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VringAddr,
 };
+use crate::abi::virtio::VirtioFeatures;
 use crate::dirty::Log;
 
 /// Returns a guest with pending requests, on a new connection with only features negotiated.
 fn unstarted_harness(target: &Target, requests: u64) -> Result<Harness, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.forget_session();
     harness.add(requests, RequestSize::Mixed)?;
     harness.publish();
@@ -31,14 +32,14 @@ fn unstarted_harness(target: &Target, requests: u64) -> Result<Harness, CheckAbo
 pub(super) fn qemu_start_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut harness = unstarted_harness(target, 4)?;
     let mut seen = "4 requests".to_string();
-    if target.offered.has_protocol(protocol_feature::INFLIGHT_SHMFD) {
+    if target.offered.has_protocol(ProtocolFeatures::INFLIGHT_SHMFD) {
         TrackedRegion::get_inflight_fd(&harness)?.set_inflight_fd(&harness)?;
         seen += ", the inflight region before the memory table";
     }
     for queue in harness.all() {
         harness.send_acked(Code::SET_VRING_CALL, u64::from(queue.index).as_bytes(), &[queue.call.as_fd()])?;
     }
-    let logs = target.offered.has_protocol(protocol_feature::LOG_SHMFD) && target.offered.has(VHOST_F_LOG_ALL);
+    let logs = target.offered.has_protocol(ProtocolFeatures::LOG_SHMFD) && target.offered.has(VHOST_F_LOG_ALL);
     harness.set_log_all(logs)?;
     harness.send_memory()?;
     for queue in harness.all() {
@@ -113,7 +114,7 @@ fn disabled_outcome(target: &Target, served: u64) -> Outcome {
 }
 
 pub(super) fn reset_owner(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     harness.run_batch(4, RequestSize::Mixed)?;
     harness.connection.send(Code::RESET_OWNER, Header::FLAG_VERSION, &[], &[])?;
@@ -135,17 +136,17 @@ fn start_again(harness: &mut Harness) -> Result<(), CheckAbort> {
 }
 
 pub(super) fn reset_device(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::RESET_DEVICE)?;
+    target.offered.require_protocol(ProtocolFeatures::RESET_DEVICE)?;
     reset(target, |harness| harness.connection.send(Code::RESET_DEVICE, Header::FLAG_VERSION, &[], &[]))
 }
 
 pub(super) fn reset_status(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::STATUS)?;
+    target.offered.require_protocol(ProtocolFeatures::STATUS)?;
     reset(target, |harness| harness.send_acked(Code::SET_STATUS, 0u64.as_bytes(), &[]))
 }
 
 fn reset(target: &mut Target, send: impl FnOnce(&Harness) -> Result<(), CheckAbort>) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     harness.run_batch(4, RequestSize::Mixed)?;
     send(&harness)?;
@@ -166,7 +167,7 @@ const LATE_CALLS: usize = 5;
 
 pub(super) fn late_call_fd(target: &mut Target) -> Result<Outcome, CheckAbort> {
     for _ in 0..LATE_CALLS {
-        let mut harness = target.harness(0)?;
+        let mut harness = target.harness(VirtioFeatures::empty())?;
         for queue in harness.all() {
             if queue.index != harness.ring.index {
                 harness.send_acked(Code::SET_VRING_CALL, u64::from(queue.index).as_bytes(), &[queue.call.as_fd()])?;

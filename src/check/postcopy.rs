@@ -18,8 +18,8 @@ use super::page_server::{MemoryContents, PageServer};
 use super::pages::{Pages, noise};
 use super::ring_variant::Flow;
 use super::target::Target;
-use crate::abi::bit;
-use crate::abi::vhost_user::{Header, MemoryHeader, MemoryRegion, Request as Code, protocol_feature};
+use crate::abi::vhost_user::{Header, MemoryHeader, MemoryRegion, ProtocolFeatures, Request as Code};
+use crate::abi::virtio::VirtioFeatures;
 use crate::memory::{LOG_PAGE, Userfault};
 use crate::ring::Buffer;
 
@@ -42,14 +42,14 @@ const STAGES: &[Stage] = &[
 
 /// Returns a guest with pending requests on a new connection, with PAGEFAULT negotiated.
 fn pending_harness(target: &Target, requests: u64) -> Result<Harness, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::PAGEFAULT)?;
-    let mut harness = target.harness(0)?;
+    target.offered.require_protocol(ProtocolFeatures::PAGEFAULT)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     fill(&harness)?;
     harness.add(requests, RequestSize::Mixed)?;
     harness.publish();
     harness.connection = target.connect()?;
-    let slots = bit(protocol_feature::CONFIGURE_MEM_SLOTS);
-    harness.protocol = target.offered.protocol & PROTOCOL & !slots | bit(protocol_feature::PAGEFAULT);
+    let slots = ProtocolFeatures::CONFIGURE_MEM_SLOTS;
+    harness.protocol = target.offered.protocol & PROTOCOL & !slots | ProtocolFeatures::PAGEFAULT;
     harness.negotiate()?;
     Ok(harness)
 }
@@ -80,7 +80,7 @@ fn check_single_reply(harness: &Harness, flags: u32) -> Result<(), CheckAbort> {
 
 /// Returns flags with need-reply if REPLY_ACK is offered.
 fn need_reply_flags(harness: &Harness) -> u32 {
-    if harness.offered.has_protocol(protocol_feature::REPLY_ACK) { ASKING } else { PLAIN }
+    if harness.offered.has_protocol(ProtocolFeatures::REPLY_ACK) { ASKING } else { PLAIN }
 }
 
 /// Sends POSTCOPY_ADVISE. Returns the userfaultfd.
@@ -165,8 +165,8 @@ fn check_next_front_end(target: &Target, after: &str) -> Result<(), CheckAbort> 
 }
 
 pub(super) fn no_memory_slots(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::PAGEFAULT)?;
-    Ok(match target.offered.has_protocol(protocol_feature::CONFIGURE_MEM_SLOTS) {
+    target.offered.require_protocol(ProtocolFeatures::PAGEFAULT)?;
+    Ok(match target.offered.has_protocol(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
         false => Outcome::pass("PAGEFAULT without CONFIGURE_MEM_SLOTS"),
         true => Outcome::warning(
             "PAGEFAULT and CONFIGURE_MEM_SLOTS: a front-end with both must wait for a reply to every \
@@ -176,7 +176,7 @@ pub(super) fn no_memory_slots(target: &mut Target) -> Result<Outcome, CheckAbort
 }
 
 pub(super) fn need_reply_in_postcopy(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
+    target.offered.require_protocol(ProtocolFeatures::REPLY_ACK)?;
     let harness = pending_harness(target, 0)?;
     let _userfault = listen(&harness, ASKING)?;
     send_table(&harness, ASKING)?;
@@ -222,7 +222,7 @@ fn differing(harness: &Harness, expected: &MemoryContents, aside: &Pages) -> Res
 }
 
 pub(super) fn requests_in_missing_memory(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::PAGEFAULT)?;
+    target.offered.require_protocol(ProtocolFeatures::PAGEFAULT)?;
     let known = if target.device.is_stable() { Some(memory_after_requests(target)?) } else { None };
     let mut harness = pending_harness(target, MAX_REQUESTS)?;
     let userfault = listen(&harness, PLAIN)?;
@@ -254,7 +254,7 @@ pub(super) fn requests_in_missing_memory(target: &mut Target) -> Result<Outcome,
 
 /// Returns guest memory after the requests have run with all pages present.
 fn memory_after_requests(target: &Target) -> Result<MemoryContents, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     fill(&harness)?;
     harness.start()?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
@@ -385,11 +385,11 @@ pub(super) fn listen_without_advise(target: &mut Target) -> Result<Outcome, Chec
 }
 
 pub(super) fn advise_without_pagefault(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let offers = target.offered.has_protocol(protocol_feature::PAGEFAULT);
+    let offers = target.offered.has_protocol(ProtocolFeatures::PAGEFAULT);
     if offers {
         advise(&pending_harness(target, 0)?, PLAIN)?;
     }
-    let harness = target.harness(0)?;
+    let harness = target.harness(VirtioFeatures::empty())?;
     let outcome = refusal_outcome(request(&harness, Code::POSTCOPY_ADVISE, PLAIN))?;
     drop(harness);
     check_next_front_end(target, "POSTCOPY_ADVISE without PAGEFAULT")?;

@@ -6,8 +6,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::outcome::CheckAbort;
 use super::pages::{Pages, pages};
-use crate::abi::bit;
-use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
+use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VirtioFeatures};
 use crate::memory::{LOG_PAGE, Memory};
 use crate::ring::{DriverRing, DriverRingState, PackedDriverState, Position, RingBase, RingLayout, SplitDriverState};
 use crate::sys::nonblocking;
@@ -35,7 +34,7 @@ pub(super) struct DriverQueue {
     pub(super) base: RingBase,
     /// Buffers of a receive ring for which no frame was injected yet.
     pub(super) awaited_frames: u64,
-    features: u64,
+    features: VirtioFeatures,
 }
 
 impl DriverQueue {
@@ -45,10 +44,10 @@ impl DriverQueue {
         index: u32,
         place: usize,
         size: u16,
-        features: u64,
+        features: VirtioFeatures,
     ) -> Result<DriverQueue, CheckAbort> {
         let at = FIRST_RING + place as u64 * RING_SLOT_BYTES;
-        let [desc, driver, device] = if features & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 { IOMMU_OFFSETS } else { [0; 3] };
+        let [desc, driver, device] = if features.contains(VIRTIO_F_ACCESS_PLATFORM) { IOMMU_OFFSETS } else { [0; 3] };
         let layout =
             RingLayout::new(features, size, at + desc, at + DRIVER_OFFSET + driver, at + DEVICE_OFFSET + device);
         let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
@@ -65,7 +64,7 @@ impl DriverQueue {
     }
 
     pub(super) fn is_packed(&self) -> bool {
-        self.features & bit(VIRTIO_F_RING_PACKED) != 0
+        self.features.contains(VIRTIO_F_RING_PACKED)
     }
 
     /// Continues the driver after the ring's pages have moved.

@@ -12,20 +12,20 @@ use super::outcome::{CheckAbort, Outcome};
 use super::pages::{changed, harvest};
 use super::ring_variant::Flow;
 use super::target::Target;
-use crate::abi::bit;
-use crate::abi::vhost_user::{Request as Code, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature};
+use crate::abi::vhost_user::{ProtocolFeatures, Request as Code, VHOST_USER_F_PROTOCOL_FEATURES};
+use crate::abi::virtio::VirtioFeatures;
 
 /// Number of drains. A request may complete before the message arrives.
 const DRAINS: u32 = 20;
 
 pub(super) fn unoffered_features(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    target.offered.require_protocol(protocol_feature::REPLY_ACK)?;
-    let harness = target.harness(0)?;
-    let Some(number) = (0..64).rev().find(|number| !target.offered.has(*number)) else {
+    target.offered.require_protocol(ProtocolFeatures::REPLY_ACK)?;
+    let harness = target.harness(VirtioFeatures::empty())?;
+    let Some(number) = (!target.offered.features.bits()).checked_ilog2() else {
         return Ok(Outcome::not_tested("all 64 are offered"));
     };
-    let answer =
-        harness.connection.request_ack(Code::SET_FEATURES, (harness.features | bit(number)).as_bytes(), &[])?;
+    let features = harness.features | VirtioFeatures::from_bits_retain(1 << number);
+    let answer = harness.connection.request_ack(Code::SET_FEATURES, features.as_bytes(), &[])?;
     Ok(match answer {
         0 => Outcome::warning(format!("bit {number} was not offered and was acknowledged as done")),
         _ => Outcome::pass(format!("bit {number} was refused")),
@@ -36,9 +36,13 @@ pub(super) fn without_protocol_features(target: &mut Target) -> Result<Outcome, 
     if !target.offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
         return Ok(Outcome::not_tested("bit 30 is not offered: every check is run without it"));
     }
-    let mut harness = target.harness(0)?;
-    let without = !bit(VHOST_USER_F_PROTOCOL_FEATURES);
-    harness.offered = BackendFeatures { features: harness.offered.features & without, protocol: 0, queues: 1 };
+    let mut harness = target.harness(VirtioFeatures::empty())?;
+    let without = !VHOST_USER_F_PROTOCOL_FEATURES;
+    harness.offered = BackendFeatures {
+        features: harness.offered.features & without,
+        protocol: ProtocolFeatures::empty(),
+        queues: 1,
+    };
     harness.features &= without;
     harness.reconnect(target.connect()?)?;
     harness.start()?;
@@ -51,7 +55,7 @@ pub(super) fn without_protocol_features(target: &mut Target) -> Result<Outcome, 
 }
 
 pub(super) fn disabled_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     if !target.offered.has(VHOST_USER_F_PROTOCOL_FEATURES) {
         return Err(CheckAbort::NotOffered("disabling a ring (PROTOCOL_FEATURES)".into()));
     }
@@ -74,7 +78,7 @@ pub(super) fn disabled_ring(target: &mut Target) -> Result<Outcome, CheckAbort> 
 }
 
 pub(super) fn enabled_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.add(4, RequestSize::Mixed)?;
     // Published before there is a kick fd.
     let _ = harness.ring.driver.publish();
@@ -98,7 +102,7 @@ pub(super) fn drain(target: &mut Target) -> Result<Outcome, CheckAbort> {
     }
     let mut in_flight = 0;
     for round in 1..=DRAINS {
-        let mut harness = target.harness(0)?;
+        let mut harness = target.harness(VirtioFeatures::empty())?;
         harness.start()?;
         harness.add(MAX_REQUESTS, RequestSize::Large)?;
         harness.publish();
@@ -148,7 +152,7 @@ pub(super) fn drain(target: &mut Target) -> Result<Outcome, CheckAbort> {
 /// Checks a ring that is stopped with free buffers, for frames that arrive after it. Returns a description of a
 /// violation.
 fn late_frames(target: &Target) -> Result<Option<String>, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     // A received frame shows that the ring runs: GET_VRING_BASE may be processed before the first kick.
     harness.add(1, RequestSize::Large)?;
@@ -186,7 +190,7 @@ pub(super) fn drain_all_rings(target: &mut Target) -> Result<Outcome, CheckAbort
     if target.variant.flow == Flow::Receive && target.frame_source != Some(FrameSource::Loop) {
         return Ok(Outcome::not_tested("the ring on which a frame arrives cannot be chosen"));
     }
-    let mut harness = target.harness_with_rings(0, rings)?;
+    let mut harness = target.harness_with_rings(VirtioFeatures::empty(), rings)?;
     harness.start()?;
     let log = match harness.install_log() {
         Err(CheckAbort::NotOffered(_)) => None,
@@ -235,7 +239,7 @@ pub(super) fn drain_all_rings(target: &mut Target) -> Result<Outcome, CheckAbort
 }
 
 pub(super) fn continue_at_base(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     // Indices of split rings wrap at 2^16, those of packed rings at the ring size.
     let from = if target.variant.packed { harness.ring.layout.size() - 6 } else { 65530 };
     harness.move_to(from)?;
@@ -255,7 +259,7 @@ pub(super) fn continue_at_base(target: &mut Target) -> Result<Outcome, CheckAbor
 }
 
 pub(super) fn set_vring_addr(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     let rounds = 5;
     for _ in 0..rounds {
@@ -274,7 +278,7 @@ pub(super) fn set_vring_addr(target: &mut Target) -> Result<Outcome, CheckAbort>
 pub(super) fn next_front_end(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut seen = Vec::new();
     for _ in 0..3 {
-        let mut harness = target.harness(0)?;
+        let mut harness = target.harness(VirtioFeatures::empty())?;
         harness.start()?;
         harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
         let data: Vec<(u64, u64)> =

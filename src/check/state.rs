@@ -12,10 +12,9 @@ use super::hostile::attack;
 use super::outcome::{CheckAbort, Outcome, Verdict};
 use super::pages::noise;
 use super::target::Target;
-use crate::abi::bit;
 use crate::abi::vhost_user::{
     CONFIG_TYPE_MIGRATION, ConfigHeader, DEVICE_STATE_ERROR_MASK, DEVICE_STATE_LOAD, DEVICE_STATE_NOFD_MASK,
-    DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE, DeviceStateTransfer, Header, Request as Code, protocol_feature,
+    DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE, DeviceStateTransfer, Header, ProtocolFeatures, Request as Code,
 };
 use crate::sys::pipe::{WaitLimit, read_all, write_all};
 
@@ -24,7 +23,7 @@ const CHECK: Code = Code::CHECK_DEVICE_STATE;
 
 /// Returns a harness with DEVICE_STATE negotiated and no ring started.
 fn state_harness(target: &Target) -> Result<Harness, CheckAbort> {
-    target.harness_with_protocol(&[protocol_feature::DEVICE_STATE])
+    target.harness_with_protocol(ProtocolFeatures::DEVICE_STATE)
 }
 
 /// Sends SET_DEVICE_STATE_FD with one end of a pipe. Returns the fd of the reply, to be used instead of the other end.
@@ -98,7 +97,7 @@ fn load_accepted(harness: &Harness, state: &[u8]) -> Result<(), CheckAbort> {
 /// Changes the device state, if possible: the address of a network interface, as a migration does. Returns the state
 /// that is then saved, if it differs from before and is reproducible.
 fn set_distinct_state(target: &Target, harness: &Harness) -> Result<Option<Vec<u8>>, CheckAbort> {
-    let (TestedDevice::Net, true) = (target.device, target.offered.has_protocol(protocol_feature::CONFIG)) else {
+    let (TestedDevice::Net, true) = (target.device, target.offered.has_protocol(ProtocolFeatures::CONFIG)) else {
         return Ok(None);
     };
     let before = save(harness)?;
@@ -265,7 +264,7 @@ pub(super) fn mutated_states(target: &mut Target) -> Result<Outcome, CheckAbort>
         changes,
         |(what, _)| what,
         |harness, (_, change)| {
-            harness.protocol |= bit(protocol_feature::DEVICE_STATE);
+            harness.protocol |= ProtocolFeatures::DEVICE_STATE;
             harness.reconnect(target.connect()?)?;
             let answer = load(harness, &change(&good))?;
             match load(harness, &good)? {

@@ -20,9 +20,9 @@ use super::process::BackendProcess;
 use super::queue::MAX_RINGS;
 use super::ring_variant::{Flow, RingSelection, RingVariant};
 use super::stop::StopToken;
-use crate::abi::bit;
-use crate::abi::features::protocol_feature_name;
-use crate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_NET_F_MQ};
+use crate::abi::features::protocol_feature_names;
+use crate::abi::vhost_user::ProtocolFeatures;
+use crate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_NET_F_MQ, VirtioFeatures};
 use crate::inflight::RingKind;
 
 /// Ring size, if the back-end accepts it.
@@ -95,19 +95,19 @@ impl Target {
     }
 
     /// Returns a harness: a new connection with features, memory and one ring that is not started.
-    pub(super) fn harness(&self, features: u64) -> Result<Harness, CheckAbort> {
+    pub(super) fn harness(&self, features: VirtioFeatures) -> Result<Harness, CheckAbort> {
         self.harness_with_rings(features, 1)
     }
 
     /// Like [`harness`](Target::harness), with several rings for requests.
-    pub(super) fn harness_with_rings(&self, features: u64, rings: usize) -> Result<Harness, CheckAbort> {
+    pub(super) fn harness_with_rings(&self, features: VirtioFeatures, rings: usize) -> Result<Harness, CheckAbort> {
         self.build_harness(features, rings, None)
     }
 
     /// Like [`harness`](Target::harness), behind an IOMMU.
     pub(super) fn harness_behind_iommu(
         &self,
-        features: u64,
+        features: VirtioFeatures,
         scatter: Scatter,
         rings: usize,
     ) -> Result<Harness, CheckAbort> {
@@ -115,7 +115,12 @@ impl Target {
         self.build_harness(features, rings, Some(scatter))
     }
 
-    fn build_harness(&self, features: u64, rings: usize, iommu: Option<Scatter>) -> Result<Harness, CheckAbort> {
+    fn build_harness(
+        &self,
+        features: VirtioFeatures,
+        rings: usize,
+        iommu: Option<Scatter>,
+    ) -> Result<Harness, CheckAbort> {
         let Target { device, variant, size, .. } = *self;
         // Connect first: the frame source may depend on the connection.
         let connection = self.connect()?;
@@ -130,7 +135,10 @@ impl Target {
     fn probe_ring_size(&mut self) -> Result<u16, CheckError> {
         loop {
             let (size, smaller) = (self.size, self.size / 2);
-            match self.harness(0).and_then(|harness| harness.all().try_for_each(|queue| harness.send_size(queue))) {
+            match self
+                .harness(VirtioFeatures::empty())
+                .and_then(|harness| harness.all().try_for_each(|queue| harness.send_size(queue)))
+            {
                 Ok(()) => return Ok(size),
                 Err(CheckAbort::Refused { .. } | CheckAbort::HungUp { .. })
                     if self.options.queue_size.is_none() && smaller >= MIN_RING_SIZE =>
@@ -148,10 +156,10 @@ impl Target {
     }
 
     /// Like [`harness`](Target::harness), with more protocol features.
-    pub(super) fn harness_with_protocol(&self, protocol: &[u32]) -> Result<Harness, CheckAbort> {
-        protocol.iter().try_for_each(|feature| self.offered.require_protocol(*feature))?;
-        let mut harness = self.harness(0)?;
-        harness.protocol |= protocol.iter().fold(0, |all, feature| all | bit(*feature));
+    pub(super) fn harness_with_protocol(&self, protocol: ProtocolFeatures) -> Result<Harness, CheckAbort> {
+        self.offered.require_protocol(protocol)?;
+        let mut harness = self.harness(VirtioFeatures::empty())?;
+        harness.protocol |= protocol;
         harness.reconnect(self.connect()?)?;
         Ok(harness)
     }
@@ -173,7 +181,15 @@ impl Target {
                 drop(connection);
                 let variant = RingVariant { packed: false, flow: Flow::Transmit };
                 let (device, size) = (TestedDevice::Net, MIN_RING_SIZE);
-                let config = HarnessConfig { device, variant, size, features: 0, rings: 1, source: None, iommu: None };
+                let config = HarnessConfig {
+                    device,
+                    variant,
+                    size,
+                    features: VirtioFeatures::empty(),
+                    rings: 1,
+                    source: None,
+                    iommu: None,
+                };
                 let harness = Harness::new(connect()?, offered, &self.options, config)?;
                 harness.start()?;
                 Some(FrameInjector::Backend(Box::new(harness)))
@@ -378,7 +394,7 @@ pub(super) fn start(socket: &Path, options: &CheckOptions) -> Result<Option<Back
 
 /// Returns a receive ring with one buffer.
 fn receive_harness(target: &Target) -> Result<Harness, CheckAbort> {
-    let mut harness = target.harness(0)?;
+    let mut harness = target.harness(VirtioFeatures::empty())?;
     harness.start()?;
     harness.add(1, RequestSize::Mixed)?;
     harness.publish();
@@ -413,14 +429,13 @@ fn loops_back(target: &Target) -> Result<bool, CheckAbort> {
 
 pub(super) fn describe_backend(target: &Target) -> String {
     let BackendFeatures { features, protocol, queues } = target.offered;
-    let names: Vec<String> = (0..64).filter(|number| protocol & bit(*number) != 0).map(protocol_feature_name).collect();
-    let names = if names.is_empty() { "none".into() } else { names.join(" ") };
+    let names = protocol_feature_names(protocol).replace(',', "");
     let mut device = target.device.name();
     if let Some(frame_source) = &target.frame_source {
         device += &format!(", frame source {frame_source:?}");
     }
     let size = target.size;
-    format!("{device}, {queues} queues, rings of {size}, features {features:#x}, protocol features {names}")
+    format!("{device}, {queues} queues, rings of {size}, features {features:?}, protocol features {names}")
 }
 
 /// Returns true for errors of a socket without a listener.

@@ -13,8 +13,8 @@ use vhost_user_backend::bitmap::{AtomicBitmapMmap, BitmapReplace, MemRegionBitma
 use vm_memory::bitmap::{BS, Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestMemoryRegionBytes};
 
-use crate::abi::bit;
 use crate::abi::vhost_user::VHOST_F_LOG_ALL;
+use crate::abi::virtio::VirtioFeatures;
 use crate::memory::LOG_PAGE;
 
 /// The dirty log of a device, and the state of LOG_ALL. Clones share both.
@@ -39,8 +39,8 @@ impl DeviceLog {
 
     /// Switches logging on or off by LOG_ALL in `features`. When this returns, all later writes are marked, or none is
     /// (rules L7.2, L7.3). Switching off drops the log, which the front-end releases then.
-    pub fn acked_features(&self, features: u64) {
-        let log_all = features & bit(VHOST_F_LOG_ALL) != 0;
+    pub fn acked_features(&self, features: VirtioFeatures) {
+        let log_all = features.contains(VHOST_F_LOG_ALL);
         let mut state = self.write();
         if !log_all && std::mem::replace(&mut state.log_all, log_all) {
             state.log = None;

@@ -22,13 +22,13 @@
 //! # let backend = std::thread::spawn(move || serve(&listener, &disk, stop.as_fd()));
 //! use std::time::{Duration, Instant};
 //!
-//! use vhost_migrate::abi::{bit, virtio::VIRTIO_F_VERSION_1};
+//! use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
 //! use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 //! use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 //!
 //! // Tries again until the deadline: the back-end may still be starting.
 //! let mut disk = UserDevice::connect(&path, UserOptions::default(), Instant::now() + Duration::from_secs(10))?;
-//! disk.set_features(disk.features() & bit(VIRTIO_F_VERSION_1))?;
+//! disk.set_features(disk.features() & VIRTIO_F_VERSION_1)?;
 //! disk.set_memory(&Memory::new([Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?.into()])?)?;
 //!
 //! let mut capacity = [0; 8];
@@ -62,6 +62,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::abi::vhost_user::{BackendRequest, DiskGeneration};
+use crate::abi::virtio::VirtioFeatures;
 use crate::dirty::Log;
 use crate::memory::Memory;
 use crate::ring::RingBase;
@@ -142,17 +143,17 @@ pub trait Device: Send {
     fn name(&self) -> &str;
 
     /// Returns the offered virtio and vhost feature bits.
-    fn features(&self) -> u64;
+    fn features(&self) -> VirtioFeatures;
 
     /// Returns the virtio feature bits that [`set_features`](Device::set_features) acknowledged.
-    fn acked_features(&self) -> u64;
+    fn acked_features(&self) -> VirtioFeatures;
 
     /// Acknowledges virtio feature bits. The device sets transport and logging bits itself.
     ///
     /// # Errors
     /// [`FrontendError::NotOffered`] for bits that are not offered; [`FrontendError::NoIommu`] for ACCESS_PLATFORM
     /// without an IOMMU; errors of the connection.
-    fn set_features(&mut self, features: u64) -> Result<(), FrontendError>;
+    fn set_features(&mut self, features: VirtioFeatures) -> Result<(), FrontendError>;
 
     /// Returns the maximum number of rings.
     fn queues(&self) -> u16;

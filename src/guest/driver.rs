@@ -14,10 +14,9 @@ use super::error::{ByteLocation, GuestError};
 use super::layout::{BUFFER_BYTES, GuestConfig, MAX_CHAIN, QueueLayout, SlotLayout};
 use super::pattern::{Pattern, Random, SECTOR_WORDS, mix};
 use super::state::{BlkDriverState, RequestKind, RequestState, RetainedState, SlotState};
-use crate::abi::bit;
 use crate::abi::virtio::{
     BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_BLK_T_OUT, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
 };
 use crate::memory::Memory;
 use crate::ring::{Buffer, DriverRing, RingError};
@@ -41,7 +40,7 @@ pub(super) struct DriverCounters {
 /// Properties of a disk that a driver needs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct DiskGeometry {
-    pub(super) features: u64,
+    pub(super) features: VirtioFeatures,
     /// Bytes.
     pub(super) capacity: u64,
     /// Maximum number of data segments of a request.
@@ -254,7 +253,7 @@ impl Driver {
         }
         let start = self.random.below(self.slots.len() as u64) as usize;
         let Some(slot) = self.free_slot(start) else { return Ok(false) };
-        let flushes = self.geometry.features & bit(VIRTIO_BLK_F_FLUSH) != 0;
+        let flushes = self.geometry.features.contains(VIRTIO_BLK_F_FLUSH);
         if flushes && self.requests % FLUSH_EVERY == FLUSH_EVERY - 1 {
             self.add(slot, RequestKind::Flush, 0, 0)?;
             return Ok(true);
@@ -356,7 +355,7 @@ impl Driver {
         let side = if kind == RequestKind::Read { &mut writable } else { &mut readable };
         self.split(data + offset, bytes, side);
         writable.push(Buffer { gpa: status, len: 1 });
-        let indirect = self.geometry.features & bit(VIRTIO_RING_F_INDIRECT_DESC) != 0 && self.random.below(2) == 0;
+        let indirect = self.geometry.features.contains(VIRTIO_RING_F_INDIRECT_DESC) && self.random.below(2) == 0;
         let added = self.ring.add(&readable, &writable, indirect.then_some(table));
         // There are enough free descriptors for the longest chain.
         let Some(head) = added.map_err(|source| self.ring_error(source))? else { return Ok(()) };

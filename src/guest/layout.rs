@@ -4,8 +4,7 @@
 //! exercised in each. Areas do not overlap.
 
 use super::error::GuestError;
-use crate::abi::bit;
-use crate::abi::virtio::VIRTIO_F_RING_PACKED;
+use crate::abi::virtio::{VIRTIO_F_RING_PACKED, VirtioFeatures};
 use crate::memory::LOG_PAGE;
 use crate::ring::RingLayout;
 
@@ -117,8 +116,8 @@ impl GuestConfig {
     }
 
     /// Returns the feature bits for the kind of ring.
-    pub(super) fn ring_features(&self) -> u64 {
-        if self.packed { bit(VIRTIO_F_RING_PACKED) } else { 0 }
+    pub(super) fn ring_features(&self) -> VirtioFeatures {
+        if self.packed { VIRTIO_F_RING_PACKED } else { VirtioFeatures::empty() }
     }
 
     /// Returns guest-physical address and size of each region, bytes.

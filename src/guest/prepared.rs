@@ -9,26 +9,24 @@ use super::error::GuestError;
 use super::in_parallel;
 use super::layout::{BUFFER_BYTES, GuestConfig, GuestLayout, QueueLayout};
 use super::state::{DeviceSetup, DeviceState, STATE_VERSION};
-use crate::abi::bit;
 use crate::abi::features::feature_names;
 use crate::abi::virtio::{
     self, BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_F_VERSION_1, VIRTIO_ID_BLOCK, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+    VirtioFeatures,
 };
 use crate::frontend::Device;
 use crate::memory::Memory;
 use crate::ring::RingBase;
 
 /// Features that the driver accepts, if they are offered.
-const FEATURES: [u32; 7] = [
-    VIRTIO_F_VERSION_1,
-    VIRTIO_RING_F_EVENT_IDX,
-    VIRTIO_RING_F_INDIRECT_DESC,
-    VIRTIO_BLK_F_FLUSH,
-    VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_BLK_SIZE,
-    VIRTIO_BLK_F_MQ,
-];
+const FEATURES: VirtioFeatures = VIRTIO_F_VERSION_1
+    .union(VIRTIO_RING_F_EVENT_IDX)
+    .union(VIRTIO_RING_F_INDIRECT_DESC)
+    .union(VIRTIO_BLK_F_FLUSH)
+    .union(VIRTIO_BLK_F_SEG_MAX)
+    .union(VIRTIO_BLK_F_BLK_SIZE)
+    .union(VIRTIO_BLK_F_MQ);
 /// Advice for another disk than the source's.
 const ADVICE: &str = "Give the destination's back-end the image that the source's has, or a copy that is kept equal to it and has \
                       its extended attributes. With guest --ignore-disk-generation the guest is taken in all the same, and \
@@ -106,24 +104,24 @@ impl PreparedDevice {
             ));
         }
         let ring_features = config.ring_features();
-        if ring_features & !device.features() != 0 {
+        if !device.features().contains(ring_features) {
             return unusable("it has no packed rings".into());
         }
         if config.inflight_migration && !device.can_suspend_rings() {
             return unusable("it can't leave requests in flight: start it with --inflight-migration".into());
         }
-        let offered = FEATURES.iter().fold(ring_features, |all, number| all | bit(*number)) & device.features();
-        if device.features() & bit(VIRTIO_BLK_F_RO) != 0 {
+        let offered = (FEATURES | ring_features) & device.features();
+        if device.features().contains(VIRTIO_BLK_F_RO) {
             return unusable("it is read-only, and the guest writes".into());
         }
         let features = expected.map_or(offered, |state| state.features);
         let missing = features & !device.features();
-        if missing != 0 {
+        if !missing.is_empty() {
             let names = feature_names(missing, Some(VIRTIO_ID_BLOCK));
             let what = format!("{name}: features differ: it does not offer {names}, which the guest uses");
             return Err(GuestError::State(what));
         }
-        if features & bit(VIRTIO_F_VERSION_1) == 0 {
+        if !features.contains(VIRTIO_F_VERSION_1) {
             return unusable("it does not offer VIRTIO_F_VERSION_1".into());
         }
         device.set_features(features)?;
@@ -132,7 +130,7 @@ impl PreparedDevice {
         device.set_status(ready)?;
         let mut space = BlkConfig::new_zeroed();
         device.config(0, space.as_mut_bytes().get_mut(..CONFIG_BYTES).unwrap_or_default())?;
-        let (has, sector) = (|number| features & bit(number) != 0, SECTOR_BYTES as u32);
+        let (has, sector) = (|feature| features.contains(feature), SECTOR_BYTES as u32);
         let found = DeviceState {
             features,
             capacity: space.capacity.get().saturating_mul(SECTOR_BYTES),

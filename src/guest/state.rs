@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layout::GuestConfig;
 use crate::abi::vhost_user::DiskGeneration;
+use crate::abi::virtio::VirtioFeatures;
 use crate::frontend::InflightState;
 use crate::ring::{self, RingBase};
 
@@ -255,7 +256,7 @@ pub struct RetainedState {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
     /// Negotiated virtio features.
-    pub features: u64,
+    pub features: VirtioFeatures,
     /// Size of the disk, bytes.
     pub capacity: u64,
     /// Maximum number of data segments of a request.

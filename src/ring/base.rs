@@ -3,8 +3,7 @@
 use std::fmt;
 
 use super::Position;
-use crate::abi::bit;
-use crate::abi::virtio::VIRTIO_F_RING_PACKED;
+use crate::abi::virtio::{VIRTIO_F_RING_PACKED, VirtioFeatures};
 
 /// The 32-bit state of a ring, split or packed (vhost-user spec, "Vring state"; rules R4.1, R4.2).
 ///
@@ -31,13 +30,13 @@ impl RingBase {
     }
 
     /// The base of a ring that was never used, packed or split by the negotiated `features`.
-    pub fn initial(features: u64) -> RingBase {
-        if features & bit(VIRTIO_F_RING_PACKED) == 0 { RingBase::split(0) } else { RingBase::PACKED_START }
+    pub fn initial(features: VirtioFeatures) -> RingBase {
+        if !features.contains(VIRTIO_F_RING_PACKED) { RingBase::split(0) } else { RingBase::PACKED_START }
     }
 
     /// Returns true if a ring that was never used may have this base.
-    pub fn is_initial(self, features: u64) -> bool {
-        let (start, packed) = (RingBase::initial(features), features & bit(VIRTIO_F_RING_PACKED) != 0);
+    pub fn is_initial(self, features: VirtioFeatures) -> bool {
+        let (start, packed) = (RingBase::initial(features), features.contains(VIRTIO_F_RING_PACKED));
         self == start
             || packed && (self.packed_avail(), self.packed_used()) == (start.packed_avail(), start.packed_used())
     }

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::abi::bit;
-use crate::abi::virtio::{PackedEvent, VIRTIO_F_RING_PACKED, avail_ring_bytes, desc_table_bytes, used_ring_bytes};
+use crate::abi::virtio::{
+    PackedEvent, VIRTIO_F_RING_PACKED, VirtioFeatures, avail_ring_bytes, desc_table_bytes, used_ring_bytes,
+};
 use crate::dirty::Log;
 use crate::memory::Memory;
 
@@ -32,20 +33,20 @@ pub enum RingLayout {
 impl RingLayout {
     /// The layout of a ring, packed or split by the negotiated `features`. `driver` is the address of the avail ring or
     /// of the driver event area, `device` that of the used ring or of the device event area.
-    pub fn new(features: u64, size: u16, desc: u64, driver: u64, device: u64) -> RingLayout {
-        match features & bit(VIRTIO_F_RING_PACKED) {
-            0 => RingLayout::Split(SplitLayout { size, desc, avail: driver, used: device }),
-            _ => RingLayout::Packed(PackedLayout { size, desc, driver, device }),
+    pub fn new(features: VirtioFeatures, size: u16, desc: u64, driver: u64, device: u64) -> RingLayout {
+        match features.contains(VIRTIO_F_RING_PACKED) {
+            false => RingLayout::Split(SplitLayout { size, desc, avail: driver, used: device }),
+            true => RingLayout::Packed(PackedLayout { size, desc, driver, device }),
         }
     }
 
     /// Sizes of the descriptor area, the driver area and the device area of a ring of `size` descriptors, packed or
     /// split by the negotiated `features`, bytes.
-    pub fn area_bytes(features: u64, size: u16) -> [u64; 3] {
+    pub fn area_bytes(features: VirtioFeatures, size: u16) -> [u64; 3] {
         let (size, event) = (u32::from(size), size_of::<PackedEvent>() as u64);
-        let [driver, device] = match features & bit(VIRTIO_F_RING_PACKED) {
-            0 => [avail_ring_bytes(size), used_ring_bytes(size)],
-            _ => [event, event],
+        let [driver, device] = match features.contains(VIRTIO_F_RING_PACKED) {
+            false => [avail_ring_bytes(size), used_ring_bytes(size)],
+            true => [event, event],
         };
         [desc_table_bytes(size), driver, device]
     }
@@ -77,7 +78,12 @@ impl DeviceRing {
     ///
     /// # Errors
     /// As [`SplitDevice::new`] and [`PackedDevice::new`].
-    pub fn new(memory: &Memory, layout: RingLayout, features: u64, base: RingBase) -> Result<DeviceRing, RingError> {
+    pub fn new(
+        memory: &Memory,
+        layout: RingLayout,
+        features: VirtioFeatures,
+        base: RingBase,
+    ) -> Result<DeviceRing, RingError> {
         Ok(match layout {
             RingLayout::Split(layout) => DeviceRing::Split(SplitDevice::new(memory, layout, features, base)?),
             RingLayout::Packed(layout) => DeviceRing::Packed(PackedDevice::new(memory, layout, features, base)?),

@@ -1,7 +1,6 @@
 //! The driver side of a ring of either kind. The work is done in `split` and `packed`.
 
-use crate::abi::bit;
-use crate::abi::virtio::{DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_IN_ORDER};
+use crate::abi::virtio::{DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_IN_ORDER, VirtioFeatures};
 use crate::memory::Memory;
 
 use super::chain::MAX_BUFFERS;
@@ -50,8 +49,8 @@ pub(super) fn with_flags<'a>(
 }
 
 /// Returns the order of the requests of a new ring, with IN_ORDER negotiated.
-pub(super) fn new_order(features: u64) -> Option<InOrderState> {
-    (features & bit(VIRTIO_F_IN_ORDER) != 0).then(InOrderState::default)
+pub(super) fn new_order(features: VirtioFeatures) -> Option<InOrderState> {
+    (features.contains(VIRTIO_F_IN_ORDER)).then(InOrderState::default)
 }
 
 /// Checks the order in a saved state, whose requests have these names.
@@ -60,10 +59,10 @@ pub(super) fn new_order(features: u64) -> Option<InOrderState> {
 /// [`RingError::State`].
 pub(super) fn check_order(
     order: Option<&InOrderState>,
-    features: u64,
+    features: VirtioFeatures,
     names: impl Iterator<Item = u16>,
 ) -> Result<(), RingError> {
-    if order.is_some() != (features & bit(VIRTIO_F_IN_ORDER) != 0) {
+    if order.is_some() != (features.contains(VIRTIO_F_IN_ORDER)) {
         return Err(RingError::State { fault: "requests have an order only with IN_ORDER" });
     }
     match order.is_some_and(|order| !order.is_of(names)) {
@@ -95,7 +94,7 @@ impl DriverRing {
     ///
     /// # Errors
     /// As [`SplitDriver::new`] and [`PackedDriver::new`].
-    pub fn new(memory: &Memory, layout: RingLayout, features: u64) -> Result<DriverRing, RingError> {
+    pub fn new(memory: &Memory, layout: RingLayout, features: VirtioFeatures) -> Result<DriverRing, RingError> {
         Ok(match layout {
             RingLayout::Split(layout) => DriverRing::Split(SplitDriver::new(memory, layout, features)?),
             RingLayout::Packed(layout) => DriverRing::Packed(PackedDriver::new(memory, layout, features)?),
@@ -110,7 +109,7 @@ impl DriverRing {
     pub fn restore(
         memory: &Memory,
         layout: RingLayout,
-        features: u64,
+        features: VirtioFeatures,
         state: &DriverRingState,
     ) -> Result<DriverRing, RingError> {
         Ok(match (layout, state) {

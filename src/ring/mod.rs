@@ -12,10 +12,11 @@
 //! # use std::sync::Arc;
 //! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 //! # let memory = Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?;
+//! use vhost_migrate::abi::virtio::VirtioFeatures;
 //! use vhost_migrate::ring::{Buffer, Chain, DeviceRing, DriverRing, RingBase, RingLayout};
 //!
 //! // A split ring of 64 entries, as no features are negotiated, with its three areas on a page each.
-//! let features = 0;
+//! let features = VirtioFeatures::empty();
 //! let layout = RingLayout::new(features, 64, 0x1000, 0x2000, 0x3000);
 //! let mut driver = DriverRing::new(&memory, layout, features)?;
 //! let mut device = DeviceRing::new(&memory, layout, features, RingBase::initial(features))?;

@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt::SndBuf};
 use rstest::rstest;
-use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request as Code, VringState, protocol_feature};
-use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, PACKED_DESC_F_AVAIL, PackedDesc, VIRTIO_F_VERSION_1};
+use vhost_migrate::abi::vhost_user::{BackendRequest, Header, ProtocolFeatures, Request as Code, VringState};
+use vhost_migrate::abi::virtio::{
+    DESC_F_INDIRECT, PACKED_DESC_F_AVAIL, PackedDesc, VIRTIO_F_VERSION_1, VirtioFeatures,
+};
 use vhost_migrate::backend::{BackendError, FrontendHandle, Queue, Request, VirtioDevice};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase};
 use vhost_migrate::unstable::backend::{
@@ -22,7 +23,8 @@ use crate::guest::{BASIC, Guest, HIGH, PACKED, PROTOCOL, Ring, SPLIT, status};
 use crate::raw::{DEADLINE, RawFrontend, VERSION};
 use crate::server::Server;
 
-const IN_BAND: u64 = PROTOCOL | bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::INBAND_NOTIFICATIONS);
+const IN_BAND: ProtocolFeatures =
+    PROTOCOL.union(ProtocolFeatures::BACKEND_REQ).union(ProtocolFeatures::INBAND_NOTIFICATIONS);
 const NO_FD: u64 = 0x100;
 
 /// The front-end's end of the channel.
@@ -57,7 +59,7 @@ impl BackendChannel {
     }
 }
 
-fn negotiate(client: &RawFrontend, guest: &Guest, features: u64, protocol: u64) {
+fn negotiate(client: &RawFrontend, guest: &Guest, features: VirtioFeatures, protocol: ProtocolFeatures) {
     client.send_body(Code::SET_OWNER, &[0u8; 0]);
     client.send_body(Code::SET_PROTOCOL_FEATURES, &protocol);
     client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
@@ -65,7 +67,7 @@ fn negotiate(client: &RawFrontend, guest: &Guest, features: u64, protocol: u64) 
 }
 
 /// A running ring whose kicks, calls and errors are messages.
-fn start_in_band_ring(client: &RawFrontend, guest: &Guest, index: u32, features: u64) -> Ring {
+fn start_in_band_ring(client: &RawFrontend, guest: &Guest, index: u32, features: VirtioFeatures) -> Ring {
     let ring = Ring::new(guest, index, 256, features);
     for code in [Code::SET_VRING_CALL, Code::SET_VRING_ERR] {
         client.send_acknowledged(code, &(u64::from(index) | NO_FD), &[]);
@@ -102,7 +104,7 @@ fn read_in_band(client: &RawFrontend, guest: &Guest, ring: &mut Ring) {
 
 /// Rule B3.2.
 #[rstest]
-fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: u64) {
+fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     negotiate(&client, &guest, features, IN_BAND);
@@ -123,7 +125,7 @@ fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: u
 /// Truncated messages, with and without need-reply. A descriptor that is no socket does not replace the channel.
 /// Rules B1.1 and F8.3.
 #[rstest]
-fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPLIT, PACKED)] features: u64) {
+fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     negotiate(&client, &guest, features, IN_BAND);
@@ -152,7 +154,7 @@ fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPL
 
 /// Rules B3.3, B3.4: User-mode Linux sends neither SET_VRING_KICK nor SET_VRING_CALL, and begins packed rings at 0 too (rule R4.4).
 #[rstest]
-fn the_first_in_band_kick_starts_a_ring_without_kick_and_call_fds(#[values(SPLIT, PACKED)] features: u64) {
+fn the_first_in_band_kick_starts_a_ring_without_kick_and_call_fds(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     negotiate(&client, &guest, features, IN_BAND);
@@ -223,7 +225,7 @@ fn a_ring_without_a_kick_fd_is_polled_unless_kicks_are_in_band() {
 }
 
 #[rstest]
-fn a_broken_ring_sends_vring_err_and_other_rings_continue(#[values(SPLIT, PACKED)] features: u64) {
+fn a_broken_ring_sends_vring_err_and_other_rings_continue(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     negotiate(&client, &guest, features, IN_BAND);
@@ -248,8 +250,8 @@ struct ConfigChangingDevice {
 struct ConfigChangingQueue(Arc<FrontendHandle>, Vec<Request>);
 
 impl VirtioDevice for ConfigChangingDevice {
-    fn features(&self) -> u64 {
-        bit(VIRTIO_F_VERSION_1)
+    fn features(&self) -> VirtioFeatures {
+        VIRTIO_F_VERSION_1
     }
 
     fn queues(&self) -> u16 {
@@ -268,7 +270,7 @@ impl VirtioDevice for ConfigChangingDevice {
         *self.host.lock().unwrap() = host;
     }
 
-    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> std::io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: VirtioFeatures) -> std::io::Result<Box<dyn Queue>> {
         Ok(Box::new(ConfigChangingQueue(self.host.lock().unwrap().clone(), Vec::new())))
     }
 }
@@ -302,7 +304,7 @@ fn a_front_end_that_does_not_read_its_channel_stalls_no_ring_and_gets_the_last_c
     let device = Arc::new(ConfigChangingDevice::default());
     let (server, guest) = (Server::new(device.clone()), Guest::new());
     let client = server.connect();
-    negotiate(&client, &guest, BASIC, PROTOCOL | bit(protocol_feature::BACKEND_REQ));
+    negotiate(&client, &guest, BASIC, PROTOCOL | ProtocolFeatures::BACKEND_REQ);
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).unwrap();
     // As little room as the system gives.
     setsockopt(&theirs, SndBuf, &1).unwrap();
@@ -328,7 +330,7 @@ fn invalid_data_on_the_back_end_channel_or_its_end_closes_only_the_channel() {
     let device = Arc::new(ConfigChangingDevice::default());
     let (server, guest) = (Server::new(device.clone()), Guest::new());
     let client = server.connect();
-    negotiate(&client, &guest, BASIC, PROTOCOL | bit(protocol_feature::BACKEND_REQ));
+    negotiate(&client, &guest, BASIC, PROTOCOL | ProtocolFeatures::BACKEND_REQ);
     let mut ring = Ring::new(&guest, 0, 256, BASIC);
     ring.set_up(&client, &guest, 0);
     ring.enable(&client, true);

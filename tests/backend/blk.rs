@@ -8,12 +8,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rstest::rstest;
-use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::{ConfigHeader, Request as Code, VHOST_F_LOG_ALL};
+use vhost_migrate::abi::vhost_user::{ConfigHeader, ProtocolFeatures, Request as Code, VHOST_F_LOG_ALL};
 use vhost_migrate::abi::virtio::{
     BlkConfig, BlkDiscardWriteZeroes, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_F_IN_ORDER, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_F_IN_ORDER, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
 };
 use vhost_migrate::backend::VirtioDevice;
 use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
@@ -46,12 +45,12 @@ impl DiskGuest {
         DiskGuest::with(SPLIT, change)
     }
 
-    fn with(features: u64, change: impl FnOnce(&mut BlkOptions)) -> DiskGuest {
-        DiskGuest::negotiated(features | bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_RING_F_INDIRECT_DESC), change)
+    fn with(features: VirtioFeatures, change: impl FnOnce(&mut BlkOptions)) -> DiskGuest {
+        DiskGuest::negotiated(features | VIRTIO_BLK_F_FLUSH | VIRTIO_RING_F_INDIRECT_DESC, change)
     }
 
     /// With these features and no others.
-    pub(crate) fn negotiated(features: u64, change: impl FnOnce(&mut BlkOptions)) -> DiskGuest {
+    pub(crate) fn negotiated(features: VirtioFeatures, change: impl FnOnce(&mut BlkOptions)) -> DiskGuest {
         let (server, guest) = (Server::disk(DISK, change), Guest::new());
         let client = server.connect();
         negotiate(&client, &guest, features);
@@ -322,7 +321,7 @@ fn a_disk_error_completes_the_request_with_ioerr_and_the_queue_continues() {
 }
 
 #[rstest]
-fn queues_serve_requests_independently(#[values(SPLIT, PACKED)] features: u64) {
+fn queues_serve_requests_independently(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(DISK, |options| options.queues = 4), Guest::new());
     let client = server.connect();
     negotiate(&client, &guest, features);
@@ -365,13 +364,13 @@ fn configuration_space_and_features_describe_the_disk() {
     assert_eq!(config.capacity.get(), DISK / 512, "a last sector that is not whole is left out");
     assert_eq!((config.blk_size.get(), config.num_queues.get(), config.seg_max.get()), (512, 3, 126));
     assert_eq!(config.max_discard_seg.get(), 1);
-    let features = client.request_u64(Code::GET_FEATURES);
-    let clears = bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES);
-    assert_eq!(features & (bit(VIRTIO_BLK_F_RO) | bit(VIRTIO_BLK_F_MQ) | clears), bit(VIRTIO_BLK_F_MQ) | clears);
+    let features = VirtioFeatures::from_bits_retain(client.request_u64(Code::GET_FEATURES));
+    let clears = VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES;
+    assert_eq!(features & (VIRTIO_BLK_F_RO | VIRTIO_BLK_F_MQ | clears), VIRTIO_BLK_F_MQ | clears);
     let folder = tempfile::tempdir().unwrap();
     let options = disk_options(folder.path(), DISK, |options| (options.read_only, options.queues) = (true, 1));
     let features = BlkDevice::open(options).unwrap().features();
-    assert_eq!(features & (bit(VIRTIO_BLK_F_RO) | bit(VIRTIO_BLK_F_MQ) | clears), bit(VIRTIO_BLK_F_RO));
+    assert_eq!(features & (VIRTIO_BLK_F_RO | VIRTIO_BLK_F_MQ | clears), VIRTIO_BLK_F_RO);
 }
 
 /// A file of `bytes` on a disk, with extended attributes: not every system's folder for temporary files is there.
@@ -389,8 +388,8 @@ fn the_disk_generation_is_reported_while_no_ring_runs_and_changes_with_the_conte
     let image = image_on_disk(DISK);
     let options = |options: &mut BlkOptions| options.image = image.path().to_owned();
     let mut blk = DiskGuest::new(options);
-    let offered = blk.client.request_u64(Code::GET_PROTOCOL_FEATURES);
-    assert_eq!(offered >> 62, 1);
+    let offered = ProtocolFeatures::from_bits_retain(blk.client.request_u64(Code::GET_PROTOCOL_FEATURES));
+    assert_eq!(offered.bits() >> 62, 1);
     blk.client.send_body(Code::SET_PROTOCOL_FEATURES, &offered);
     let ask = |blk: &DiskGuest| blk.client.request(GET_DISK_GENERATION, &[]);
     assert!(ask(&blk).is_empty(), "a ring runs");
@@ -431,7 +430,7 @@ const WRITE_BACK: Duration = Duration::from_secs(15);
 #[test]
 fn written_data_is_written_back_while_logging_is_enabled() {
     let image = image_on_disk(DISK);
-    let features = SPLIT | bit(VIRTIO_BLK_F_FLUSH);
+    let features = SPLIT | VIRTIO_BLK_F_FLUSH;
     let mut blk = DiskGuest::negotiated(features, |options| options.image = image.path().to_owned());
     let dirty = || unwritten(image.as_fd());
     // Twice: it goes on for as long as they are.
@@ -441,7 +440,7 @@ fn written_data_is_written_back_while_logging_is_enabled() {
         }
         if !logged {
             assert!(dirty() > 0, "the system has written it back already: the test shows nothing");
-            blk.client.send_acknowledged(Code::SET_FEATURES, &(features | bit(VHOST_F_LOG_ALL)), &[]);
+            blk.client.send_acknowledged(Code::SET_FEATURES, &(features | VHOST_F_LOG_ALL), &[]);
         }
         let deadline = Instant::now() + WRITE_BACK;
         while dirty() > 0 {
@@ -536,7 +535,7 @@ fn completions_follow_the_request_order_with_in_order() {
     for ring in [SPLIT, PACKED] {
         let (server, guest) = (Server::disk(DISK, |options| options.in_order = true), Guest::new());
         let client = server.connect();
-        let features = ring | bit(VIRTIO_F_IN_ORDER);
+        let features = ring | VIRTIO_F_IN_ORDER;
         negotiate(&client, &guest, features);
         let mut ring = Ring::new(&guest, 0, 256, features);
         ring.set_up(&client, &guest, ring.drained_base());
@@ -562,7 +561,7 @@ fn completions_follow_the_request_order_with_in_order() {
 /// The used length: what the driver may rely on, from the first byte on (virtio 1.2, "The Virtqueue Used Ring").
 /// Rule R12.1.
 #[rstest]
-fn the_used_length_counts_bytes_written_contiguously_from_the_first(#[values(SPLIT, PACKED)] features: u64) {
+fn the_used_length_counts_bytes_written_contiguously_from_the_first(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let mut blk = DiskGuest::with(features, |_| {});
     assert_eq!(blk.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 100), (OK, 20), "the serial number, and then nothing");
     assert_eq!(blk.simple(VIRTIO_BLK_T_GET_ID, 0, &[], 20), (OK, 21));

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use nix::sys::eventfd::EventFd;
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::Request as Code;
-use vhost_migrate::abi::virtio::{Desc, PackedDesc};
+use vhost_migrate::abi::virtio::{Desc, PackedDesc, VirtioFeatures};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
@@ -105,8 +105,8 @@ fn packed_breakages() -> Vec<InvalidRing> {
     ]
 }
 
-fn breakages(features: u64) -> Vec<InvalidRing> {
-    if features & (SPLIT ^ PACKED) == 0 { split_breakages() } else { packed_breakages() }
+fn breakages(features: VirtioFeatures) -> Vec<InvalidRing> {
+    if features & (SPLIT ^ PACKED) == VirtioFeatures::empty() { split_breakages() } else { packed_breakages() }
 }
 
 /// Sets up the stopped ring `index` with invalid contents. Returns the ring and its error eventfd.
@@ -114,7 +114,7 @@ fn set_up_broken(
     client: &RawFrontend,
     guest: &Guest,
     index: u32,
-    features: u64,
+    features: VirtioFeatures,
     breakage: &InvalidRing,
 ) -> (Ring, EventFd) {
     let ring = Ring::new(guest, index, 256, features);
@@ -141,7 +141,9 @@ fn assert_log(mut process: Process, expected: &[(u32, &str)]) {
 }
 
 #[rstest]
-fn a_broken_ring_stops_alone_signals_its_error_fd_and_can_be_set_up_again(#[values(SPLIT, PACKED)] features: u64) {
+fn a_broken_ring_stops_alone_signals_its_error_fd_and_can_be_set_up_again(
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
+) {
     let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");
@@ -169,7 +171,7 @@ fn a_broken_ring_stops_alone_signals_its_error_fd_and_can_be_set_up_again(#[valu
 /// Receive, transmit and control queue: each stops alone, and all others go on.
 #[rstest]
 fn a_broken_ring_of_a_network_device_stops_alone_and_signals_its_error_fd(
-    #[values(SPLIT, PACKED)] rings: u64,
+    #[values(SPLIT, PACKED)] rings: VirtioFeatures,
     #[values(0, 1, CONTROL)] broken: u32,
 ) {
     let folder = tempfile::tempdir().unwrap();
@@ -224,7 +226,7 @@ fn a_broken_ring_of_a_network_device_stops_alone_and_signals_its_error_fd(
 }
 
 #[rstest]
-fn a_head_made_available_twice_breaks_only_its_ring(#[values(SPLIT, PACKED)] features: u64) {
+fn a_head_made_available_twice_breaks_only_its_ring(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (device, gate) = crate::drain::GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();

@@ -13,9 +13,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{Header, InflightDescription, LogDescription, Request as Code, VringState};
-use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VIRTIO_RING_F_EVENT_IDX};
+use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight;
 use zerocopy::IntoBytes;
@@ -35,7 +34,7 @@ const LOG_AT: u64 = 0x30_0000;
 struct VerifyingGuest {
     guest: Guest,
     ring: Ring,
-    features: u64,
+    features: VirtioFeatures,
     inflight: (OwnedFd, InflightDescription),
     log: (Log, OwnedFd),
     marks: BTreeSet<u64>,
@@ -51,7 +50,7 @@ struct Slot {
 }
 
 impl VerifyingGuest {
-    fn new(features: u64) -> VerifyingGuest {
+    fn new(features: VirtioFeatures) -> VerifyingGuest {
         let guest = Guest::new();
         let mut ring = Ring::new(&guest, 0, 64, features);
         ring.log_at = Some(LOG_AT);
@@ -166,7 +165,7 @@ impl VerifyingGuest {
     }
 }
 
-fn survives_kills(kills: u32, features: u64, more: &[&str]) {
+fn survives_kills(kills: u32, features: VirtioFeatures, more: &[&str]) {
     let folder = tempfile::tempdir().unwrap();
     let options = disk_options(folder.path(), SLOTS * BLOCK as u64, |_| {});
     let socket = folder.path().join("socket");
@@ -207,7 +206,7 @@ fn every_request_completes_exactly_once_after_100_kills() {
 
 #[test]
 fn every_request_completes_exactly_once_after_100_kills_with_event_idx_and_threads() {
-    survives_kills(100, BASIC | bit(VIRTIO_RING_F_EVENT_IDX), &["--aio", "threads"]);
+    survives_kills(100, BASIC | VIRTIO_RING_F_EVENT_IDX, &["--aio", "threads"]);
 }
 
 /// Rule I4.5.
@@ -218,19 +217,19 @@ fn every_request_completes_exactly_once_after_100_kills_with_packed_rings() {
 
 #[test]
 fn every_request_completes_exactly_once_after_100_kills_with_packed_rings_and_event_idx() {
-    survives_kills(100, PACKED | bit(VIRTIO_RING_F_EVENT_IDX), &["--aio", "threads"]);
+    survives_kills(100, PACKED | VIRTIO_RING_F_EVENT_IDX, &["--aio", "threads"]);
 }
 
 #[test]
 fn every_request_completes_exactly_once_after_50_kills_with_in_order() {
     for ring in [SPLIT, PACKED] {
-        survives_kills(50, ring | bit(VIRTIO_F_IN_ORDER), &["--in-order"]);
+        survives_kills(50, ring | VIRTIO_F_IN_ORDER, &["--in-order"]);
     }
 }
 
 #[test]
 fn every_request_completes_exactly_once_after_50_kills_with_o_direct() {
-    survives_kills(50, BASIC | bit(VIRTIO_RING_F_EVENT_IDX), &["--direct"]);
+    survives_kills(50, BASIC | VIRTIO_RING_F_EVENT_IDX, &["--direct"]);
 }
 
 #[test]
@@ -273,7 +272,7 @@ fn sleep_count(process: &Process) -> u64 {
 
 /// Rules I10.1 and R6.2: as long as a predecessor has the image it may go on with the ring.
 #[rstest]
-fn a_successor_reads_ring_and_region_only_after_locking_the_image(#[values(SPLIT, PACKED)] features: u64) {
+fn a_successor_reads_ring_and_region_only_after_locking_the_image(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let folder = tempfile::tempdir().unwrap();
     let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
     let guest = Guest::new();

@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
-use vhost_migrate::abi::virtio::{BlkDiscardWriteZeroes, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES};
+use vhost_migrate::abi::virtio::{
+    BlkDiscardWriteZeroes, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VirtioFeatures,
+};
 use vhost_migrate::backend::blk::{Aio, BlkOptions};
 use vhost_migrate::backend::{Queue, Request, SyncQueue, VirtioDevice};
 use vhost_migrate::ring::Buffer;
@@ -121,7 +123,7 @@ fn write_zeroes_is_durable_for_a_driver_without_flush() {
 struct FailingSyncDevice;
 
 impl VirtioDevice for FailingSyncDevice {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         BASIC
     }
 
@@ -133,7 +135,7 @@ impl VirtioDevice for FailingSyncDevice {
         Err(io::ErrorKind::StorageFull.into())
     }
 
-    fn start_queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _: u16, _: u16, _: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(SyncQueue::new(|_: &mut Request| ())))
     }
 }
@@ -142,7 +144,7 @@ impl VirtioDevice for FailingSyncDevice {
 struct SlowSyncDevice(Mutex<Receiver<()>>);
 
 impl VirtioDevice for SlowSyncDevice {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         BASIC
     }
 
@@ -160,7 +162,7 @@ impl VirtioDevice for SlowSyncDevice {
         Ok(())
     }
 
-    fn start_queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _: u16, _: u16, _: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(SyncQueue::new(|_: &mut Request| ())))
     }
 }

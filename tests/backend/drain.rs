@@ -7,10 +7,9 @@ use std::sync::Arc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rstest::rstest;
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
-use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
-use vhost_migrate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_IN_ORDER};
+use vhost_migrate::abi::vhost_user::{ProtocolFeatures, Request as Code, VringState};
+use vhost_migrate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_IN_ORDER, VirtioFeatures};
 use vhost_migrate::backend::{Queue, RING_FEATURES, Request, VirtioDevice};
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::Buffer;
@@ -40,8 +39,8 @@ impl GatedDevice {
 }
 
 impl VirtioDevice for GatedDevice {
-    fn features(&self) -> u64 {
-        RING_FEATURES | bit(VIRTIO_F_IN_ORDER) | bit(VIRTIO_F_ACCESS_PLATFORM)
+    fn features(&self) -> VirtioFeatures {
+        RING_FEATURES | VIRTIO_F_IN_ORDER | VIRTIO_F_ACCESS_PLATFORM
     }
 
     fn queues(&self) -> u16 {
@@ -56,11 +55,11 @@ impl VirtioDevice for GatedDevice {
         vec![1, 2, 3, 4]
     }
 
-    fn protocol_features(&self) -> u64 {
+    fn protocol_features(&self) -> ProtocolFeatures {
         INFLIGHT_MIGRATION
     }
 
-    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(GatedQueue { gate: self.gate.clone(), held: Vec::new() }))
     }
 }
@@ -89,7 +88,12 @@ impl Queue for GatedQueue {
 }
 
 /// Starts ring 0 with `count` requests of one page each, all taken by the device and none completed.
-pub(crate) fn start_with_requests_in_flight(client: &RawFrontend, guest: &Guest, features: u64, count: u64) -> Ring {
+pub(crate) fn start_with_requests_in_flight(
+    client: &RawFrontend,
+    guest: &Guest,
+    features: VirtioFeatures,
+    count: u64,
+) -> Ring {
     let mut ring = Ring::new(guest, 0, 256, features);
     for slot in 0..count {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
@@ -110,7 +114,7 @@ pub(crate) fn page(slot: u64) -> Buffer {
 /// Rules R3.1, R3.2 and R3.4.
 #[rstest]
 fn get_vring_base_replies_after_all_requests_are_completed_logged_and_published(
-    #[values(SPLIT, PACKED)] features: u64,
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
     let (device, gate) = GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
@@ -135,7 +139,9 @@ fn get_vring_base_replies_after_all_requests_are_completed_logged_and_published(
 
 /// Rule R3.3.
 #[rstest]
-fn after_the_get_vring_base_reply_memory_is_unchanged_and_no_call_is_signalled(#[values(SPLIT, PACKED)] features: u64) {
+fn after_the_get_vring_base_reply_memory_is_unchanged_and_no_call_is_signalled(
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
+) {
     let (device, gate) = GatedDevice::new();
     let (mut server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
@@ -161,7 +167,7 @@ fn after_the_get_vring_base_reply_memory_is_unchanged_and_no_call_is_signalled(#
 /// Rules R2.3 and R7.3.
 #[rstest]
 fn a_disabled_ring_completes_its_requests_takes_no_new_ones_and_resumes_when_enabled(
-    #[values(SPLIT, PACKED)] features: u64,
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
     let (device, gate) = GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
@@ -183,7 +189,9 @@ fn a_disabled_ring_completes_its_requests_takes_no_new_ones_and_resumes_when_ena
 
 /// Rule L9.1.
 #[rstest]
-fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only(#[values(SPLIT, PACKED)] features: u64) {
+fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only(
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
+) {
     let (device, gate) = GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
@@ -203,7 +211,7 @@ fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only(#[val
 
 /// Rule M1.6.
 #[rstest]
-fn a_new_memory_table_waits_for_requests_in_flight(#[values(SPLIT, PACKED)] features: u64) {
+fn a_new_memory_table_waits_for_requests_in_flight(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (device, gate) = GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
@@ -227,7 +235,7 @@ fn a_new_memory_table_waits_for_requests_in_flight(#[values(SPLIT, PACKED)] feat
 
 #[rstest]
 fn the_rings_of_a_closed_connection_are_stopped_before_the_next_front_end_is_served(
-    #[values(SPLIT, PACKED)] features: u64,
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
     let (device, gate) = GatedDevice::new();
     let (mut server, guest) = (Server::new(device), Guest::new());
@@ -252,7 +260,7 @@ fn the_rings_of_a_closed_connection_are_stopped_before_the_next_front_end_is_ser
 
 /// Rule I10.2: nothing that it left is published behind the back of its next back-end, and that need not wait.
 #[rstest]
-fn a_hang_up_during_get_vring_base_abandons_the_requests_in_flight(#[values(SPLIT, PACKED)] features: u64) {
+fn a_hang_up_during_get_vring_base_abandons_the_requests_in_flight(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (device, gate) = GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
@@ -274,7 +282,7 @@ struct PutsBackOldest(Arc<GatedDevice>);
 struct PutsBackOldestQueue(GatedQueue);
 
 impl VirtioDevice for PutsBackOldest {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         self.0.features()
     }
 
@@ -282,7 +290,7 @@ impl VirtioDevice for PutsBackOldest {
         Vec::new()
     }
 
-    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(PutsBackOldestQueue(GatedQueue { gate: self.0.gate.clone(), held: Vec::new() })))
     }
 }
@@ -308,9 +316,11 @@ impl Queue for PutsBackOldestQueue {
 
 /// A request that is given back and cannot return to the ring is used in its turn.
 #[rstest]
-fn a_request_put_back_before_later_ones_is_used_in_its_turn_with_in_order(#[values(SPLIT, PACKED)] features: u64) {
+fn a_request_put_back_before_later_ones_is_used_in_its_turn_with_in_order(
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
+) {
     let (device, _) = GatedDevice::new();
-    let features = features | bit(VIRTIO_F_IN_ORDER);
+    let features = features | VIRTIO_F_IN_ORDER;
     let (server, guest) = (Server::new(Arc::new(PutsBackOldest(device))), Guest::new());
     let client = server.connect();
     negotiate(&client, &guest, features);
@@ -320,7 +330,7 @@ fn a_request_put_back_before_later_ones_is_used_in_its_turn_with_in_order(#[valu
 }
 
 #[rstest]
-fn a_stopped_server_completes_and_publishes_requests_in_flight(#[values(SPLIT, PACKED)] features: u64) {
+fn a_stopped_server_completes_and_publishes_requests_in_flight(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (device, gate) = GatedDevice::new();
     let (mut server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
@@ -334,7 +344,9 @@ fn a_stopped_server_completes_and_publishes_requests_in_flight(#[values(SPLIT, P
 
 /// Rule M1.2.
 #[rstest]
-fn an_added_memory_region_is_usable_immediately_and_a_removed_one_is_not(#[values(SPLIT, PACKED)] features: u64) {
+fn an_added_memory_region_is_usable_immediately_and_a_removed_one_is_not(
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
+) {
     let (device, gate) = GatedDevice::new();
     gate.write(1).unwrap();
     let (server, guest) = (Server::new(device), Guest::new());
@@ -360,7 +372,9 @@ fn an_added_memory_region_is_usable_immediately_and_a_removed_one_is_not(#[value
 
 /// An unknown base must not be invented.
 #[rstest]
-fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served(#[values(SPLIT, PACKED)] features: u64) {
+fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served(
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
+) {
     let (device, gate) = GatedDevice::new();
     let (server, guest) = (Server::new(device), Guest::new());
     let client = server.connect();
@@ -389,7 +403,7 @@ fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served(#[v
 struct DroppingDevice;
 
 impl VirtioDevice for DroppingDevice {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         RING_FEATURES
     }
 
@@ -397,7 +411,7 @@ impl VirtioDevice for DroppingDevice {
         Vec::new()
     }
 
-    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(DroppingDevice))
     }
 }
@@ -414,7 +428,9 @@ impl Queue for DroppingDevice {
 }
 
 #[rstest]
-fn a_request_dropped_by_the_device_is_logged_and_returned_to_the_driver(#[values(SPLIT, PACKED)] features: u64) {
+fn a_request_dropped_by_the_device_is_logged_and_returned_to_the_driver(
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
+) {
     let (server, guest) = (Server::new(Arc::new(DroppingDevice)), Guest::new());
     let client = server.connect();
     negotiate(&client, &guest, features);

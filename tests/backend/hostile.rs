@@ -8,6 +8,7 @@ use vhost_migrate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
     VringAddr, VringState,
 };
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::memory::{Region, sealed_memfd};
 use vhost_migrate::unstable::backend::MAX_FDS;
 use zerocopy::IntoBytes;
@@ -46,7 +47,7 @@ fn region(guest_phys_addr: u64, memory_size: u64, userspace_addr: u64, mmap_offs
 }
 
 /// Messages that are wrong on a connection with memory and a running ring 0. The fds are of a memfd of 1 MiB.
-fn invalid_messages(guest: &Guest, ring: &Ring, features: u64) -> Vec<InvalidMessage> {
+fn invalid_messages(guest: &Guest, ring: &Ring, features: VirtioFeatures) -> Vec<InvalidMessage> {
     const MIB: u64 = 1 << 20;
     let state = |index, num| VringState { index, num };
     let fine = VringAddr { index: 1, ..ring.addr(guest) };
@@ -65,7 +66,12 @@ fn invalid_messages(guest: &Guest, ring: &Ring, features: u64) -> Vec<InvalidMes
     let mut huge_count = table(&[region(0, MIB, 0, 0)]);
     huge_count[..4].copy_from_slice(&u32::MAX.to_le_bytes());
     let mut all = vec![
-        invalid("features that were not offered", Code::SET_FEATURES, &(features | 1 << 50), 0),
+        invalid(
+            "features that were not offered",
+            Code::SET_FEATURES,
+            &(features | VirtioFeatures::from_bits_retain(1 << 50)),
+            0,
+        ),
         invalid("features that a running ring does not have", Code::SET_FEATURES, &(features ^ PACKED ^ SPLIT), 0),
         invalid("protocol features that were not offered", Code::SET_PROTOCOL_FEATURES, &u64::MAX, 0),
         invalid("a table without fds", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 0)]).as_slice(), 0),
@@ -197,7 +203,7 @@ fn invalid_messages(guest: &Guest, ring: &Ring, features: u64) -> Vec<InvalidMes
     all
 }
 
-pub(crate) fn start_ring(client: &RawFrontend, guest: &Guest, features: u64) -> Ring {
+pub(crate) fn start_ring(client: &RawFrontend, guest: &Guest, features: VirtioFeatures) -> Ring {
     negotiate(client, guest, features);
     let ring = Ring::new(guest, 0, 256, features);
     ring.set_up(client, guest, ring.initial_base());
@@ -215,7 +221,7 @@ pub(crate) fn assert_ring_works(guest: &Guest, ring: &mut Ring) {
 
 /// Rules B3.1, F1.5, F5.1, F6.4, F8.3, I1.2, L2.2, L2.3, L3.4, M1.2, M1.4, M1.5, R1.3 and R2.6.
 #[rstest]
-fn every_invalid_message_is_refused_and_the_ring_continues(#[values(SPLIT, PACKED)] features: u64) {
+fn every_invalid_message_is_refused_and_the_ring_continues(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = start_ring(&client, &guest, features);
@@ -229,7 +235,9 @@ fn every_invalid_message_is_refused_and_the_ring_continues(#[values(SPLIT, PACKE
 
 /// Rule F5.2.
 #[rstest]
-fn an_invalid_message_without_need_reply_is_ignored_unless_it_requires_a_reply(#[values(SPLIT, PACKED)] features: u64) {
+fn an_invalid_message_without_need_reply_is_ignored_unless_it_requires_a_reply(
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
+) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let file = sealed_memfd("hostile", 1 << 20).unwrap();
     let owed = [
@@ -306,7 +314,7 @@ fn an_unexpected_reply_is_ignored() {
 }
 
 #[rstest]
-fn an_inflight_region_with_random_contents_is_refused_at_ring_start(#[values(SPLIT, PACKED)] features: u64) {
+fn an_inflight_region_with_random_contents_is_refused_at_ring_start(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
     let mut noise = 1u64;
     for round in 0..50 {
@@ -406,7 +414,7 @@ fn thousands_of_memory_table_changes_leak_nothing_and_every_slot_is_usable() {
 
 /// Rule R9.2: those in the queue send garbage and fds, and hang up or stay.
 #[rstest]
-fn queued_connections_do_not_disturb_the_served_one(#[values(SPLIT, PACKED)] features: u64) {
+fn queued_connections_do_not_disturb_the_served_one(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");

@@ -9,10 +9,9 @@ use std::time::Instant;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::EventFd;
 use std::os::fd::AsFd;
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{InflightDescription, IotlbMsg, Request as Code, VringAddr, VringState};
 use vhost_migrate::abi::virtio::{
-    VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
 };
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::{Buffer, DriverRing, RingLayout};
@@ -26,15 +25,15 @@ use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::Server;
 
 const DISK: u64 = 4 << 20;
-const PACKED: u64 = bit(VIRTIO_F_RING_PACKED);
-const INDIRECT: u64 = bit(VIRTIO_RING_F_INDIRECT_DESC) | bit(VIRTIO_RING_F_EVENT_IDX);
+const PACKED: VirtioFeatures = VIRTIO_F_RING_PACKED;
+const INDIRECT: VirtioFeatures = VIRTIO_RING_F_INDIRECT_DESC.union(VIRTIO_RING_F_EVENT_IDX);
 
 fn server() -> Server {
     Server::disk(DISK, |options| options.iommu = true)
 }
 
 /// Random reads and writes; what changed is in the log, by guest-physical address, and nothing else is.
-fn run_translated_disk(features: u64, indirect: bool) {
+fn run_translated_disk(features: VirtioFeatures, indirect: bool) {
     let server = server();
     let space = IommuGuest::new(server.connect(), FEATURES | features);
     let log = install_log(&space.client, &space.guest);
@@ -51,9 +50,9 @@ fn run_translated_disk(features: u64, indirect: bool) {
     space.client.ring_base(0);
     let DiskLoad { disk, by_device: expected, by_driver: mut driver_wrote, .. } = load;
     assert_eq!(std::fs::read(server.image()).unwrap(), disk, "other data was written");
-    let of_device = match features & PACKED {
-        0 => vec![(ring.layout.used, 6 + 8 * 1024)],
-        _ => vec![(ring.layout.desc, 16 * 1024), (ring.layout.used, 4)],
+    let of_device = match features.contains(PACKED) {
+        false => vec![(ring.layout.used, 6 + 8 * 1024)],
+        true => vec![(ring.layout.desc, 16 * 1024), (ring.layout.used, 4)],
     };
     let of_ring: BTreeSet<u64> = of_device.iter().flat_map(|(at, len)| space.pages(*at, *len)).collect();
     driver_wrote.extend(space.pages(ring.layout.avail, 6 + 2 * 1024).chain(space.pages(ring.layout.desc, 16 * 1024)));
@@ -77,7 +76,7 @@ fn run_translated_disk(features: u64, indirect: bool) {
 /// Rules L5.2, T1.1, T1.2 and T4.1.
 #[test]
 fn scattered_memory_is_read_written_and_logged_by_guest_physical_address() {
-    run_translated_disk(0, false);
+    run_translated_disk(VirtioFeatures::empty(), false);
 }
 
 #[test]
@@ -97,7 +96,7 @@ fn packed_rings_with_indirect_tables_are_translated() {
 }
 
 /// Rule T3.1: pages are taken away while requests that use them run; from the reply on nothing reaches them.
-fn invalidate_under_load(features: u64) {
+fn invalidate_under_load(features: VirtioFeatures) {
     let server = server();
     let space = IommuGuest::new(server.connect(), FEATURES | features);
     let mut rings: Vec<Ring> = (0..2).map(|index| space.ring(index, 256, features)).collect();
@@ -169,7 +168,7 @@ fn invalidate_under_load(features: u64) {
 
 #[test]
 fn a_split_ring_does_not_access_a_page_after_acknowledging_its_invalidation() {
-    invalidate_under_load(0);
+    invalidate_under_load(VirtioFeatures::empty());
 }
 
 #[test]
@@ -182,7 +181,7 @@ fn page(slot: u64) -> Buffer {
 }
 
 /// A ring with requests of one page each, all of them taken by a device that completes none.
-fn held(space: &IommuGuest, features: u64, count: u64) -> Ring {
+fn held(space: &IommuGuest, features: VirtioFeatures, count: u64) -> Ring {
     let mut ring = space.ring(0, 256, features);
     for slot in 0..count {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
@@ -201,7 +200,7 @@ fn an_invalidation_waits_only_for_requests_that_use_the_range() {
     let (device, gate) = GatedDevice::new();
     let server = Server::new(device);
     let space = IommuGuest::new(server.connect(), FEATURES);
-    let mut ring = held(&space, 0, 4);
+    let mut ring = held(&space, VirtioFeatures::empty(), 4);
     space.client.send_acknowledged(Code::IOTLB_MSG, &invalidate(page(4).gpa, 1 << 20), &[]);
     space.client.send(Code::IOTLB_MSG, NEED_REPLY, invalidate(page(3).gpa + 4095, 1).as_bytes(), &[]);
     let mut fds = [PollFd::new(space.client.as_fd(), PollFlags::POLLIN)];
@@ -224,7 +223,7 @@ fn an_invalidation_waits_only_for_requests_that_use_the_range() {
 }
 
 /// Rules T1.1, I3.3, I4.5: the region has I/O virtual addresses, and a successor no translation of any.
-fn recover_after_kill(features: u64) {
+fn recover_after_kill(features: VirtioFeatures) {
     let (device, gate) = GatedDevice::new();
     let server = Server::new(device);
     let space = IommuGuest::new(server.connect(), FEATURES | features);
@@ -277,7 +276,7 @@ fn recover_after_kill(features: u64) {
 
 #[test]
 fn a_successor_translates_and_completes_requests_of_a_split_ring_in_flight() {
-    recover_after_kill(0);
+    recover_after_kill(VirtioFeatures::empty());
 }
 
 #[test]
@@ -302,7 +301,7 @@ pub(crate) fn assert_served(space: &IommuGuest, ring: &mut Ring, slot: u64) {
 fn a_truncated_iotlb_msg_is_refused_and_the_ring_continues() {
     let server = server();
     let space = IommuGuest::new(server.connect(), FEATURES);
-    let mut ring = space.ring(0, 256, 0);
+    let mut ring = space.ring(0, 256, VirtioFeatures::empty());
     space.start(&ring, 0);
     let whole = invalidate(0, 0);
     for len in [0, 3, 31] {
@@ -320,7 +319,8 @@ fn a_refused_translation_breaks_only_the_ring_that_needs_it() {
     for permission in [Some(1), Some(0), None] {
         let server = server();
         let space = IommuGuest::new(server.connect(), FEATURES);
-        let (mut bad, mut good) = (space.ring(0, 256, 0), space.ring(1, 256, 0));
+        let (mut bad, mut good) =
+            (space.ring(0, 256, VirtioFeatures::empty()), space.ring(1, 256, VirtioFeatures::empty()));
         let error = space.start(&bad, 0);
         space.start(&good, 0);
         let page = (Slot(0).data() + 1000) / LOG_PAGE * LOG_PAGE;
@@ -350,7 +350,8 @@ fn a_refused_translation_breaks_only_the_ring_that_needs_it() {
 fn an_unanswered_miss_delays_only_the_ring_that_needs_it() {
     let server = server();
     let space = IommuGuest::new(server.connect(), FEATURES);
-    let (mut stuck, mut good) = (space.ring(0, 256, 0), space.ring(1, 256, 0));
+    let (mut stuck, mut good) =
+        (space.ring(0, 256, VirtioFeatures::empty()), space.ring(1, 256, VirtioFeatures::empty()));
     space.start(&stuck, 0);
     space.start(&good, 0);
     assert_served(&space, &mut stuck, 0);
@@ -383,7 +384,7 @@ fn an_unanswered_miss_delays_only_the_ring_that_needs_it() {
 }
 
 /// Rule T3.4: the pages of a ring go elsewhere while it runs.
-fn remap_ring(features: u64) {
+fn remap_ring(features: VirtioFeatures) {
     let server = server();
     let space = IommuGuest::new(server.connect(), FEATURES | features);
     let mut ring = space.ring(0, 256, features);
@@ -413,7 +414,7 @@ fn remap_ring(features: u64) {
 
 #[test]
 fn a_split_ring_continues_after_its_pages_are_remapped() {
-    remap_ring(0);
+    remap_ring(VirtioFeatures::empty());
 }
 
 #[test]
@@ -433,7 +434,7 @@ fn without_a_back_end_channel_only_pushed_translations_are_used() {
     guest.send_table(&client);
     // All of the first region, as a front-end without an IOMMU may have it.
     client.send_acknowledged(Code::IOTLB_MSG, &update(0, 16 << 20, guest.user(0), 3), &[]);
-    let mut ring = Ring::new(&guest, 0, 256, 0);
+    let mut ring = Ring::new(&guest, 0, 256, VirtioFeatures::empty());
     let error = EventFd::new().unwrap();
     client.send_acknowledged(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
     let space_addr = |ring: &Ring| VringAddr {
@@ -472,7 +473,7 @@ fn without_a_back_end_channel_only_pushed_translations_are_used() {
 fn invalid_translations_are_refused_and_the_rings_continue() {
     let server = server();
     let space = IommuGuest::new(server.connect(), FEATURES);
-    let mut ring = space.ring(0, 256, 0);
+    let mut ring = space.ring(0, 256, VirtioFeatures::empty());
     space.start(&ring, 0);
     assert_served(&space, &mut ring, 0);
     let user = space.guest.user(0);

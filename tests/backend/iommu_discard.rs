@@ -1,8 +1,7 @@
 //! Behind an IOMMU: events after which the back-end discards translations without an invalidation (rule T3.7).
 
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{MemoryHeader, MemoryRegion, Request as Code};
-use vhost_migrate::abi::virtio::{VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED};
+use vhost_migrate::abi::virtio::{VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VirtioFeatures};
 use vhost_migrate::memory::{LOG_PAGE, Region};
 use zerocopy::IntoBytes;
 
@@ -12,7 +11,7 @@ use crate::iommu_load::{Slot, bytes, contents};
 use crate::server::Server;
 
 const DISK: u64 = 4 << 20;
-const BOTH: [u64; 2] = [0, bit(VIRTIO_F_RING_PACKED)];
+const BOTH: [VirtioFeatures; 2] = [VirtioFeatures::empty(), VIRTIO_F_RING_PACKED];
 
 fn server() -> Server {
     Server::disk(DISK, |options| options.iommu = true)
@@ -69,7 +68,7 @@ fn a_stopped_device_requests_every_translation_again_when_restarted() {
 fn acknowledging_access_platform_again_discards_all_translations() {
     let server = server();
     let space = IommuGuest::new(server.connect(), FEATURES);
-    let mut ring = space.ring(0, 256, 0);
+    let mut ring = space.ring(0, 256, VirtioFeatures::empty());
     space.start(&ring, 0);
     assert_read(&space, &mut ring, 1);
     // Disabled, and no more.

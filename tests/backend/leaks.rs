@@ -6,6 +6,7 @@ use std::path::Path;
 
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{Header, InflightDescription, Request as Code, VringState};
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::memory::sealed_memfd;
 use vhost_migrate::unstable::backend::MAX_FDS;
 use zerocopy::IntoBytes;
@@ -27,7 +28,13 @@ fn resources(process: &Process, socket: &Path) -> [usize; 3] {
 }
 
 /// Connects as far as rings can be started: on some connections with a back-end channel, an inflight region, both.
-fn negotiate(client: &RawFrontend, guest: &Guest, features: u64, queues: u16, number: u32) -> Option<BackendChannel> {
+fn negotiate(
+    client: &RawFrontend,
+    guest: &Guest,
+    features: VirtioFeatures,
+    queues: u16,
+    number: u32,
+) -> Option<BackendChannel> {
     negotiate_with(client, guest, features, CHANNEL);
     if number.is_multiple_of(3) {
         let (_, fd, description) = inflight_region(features, queues, 256);
@@ -176,7 +183,7 @@ fn fd_exhaustion_at_any_step_ends_only_that_connection() {
 
 /// Messages full of fds, by the byte too, to a process that can't have as many.
 #[rstest]
-fn a_flood_of_fds_leaks_nothing(#[values(SPLIT, PACKED)] features: u64) {
+fn a_flood_of_fds_leaks_nothing(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
     let options = disk_options(folder.path(), 1 << 20, |_| {});
     let socket = folder.path().join("socket");

@@ -5,9 +5,8 @@ use std::os::fd::AsFd;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rstest::rstest;
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{LogDescription, Request as Code};
-use vhost_migrate::abi::virtio::VIRTIO_RING_F_EVENT_IDX;
+use vhost_migrate::abi::virtio::{VIRTIO_RING_F_EVENT_IDX, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, DriverRingState};
@@ -20,7 +19,7 @@ use crate::guest::{
 use crate::raw::{RawFrontend, VERSION};
 use crate::server::Server;
 
-const EVENT_IDX: u64 = bit(VIRTIO_RING_F_EVENT_IDX);
+const EVENT_IDX: VirtioFeatures = VIRTIO_RING_F_EVENT_IDX;
 /// Address at which used rings are logged. It is not their own, and a page ends between the indexes and the elements.
 pub(crate) const LOG_AT: u64 = 0x30_0ffc;
 const DISK: u64 = 4 << 20;
@@ -141,7 +140,7 @@ fn load(guest: &Guest, ring: &mut Ring, first: u64, oracle: &mut Oracle, meanwhi
     }
 }
 
-pub(crate) fn running(client: &RawFrontend, guest: &Guest, features: u64) -> Ring {
+pub(crate) fn running(client: &RawFrontend, guest: &Guest, features: VirtioFeatures) -> Ring {
     negotiate(client, guest, features);
     let ring = Ring::new(guest, 0, 512, features);
     ring.set_up(client, guest, ring.initial_base());
@@ -150,7 +149,7 @@ pub(crate) fn running(client: &RawFrontend, guest: &Guest, features: u64) -> Rin
 }
 
 #[rstest]
-fn the_log_holds_exactly_what_the_device_wrote(#[values(SPLIT, PACKED)] basic: u64) {
+fn the_log_holds_exactly_what_the_device_wrote(#[values(SPLIT, PACKED)] basic: VirtioFeatures) {
     for features in [basic, basic | EVENT_IDX] {
         let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
         let client = server.connect();
@@ -171,7 +170,7 @@ fn the_log_holds_exactly_what_the_device_wrote(#[values(SPLIT, PACKED)] basic: u
 
 /// Rule L1.3.
 #[rstest]
-fn a_buffer_across_pages_and_regions_is_logged_exactly(#[values(SPLIT, PACKED)] features: u64) {
+fn a_buffer_across_pages_and_regions_is_logged_exactly(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -197,7 +196,7 @@ fn a_buffer_across_pages_and_regions_is_logged_exactly(#[values(SPLIT, PACKED)] 
 
 /// Rules L7.2 and L7.3.
 #[rstest]
-fn pages_are_logged_only_while_logging_is_enabled(#[values(SPLIT, PACKED)] features: u64) {
+fn pages_are_logged_only_while_logging_is_enabled(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -218,7 +217,9 @@ fn pages_are_logged_only_while_logging_is_enabled(#[values(SPLIT, PACKED)] featu
 
 /// Rules L3.1 and L3.2.
 #[rstest]
-fn log_all_controls_data_logging_and_f_log_controls_used_ring_logging(#[values(SPLIT, PACKED)] features: u64) {
+fn log_all_controls_data_logging_and_f_log_controls_used_ring_logging(
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
+) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -239,7 +240,9 @@ fn log_all_controls_data_logging_and_f_log_controls_used_ring_logging(#[values(S
 
 /// Rule L9.1.
 #[rstest]
-fn changing_the_log_under_load_loses_no_page_and_stops_writes_to_the_old_log(#[values(SPLIT, PACKED)] features: u64) {
+fn changing_the_log_under_load_loses_no_page_and_stops_writes_to_the_old_log(
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
+) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features | EVENT_IDX);
@@ -265,7 +268,7 @@ fn changing_the_log_under_load_loses_no_page_and_stops_writes_to_the_old_log(#[v
 
 /// Rule L9.2.
 #[rstest]
-fn changing_the_memory_table_under_load_keeps_the_log_exact(#[values(SPLIT, PACKED)] features: u64) {
+fn changing_the_memory_table_under_load_keeps_the_log_exact(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -290,7 +293,7 @@ fn changing_the_memory_table_under_load_keeps_the_log_exact(#[values(SPLIT, PACK
 
 /// Rule L9.2.
 #[rstest]
-fn a_second_migration_is_logged_as_exactly_as_the_first(#[values(SPLIT, PACKED)] features: u64) {
+fn a_second_migration_is_logged_as_exactly_as_the_first(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -311,7 +314,9 @@ fn a_second_migration_is_logged_as_exactly_as_the_first(#[values(SPLIT, PACKED)]
 }
 
 #[rstest]
-fn a_reconnect_while_logging_writes_nothing_until_the_ring_is_enabled(#[values(SPLIT, PACKED)] features: u64) {
+fn a_reconnect_while_logging_writes_nothing_until_the_ring_is_enabled(
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
+) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     // The order in which QEMU does it (rule L8.1): LOG_ALL, F_LOG and KICK before SET_LOG_BASE and ENABLE.
@@ -337,7 +342,7 @@ fn a_reconnect_while_logging_writes_nothing_until_the_ring_is_enabled(#[values(S
 
 /// Rule L8.2.
 #[rstest]
-fn rings_run_with_log_all_and_no_log(#[values(SPLIT, PACKED)] features: u64) {
+fn rings_run_with_log_all_and_no_log(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features | LOG_ALL);
@@ -350,7 +355,7 @@ fn rings_run_with_log_all_and_no_log(#[values(SPLIT, PACKED)] features: u64) {
 
 /// Rules L2.1 and L6.1.
 #[rstest]
-fn a_log_of_any_size_and_offset_is_used_exactly_within_its_bounds(#[values(SPLIT, PACKED)] features: u64) {
+fn a_log_of_any_size_and_offset_is_used_exactly_within_its_bounds(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -378,7 +383,7 @@ fn a_log_of_any_size_and_offset_is_used_exactly_within_its_bounds(#[values(SPLIT
 
 /// Rules L12.1 and L12.2.
 #[rstest]
-fn the_log_fd_is_signalled_after_logging_until_it_is_removed(#[values(SPLIT, PACKED)] features: u64) {
+fn the_log_fd_is_signalled_after_logging_until_it_is_removed(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -402,7 +407,7 @@ fn the_log_fd_is_signalled_after_logging_until_it_is_removed(#[values(SPLIT, PAC
 
 /// A guest with two requests, whose back-end died with the first of them taken; up to enabling the ring of a successor, that
 /// gets a log with the marks of the ring if it was `kept`.
-fn start_successor(guest: &Guest, client: &RawFrontend, features: u64, kept: bool) -> (Ring, Log) {
+fn start_successor(guest: &Guest, client: &RawFrontend, features: VirtioFeatures, kept: bool) -> (Ring, Log) {
     let mut ring = Ring::new(guest, 0, 512, features);
     ring.read(guest, 0, 5, 512);
     ring.read(guest, 1, 6, 512);
@@ -425,7 +430,7 @@ fn start_successor(guest: &Guest, client: &RawFrontend, features: u64, kept: boo
 
 /// Rules I3.3 and L10.1: a process may die between a write to the used ring and its mark.
 #[rstest]
-fn a_successor_of_a_killed_back_end_logs_the_whole_used_ring_again(#[values(SPLIT, PACKED)] features: u64) {
+fn a_successor_of_a_killed_back_end_logs_the_whole_used_ring_again(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let (mut ring, log) = start_successor(&guest, &client, features, true);
@@ -443,7 +448,7 @@ fn a_successor_of_a_killed_back_end_logs_the_whole_used_ring_again(#[values(SPLI
 
 /// Rules L15.1 and L15.2: once, and not when this back-end itself has stopped and started the ring.
 #[rstest]
-fn a_successor_with_a_new_log_logs_all_guest_memory(#[values(SPLIT, PACKED)] features: u64) {
+fn a_successor_with_a_new_log_logs_all_guest_memory(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     let (mut ring, log) = start_successor(&guest, &client, features, false);

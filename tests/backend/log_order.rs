@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::LOG_PAGE;
 use zerocopy::IntoBytes;
@@ -137,7 +138,7 @@ impl DiskLoad {
     }
 
     /// Records the areas that only the driver writes.
-    fn driver_areas(&self, guest: &Guest, copy: &mut MemoryCopy, features: u64) {
+    fn driver_areas(&self, guest: &Guest, copy: &mut MemoryCopy, features: VirtioFeatures) {
         if features == SPLIT {
             copy.driver_wrote(guest, self.ring.layout.desc, 16 * 512);
         }
@@ -146,7 +147,7 @@ impl DiskLoad {
 }
 
 /// A disk whose ring has run and logged, its front-end, and what the front-end has read of the log so far.
-fn logging(server: &Server, guest: &Guest, features: u64) -> (RawFrontend, DiskLoad, Log, MemoryCopy) {
+fn logging(server: &Server, guest: &Guest, features: VirtioFeatures) -> (RawFrontend, DiskLoad, Log, MemoryCopy) {
     let client = server.connect();
     let mut load = DiskLoad { ring: running(&client, guest, features), slot: 0, open: 0 };
     let log = install_log(&client, guest);
@@ -163,7 +164,7 @@ fn start_second_device(
     server: &Server,
     guest: &Guest,
     copy: &mut MemoryCopy,
-    features: u64,
+    features: VirtioFeatures,
     log: &(Log, OwnedFd),
 ) -> DiskLoad {
     let client = server.connect();
@@ -183,7 +184,7 @@ fn start_second_device(
 /// Rules L15.2 and L15.3: the log of the back-end that died is gone, and with it what was not yet read.
 #[rstest]
 fn a_restarted_back_end_loses_no_page_in_any_order_of_start(
-    #[values(SPLIT, PACKED)] features: u64,
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
     #[values(false, true)] shared: bool,
 ) {
     let servers = [Server::disk(DISK, |_| {}), Server::disk(DISK, |_| {})];
@@ -208,7 +209,7 @@ fn a_restarted_back_end_loses_no_page_in_any_order_of_start(
 /// Rule L9.3: a front-end that stops a ring releases its log, and gives a new one when the ring may run already.
 #[rstest]
 fn a_ring_that_is_stopped_and_continued_loses_no_page_in_any_order_of_start(
-    #[values(SPLIT, PACKED)] features: u64,
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
     #[values(false, true)] shared: bool,
     #[values(false, true)] disabled: bool,
 ) {
@@ -240,7 +241,7 @@ fn a_ring_that_is_stopped_and_continued_loses_no_page_in_any_order_of_start(
 
 /// Rules L9.3 and L9.4: marks are carried over once, and not at all from a migration that has ended.
 #[rstest]
-fn marks_already_copied_or_of_an_earlier_migration_are_not_repeated(#[values(SPLIT, PACKED)] features: u64) {
+fn marks_already_copied_or_of_an_earlier_migration_are_not_repeated(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let (client, mut load, old, mut copy) = logging(&server, &guest, features);
     load.serve(&guest, &mut copy);
@@ -277,7 +278,7 @@ fn marks_already_copied_or_of_an_earlier_migration_are_not_repeated(#[values(SPL
 /// Rule L8.4.
 #[rstest]
 fn a_log_that_comes_after_logging_has_ended_is_empty_though_a_ring_ran_without_one(
-    #[values(SPLIT, PACKED)] features: u64,
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();

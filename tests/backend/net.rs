@@ -8,13 +8,12 @@ use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, UnixAddr, shutdown};
 use rstest::rstest;
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
-    BackendRequest, CONFIG_TYPE_MIGRATION, ConfigHeader, Request as Code, protocol_feature,
+    BackendRequest, CONFIG_TYPE_MIGRATION, ConfigHeader, ProtocolFeatures, Request as Code,
 };
 use vhost_migrate::abi::virtio::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
-    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures,
 };
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer, PacketCounts};
 use vhost_migrate::ring::Buffer;
@@ -30,11 +29,11 @@ use crate::raw::{DEADLINE, RawFrontend, VERSION};
 use crate::server::{Process, Server};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
-const MERGEABLE: u64 = BASIC | bit(VIRTIO_NET_F_MRG_RXBUF);
-const CONTROL: u64 = bit(VIRTIO_NET_F_CTRL_VQ)
-    | bit(VIRTIO_NET_F_CTRL_RX)
-    | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
-    | bit(VIRTIO_NET_F_GUEST_ANNOUNCE);
+const MERGEABLE: VirtioFeatures = BASIC.union(VIRTIO_NET_F_MRG_RXBUF);
+const CONTROL: VirtioFeatures = VIRTIO_NET_F_CTRL_VQ
+    .union(VIRTIO_NET_F_CTRL_RX)
+    .union(VIRTIO_NET_F_CTRL_MAC_ADDR)
+    .union(VIRTIO_NET_F_GUEST_ANNOUNCE);
 const HEADER: usize = 12;
 /// Address of frames to send, and first address of receive buffers.
 const SENT: u64 = 0xc0_0000;
@@ -51,7 +50,7 @@ struct NetGuest {
     _server: Option<Server>,
     client: RawFrontend,
     guest: Guest,
-    features: u64,
+    features: VirtioFeatures,
     rx: Vec<Ring>,
     tx: Vec<Ring>,
     /// Buffers provided, by pair and head.
@@ -60,7 +59,7 @@ struct NetGuest {
 }
 
 impl NetGuest {
-    fn new(features: u64, change: impl FnOnce(&mut NetOptions)) -> NetGuest {
+    fn new(features: VirtioFeatures, change: impl FnOnce(&mut NetOptions)) -> NetGuest {
         let mut options = options(NetPeer::Loopback);
         change(&mut options);
         let pairs = options.pairs.into();
@@ -71,7 +70,7 @@ impl NetGuest {
     }
 
     /// A new front-end and its guest, on a server that goes on after it.
-    fn on(server: &Server, device: &Arc<NetDevice>, features: u64, pairs: u32) -> NetGuest {
+    fn on(server: &Server, device: &Arc<NetDevice>, features: VirtioFeatures, pairs: u32) -> NetGuest {
         let (client, guest) = (server.connect(), Guest::new());
         negotiate(&client, &guest, features);
         let ring = |index| Ring::new(&guest, index, 256, features);
@@ -157,8 +156,8 @@ fn frame(len: usize, seed: u8) -> Vec<u8> {
 }
 
 #[rstest]
-fn a_frame_of_any_size_is_received_intact_for_any_buffer_sizes(#[values(SPLIT, PACKED)] rings: u64) {
-    for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
+fn a_frame_of_any_size_is_received_intact_for_any_buffer_sizes(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
+    for features in [rings | MERGEABLE, rings | MERGEABLE | VIRTIO_RING_F_EVENT_IDX] {
         let mut net = NetGuest::new(features, |_| {});
         let mut seed = 0;
         for room in [12, 13, 97, 1526, 4099, 65562] {
@@ -181,7 +180,9 @@ fn a_frame_of_any_size_is_received_intact_for_any_buffer_sizes(#[values(SPLIT, P
 }
 
 #[rstest]
-fn without_mergeable_buffers_a_packet_larger_than_its_buffer_is_dropped(#[values(SPLIT, PACKED)] rings: u64) {
+fn without_mergeable_buffers_a_packet_larger_than_its_buffer_is_dropped(
+    #[values(SPLIT, PACKED)] rings: VirtioFeatures,
+) {
     let mut net = NetGuest::new(rings, |_| {});
     net.provide_kicked(0, &[1526, 1526, 65562]);
     net.send(0, &frame(1514, 1));
@@ -195,8 +196,8 @@ fn without_mergeable_buffers_a_packet_larger_than_its_buffer_is_dropped(#[values
 }
 
 #[rstest]
-fn a_packet_without_buffers_is_received_once_buffers_are_added(#[values(SPLIT, PACKED)] rings: u64) {
-    for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
+fn a_packet_without_buffers_is_received_once_buffers_are_added(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
+    for features in [rings | MERGEABLE, rings | MERGEABLE | VIRTIO_RING_F_EVENT_IDX] {
         let mut net = NetGuest::new(features, |_| {});
         net.send(0, &frame(3000, 1));
         net.send(0, &frame(100, 2));
@@ -213,8 +214,8 @@ fn a_packet_without_buffers_is_received_once_buffers_are_added(#[values(SPLIT, P
 
 /// Every byte that the device writes: packets with their headers, used rings, and nothing else.
 #[rstest]
-fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: u64) {
-    for features in [rings | MERGEABLE, rings | MERGEABLE | bit(VIRTIO_RING_F_EVENT_IDX)] {
+fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
+    for features in [rings | MERGEABLE, rings | MERGEABLE | VIRTIO_RING_F_EVENT_IDX] {
         let mut net = NetGuest::new(features, |_| {});
         let log = install_log(&net.client, &net.guest);
         let (rx, tx) = (&mut net.rx[0], &mut net.tx[0]);
@@ -255,7 +256,7 @@ fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: u64) 
 
 /// Rule R3.6.
 #[rstest]
-fn get_vring_base_does_not_wait_for_packets_and_returns_unused_buffers(#[values(SPLIT, PACKED)] rings: u64) {
+fn get_vring_base_does_not_wait_for_packets_and_returns_unused_buffers(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
     let (region, fd, description) = inflight_region(rings, 2, 256);
     for ring in net.rx.iter().chain(&net.tx) {
@@ -297,7 +298,7 @@ fn get_vring_base_does_not_wait_for_packets_and_returns_unused_buffers(#[values(
 }
 
 #[rstest]
-fn buffers_taken_by_a_killed_back_end_are_used_first(#[values(SPLIT, PACKED)] rings: u64) {
+fn buffers_taken_by_a_killed_back_end_are_used_first(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
     for ring in net.rx.iter().chain(&net.tx) {
         assert_eq!(net.client.ring_base(ring.index), ring.initial_base());
@@ -318,7 +319,9 @@ fn buffers_taken_by_a_killed_back_end_are_used_first(#[values(SPLIT, PACKED)] ri
 }
 
 #[rstest]
-fn a_burst_is_received_in_order_and_excess_packets_are_dropped_and_counted(#[values(SPLIT, PACKED)] rings: u64) {
+fn a_burst_is_received_in_order_and_excess_packets_are_dropped_and_counted(
+    #[values(SPLIT, PACKED)] rings: VirtioFeatures,
+) {
     let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
     net.provide_kicked(0, &[1000; 100]);
     for seed in 0..50 {
@@ -339,8 +342,8 @@ fn a_burst_is_received_in_order_and_excess_packets_are_dropped_and_counted(#[val
 }
 
 #[rstest]
-fn each_pair_receives_what_it_sent(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut net = NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
+fn each_pair_receives_what_it_sent(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
+    let mut net = NetGuest::new(rings | MERGEABLE | VIRTIO_NET_F_MQ, |options| options.pairs = 4);
     for pair in 0..4 {
         net.provide_kicked(pair, &[700; 3]);
     }
@@ -357,8 +360,8 @@ fn each_pair_receives_what_it_sent(#[values(SPLIT, PACKED)] rings: u64) {
 
 /// As with QEMU and a guest with fewer CPUs than pairs: it starts the rings of all of them and enables some.
 #[rstest]
-fn packets_of_a_pair_with_a_disabled_ring_are_received_by_another_pair(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut net = NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 3);
+fn packets_of_a_pair_with_a_disabled_ring_are_received_by_another_pair(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
+    let mut net = NetGuest::new(rings | MERGEABLE | VIRTIO_NET_F_MQ, |options| options.pairs = 3);
     net.provide_kicked(0, &[2000; 9]);
     net.provide_kicked(1, &[2000]);
     net.rx[1].enable(&net.client, false);
@@ -374,8 +377,8 @@ fn packets_of_a_pair_with_a_disabled_ring_are_received_by_another_pair(#[values(
 
 /// Rule R2.4: they are neither sent nor discarded.
 #[rstest]
-fn packets_on_a_disabled_transmit_ring_stay_there_until_it_is_enabled(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut net = NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
+fn packets_on_a_disabled_transmit_ring_stay_there_until_it_is_enabled(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
+    let mut net = NetGuest::new(rings | MERGEABLE | VIRTIO_NET_F_MQ, |options| options.pairs = 2);
     (0..2).for_each(|pair| net.provide_kicked(pair, &[2000; 2]));
     net.tx[0].enable(&net.client, false);
     let message = [&[0xff; HEADER][..], &frame(100, 1)].concat();
@@ -396,8 +399,10 @@ fn packets_on_a_disabled_transmit_ring_stay_there_until_it_is_enabled(#[values(S
 
 /// Rules R11.1 and R11.3: the driver could say how many pairs it uses, and has not.
 #[rstest]
-fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(#[values(SPLIT, PACKED)] rings: u64) {
-    let mut net = NetGuest::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 4);
+fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(
+    #[values(SPLIT, PACKED)] rings: VirtioFeatures,
+) {
+    let mut net = NetGuest::new(rings | MERGEABLE | CONTROL | VIRTIO_NET_F_MQ, |options| options.pairs = 4);
     let mut control = ControlQueueDriver::new(&net, 8);
     (0..4).for_each(|pair| net.provide_kicked(pair, &[700; 30]));
     for number in 0..20 {
@@ -432,7 +437,7 @@ fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(#[value
 /// The next driver must not inherit the settings of a driver, with a control queue or without.
 /// Rule D1.8.
 #[rstest]
-fn a_new_driver_starts_with_the_default_filter(#[values(0, CONTROL)] next: u64) {
+fn a_new_driver_starts_with_the_default_filter(#[values(VirtioFeatures::empty(), CONTROL)] next: VirtioFeatures) {
     let device = Arc::new(NetDevice::open(options(NetPeer::Loopback)).unwrap());
     let (server, strange) = (Server::new(device.clone()), [2, 0, 0, 0, 0, 9]);
     {
@@ -540,10 +545,10 @@ fn a_frame_sent_after_a_control_reply_is_filtered_by_the_new_filter() {
 }
 
 #[rstest]
-fn the_control_queue_executes_specified_commands_and_refuses_others(#[values(SPLIT, PACKED)] rings: u64) {
+fn the_control_queue_executes_specified_commands_and_refuses_others(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     const OK: u8 = 0;
     const ERR: u8 = 1;
-    let mut net = NetGuest::new(rings | MERGEABLE | CONTROL | bit(VIRTIO_NET_F_MQ), |options| options.pairs = 2);
+    let mut net = NetGuest::new(rings | MERGEABLE | CONTROL | VIRTIO_NET_F_MQ, |options| options.pairs = 2);
     let mut control = ControlQueueDriver::new(&net, 4);
     let mut ask = |net: &NetGuest, class, command, data: &[u8]| control.ask(&net.guest, class, command, data);
     let to = |mac: [u8; 6]| [&mac[..], &frame(54, mac[5])].concat();
@@ -622,12 +627,16 @@ fn network_device_messages_are_answered() {
     let net = NetGuest::new(MERGEABLE | CONTROL, |options| (options.pairs, options.mtu) = (3, Some(9000)));
     let client = &net.client;
     assert_eq!(client.request_u64(Code::GET_QUEUE_NUM), 3, "front-ends of net devices compare it with pairs");
-    let features = client.request_u64(Code::GET_FEATURES);
-    let offered = CONTROL | bit(VIRTIO_NET_F_MQ) | bit(VIRTIO_NET_F_MTU) | bit(VIRTIO_NET_F_MRG_RXBUF);
+    let features = VirtioFeatures::from_bits_retain(client.request_u64(Code::GET_FEATURES));
+    let offered = CONTROL | VIRTIO_NET_F_MQ | VIRTIO_NET_F_MTU | VIRTIO_NET_F_MRG_RXBUF;
     assert_eq!(features & offered, offered);
-    assert_eq!(features & 0x7f87, 0, "no offload is offered, for none can be kept everywhere");
-    let protocol = client.request_u64(Code::GET_PROTOCOL_FEATURES);
-    let own = bit(protocol_feature::RARP) | bit(protocol_feature::MTU);
+    assert_eq!(
+        features & VirtioFeatures::from_bits_retain(0x7f87),
+        VirtioFeatures::empty(),
+        "no offload is offered, for none can be kept everywhere"
+    );
+    let protocol = ProtocolFeatures::from_bits_retain(client.request_u64(Code::GET_PROTOCOL_FEATURES));
+    let own = ProtocolFeatures::RARP | ProtocolFeatures::MTU;
     assert_eq!(protocol & own, own);
     for (mtu, answer) in [(68u64, 0), (1500, 0), (9000, 0), (67, 1), (9001, 1), (u64::MAX, 1)] {
         assert_eq!(client.acknowledged(Code::NET_SET_MTU, mtu.as_bytes(), &[]), answer, "{mtu}");
@@ -649,7 +658,9 @@ fn network_device_messages_are_answered() {
 }
 
 #[rstest]
-fn a_truncated_send_rarp_or_net_set_mtu_is_refused_and_packets_continue(#[values(SPLIT, PACKED)] rings: u64) {
+fn a_truncated_send_rarp_or_net_set_mtu_is_refused_and_packets_continue(
+    #[values(SPLIT, PACKED)] rings: VirtioFeatures,
+) {
     let mut net = NetGuest::new(rings | MERGEABLE | CONTROL, |options| options.mtu = Some(9000));
     let mut seed = 0;
     for code in [Code::SEND_RARP, Code::NET_SET_MTU] {
@@ -666,7 +677,7 @@ fn a_truncated_send_rarp_or_net_set_mtu_is_refused_and_packets_continue(#[values
 }
 
 #[rstest]
-fn invalid_packets_are_dropped_and_counted_and_the_queue_continues(#[values(SPLIT, PACKED)] rings: u64) {
+fn invalid_packets_are_dropped_and_counted_and_the_queue_continues(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
     net.provide_kicked(0, &[2000; 3]);
     let at = |gpa, len| Buffer { gpa, len };
@@ -687,7 +698,7 @@ fn invalid_packets_are_dropped_and_counted_and_the_queue_continues(#[values(SPLI
 }
 
 #[rstest]
-fn unusable_receive_buffers_are_returned_empty_and_the_queue_continues(#[values(SPLIT, PACKED)] rings: u64) {
+fn unusable_receive_buffers_are_returned_empty_and_the_queue_continues(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     for features in [rings, rings | MERGEABLE] {
         let mut net = NetGuest::new(features, |_| {});
         let at = |gpa, len| Buffer { gpa, len };
@@ -709,7 +720,7 @@ fn unusable_receive_buffers_are_returned_empty_and_the_queue_continues(#[values(
 
 /// A longer one would wait for ever, and all others behind it.
 #[rstest]
-fn a_packet_larger_than_a_full_ring_of_buffers_is_dropped(#[values(SPLIT, PACKED)] rings: u64) {
+fn a_packet_larger_than_a_full_ring_of_buffers_is_dropped(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
     net.send(0, &frame(256 * 12, 1));
     net.send(0, &frame(255 * 12, 2));
@@ -725,11 +736,11 @@ fn a_packet_larger_than_a_full_ring_of_buffers_is_dropped(#[values(SPLIT, PACKED
 
 /// Two interfaces, each in a process or a thread of its own.
 #[rstest]
-fn paired_devices_exchange_packets_also_after_a_restart(#[values(SPLIT, PACKED)] rings: u64) {
+fn paired_devices_exchange_packets_also_after_a_restart(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("wire");
     let end = || {
-        NetGuest::new(rings | MERGEABLE | bit(VIRTIO_NET_F_MQ), |options| {
+        NetGuest::new(rings | MERGEABLE | VIRTIO_NET_F_MQ, |options| {
             (options.pairs, options.peer) = (2, NetPeer::Pair(path.clone()));
         })
     };
@@ -862,7 +873,7 @@ fn invalid_network_options_are_refused_with_a_one_line_error() {
 
 /// Rule R10.1: QEMU gives the call fd last, when packets may have come already.
 #[rstest]
-fn a_notification_without_a_call_fd_is_signalled_over_the_next_call_fd(#[values(SPLIT, PACKED)] rings: u64) {
+fn a_notification_without_a_call_fd_is_signalled_over_the_next_call_fd(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
     let renew = |net: &mut NetGuest| {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;

@@ -1,9 +1,8 @@
 //! The driver of a loopback network device: two pairs of rings and a control queue.
 
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::virtio::{
     VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ,
-    VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MRG_RXBUF, VirtioFeatures,
 };
 use vhost_migrate::ring::Buffer;
 
@@ -18,29 +17,29 @@ const SENT: u64 = 0xc0_0000;
 const RECEIVED: u64 = HIGH;
 
 /// Features that its driver acknowledges, besides the kind of its rings.
-pub(crate) fn interface_features(rings: u64) -> u64 {
+pub(crate) fn interface_features(rings: VirtioFeatures) -> VirtioFeatures {
     let features = [VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX];
-    features.into_iter().fold(rings, |features, feature| features | bit(feature))
+    features.into_iter().fold(rings, |all, feature| all | feature)
 }
 
 /// The driver of a loopback network device with two pairs and a control queue.
 pub(crate) struct LoopbackNetGuest {
     pub(crate) client: RawFrontend,
     pub(crate) guest: Guest,
-    features: u64,
+    features: VirtioFeatures,
     pub(crate) rings: Vec<Ring>,
     seed: u8,
 }
 
 impl LoopbackNetGuest {
-    pub(crate) fn new(client: RawFrontend, features: u64) -> LoopbackNetGuest {
+    pub(crate) fn new(client: RawFrontend, features: VirtioFeatures) -> LoopbackNetGuest {
         let guest = Guest::new();
         negotiate(&client, &guest, features);
         LoopbackNetGuest::on_connection(client, guest, features)
     }
 
     /// The same on a connection that has memory and features.
-    pub(crate) fn on_connection(client: RawFrontend, guest: Guest, features: u64) -> LoopbackNetGuest {
+    pub(crate) fn on_connection(client: RawFrontend, guest: Guest, features: VirtioFeatures) -> LoopbackNetGuest {
         let rings = (0..=CONTROL).map(|index| {
             let ring = Ring::new(&guest, index, 256, features);
             ring.set_up(&client, &guest, ring.initial_base());

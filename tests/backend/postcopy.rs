@@ -12,9 +12,8 @@ use std::time::Instant;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use rstest::rstest;
-use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::{Request as Code, protocol_feature};
-use vhost_migrate::abi::virtio::VIRTIO_NET_F_MRG_RXBUF;
+use vhost_migrate::abi::vhost_user::{ProtocolFeatures, Request as Code};
+use vhost_migrate::abi::virtio::{VIRTIO_NET_F_MRG_RXBUF, VirtioFeatures};
 use vhost_migrate::backend::blk::Aio;
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{BackendAddresses, Device as _, RingSetup, UserDevice, UserOptions};
@@ -44,7 +43,7 @@ fn server(change: impl FnOnce(&mut vhost_migrate::backend::blk::BlkOptions)) -> 
 fn driver(folder: &Path, queue_pairs: bool) -> UserDevice {
     let path = folder.join("socket");
     let mut options = UserOptions::default().with_queue_pairs(queue_pairs);
-    options.protocol_features |= bit(protocol_feature::PAGEFAULT);
+    options.protocol_features |= ProtocolFeatures::PAGEFAULT;
     UserDevice::connect(path, options, Instant::now() + DEADLINE).unwrap()
 }
 
@@ -171,7 +170,7 @@ fn contents(memory: &Memory) -> Vec<Vec<u8>> {
 }
 
 /// The disk serves requests that were made in `from`, in memory `to` which has nothing yet.
-fn every_byte_arrives(server: &Server, to: &Memory, features: u64) {
+fn every_byte_arrives(server: &Server, to: &Memory, features: VirtioFeatures) {
     let guest = Guest::new();
     let mut ring = Ring::new(&guest, 0, 128, features);
     let heads: Vec<u16> = (0..REQUESTS)
@@ -233,7 +232,7 @@ fn every_byte_arrives(server: &Server, to: &Memory, features: u64) {
 
 /// Rules P1.4 and P1.6.
 #[rstest]
-fn a_disk_serves_requests_in_postcopy_memory(#[values(SPLIT, PACKED)] features: u64) {
+fn a_disk_serves_requests_in_postcopy_memory(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let changes: [fn(&mut vhost_migrate::backend::blk::BlkOptions); 3] =
         [|_| {}, |options| options.aio = Aio::Threads, |options| options.direct = true];
     for change in changes {
@@ -243,13 +242,13 @@ fn a_disk_serves_requests_in_postcopy_memory(#[values(SPLIT, PACKED)] features: 
 
 /// Packets in buffers over the ends of pages, each of which lies among what is the guest's.
 #[rstest]
-fn packets_received_into_missing_postcopy_pages_are_intact_and_logged(#[values(SPLIT, PACKED)] rings: u64) {
+fn packets_received_into_missing_postcopy_pages_are_intact_and_logged(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     const PACKETS: u16 = 8;
     const LENGTHS: [usize; 3] = [4000, 4000, 1012];
     const HEADER: usize = 12;
     let folder = tempfile::tempdir().unwrap();
     let _process = Process::net(&folder.path().join("socket"), &["--loopback", "--postcopy"]);
-    let features = rings | bit(VIRTIO_NET_F_MRG_RXBUF);
+    let features = rings | VIRTIO_NET_F_MRG_RXBUF;
     let guest = Guest::new();
     guest.memory.write(HIGH, &[0xee; 1 << 20]).unwrap();
     let [mut rx, mut tx] = [0, 1].map(|index| Ring::new(&guest, index, 128, features));
@@ -396,8 +395,8 @@ fn a_hang_up_during_postcopy_releases_waiting_workers_and_leaves_memory_unchange
 fn postcopy_messages_out_of_order_are_refused_and_the_back_end_continues() {
     let server = server(|_| {});
     let client = server.connect();
-    let offered = client.request_u64(Code::GET_PROTOCOL_FEATURES);
-    assert_eq!(offered & bit(protocol_feature::CONFIGURE_MEM_SLOTS), 0, "never both (rule P1.1)");
+    let offered = ProtocolFeatures::from_bits_retain(client.request_u64(Code::GET_PROTOCOL_FEATURES));
+    assert!(!offered.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS), "never both (rule P1.1)");
     client.send_body(Code::SET_PROTOCOL_FEATURES, &offered);
     assert_eq!(client.request_u64(Code::POSTCOPY_LISTEN), 1, "without ADVISE");
     assert_eq!(client.request_u64(Code::POSTCOPY_END), 1, "without ADVISE");
@@ -490,12 +489,12 @@ fn invalid_postcopy_messages_are_refused_and_close_the_connection_only_after_lis
 fn postcopy_is_not_offered_to_drivers_behind_an_iommu() {
     let server = server(|options| options.iommu = true);
     let client = server.connect();
-    let offered = client.request_u64(Code::GET_PROTOCOL_FEATURES);
-    assert_eq!(offered & bit(protocol_feature::PAGEFAULT), 0);
-    assert_ne!(offered & bit(protocol_feature::CONFIGURE_MEM_SLOTS), 0, "there is nothing in their way");
+    let offered = ProtocolFeatures::from_bits_retain(client.request_u64(Code::GET_PROTOCOL_FEATURES));
+    assert!(!offered.contains(ProtocolFeatures::PAGEFAULT));
+    assert!(offered.contains(ProtocolFeatures::CONFIGURE_MEM_SLOTS), "there is nothing in their way");
     client.send_body(Code::SET_PROTOCOL_FEATURES, &offered);
     client.wait_until_processed();
-    let pagefault = offered | bit(protocol_feature::PAGEFAULT);
+    let pagefault = offered | ProtocolFeatures::PAGEFAULT;
     assert_ne!(client.acknowledged(Code::SET_PROTOCOL_FEATURES, pagefault.as_bytes(), &[]), 0);
     client.send(Code::POSTCOPY_ADVISE, VERSION, &[], &[]);
     assert!(client.is_closed(), "an answer to a request that does not exist here");

@@ -8,11 +8,10 @@ use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
 use vhost_migrate::abi::virtio::{
     VIRTIO_F_RING_PACKED, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ,
-    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
 };
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
 use vhost_migrate::ring::{Buffer, RingBase};
@@ -115,8 +114,8 @@ impl RingCorruptor<'_> {
 }
 
 /// Scribbles on the first `count` rings of a device until each has served much and broken often.
-fn race(server: &Server, features: u64, count: u32) {
-    let packed = features & bit(VIRTIO_F_RING_PACKED) != 0;
+fn race(server: &Server, features: VirtioFeatures, count: u32) {
+    let packed = features.contains(VIRTIO_F_RING_PACKED);
     let guest = Guest::new();
     guest.memory.write(HIGH, &[0xa5; 1 << 20]).unwrap();
     let client = server.connect();
@@ -175,7 +174,7 @@ fn race(server: &Server, features: u64, count: u32) {
     assert!(snapshot() == before, "memory that no descriptor let the device write has changed");
 }
 
-fn race_on_a_disk(features: u64) {
+fn race_on_a_disk(features: VirtioFeatures) {
     let server = Server::disk(1 << 20, |_| {});
     race(&server, features, 1);
     let (client, guest) = (server.connect(), Guest::new());
@@ -191,11 +190,11 @@ fn race_on_a_disk(features: u64) {
 }
 
 /// Receive, transmit and control queue.
-fn race_on_an_interface(features: u64) {
+fn race_on_an_interface(features: VirtioFeatures) {
     let device = NetDevice::open(NetOptions::new(NetPeer::Loopback, [2, 0, 0, 0, 0, 1])).unwrap();
     let server = Server::new(Arc::new(device));
     let control = [VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_MRG_RXBUF];
-    race(&server, control.into_iter().fold(features, |features, feature| features | bit(feature)), 3);
+    race(&server, control.into_iter().fold(features, |all, feature| all | feature), 3);
 
     let (client, guest) = (server.connect(), Guest::new());
     negotiate(&client, &guest, BASIC);
@@ -223,20 +222,20 @@ fn race_on_an_interface(features: u64) {
 
 #[test]
 fn a_guest_rewriting_a_split_ring_under_load_breaks_only_that_ring() {
-    race_on_a_disk(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC));
+    race_on_a_disk(BASIC | VIRTIO_RING_F_INDIRECT_DESC);
 }
 
 #[test]
 fn a_guest_rewriting_a_packed_ring_under_load_breaks_only_that_ring() {
-    race_on_a_disk(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC) | bit(VIRTIO_F_RING_PACKED));
+    race_on_a_disk(BASIC | VIRTIO_RING_F_INDIRECT_DESC | VIRTIO_F_RING_PACKED);
 }
 
 #[test]
 fn a_guest_rewriting_split_rings_of_a_network_device_breaks_only_those_rings() {
-    race_on_an_interface(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC));
+    race_on_an_interface(BASIC | VIRTIO_RING_F_INDIRECT_DESC);
 }
 
 #[test]
 fn a_guest_rewriting_packed_rings_of_a_network_device_breaks_only_those_rings() {
-    race_on_an_interface(BASIC | bit(VIRTIO_RING_F_INDIRECT_DESC) | bit(VIRTIO_F_RING_PACKED));
+    race_on_an_interface(BASIC | VIRTIO_RING_F_INDIRECT_DESC | VIRTIO_F_RING_PACKED);
 }

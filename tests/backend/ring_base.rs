@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::Request as Code;
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::ring::{Chain, DeviceRing, RingBase, RingLayout, SplitLayout};
 
 use crate::drain::{GatedDevice, page};
@@ -15,7 +16,7 @@ use crate::server::Server;
 /// The guest was reset, and its driver begins with empty rings; the front-end keeps the region.
 #[rstest]
 fn a_driver_that_starts_with_empty_rings_is_served_with_a_used_inflight_region(
-    #[values(SPLIT, PACKED)] features: u64,
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
     #[values(false, true)] reconnects: bool,
     #[values(1, 5, 13, 21)] before: u64,
 ) {

@@ -5,13 +5,13 @@ use std::path::Path;
 
 use nix::poll::{PollFd, PollFlags, poll};
 use rstest::rstest;
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
-    ConfigHeader, Header, InflightDescription, LogDescription, MemoryHeader, Request as Code, VHOST_F_LOG_ALL,
-    VHOST_USER_F_PROTOCOL_FEATURES, VRING_NOFD_MASK, VringState, own, protocol_feature,
+    ConfigHeader, Header, InflightDescription, LogDescription, MemoryHeader, ProtocolFeatures, Request as Code,
+    VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VRING_NOFD_MASK, VringState, own,
 };
 use vhost_migrate::abi::virtio::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+    VirtioFeatures,
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight;
@@ -31,7 +31,7 @@ fn disk() -> (Server, Guest) {
     (Server::disk(DISK, |_| {}), Guest::new())
 }
 
-fn running(client: &RawFrontend, guest: &Guest, features: u64) -> Ring {
+fn running(client: &RawFrontend, guest: &Guest, features: VirtioFeatures) -> Ring {
     negotiate(client, guest, features);
     let ring = Ring::new(guest, 0, 256, features);
     ring.set_up(client, guest, ring.initial_base());
@@ -52,29 +52,29 @@ fn read_one(guest: &Guest, ring: &mut Ring, sector: u64) {
 fn the_offered_features_are_those_of_the_protocol_rules() {
     let (server, _) = disk();
     let client = server.connect();
-    let features = client.request_u64(Code::GET_FEATURES);
+    let features = VirtioFeatures::from_bits_retain(client.request_u64(Code::GET_FEATURES));
     let rings = [VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_F_RING_PACKED];
     let transport = [VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES];
-    for number in rings.into_iter().chain(transport) {
-        assert_ne!(features & bit(number), 0, "bit {number}");
+    for feature in rings.into_iter().chain(transport) {
+        assert!(features.contains(feature), "{feature:?}");
     }
-    let offered = client.request_u64(Code::GET_PROTOCOL_FEATURES);
+    let offered = ProtocolFeatures::from_bits_retain(client.request_u64(Code::GET_PROTOCOL_FEATURES));
     let expected = [
-        protocol_feature::MQ,
-        protocol_feature::LOG_SHMFD,
-        protocol_feature::REPLY_ACK,
-        protocol_feature::BACKEND_REQ,
-        protocol_feature::CONFIG,
-        protocol_feature::BACKEND_SEND_FD,
-        protocol_feature::INFLIGHT_SHMFD,
-        protocol_feature::RESET_DEVICE,
-        protocol_feature::INBAND_NOTIFICATIONS,
-        protocol_feature::CONFIGURE_MEM_SLOTS,
-        protocol_feature::STATUS,
+        ProtocolFeatures::MQ,
+        ProtocolFeatures::LOG_SHMFD,
+        ProtocolFeatures::REPLY_ACK,
+        ProtocolFeatures::BACKEND_REQ,
+        ProtocolFeatures::CONFIG,
+        ProtocolFeatures::BACKEND_SEND_FD,
+        ProtocolFeatures::INFLIGHT_SHMFD,
+        ProtocolFeatures::RESET_DEVICE,
+        ProtocolFeatures::INBAND_NOTIFICATIONS,
+        ProtocolFeatures::CONFIGURE_MEM_SLOTS,
+        ProtocolFeatures::STATUS,
     ];
     // Only of an image on a file system with extended attributes.
-    let offered = offered & !bit(own::F_DISK_GENERATION);
-    assert_eq!(offered, expected.into_iter().fold(0, |all, number| all | bit(number)));
+    let offered = offered & !own::F_DISK_GENERATION;
+    assert_eq!(offered, expected.into_iter().collect());
     assert_eq!(client.request_u64(Code::GET_QUEUE_NUM), 2);
     assert!(client.request_u64(Code::GET_MAX_MEM_SLOTS) >= 509);
 }
@@ -110,7 +110,7 @@ fn the_message_that_acknowledges_reply_ack_is_itself_acknowledged() {
     let (server, _) = disk();
     let client = server.connect();
     client.send_acknowledged(Code::SET_PROTOCOL_FEATURES, &PROTOCOL, &[]);
-    let without = PROTOCOL & !bit(protocol_feature::REPLY_ACK);
+    let without = PROTOCOL & !ProtocolFeatures::REPLY_ACK;
     client.send(Code::SET_PROTOCOL_FEATURES, NEED_REPLY, without.as_bytes(), &[]);
     client.wait_until_processed(); // switched off again: nothing else is answered
 }
@@ -152,13 +152,13 @@ fn set_log_base_has_its_own_reply_also_with_need_reply() {
     client.send(Code::SET_LOG_BASE, NEED_REPLY, body.as_bytes(), &[fd.as_fd()]);
     assert_eq!(client.reply(Code::SET_LOG_BASE), body.as_bytes());
     // Without LOG_SHMFD it has none.
-    client.send_body(Code::SET_PROTOCOL_FEATURES, &(PROTOCOL & !bit(protocol_feature::LOG_SHMFD)));
+    client.send_body(Code::SET_PROTOCOL_FEATURES, &(PROTOCOL & !ProtocolFeatures::LOG_SHMFD));
     assert_eq!(client.acknowledged(Code::SET_LOG_BASE, body.as_bytes(), &[fd.as_fd()]), 0);
 }
 
 /// Rule F8.1.
 #[rstest]
-fn a_call_fd_may_be_a_socket_and_gets_eight_bytes_per_signal(#[values(SPLIT, PACKED)] features: u64) {
+fn a_call_fd_may_be_a_socket_and_gets_eight_bytes_per_signal(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -187,7 +187,7 @@ fn read_polled(guest: &Guest, ring: &mut Ring) {
 
 /// Rule R1.2.
 #[rstest]
-fn without_bit_30_a_ring_runs_as_soon_as_it_is_kicked(#[values(SPLIT, PACKED)] features: u64) {
+fn without_bit_30_a_ring_runs_as_soon_as_it_is_kicked(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = disk();
     let client = server.connect();
     negotiate(&client, &guest, features & !PROTOCOL_FEATURES_BIT);
@@ -198,7 +198,9 @@ fn without_bit_30_a_ring_runs_as_soon_as_it_is_kicked(#[values(SPLIT, PACKED)] f
 
 /// Rule R2.2.
 #[rstest]
-fn requests_available_before_the_ring_starts_are_served_without_a_kick(#[values(SPLIT, PACKED)] features: u64) {
+fn requests_available_before_the_ring_starts_are_served_without_a_kick(
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
+) {
     let (server, guest) = disk();
     let client = server.connect();
     negotiate(&client, &guest, features);
@@ -213,7 +215,7 @@ fn requests_available_before_the_ring_starts_are_served_without_a_kick(#[values(
 
 /// Rules R2.1 and R6.4: the parts of a ring may come in any order.
 #[rstest]
-fn a_ring_runs_once_its_setup_is_complete_in_any_order(#[values(SPLIT, PACKED)] features: u64) {
+fn a_ring_runs_once_its_setup_is_complete_in_any_order(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = disk();
     let client = server.connect();
     client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
@@ -232,7 +234,7 @@ fn a_ring_runs_once_its_setup_is_complete_in_any_order(#[values(SPLIT, PACKED)] 
 
 /// Rule D2.2: so a front-end tries a ring.
 #[rstest]
-fn a_ring_that_is_enabled_and_not_started_takes_nothing(#[values(SPLIT, PACKED)] features: u64) {
+fn a_ring_that_is_enabled_and_not_started_takes_nothing(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = disk();
     let client = server.connect();
     negotiate(&client, &guest, features);
@@ -250,7 +252,7 @@ fn a_ring_that_is_enabled_and_not_started_takes_nothing(#[values(SPLIT, PACKED)]
 
 /// Rules R5.1, R5.2.
 #[rstest]
-fn set_vring_addr_on_a_running_ring_changes_only_its_logging(#[values(SPLIT, PACKED)] features: u64) {
+fn set_vring_addr_on_a_running_ring_changes_only_its_logging(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -268,7 +270,7 @@ fn set_vring_addr_on_a_running_ring_changes_only_its_logging(#[values(SPLIT, PAC
 
 /// Rule R2.6.
 #[rstest]
-fn set_vring_num_and_set_vring_base_are_refused_on_a_running_ring(#[values(SPLIT, PACKED)] features: u64) {
+fn set_vring_num_and_set_vring_base_are_refused_on_a_running_ring(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -280,7 +282,7 @@ fn set_vring_num_and_set_vring_base_are_refused_on_a_running_ring(#[values(SPLIT
 
 /// Rules R3.1 and R2.2: a ring that was stopped starts again where it was.
 #[rstest]
-fn a_stopped_ring_resumes_at_its_base(#[values(SPLIT, PACKED)] features: u64) {
+fn a_stopped_ring_resumes_at_its_base(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -294,7 +296,7 @@ fn a_stopped_ring_resumes_at_its_base(#[values(SPLIT, PACKED)] features: u64) {
 
 /// Rules R8.2, R8.3.
 #[rstest]
-fn a_reset_stops_the_rings_and_keeps_the_memory(#[values(SPLIT, PACKED)] features: u64) {
+fn a_reset_stops_the_rings_and_keeps_the_memory(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -319,7 +321,7 @@ fn a_reset_stops_the_rings_and_keeps_the_memory(#[values(SPLIT, PACKED)] feature
 
 /// Rule R8.1.
 #[rstest]
-fn reset_owner_disables_all_rings(#[values(SPLIT, PACKED)] features: u64) {
+fn reset_owner_disables_all_rings(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -339,7 +341,7 @@ fn reset_owner_disables_all_rings(#[values(SPLIT, PACKED)] features: u64) {
 
 /// Rule R9.1.
 #[rstest]
-fn the_next_front_end_inherits_only_the_disk_contents(#[values(SPLIT, PACKED)] features: u64) {
+fn the_next_front_end_inherits_only_the_disk_contents(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -380,7 +382,9 @@ fn get_config_echoes_offset_and_size() {
 
 /// Rules F6.3, I1.1 and I1.3.
 #[rstest]
-fn get_inflight_fd_creates_the_requested_region_and_set_inflight_fd_accepts_it(#[values(SPLIT, PACKED)] features: u64) {
+fn get_inflight_fd_creates_the_requested_region_and_set_inflight_fd_accepts_it(
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
+) {
     let (server, guest) = disk();
     let client = server.connect();
     client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
@@ -404,7 +408,7 @@ fn get_inflight_fd_creates_the_requested_region_and_set_inflight_fd_accepts_it(#
 
 /// Rules I5.1, I5.3: the destination of a migration, where the ring was used without the region.
 #[rstest]
-fn a_fresh_inflight_region_on_a_used_ring_marks_no_request(#[values(SPLIT, PACKED)] features: u64) {
+fn a_fresh_inflight_region_on_a_used_ring_marks_no_request(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -427,17 +431,17 @@ fn a_fresh_inflight_region_on_a_used_ring_marks_no_request(#[values(SPLIT, PACKE
 
 /// Rule R1.4: a ring keeps to what was acknowledged when it started.
 #[rstest]
-fn only_log_all_may_change_while_a_ring_runs(#[values(SPLIT, PACKED)] features: u64) {
+fn only_log_all_may_change_while_a_ring_runs(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = disk();
     let client = server.connect();
-    let features = features | bit(VIRTIO_RING_F_INDIRECT_DESC);
+    let features = features | VIRTIO_RING_F_INDIRECT_DESC;
     let mut ring = running(&client, &guest, features);
     for changed in [VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_BLK_F_FLUSH] {
-        let other = features ^ bit(changed);
-        assert_eq!(client.acknowledged(Code::SET_FEATURES, other.as_bytes(), &[]), 1, "bit {changed} changed");
+        let other = features ^ changed;
+        assert_eq!(client.acknowledged(Code::SET_FEATURES, other.as_bytes(), &[]), 1, "{changed:?} changed");
         let other = other | LOG_ALL;
-        assert_eq!(client.acknowledged(Code::SET_FEATURES, other.as_bytes(), &[]), 1, "bit {changed} changed");
-        read_one(&guest, &mut ring, changed.into());
+        assert_eq!(client.acknowledged(Code::SET_FEATURES, other.as_bytes(), &[]), 1, "{changed:?} changed");
+        read_one(&guest, &mut ring, changed.bits().trailing_zeros().into());
     }
     for same in [features, features | LOG_ALL, features] {
         client.send_acknowledged(Code::SET_FEATURES, &same, &[]);
@@ -445,7 +449,7 @@ fn only_log_all_may_change_while_a_ring_runs(#[values(SPLIT, PACKED)] features: 
     }
     // A ring that is stopped takes what is acknowledged since, here the other kind of ring.
     assert_eq!(client.ring_base(0), ring.drained_base());
-    let other = features ^ bit(VIRTIO_F_RING_PACKED);
+    let other = features ^ VIRTIO_F_RING_PACKED;
     client.send_acknowledged(Code::SET_FEATURES, &other, &[]);
     let mut ring = Ring::new(&guest, 0, 256, other);
     ring.set_up(&client, &guest, ring.initial_base());
@@ -455,7 +459,7 @@ fn only_log_all_may_change_while_a_ring_runs(#[values(SPLIT, PACKED)] features: 
 /// A kick without an fd: the ring is to be polled.
 /// Rule B3.7.
 #[rstest]
-fn a_ring_without_a_kick_fd_is_served_by_polling(#[values(SPLIT, PACKED)] features: u64) {
+fn a_ring_without_a_kick_fd_is_served_by_polling(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = disk();
     let client = server.connect();
     let mut ring = running(&client, &guest, features);
@@ -497,7 +501,7 @@ fn a_refused_get_vring_base_replies_with_an_invalid_ring_index() {
 
 /// Rule R8.4: whom to signal is the front-end's, and not the driver's.
 #[rstest]
-fn a_reset_keeps_the_call_fd(#[values(SPLIT, PACKED)] features: u64) {
+fn a_reset_keeps_the_call_fd(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let client = server.connect();
     negotiate(&client, &guest, features);
@@ -519,7 +523,7 @@ fn a_reset_keeps_the_call_fd(#[values(SPLIT, PACKED)] features: u64) {
 /// Rules R10.1, R10.2: also if the ring was started again in between.
 #[rstest]
 fn a_notification_without_a_call_fd_is_signalled_after_the_ring_restarts(
-    #[values(SPLIT, PACKED)] features: u64,
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
     #[values(false, true)] stopped: bool,
 ) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());

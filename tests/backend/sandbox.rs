@@ -9,10 +9,9 @@ use std::process::{Child, Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, geteuid};
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::virtio::{
     BlkDiscardWriteZeroes, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD,
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_F_RING_PACKED,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_F_RING_PACKED, VirtioFeatures,
 };
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
@@ -105,12 +104,10 @@ impl Drop for Confined<'_> {
 }
 
 /// Every kind of request, checked, while logging; and a ring that is stopped and started.
-fn assert_disk_works(socket: &str, features: u64) {
+fn assert_disk_works(socket: &str, features: VirtioFeatures) {
     let guest = Guest::new();
     let client = RawFrontend::connect(Path::new(socket));
-    let features = features
-        | BASIC
-        | [VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES].map(bit).iter().sum::<u64>();
+    let features = features | BASIC | VIRTIO_BLK_F_FLUSH | VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES;
     negotiate(&client, &guest, features);
     let mut ring = Ring::new(&guest, 0, 256, features);
     let mut base = ring.drained_base();
@@ -160,7 +157,7 @@ fn an_unprivileged_sandboxed_process_serves_a_disk() {
             assert_eq!(confined.status("CapEff:"), "0000000000000000");
             assert_eq!(confined.status("Uid:"), "65534\t65534\t65534\t65534");
         }
-        for features in [0, bit(VIRTIO_F_RING_PACKED)] {
+        for features in [VirtioFeatures::empty(), VIRTIO_F_RING_PACKED] {
             assert_disk_works(&nobodys.path("socket"), features);
         }
         let mut written = [0; 512];
@@ -187,7 +184,7 @@ fn a_sandboxed_process_serves_its_counters() {
     let nobodys = Nobodys::new();
     let (image, place) = (nobodys.path("image"), nobodys.path("metrics"));
     let confined = nobodys.start(&["blk", "--image", &image, "--metrics", &format!("unix:{place}")]);
-    assert_disk_works(&nobodys.path("socket"), 0);
+    assert_disk_works(&nobodys.path("socket"), VirtioFeatures::empty());
     for _ in 0..3 {
         let mut socket = UnixStream::connect(&place).unwrap();
         socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();

@@ -12,8 +12,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, pipe, write};
 use rstest::rstest;
-use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::{DEVICE_STATE_LOAD, DeviceStateTransfer, Request as Code, protocol_feature};
+use vhost_migrate::abi::vhost_user::{DEVICE_STATE_LOAD, DeviceStateTransfer, ProtocolFeatures, Request as Code};
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use zerocopy::IntoBytes;
 
 use crate::guest::{BASIC, Guest, PACKED, Ring, SPLIT, negotiate, negotiate_with};
@@ -45,13 +45,13 @@ impl BackendProcess {
         BackendProcess { _folder: folder, socket, process, guest: Guest::new() }
     }
 
-    fn begin(&self, features: u64) -> RawFrontend {
+    fn begin(&self, features: VirtioFeatures) -> RawFrontend {
         let client = RawFrontend::connect(&self.socket);
         negotiate(&client, &self.guest, features);
         client
     }
 
-    fn ring(&self, client: &RawFrontend, index: u32, features: u64) -> Ring {
+    fn ring(&self, client: &RawFrontend, index: u32, features: VirtioFeatures) -> Ring {
         let ring = Ring::new(&self.guest, index, 256, features);
         ring.set_up(client, &self.guest, ring.initial_base());
         ring.enable(client, true);
@@ -121,7 +121,7 @@ fn fill(fd: BorrowedFd<'_>) {
 #[rstest]
 fn a_full_blocking_call_fd_stops_no_ring(
     #[values(SignalFd::EventFd, SignalFd::Socket, SignalFd::Pipe)] kind: SignalFd,
-    #[values(SPLIT, PACKED)] features: u64,
+    #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
     let backend = BackendProcess::new(&[]);
     let client = backend.begin(features);
@@ -194,7 +194,7 @@ fn a_kick_fd_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "e
 
 /// Rule F9.4.
 #[rstest]
-fn one_blocking_kick_eventfd_serves_two_rings(#[values(SPLIT, PACKED)] features: u64) {
+fn one_blocking_kick_eventfd_serves_two_rings(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let backend = BackendProcess::new(&[]);
     let client = backend.begin(features);
     let kick = EventFd::from_flags(EfdFlags::empty()).unwrap();
@@ -227,12 +227,7 @@ fn one_blocking_kick_eventfd_serves_two_rings(#[values(SPLIT, PACKED)] features:
 fn an_incomplete_device_state_transfer_blocks_no_other_front_end(#[values("pipe", "socket")] kind: &str) {
     let mut backend = BackendProcess::interface();
     let client = RawFrontend::connect(&backend.socket);
-    negotiate_with(
-        &client,
-        &backend.guest,
-        BASIC,
-        bit(protocol_feature::REPLY_ACK) | bit(protocol_feature::DEVICE_STATE),
-    );
+    negotiate_with(&client, &backend.guest, BASIC, ProtocolFeatures::REPLY_ACK | ProtocolFeatures::DEVICE_STATE);
     let (theirs, ours): (OwnedFd, OwnedFd) = match kind {
         "pipe" => pipe().unwrap(),
         _ => UnixStream::pair().map(|(theirs, ours)| (theirs.into(), ours.into())).unwrap(),

@@ -7,12 +7,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
-    CONFIG_TYPE_MIGRATION, ConfigHeader, DEVICE_STATE_LOAD, DEVICE_STATE_SAVE, DeviceStateTransfer, Request as Code,
-    VringState, protocol_feature,
+    CONFIG_TYPE_MIGRATION, ConfigHeader, DEVICE_STATE_LOAD, DEVICE_STATE_SAVE, DeviceStateTransfer, ProtocolFeatures,
+    Request as Code, VringState,
 };
-use vhost_migrate::abi::virtio::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
+use vhost_migrate::abi::virtio::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP, VirtioFeatures};
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
 use vhost_migrate::backend::{BackendError, Queue, VirtioDevice};
 use vhost_migrate::frontend::{Device as _, FrontendError, UserDevice, UserOptions};
@@ -44,7 +43,7 @@ impl StatefulDevice {
 }
 
 impl VirtioDevice for StatefulDevice {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         self.rings.features()
     }
 
@@ -80,7 +79,7 @@ impl VirtioDevice for StatefulDevice {
         self.state.lock().unwrap().clear();
     }
 
-    fn start_queue(&self, index: u16, size: u16, features: u64) -> std::io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, index: u16, size: u16, features: VirtioFeatures) -> std::io::Result<Box<dyn Queue>> {
         self.rings.start_queue(index, size, features)
     }
 }
@@ -256,7 +255,10 @@ fn a_stalled_device_state_pipe_blocks_no_message() {
 fn a_device_without_state_does_not_offer_device_state() {
     let server = Server::new(GatedDevice::new().0);
     let client = connect_negotiated(&server);
-    assert_eq!(client.request_u64(Code::GET_PROTOCOL_FEATURES) & bit(protocol_feature::DEVICE_STATE), 0);
+    assert!(
+        !ProtocolFeatures::from_bits_retain(client.request_u64(Code::GET_PROTOCOL_FEATURES))
+            .contains(ProtocolFeatures::DEVICE_STATE)
+    );
     let (_, writer) = std::io::pipe().unwrap();
     let body = DeviceStateTransfer { direction: DEVICE_STATE_SAVE, phase: 0 };
     assert_eq!(client.acknowledged(Code::SET_DEVICE_STATE_FD, body.as_bytes(), &[writer.as_fd()]), 1);

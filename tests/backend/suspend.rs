@@ -5,10 +5,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::sys::eventfd::EventFd;
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
-use vhost_migrate::abi::vhost_user::{InflightDescription, Request as Code, VringState, protocol_feature};
-use vhost_migrate::abi::virtio::VIRTIO_F_IN_ORDER;
+use vhost_migrate::abi::vhost_user::{InflightDescription, ProtocolFeatures, Request as Code, VringState};
+use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VirtioFeatures};
 use vhost_migrate::backend::{Queue, RING_FEATURES, Request, VirtioDevice};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight::{InflightRegion, RingKind};
@@ -25,8 +24,8 @@ use crate::server::Server;
 
 const COUNT: u64 = 10;
 const SIZE: u16 = 256;
-const IN_ORDER: u64 = bit(VIRTIO_F_IN_ORDER);
-const BOTH: [u64; 2] = [SPLIT, PACKED];
+const IN_ORDER: VirtioFeatures = VIRTIO_F_IN_ORDER;
+const BOTH: [VirtioFeatures; 2] = [SPLIT, PACKED];
 
 /// A guest with requests in flight on ring 0 of a device that completes none until its gate is open.
 struct SuspendGuest {
@@ -38,17 +37,22 @@ struct SuspendGuest {
     region: InflightRegion,
     fd: OwnedFd,
     log: Log,
-    features: u64,
-    protocol: u64,
+    features: VirtioFeatures,
+    protocol: ProtocolFeatures,
 }
 
 impl SuspendGuest {
-    fn new(features: u64, protocol: u64) -> SuspendGuest {
+    fn new(features: VirtioFeatures, protocol: ProtocolFeatures) -> SuspendGuest {
         let (device, gate) = GatedDevice::new();
         SuspendGuest::on(device, gate, features, protocol)
     }
 
-    fn on(device: Arc<dyn VirtioDevice>, gate: Arc<EventFd>, features: u64, protocol: u64) -> SuspendGuest {
+    fn on(
+        device: Arc<dyn VirtioDevice>,
+        gate: Arc<EventFd>,
+        features: VirtioFeatures,
+        protocol: ProtocolFeatures,
+    ) -> SuspendGuest {
         let (server, guest) = (Server::new(device), Guest::new());
         let (region, fd) = InflightRegion::create(kind(features), 1, SIZE).unwrap();
         let client = server.connect();
@@ -194,9 +198,9 @@ fn a_disabled_ring_keeps_its_requests_takes_no_new_ones_and_resumes_when_enabled
 /// Rule I8.4.
 #[test]
 fn get_vring_base_drains_unless_only_the_inflight_feature_is_acknowledged() {
-    let inflight = bit(protocol_feature::GET_VRING_BASE_INFLIGHT);
+    let inflight = ProtocolFeatures::GET_VRING_BASE_INFLIGHT;
     for features in BOTH {
-        for (protocol, left) in [(INFLIGHT_MIGRATION, 0), (0, 0), (inflight, COUNT)] {
+        for (protocol, left) in [(INFLIGHT_MIGRATION, 0), (ProtocolFeatures::empty(), 0), (inflight, COUNT)] {
             let scene = SuspendGuest::new(features, protocol);
             scene.client.send_body(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
             if left == 0 {
@@ -217,11 +221,11 @@ struct HoldsFirstRequestQueue {
 }
 
 impl VirtioDevice for HoldsFirstRequest {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         RING_FEATURES | IN_ORDER
     }
 
-    fn protocol_features(&self) -> u64 {
+    fn protocol_features(&self) -> ProtocolFeatures {
         INFLIGHT_MIGRATION
     }
 
@@ -229,7 +233,7 @@ impl VirtioDevice for HoldsFirstRequest {
         Vec::new()
     }
 
-    fn start_queue(&self, _index: u16, _size: u16, _features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _index: u16, _size: u16, _features: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(HoldsFirstRequestQueue { kept: None, done: Vec::new() }))
     }
 }

@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::backend::{Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice};
 use vhost_migrate::check::Rule::{self, *};
 use vhost_migrate::check::{CheckError, CheckOptions, CheckReport, DeviceKind, FrameSource, Verdict, check};
@@ -28,7 +29,7 @@ const CID: u64 = 42;
 struct Rng;
 
 impl VirtioDevice for Rng {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         RING_FEATURES
     }
 
@@ -36,7 +37,7 @@ impl VirtioDevice for Rng {
         Vec::new()
     }
 
-    fn start_queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _: u16, _: u16, _: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         let mut number = 7u8;
         Ok(Box::new(SyncQueue::new(move |request: &mut Request| {
             let bytes: Vec<u8> = (0..request.writable_len()).map(|_| next(&mut number)).collect();
@@ -56,7 +57,7 @@ struct Fs {
 }
 
 impl VirtioDevice for Fs {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         RING_FEATURES
     }
 
@@ -70,7 +71,7 @@ impl VirtioDevice for Fs {
         [config.as_slice(), &u32::from(self.tag).to_le_bytes()].concat()
     }
 
-    fn start_queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _: u16, _: u16, _: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         Ok(Box::new(SyncQueue::new(fuse)))
     }
 }
@@ -118,7 +119,7 @@ impl Vsock {
 }
 
 impl VirtioDevice for Vsock {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         RING_FEATURES
     }
 
@@ -130,7 +131,7 @@ impl VirtioDevice for Vsock {
         CID.to_le_bytes().to_vec()
     }
 
-    fn start_queue(&self, index: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, index: u16, _: u16, _: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         if index == 0 {
             return Ok(Box::new(Incoming { from: Stream(self.answers.0.try_clone()?), done: Vec::new() }));
         }
@@ -223,8 +224,8 @@ impl Console {
 }
 
 impl VirtioDevice for Console {
-    fn features(&self) -> u64 {
-        RING_FEATURES | 1
+    fn features(&self) -> VirtioFeatures {
+        RING_FEATURES | VirtioFeatures::from_bits_retain(1)
     }
 
     fn queues(&self) -> u16 {
@@ -235,7 +236,7 @@ impl VirtioDevice for Console {
         vec![80, 0, 25, 0, 0, 0, 0, 0]
     }
 
-    fn start_queue(&self, index: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, index: u16, _: u16, _: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         if index == 0 {
             let from = Keyboard { listener: self.listener.try_clone()?, typed: None, kept: self.typed.clone() };
             return Ok(Box::new(Incoming { from, done: Vec::new() }));

@@ -10,8 +10,8 @@ use std::thread;
 use std::time::Duration;
 
 use vhost_migrate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry};
-use vhost_migrate::abi::vhost_user::Request as Code;
-use vhost_migrate::abi::virtio::{BlkConfig, BlkRequestHeader};
+use vhost_migrate::abi::vhost_user::{ProtocolFeatures, Request as Code};
+use vhost_migrate::abi::virtio::{BlkConfig, BlkRequestHeader, VirtioFeatures};
 use vhost_migrate::backend::blk::BlkDevice;
 use vhost_migrate::backend::{BackendError, FrontendHandle, Queue, Request, VirtioDevice};
 use vhost_migrate::unstable::backend::VhostUserMessage;
@@ -78,7 +78,7 @@ pub(crate) struct FaultyDisk {
 }
 
 impl VirtioDevice for FaultyDisk {
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         self.disk.features()
     }
 
@@ -102,7 +102,7 @@ impl VirtioDevice for FaultyDisk {
         self.disk.set_config(offset, bytes, flags)
     }
 
-    fn protocol_features(&self) -> u64 {
+    fn protocol_features(&self) -> ProtocolFeatures {
         self.disk.protocol_features()
     }
 
@@ -110,7 +110,7 @@ impl VirtioDevice for FaultyDisk {
         self.disk.connected(host);
     }
 
-    fn start_queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, index: u16, size: u16, features: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         let queue = self.disk.start_queue(index, size, features)?;
         Ok(Box::new(FaultyQueue { queue, fault: self.fault, files: self.files.clone() }))
     }

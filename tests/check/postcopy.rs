@@ -5,8 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
 use nix::sys::eventfd::EventFd;
-use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::{Header, Request as Code, protocol_feature};
+use vhost_migrate::abi::vhost_user::{Header, ProtocolFeatures, Request as Code};
 use vhost_migrate::unstable::backend::VhostUserMessage;
 use zerocopy::IntoBytes;
 
@@ -15,7 +14,7 @@ use crate::fault::Fault;
 /// Bytes of an acknowledgement, and offset of a reply's payload.
 const NUMBER: usize = 8;
 const HEADER: usize = size_of::<Header>();
-const SLOTS: u64 = bit(protocol_feature::CONFIGURE_MEM_SLOTS);
+const SLOTS: ProtocolFeatures = ProtocolFeatures::CONFIGURE_MEM_SLOTS;
 
 /// A fault in postcopy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -70,8 +69,8 @@ impl Postcopy {
         let (fault, code) = (self.fault?, message.code);
         match code {
             Code::SET_PROTOCOL_FEATURES => {
-                let bits = u64::from_ne_bytes(*message.payload.first_chunk()?);
-                self.agreed = bits & bit(protocol_feature::PAGEFAULT) != 0;
+                let bits = ProtocolFeatures::from_bits_retain(u64::from_ne_bytes(*message.payload.first_chunk()?));
+                self.agreed = bits.contains(ProtocolFeatures::PAGEFAULT);
                 if fault == PostcopyFault::OffersSlots {
                     message.payload = (bits & !SLOTS).as_bytes().to_vec();
                 }
@@ -100,7 +99,9 @@ impl Postcopy {
     /// Changes the reply of the session.
     pub(crate) fn reply(&mut self, code: Code, payload: &[u8], bytes: &mut Vec<u8>, fd: &mut Option<OwnedFd>) {
         match (self.fault, code) {
-            (Some(PostcopyFault::OffersSlots), Code::GET_PROTOCOL_FEATURES) => bytes[HEADER + 1] |= (SLOTS >> 8) as u8,
+            (Some(PostcopyFault::OffersSlots), Code::GET_PROTOCOL_FEATURES) => {
+                bytes[HEADER + 1] |= (SLOTS.bits() >> 8) as u8
+            }
             (Some(PostcopyFault::NoUserfaultfd), Code::POSTCOPY_ADVISE) => *fd = None,
             (Some(PostcopyFault::WrongFd), Code::POSTCOPY_ADVISE) => *fd = Some(EventFd::new().unwrap().into()),
             (Some(PostcopyFault::ListensWithoutAdvise), Code::POSTCOPY_LISTEN) if !self.advised => {

@@ -1,6 +1,7 @@
 //! States of the built-in guest and its devices, as they travel in a stream.
 
 use vhost_migrate::abi::vhost_user::DiskGeneration;
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::frontend::InflightState;
 use vhost_migrate::guest::{
     BlkDriverState, CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, GuestConfig, GuestState,
@@ -45,7 +46,7 @@ fn config() -> GuestConfig {
 
 fn devices() -> Vec<DeviceState> {
     let disk = DeviceState {
-        features: 1 << 32 | 1 << 26 | 1 << 6,
+        features: VirtioFeatures::from_bits_retain(1 << 32 | 1 << 26 | 1 << 6),
         capacity: 1 << 30,
         segments: 126,
         block_size: 512,

@@ -7,13 +7,12 @@ use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
-    InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code, VringAddr, VringState,
-    protocol_feature,
+    InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, ProtocolFeatures, Request as Code,
+    VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VringAddr, VringState,
 };
 use vhost_migrate::abi::virtio::{
-    BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1,
+    BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VirtioFeatures,
 };
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::inflight::{self, recover_packed, recover_split};
@@ -25,23 +24,23 @@ use zerocopy::IntoBytes;
 
 use crate::raw::{DEADLINE, RawFrontend, VERSION};
 
-pub(crate) const LOG_ALL: u64 = 1 << 26;
-pub(crate) const PROTOCOL_FEATURES_BIT: u64 = 1 << 30;
-pub(crate) const BASIC: u64 = PROTOCOL_FEATURES_BIT | bit(VIRTIO_F_VERSION_1);
+pub(crate) const LOG_ALL: VirtioFeatures = VHOST_F_LOG_ALL;
+pub(crate) const PROTOCOL_FEATURES_BIT: VirtioFeatures = VHOST_USER_F_PROTOCOL_FEATURES;
+pub(crate) const BASIC: VirtioFeatures = PROTOCOL_FEATURES_BIT.union(VIRTIO_F_VERSION_1);
 /// Features that a driver of split rings acknowledges at least, and a driver of packed rings.
-pub(crate) const SPLIT: u64 = BASIC;
-pub(crate) const PACKED: u64 = BASIC | bit(VIRTIO_F_RING_PACKED);
+pub(crate) const SPLIT: VirtioFeatures = BASIC;
+pub(crate) const PACKED: VirtioFeatures = BASIC.union(VIRTIO_F_RING_PACKED);
 /// Bytes of each of the two regions; the second lies above 4 GiB.
 pub(crate) const REGION: u64 = 16 << 20;
 pub(crate) const HIGH: u64 = 1 << 32;
-pub(crate) const PROTOCOL: u64 = bit(protocol_feature::MQ)
-    | bit(protocol_feature::LOG_SHMFD)
-    | bit(protocol_feature::REPLY_ACK)
-    | bit(protocol_feature::CONFIG)
-    | bit(protocol_feature::INFLIGHT_SHMFD)
-    | bit(protocol_feature::RESET_DEVICE)
-    | bit(protocol_feature::CONFIGURE_MEM_SLOTS)
-    | bit(protocol_feature::STATUS);
+pub(crate) const PROTOCOL: ProtocolFeatures = ProtocolFeatures::MQ
+    .union(ProtocolFeatures::LOG_SHMFD)
+    .union(ProtocolFeatures::REPLY_ACK)
+    .union(ProtocolFeatures::CONFIG)
+    .union(ProtocolFeatures::INFLIGHT_SHMFD)
+    .union(ProtocolFeatures::RESET_DEVICE)
+    .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(ProtocolFeatures::STATUS);
 
 /// Shared guest memory.
 pub(crate) struct Guest {
@@ -105,7 +104,7 @@ pub(crate) struct Ring {
     /// Addresses of its parts; of a packed ring the event areas instead of avail and used ring.
     pub(crate) layout: SplitLayout,
     pub(crate) driver: DriverRing,
-    features: u64,
+    features: VirtioFeatures,
     pub(crate) kick: EventFd,
     pub(crate) call: EventFd,
     /// `log_guest_addr`, while F_LOG is set.
@@ -113,13 +112,13 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    pub(crate) fn new(guest: &Guest, index: u32, size: u16, features: u64) -> Ring {
+    pub(crate) fn new(guest: &Guest, index: u32, size: u16, features: VirtioFeatures) -> Ring {
         let at = (u64::from(index) + 1) << 20;
         Ring::at(&guest.memory, at, index, size, features)
     }
 
     /// One at any address of any memory.
-    pub(crate) fn at(memory: &Memory, at: u64, index: u32, size: u16, features: u64) -> Ring {
+    pub(crate) fn at(memory: &Memory, at: u64, index: u32, size: u16, features: VirtioFeatures) -> Ring {
         let layout = SplitLayout { size, desc: at, avail: at + 0x4_0000, used: at + 0x8_0000 };
         let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
         let SplitLayout { desc, avail, used, .. } = layout;
@@ -321,25 +320,33 @@ pub(crate) fn wait_for_error(error: &EventFd, what: &str) {
 }
 
 /// Connects far enough for rings to be set up: protocol features, owner, features, memory.
-pub(crate) fn negotiate(client: &RawFrontend, guest: &Guest, features: u64) {
+pub(crate) fn negotiate(client: &RawFrontend, guest: &Guest, features: VirtioFeatures) {
     negotiate_with(client, guest, features, PROTOCOL);
 }
 
-pub(crate) fn negotiate_with(client: &RawFrontend, guest: &Guest, features: u64, protocol: u64) {
+pub(crate) fn negotiate_with(
+    client: &RawFrontend,
+    guest: &Guest,
+    features: VirtioFeatures,
+    protocol: ProtocolFeatures,
+) {
     client.send_body(Code::SET_OWNER, &[0u8; 0]);
     // A device with a state has no STATUS.
-    client.send_body(Code::SET_PROTOCOL_FEATURES, &(protocol & client.request_u64(Code::GET_PROTOCOL_FEATURES)));
+    client.send_body(
+        Code::SET_PROTOCOL_FEATURES,
+        &(protocol & ProtocolFeatures::from_bits_retain(client.request_u64(Code::GET_PROTOCOL_FEATURES))),
+    );
     client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
     guest.send_table(client);
 }
 
-pub(crate) fn inflight_kind(features: u64) -> inflight::RingKind {
-    if features & bit(VIRTIO_F_RING_PACKED) != 0 { inflight::RingKind::Packed } else { inflight::RingKind::Split }
+pub(crate) fn inflight_kind(features: VirtioFeatures) -> inflight::RingKind {
+    if features.contains(VIRTIO_F_RING_PACKED) { inflight::RingKind::Packed } else { inflight::RingKind::Split }
 }
 
 /// A fresh inflight region for rings of the kind that `features` say, its fd, and what SET_INFLIGHT_FD says of it.
 pub(crate) fn inflight_region(
-    features: u64,
+    features: VirtioFeatures,
     queues: u16,
     size: u16,
 ) -> (inflight::InflightRegion, OwnedFd, InflightDescription) {
@@ -402,7 +409,13 @@ pub(crate) fn send_log(client: &RawFrontend, log: &Log, fd: &OwnedFd) {
 }
 
 /// LOG_ALL, then F_LOG on every ring, as front-ends do (rule L7.1).
-pub(crate) fn start_logging(client: &RawFrontend, guest: &Guest, features: u64, rings: &mut [&mut Ring], at: u64) {
+pub(crate) fn start_logging(
+    client: &RawFrontend,
+    guest: &Guest,
+    features: VirtioFeatures,
+    rings: &mut [&mut Ring],
+    at: u64,
+) {
     client.send_acknowledged(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
     for ring in rings {
         ring.log_at = Some(at + u64::from(ring.index) * 0x10_0000);
@@ -410,7 +423,7 @@ pub(crate) fn start_logging(client: &RawFrontend, guest: &Guest, features: u64, 
     }
 }
 
-pub(crate) fn stop_logging(client: &RawFrontend, guest: &Guest, features: u64, rings: &mut [&mut Ring]) {
+pub(crate) fn stop_logging(client: &RawFrontend, guest: &Guest, features: VirtioFeatures, rings: &mut [&mut Ring]) {
     client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
     for ring in rings {
         ring.log_at = None;

@@ -10,14 +10,13 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost::{
     VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE,
 };
 use vhost_migrate::abi::vhost_user::{
-    BackendRequest, Header, IotlbMsg, Request as Code, VringAddr, VringState, protocol_feature,
+    BackendRequest, Header, IotlbMsg, ProtocolFeatures, Request as Code, VringAddr, VringState,
 };
-use vhost_migrate::abi::virtio::VIRTIO_F_ACCESS_PLATFORM;
+use vhost_migrate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VirtioFeatures};
 use vhost_migrate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -28,9 +27,9 @@ use crate::raw::{RawFrontend, VERSION};
 pub(crate) const BASE: u64 = 0x70_0000_0000;
 /// Those of rings' buffers.
 pub(crate) const DATA: u64 = BASE + (16 << 20);
-pub(crate) const FEATURES: u64 = BASIC | bit(VIRTIO_F_ACCESS_PLATFORM);
+pub(crate) const FEATURES: VirtioFeatures = BASIC.union(VIRTIO_F_ACCESS_PLATFORM);
 /// The protocol features that translation needs.
-pub(crate) const CHANNEL: u64 = PROTOCOL | bit(protocol_feature::BACKEND_REQ);
+pub(crate) const CHANNEL: ProtocolFeatures = PROTOCOL.union(ProtocolFeatures::BACKEND_REQ);
 
 /// Numbers that look random and are the same in every run.
 pub(crate) struct Random(pub(crate) u64);
@@ -114,11 +113,11 @@ pub(crate) fn invalidate(iova: u64, size: u64) -> IotlbMsg {
 
 impl IommuGuest {
     /// Connects, and maps 16 MiB of I/O virtual addresses from [`BASE`] and 8 MiB from [`DATA`] to pages of both regions.
-    pub(crate) fn new(client: RawFrontend, features: u64) -> IommuGuest {
+    pub(crate) fn new(client: RawFrontend, features: VirtioFeatures) -> IommuGuest {
         IommuGuest::of(Guest::new(), client, features)
     }
 
-    pub(crate) fn of(guest: Guest, client: RawFrontend, features: u64) -> IommuGuest {
+    pub(crate) fn of(guest: Guest, client: RawFrontend, features: VirtioFeatures) -> IommuGuest {
         client.send_body(Code::SET_OWNER, &[0u8; 0]);
         client.send_body(Code::SET_PROTOCOL_FEATURES, &CHANNEL);
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -164,7 +163,7 @@ impl IommuGuest {
     }
 
     /// A ring whose parts are scattered; all its buffers are addressed as [`Space::view`] has them.
-    pub(crate) fn ring(&self, index: u32, size: u16, features: u64) -> Ring {
+    pub(crate) fn ring(&self, index: u32, size: u16, features: VirtioFeatures) -> Ring {
         Ring::at(&self.driver_memory(BASE, 24 << 20), BASE + (u64::from(index) << 20), index, size, features)
     }
 

@@ -7,7 +7,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use vhost_migrate::abi::{bit, virtio};
+use vhost_migrate::abi::virtio;
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, FrontendError, InflightState, Reconnection, RingSetup};
 use vhost_migrate::memory::Memory;
@@ -58,7 +59,7 @@ impl Barrier {
 pub(crate) struct RamDisk {
     pub(crate) bytes: Arc<Mutex<Vec<u8>>>,
     pub(crate) faults: Arc<Faults>,
-    features: u64,
+    features: VirtioFeatures,
     memory: Memory,
     queues: Vec<Option<Queue>>,
 }
@@ -75,7 +76,7 @@ impl RamDisk {
         Box::new(RamDisk {
             bytes: bytes.clone(),
             faults: faults.clone(),
-            features: 0,
+            features: VirtioFeatures::empty(),
             memory: Memory::default(),
             queues,
         })
@@ -158,7 +159,7 @@ impl Device for RamDisk {
         "ram disk"
     }
 
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         [
             virtio::VIRTIO_F_VERSION_1,
             virtio::VIRTIO_F_RING_PACKED,
@@ -168,14 +169,14 @@ impl Device for RamDisk {
             virtio::VIRTIO_BLK_F_FLUSH,
         ]
         .into_iter()
-        .fold(0, |all, number| all | bit(number))
+        .collect()
     }
 
-    fn acked_features(&self) -> u64 {
+    fn acked_features(&self) -> VirtioFeatures {
         self.features
     }
 
-    fn set_features(&mut self, features: u64) -> Result<(), FrontendError> {
+    fn set_features(&mut self, features: VirtioFeatures) -> Result<(), FrontendError> {
         self.features = features;
         Ok(())
     }

@@ -5,17 +5,18 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use vhost_migrate::abi::bit;
-use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vhost_migrate::abi::virtio::{
+    VIRTIO_F_IN_ORDER, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
+};
 use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{
     Buffer, DeviceRing, DriverRing, InOrderState, PackedDevice, PackedDriver, PackedDriverState, PackedLayout,
     Position, RingBase, SplitDevice, SplitDriver, SplitDriverState, SplitLayout,
 };
 
-pub(crate) const EVENT_IDX: u64 = bit(VIRTIO_RING_F_EVENT_IDX);
-pub(crate) const INDIRECT: u64 = bit(VIRTIO_RING_F_INDIRECT_DESC);
-pub(crate) const IN_ORDER: u64 = bit(VIRTIO_F_IN_ORDER);
+pub(crate) const EVENT_IDX: VirtioFeatures = VIRTIO_RING_F_EVENT_IDX;
+pub(crate) const INDIRECT: VirtioFeatures = VIRTIO_RING_F_INDIRECT_DESC;
+pub(crate) const IN_ORDER: VirtioFeatures = VIRTIO_F_IN_ORDER;
 /// Guest-physical start of the memory for indirect tables, which extends to the end.
 pub(crate) const TABLES: u64 = 0x30_0000;
 
@@ -30,11 +31,16 @@ pub(crate) fn layout(size: u16) -> SplitLayout {
 }
 
 /// Both sides of an empty split ring whose indexes are `start`.
-pub(crate) fn ring_at(memory: &Memory, layout: SplitLayout, features: u64, start: u16) -> (SplitDriver, SplitDevice) {
+pub(crate) fn ring_at(
+    memory: &Memory,
+    layout: SplitLayout,
+    features: VirtioFeatures,
+    start: u16,
+) -> (SplitDriver, SplitDevice) {
     drop(SplitDriver::new(memory, layout, features).unwrap());
     memory.write(layout.avail + 2, &start.to_le_bytes()).unwrap();
     memory.write(layout.used + 2, &start.to_le_bytes()).unwrap();
-    let in_order = (features & IN_ORDER != 0).then(InOrderState::default);
+    let in_order = (features & IN_ORDER != VirtioFeatures::empty()).then(InOrderState::default);
     let state = SplitDriverState { avail: start, published: start, used: start, in_order, ..Default::default() };
     let driver = SplitDriver::restore(memory, layout, features, &state).unwrap();
     (driver, SplitDevice::new(memory, layout, features, RingBase::split(start)).unwrap())
@@ -49,7 +55,7 @@ pub(crate) fn packed_layout(size: u16) -> PackedLayout {
 pub(crate) fn packed_at(
     memory: &Memory,
     layout: PackedLayout,
-    features: u64,
+    features: VirtioFeatures,
     start: Position,
 ) -> (PackedDriver, PackedDevice) {
     drop(PackedDriver::new(memory, layout, features).unwrap());
@@ -58,7 +64,7 @@ pub(crate) fn packed_at(
         let flags = if (index < start.index) == start.wrap { 0x8080 } else { 0 };
         put_desc(memory, layout.desc + u64::from(index) * 16, 0, 0, 0, flags);
     }
-    let in_order = (features & IN_ORDER != 0).then(InOrderState::default);
+    let in_order = (features & IN_ORDER != VirtioFeatures::empty()).then(InOrderState::default);
     let (requests, held) = (Vec::new(), 0);
     let state = PackedDriverState { avail: start, published: start, used: start, requests, held, in_order };
     let driver = PackedDriver::restore(memory, layout, features, &state).unwrap();
@@ -67,7 +73,7 @@ pub(crate) fn packed_at(
 }
 
 /// Both sides of an empty ring of either kind. A split ring is near the end of its indexes, a packed one near its end.
-pub(crate) fn either(memory: &Memory, packed: bool, size: u16, features: u64) -> (DriverRing, DeviceRing) {
+pub(crate) fn either(memory: &Memory, packed: bool, size: u16, features: VirtioFeatures) -> (DriverRing, DeviceRing) {
     if packed {
         let start = Position { index: size - 1, wrap: true };
         let (driver, device) = packed_at(memory, packed_layout(size), features, start);

@@ -5,8 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use serde_json::json;
-use vhost_migrate::abi::bit;
-use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
+use vhost_migrate::abi::virtio::{VIRTIO_F_VERSION_1, VirtioFeatures};
 use vhost_migrate::backend::{BackendError, Queue, VirtioDevice};
 
 use crate::migration::{self, GENTLE};
@@ -20,8 +19,8 @@ struct FileSystem {
 }
 
 impl VirtioDevice for FileSystem {
-    fn features(&self) -> u64 {
-        bit(VIRTIO_F_VERSION_1)
+    fn features(&self) -> VirtioFeatures {
+        VIRTIO_F_VERSION_1
     }
 
     /// One for what can't wait and one for requests.
@@ -54,7 +53,7 @@ impl VirtioDevice for FileSystem {
         self.state.lock().unwrap().clear();
     }
 
-    fn start_queue(&self, _: u16, _: u16, _: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, _: u16, _: u16, _: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         Err(io::Error::other("nobody uses it"))
     }
 }

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::EventFd;
-use vhost_migrate::abi::virtio::{BlkRequestHeader, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+use vhost_migrate::abi::virtio::{
+    BlkRequestHeader, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VirtioFeatures,
+};
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, DriverRing, RingLayout};
@@ -35,13 +37,13 @@ pub(crate) struct DiskDriver {
 
 impl DiskDriver {
     /// An empty ring in memory of its own. `features` are those that were acknowledged.
-    pub(crate) fn new(features: u64) -> DiskDriver {
+    pub(crate) fn new(features: VirtioFeatures) -> DiskDriver {
         let eventfd = || OwnedFd::from(EventFd::new().unwrap());
         DiskDriver::with_fds(features, eventfd(), eventfd())
     }
 
     /// The same with eventfds that are there already.
-    pub(crate) fn with_fds(features: u64, kick: OwnedFd, call: OwnedFd) -> DiskDriver {
+    pub(crate) fn with_fds(features: VirtioFeatures, kick: OwnedFd, call: OwnedFd) -> DiskDriver {
         let memory = Memory::new([region(0), region(HIGH)]).unwrap();
         let layout = RingLayout::new(features, SIZE, 0x1000, 0x2000, HIGH + 0x3000);
         let ring = DriverRing::new(&memory, layout, features).unwrap();

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nix::sys::eventfd::EventFd;
-use vhost_migrate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF};
-use vhost_migrate::abi::{bit, virtio};
+use vhost_migrate::abi::virtio;
+use vhost_migrate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VirtioFeatures};
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::frontend::{Device, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
@@ -92,8 +92,9 @@ impl Rig {
         let lab = Lab::new();
         let socket = lab.file("dpdk.sock");
         let testpmd = Testpmd::backend(&lab, &socket, 1, "");
-        let features =
-            bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_NET_F_MRG_RXBUF) | if packed { bit(VIRTIO_F_RING_PACKED) } else { 0 };
+        let features = VIRTIO_F_VERSION_1
+            | VIRTIO_NET_F_MRG_RXBUF
+            | if packed { VIRTIO_F_RING_PACKED } else { VirtioFeatures::empty() };
         let region = Region::share(sealed_memfd("guest", REGION).unwrap(), 0, REGION, 0).unwrap();
         let memory = Memory::new([Arc::new(region)]).unwrap();
         let layouts: Vec<_> = [0, 0x8000]
@@ -183,7 +184,7 @@ impl Rig {
     }
 }
 
-fn connect(socket: &Path, features: u64, memory: &Memory) -> UserDevice {
+fn connect(socket: &Path, features: VirtioFeatures, memory: &Memory) -> UserDevice {
     let mut device = UserDevice::connect(socket, UserOptions::default(), Instant::now() + DEADLINE).unwrap();
     device.set_features(features).unwrap();
     assert!(!device.set_inflight(2, SIZE, None).unwrap(), "its network back-end has no inflight tracking");

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::virtio::{
     SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_F_VERSION_1,
@@ -53,7 +52,7 @@ fn a_guest_works_on_a_block_device_and_its_back_end_may_be_killed() {
         let mut backend = Backend::start(&lab, kind, "backend", &disk.0, 1);
         let mut device =
             UserDevice::connect(backend.socket(), UserOptions::default(), Instant::now() + DEADLINE).unwrap();
-        assert_ne!(device.features() & bit(VIRTIO_BLK_F_DISCARD), 0);
+        assert!(device.features().contains(VIRTIO_BLK_F_DISCARD));
         let mut capacity = [0; 8];
         device.config(0, &mut capacity).unwrap();
         assert_eq!(u64::from_le_bytes(capacity), BYTES / 512);
@@ -87,7 +86,7 @@ fn sectors_of_a_direct_disk_with_larger_blocks_come_from_the_disk_and_go_there()
     let mut block = [0; 4];
     device.config(20, &mut block).unwrap();
     assert_eq!(u32::from_le_bytes(block), 4096);
-    let features = bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_BLK_F_BLK_SIZE);
+    let features = VIRTIO_F_VERSION_1 | VIRTIO_BLK_F_FLUSH | VIRTIO_BLK_F_BLK_SIZE;
     device.set_features(features).unwrap();
     device.set_inflight(1, SIZE, None).unwrap();
     let mut driver = DiskDriver::new(features);

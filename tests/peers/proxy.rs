@@ -16,11 +16,11 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{
-    Header, LogDescription, MemoryHeader, MemoryRegion, Request, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG, VringAddr,
-    VringState, protocol_feature,
+    Header, LogDescription, MemoryHeader, MemoryRegion, ProtocolFeatures, Request, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG,
+    VringAddr, VringState,
 };
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::message::{Message, has_reply, pass_on, receive, send};
@@ -66,8 +66,8 @@ enum Order {
 /// Features of the back-end that are hidden from the front-end, as bits.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Hidden {
-    pub(crate) features: u64,
-    pub(crate) protocol_features: u64,
+    pub(crate) features: VirtioFeatures,
+    pub(crate) protocol_features: ProtocolFeatures,
 }
 
 /// Called before the next SET_LOG_BASE of the front-end reaches the back-end.
@@ -167,7 +167,7 @@ impl Proxy {
 struct Session {
     frontend: UnixStream,
     backend: UnixStream,
-    features: u64,
+    features: VirtioFeatures,
     reply_ack: bool,
     rings: Vec<VringAddr>,
     hidden: Hidden,
@@ -187,7 +187,16 @@ impl Session {
             stream.set_read_timeout(Some(DEADLINE)).unwrap();
             stream.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
         }
-        Session { frontend, backend, features: 0, reply_ack: false, rings: Vec::new(), hidden, memory, before_log }
+        Session {
+            frontend,
+            backend,
+            features: VirtioFeatures::empty(),
+            reply_ack: false,
+            rings: Vec::new(),
+            hidden,
+            memory,
+            before_log,
+        }
     }
 
     /// Forwards messages and obeys orders until one side hangs up; `None` when the test is over.
@@ -215,12 +224,12 @@ impl Session {
     fn forward(&mut self) -> Option<()> {
         let mut message = receive(&self.frontend)?;
         match Request(message.header.request) {
-            Request::SET_FEATURES => self.features = u64::read_from_bytes(&message.payload).ok()?,
+            Request::SET_FEATURES => self.features = VirtioFeatures::read_from_bytes(&message.payload).ok()?,
             Request::SET_PROTOCOL_FEATURES => {
-                let bits = u64::read_from_bytes(&message.payload).ok()?;
-                self.reply_ack = bits >> protocol_feature::REPLY_ACK & 1 != 0;
+                let features = ProtocolFeatures::read_from_bytes(&message.payload).ok()?;
+                self.reply_ack = features.contains(ProtocolFeatures::REPLY_ACK);
                 // For the proxy's own messages, if the front-end logs nothing itself.
-                message.payload = (bits | bit(protocol_feature::LOG_SHMFD)).as_bytes().to_vec();
+                message.payload = (features | ProtocolFeatures::LOG_SHMFD).as_bytes().to_vec();
             }
             Request::SET_VRING_ADDR => {
                 let ring = VringAddr::read_from_bytes(&message.payload).ok()?;
@@ -240,8 +249,8 @@ impl Session {
         }
         let mut reply = receive(&self.backend)?;
         let hidden = match Request(message.header.request) {
-            Request::GET_FEATURES => self.hidden.features,
-            Request::GET_PROTOCOL_FEATURES => self.hidden.protocol_features,
+            Request::GET_FEATURES => self.hidden.features.bits(),
+            Request::GET_PROTOCOL_FEATURES => self.hidden.protocol_features.bits(),
             _ => 0,
         };
         if hidden != 0 {
@@ -276,10 +285,11 @@ impl Session {
     }
 
     fn set_logging(&mut self, moved: Option<u64>) -> Option<()> {
-        let features = self.features | u64::from(moved.is_some()) << VHOST_F_LOG_ALL;
+        let mut features = self.features;
+        features.set(VHOST_F_LOG_ALL, moved.is_some());
         self.inject(Request::SET_FEATURES, features.as_bytes(), &[])?;
         for mut ring in self.rings.clone() {
-            ring.flags = u32::from(moved.is_some()) << VHOST_VRING_F_LOG;
+            ring.flags = moved.map_or(0, |_| VHOST_VRING_F_LOG.bits());
             // User-mode Linux logs nothing itself and has no address for it.
             if ring.log_guest_addr == u64::MAX {
                 ring.log_guest_addr = self.gpa(ring.used_user_addr)?;

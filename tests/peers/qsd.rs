@@ -5,9 +5,9 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use vhost_migrate::abi::vhost_user::protocol_feature;
-use vhost_migrate::abi::virtio::{SECTOR_BYTES, VIRTIO_BLK_T_IN, VIRTIO_F_VERSION_1};
-use vhost_migrate::abi::{bit, virtio};
+use vhost_migrate::abi::vhost_user::ProtocolFeatures;
+use vhost_migrate::abi::virtio;
+use vhost_migrate::abi::virtio::{SECTOR_BYTES, VIRTIO_BLK_T_IN, VIRTIO_F_VERSION_1, VirtioFeatures};
 use vhost_migrate::dirty::{DirtySource, PageSet};
 use vhost_migrate::frontend::{Device, FrontendError, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig};
@@ -27,7 +27,7 @@ pub(crate) struct Rig {
     image: PathBuf,
     pub(crate) device: UserDevice,
     pub(crate) driver: DiskDriver,
-    features: u64,
+    features: VirtioFeatures,
 }
 
 impl Rig {
@@ -42,7 +42,7 @@ impl Rig {
         File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
         let backend = Backend::start(&lab, kind, "disk", &image, 2);
         let mut device = UserDevice::connect(backend.socket(), options, Instant::now() + DEADLINE).unwrap();
-        let features = bit(VIRTIO_F_VERSION_1) | bit(virtio::VIRTIO_RING_F_EVENT_IDX);
+        let features = VIRTIO_F_VERSION_1 | virtio::VIRTIO_RING_F_EVENT_IDX;
         device.set_features(features).unwrap();
         assert!(!device.set_inflight(2, SIZE, None).unwrap(), "it has no inflight tracking");
         let driver = DiskDriver::new(features);
@@ -61,7 +61,7 @@ impl Rig {
 
 fn all_options() -> [UserOptions; 2] {
     let usual = UserOptions::default();
-    let without_acks = usual.protocol_features & !bit(protocol_feature::REPLY_ACK);
+    let without_acks = usual.protocol_features & !ProtocolFeatures::REPLY_ACK;
     [usual, usual.with_protocol_features(without_acks)]
 }
 

@@ -17,10 +17,9 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend, VhostUserFrontendReqHandler};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
-use vhost_migrate::abi::bit;
 use vhost_migrate::abi::vhost_user::{VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_VRING_F_LOG};
 use vhost_migrate::abi::virtio::{
-    SECTOR_BYTES, VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX,
+    SECTOR_BYTES, VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures,
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Memory, Region};
@@ -33,8 +32,8 @@ use crate::linux_net;
 use crate::process::{DEADLINE, Lab};
 
 const IMAGE_BYTES: u64 = 8 << 20;
-const SPLIT: u64 = bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_RING_F_EVENT_IDX) | bit(VHOST_USER_F_PROTOCOL_FEATURES);
-const PACKED: u64 = SPLIT | bit(VIRTIO_F_RING_PACKED);
+const SPLIT: VirtioFeatures = VIRTIO_F_VERSION_1.union(VIRTIO_RING_F_EVENT_IDX).union(VHOST_USER_F_PROTOCOL_FEATURES);
+const PACKED: VirtioFeatures = SPLIT.union(VIRTIO_F_RING_PACKED);
 /// Protocol features that the tests negotiate if they are offered.
 const USED: Protocol = Protocol::from_bits_truncate(
     Protocol::MQ.bits()
@@ -50,7 +49,7 @@ const USED: Protocol = Protocol::from_bits_truncate(
 );
 
 /// Returns a connection with negotiated features, with or without need-reply on every message.
-fn connect(socket: &Path, features: u64, need_reply: bool) -> Frontend {
+fn connect(socket: &Path, features: VirtioFeatures, need_reply: bool) -> Frontend {
     let connection = UnixStream::connect(socket).unwrap();
     // The crate waits for replies without a limit: close the connection so that a missing reply fails the test.
     let connection_end = connection.try_clone().unwrap();
@@ -63,10 +62,10 @@ fn connect(socket: &Path, features: u64, need_reply: bool) -> Frontend {
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     }
     frontend.set_owner().unwrap();
-    assert_eq!(features & !frontend.get_features().unwrap(), 0);
+    assert_eq!(features.bits() & !frontend.get_features().unwrap(), 0);
     let offered = frontend.get_protocol_features().unwrap();
     frontend.set_protocol_features(offered & USED).unwrap();
-    frontend.set_features(features).unwrap();
+    frontend.set_features(features.bits()).unwrap();
     frontend
 }
 
@@ -102,7 +101,7 @@ struct Harness {
     backend: Backend,
     image: PathBuf,
     frontend: Frontend,
-    features: u64,
+    features: VirtioFeatures,
     need_reply: bool,
     inflight: (VhostUserInflight, File),
     driver: DiskDriver,
@@ -111,7 +110,7 @@ struct Harness {
 }
 
 impl Harness {
-    fn new(kind: Kind, features: u64, need_reply: bool) -> Harness {
+    fn new(kind: Kind, features: VirtioFeatures, need_reply: bool) -> Harness {
         let lab = Lab::new();
         let image = lab.disk();
         File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
@@ -157,7 +156,7 @@ impl Harness {
         let addresses = VringConfigData {
             queue_max_size: SIZE,
             queue_size: SIZE,
-            flags: if logged { bit(VHOST_VRING_F_LOG) as u32 } else { 0 },
+            flags: if logged { VHOST_VRING_F_LOG.bits() } else { 0 },
             desc_table_addr,
             used_ring_addr,
             avail_ring_addr,
@@ -173,7 +172,9 @@ impl Harness {
     }
 
     fn switch_log(&self, on: bool) {
-        self.frontend.set_features(self.features | if on { bit(VHOST_F_LOG_ALL) } else { 0 }).unwrap();
+        self.frontend
+            .set_features((self.features | if on { VHOST_F_LOG_ALL } else { VirtioFeatures::empty() }).bits())
+            .unwrap();
         self.addresses(on);
         self.settle();
     }

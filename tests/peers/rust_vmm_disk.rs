@@ -7,8 +7,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::{Request, protocol_feature};
+use vhost_migrate::abi::vhost_user::{ProtocolFeatures, Request};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestIncomingVm, GuestSourceVm};
@@ -56,7 +55,7 @@ fn works(guest: &Guest, requests: u64) {
 #[test]
 fn a_guest_on_a_rust_vmm_disk_stops_resumes_and_verifies() {
     let usual = UserOptions::default();
-    let without_acks = usual.with_protocol_features(usual.protocol_features & !bit(protocol_feature::REPLY_ACK));
+    let without_acks = usual.with_protocol_features(usual.protocol_features & !ProtocolFeatures::REPLY_ACK);
     for options in [usual, without_acks] {
         let lab = Lab::new();
         let backend = Backend::start(&lab, Kind::RustVmm, "rust-vmm", &disk(&lab), 2);

@@ -11,9 +11,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use vhost_migrate::abi::bit;
-use vhost_migrate::abi::vhost_user::protocol_feature;
-use vhost_migrate::abi::virtio::VIRTIO_F_RING_PACKED;
+use vhost_migrate::abi::vhost_user::ProtocolFeatures;
+use vhost_migrate::abi::virtio::{VIRTIO_F_RING_PACKED, VirtioFeatures};
 
 use crate::backend::{Backend, Kind, words};
 use crate::initramfs::{self, Kernel};
@@ -27,9 +26,9 @@ const PAGE: usize = 4096;
 const TO_THE_LOG: &str = "exec >/dev/kmsg 2>&1";
 
 /// UML uses everything that it accepts of an offer: rings and signals of one kind and of the other.
-const AS_OFFERED: Hidden = Hidden { features: 0, protocol_features: 0 };
+const AS_OFFERED: Hidden = Hidden { features: VirtioFeatures::empty(), protocol_features: ProtocolFeatures::empty() };
 const SPLIT_WITH_FDS: Hidden =
-    Hidden { features: bit(VIRTIO_F_RING_PACKED), protocol_features: bit(protocol_feature::INBAND_NOTIFICATIONS) };
+    Hidden { features: VIRTIO_F_RING_PACKED, protocol_features: ProtocolFeatures::INBAND_NOTIFICATIONS };
 
 /// A guest. All of its processes are in a PID namespace and end with the first.
 struct Uml(Process);

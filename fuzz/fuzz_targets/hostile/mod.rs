@@ -146,7 +146,7 @@ impl Guest {
         let packed = if bits & 1 != 0 { PACKED } else { 0 };
         let features = 1 << 32 | 1 << 30 | packed | u64::from(bits >> 2 & 3) << 28 | u64::from(bits >> 4 & 1) << 35;
         let iommu = if bits & 0x20 != 0 { IOMMU } else { 0 };
-        let features = (features | iommu) & (device.features() | 1 << 30);
+        let features = (features | iommu) & (device.features().bits() | 1 << 30);
         let kind = if features & PACKED != 0 { inflight::RingKind::Packed } else { inflight::RingKind::Split };
         let size = inflight::InflightRegion::bytes_for(kind, 2, SIZE).unwrap();
         let (_, region) = inflight::InflightRegion::create(kind, 2, SIZE).unwrap();

@@ -9,7 +9,6 @@ use std::time::Duration;
 use crossbeam::channel::Receiver;
 use nix::sys::eventfd::EventFd;
 
-use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::backend::counters::RingCounters;
 use crate::backend::rings::iommu::{IotlbMisses, MappedRing};
@@ -167,7 +166,7 @@ fn mark_memory_if_log_is_new(index: u16, config: &VringConfig, ring: &TrackedRin
 /// Determines the position of a packed ring without an inflight region from its descriptors (rule I12), because the given
 /// base may be stale.
 fn find_packed_position(index: u16, config: &VringConfig, ring: &mut PackedDevice) -> Result<(), BackendError> {
-    let in_order = config.features & bit(VIRTIO_F_IN_ORDER) != 0;
+    let in_order = config.features.contains(VIRTIO_F_IN_ORDER);
     if !in_order && ring.find_position().map_err(|source| BackendError::BrokenRing { index, source })? {
         let base = ring.base();
         limited!(

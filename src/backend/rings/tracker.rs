@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use crate::abi::virtio::VirtioFeatures;
 use crate::backend::{BackendError, Request};
 use crate::inflight::{InflightRegion, PackedInflight, PackedRecovery, SplitInflight, SplitRecovery};
 use crate::memory::Memory;
@@ -46,7 +47,7 @@ impl TrackedRing {
     pub(super) fn new(
         memory: &Memory,
         layout: RingLayout,
-        features: u64,
+        features: VirtioFeatures,
         base: RingBase,
     ) -> Result<TrackedRing, RingError> {
         Ok(match layout {

@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
+use crate::abi::virtio::VirtioFeatures;
 use crate::backend::{BackendError, FrontendHandle, Kick, Notifier};
 use crate::dirty::{Log, LogSignal};
 use crate::inflight;
@@ -19,7 +20,7 @@ pub struct VringConfig {
     /// The base at which the ring resumes, unless `inflight` determines it (rule I3.4).
     pub base: RingBase,
     /// Acknowledged features.
-    pub features: u64,
+    pub features: VirtioFeatures,
     /// Guest memory.
     pub memory: Memory,
     /// The logs of the ring's writes.

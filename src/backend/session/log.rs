@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::ring::{SessionRing, logs_used};
-use super::{LOG_ALL, Logging, Session, VringController};
-use crate::abi::vhost_user::LogDescription;
+use super::{Logging, Session, VringController};
+use crate::abi::vhost_user::{LogDescription, VHOST_F_LOG_ALL};
 use crate::backend::BackendError;
 use crate::dirty::Log;
 use crate::sys::log_limit::limited;
@@ -38,12 +38,12 @@ impl Session {
 
     /// Returns true if logging is wanted for data or for a used ring.
     fn is_logging(&self) -> bool {
-        self.features & LOG_ALL != 0 || self.rings.iter().any(SessionRing::logs_used_ring)
+        self.features.contains(VHOST_F_LOG_ALL) || self.rings.iter().any(SessionRing::logs_used_ring)
     }
 
     /// Records that a ring runs whose writes should be logged, and that there is no log (rule L8.3).
     pub(super) fn note_unlogged(&mut self) {
-        let log_all = self.features & LOG_ALL != 0;
+        let log_all = self.features.contains(VHOST_F_LOG_ALL);
         let runs = self.rings.iter().any(|ring| ring.running && (log_all || ring.logs_used_ring()));
         self.unlogged |= runs && self.log.is_none();
     }
@@ -76,7 +76,7 @@ impl Session {
     pub(super) fn logging(&self, ring: &SessionRing) -> Logging {
         let used = ring.addr.filter(logs_used).zip(self.log.clone());
         Logging {
-            data: self.log.clone().filter(|_| self.features & LOG_ALL != 0),
+            data: self.log.clone().filter(|_| self.features.contains(VHOST_F_LOG_ALL)),
             used: used.map(|(addr, log)| (log, addr.log_guest_addr)),
             signal: self.log_signal.clone(),
             out_of_range_pages: self.out_of_range_pages.clone(),

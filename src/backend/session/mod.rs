@@ -40,12 +40,11 @@ use std::sync::atomic::AtomicU64;
 
 use tracing::debug;
 
-use crate::abi::bit;
 use crate::abi::vhost_user::{
-    ConfigHeader, DEVICE_STATE_NOFD_MASK, Header, MemRegMsg, Request as Code, VHOST_F_LOG_ALL,
-    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_RAM_SLOTS, VringState, own, protocol_feature, unstable,
+    ConfigHeader, DEVICE_STATE_NOFD_MASK, Header, MemRegMsg, ProtocolFeatures, Request as Code, VHOST_F_LOG_ALL,
+    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_RAM_SLOTS, VringState, own,
 };
-use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
+use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VirtioFeatures};
 use crate::backend::{BackendError, VirtioDevice, counters};
 use crate::dirty::{Log, LogSignal};
 use crate::inflight;
@@ -60,23 +59,20 @@ use ring::SessionRing;
 use transfer::StateTransfer;
 
 /// Protocol features offered with every device.
-const PROTOCOL_FEATURES: u64 = bit(protocol_feature::MQ)
-    | bit(protocol_feature::LOG_SHMFD)
-    | bit(protocol_feature::REPLY_ACK)
-    | bit(protocol_feature::BACKEND_REQ)
-    | bit(protocol_feature::CONFIG)
-    | bit(protocol_feature::BACKEND_SEND_FD)
-    | bit(protocol_feature::INFLIGHT_SHMFD)
-    | bit(protocol_feature::RESET_DEVICE)
-    | bit(protocol_feature::INBAND_NOTIFICATIONS)
-    | bit(protocol_feature::CONFIGURE_MEM_SLOTS)
-    | bit(protocol_feature::STATUS);
+const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
+    .union(ProtocolFeatures::LOG_SHMFD)
+    .union(ProtocolFeatures::REPLY_ACK)
+    .union(ProtocolFeatures::BACKEND_REQ)
+    .union(ProtocolFeatures::CONFIG)
+    .union(ProtocolFeatures::BACKEND_SEND_FD)
+    .union(ProtocolFeatures::INFLIGHT_SHMFD)
+    .union(ProtocolFeatures::RESET_DEVICE)
+    .union(ProtocolFeatures::INBAND_NOTIFICATIONS)
+    .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(ProtocolFeatures::STATUS);
 
 /// Protocol features that INBAND_NOTIFICATIONS requires (rule B3.1).
-const INBAND_REQUIREMENTS: u64 = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::REPLY_ACK);
-
-const LOG_ALL: u64 = bit(VHOST_F_LOG_ALL);
-const PROTOCOL_FEATURES_BIT: u64 = bit(VHOST_USER_F_PROTOCOL_FEATURES);
+const INBAND_REQUIREMENTS: ProtocolFeatures = ProtocolFeatures::BACKEND_REQ.union(ProtocolFeatures::REPLY_ACK);
 
 /// The action that follows a message.
 #[derive(Debug)]
@@ -92,8 +88,8 @@ pub enum MessageOutcome {
 /// The protocol state of one connection.
 pub struct Session {
     device: Arc<dyn VirtioDevice>,
-    features: u64,
-    protocol_features: u64,
+    features: VirtioFeatures,
+    protocol_features: ProtocolFeatures,
     status: u64,
     memory: Memory,
     log: Option<Arc<Log>>,
@@ -122,8 +118,8 @@ impl Session {
         device.connected(frontend.clone());
         Session {
             device,
-            features: 0,
-            protocol_features: 0,
+            features: VirtioFeatures::empty(),
+            protocol_features: ProtocolFeatures::empty(),
             status: 0,
             memory: Memory::default(),
             log: None,
@@ -158,7 +154,7 @@ impl Session {
         let asked = message.flags & Header::FLAG_NEED_REPLY != 0;
         let outcome = self.dispatch(message, rings);
         // Checked after the message, which may itself acknowledge REPLY_ACK (rule F4.2).
-        let acknowledge = asked && self.has_protocol_feature(protocol_feature::REPLY_ACK);
+        let acknowledge = asked && self.has_protocol_feature(ProtocolFeatures::REPLY_ACK);
         counters::message_handled(code, outcome.is_err());
         match outcome {
             Ok(Some(reply)) => MessageOutcome::Reply(reply),
@@ -180,14 +176,14 @@ impl Session {
         }
     }
 
-    fn has_protocol_feature(&self, feature: u32) -> bool {
-        self.protocol_features & bit(feature) != 0
+    fn has_protocol_feature(&self, feature: ProtocolFeatures) -> bool {
+        self.protocol_features.contains(feature)
     }
 
     /// Returns true if the request has a reply of its own (rule F3.1).
     fn has_own_reply(&self, code: Code) -> bool {
         match code {
-            Code::SET_LOG_BASE => self.has_protocol_feature(protocol_feature::LOG_SHMFD),
+            Code::SET_LOG_BASE => self.has_protocol_feature(ProtocolFeatures::LOG_SHMFD),
             Code::SET_MEM_TABLE => self.postcopy.is_listening(),
             Code::GET_FEATURES
             | Code::GET_PROTOCOL_FEATURES
@@ -221,18 +217,16 @@ impl Session {
         }
         let number = |number: u64| Ok(Some(VhostUserReply::new(code, &number)));
         match code {
-            Code::GET_FEATURES => return number(self.offered_features()),
+            Code::GET_FEATURES => return number(self.offered_features().bits()),
             Code::SET_FEATURES => self.set_features(message.body()?, rings)?,
-            Code::GET_PROTOCOL_FEATURES => return number(self.offered_protocol_features()),
+            Code::GET_PROTOCOL_FEATURES => return number(self.offered_protocol_features().bits()),
             Code::SET_PROTOCOL_FEATURES => {
                 let bits = check_offered(code, message.body()?, self.offered_protocol_features())?;
-                if bits & bit(protocol_feature::INBAND_NOTIFICATIONS) != 0
-                    && bits & INBAND_REQUIREMENTS != INBAND_REQUIREMENTS
-                {
+                if bits.contains(ProtocolFeatures::INBAND_NOTIFICATIONS) && !bits.contains(INBAND_REQUIREMENTS) {
                     return Err(BackendError::InbandNotifications);
                 }
                 self.protocol_features = bits;
-                self.frontend.set_reply_ack(self.has_protocol_feature(protocol_feature::REPLY_ACK));
+                self.frontend.set_reply_ack(self.has_protocol_feature(ProtocolFeatures::REPLY_ACK));
             }
             Code::GET_QUEUE_NUM => return number(self.device.queue_num()),
             Code::GET_MAX_MEM_SLOTS => return number(VHOST_USER_MAX_RAM_SLOTS as u64),
@@ -255,16 +249,16 @@ impl Session {
                 }
                 self.replace_memory(memory, rings)?;
             }
-            Code::POSTCOPY_ADVISE if self.has_protocol_feature(protocol_feature::PAGEFAULT) => {
+            Code::POSTCOPY_ADVISE if self.has_protocol_feature(ProtocolFeatures::PAGEFAULT) => {
                 // A reply without a file descriptor means refusal.
                 let fd = self.postcopy.advise().map_err(|error| limited!(warn, "{error}")).ok();
                 return Ok(Some(VhostUserReply { code, payload: Vec::new(), fd }));
             }
-            Code::POSTCOPY_LISTEN if self.has_protocol_feature(protocol_feature::PAGEFAULT) => {
+            Code::POSTCOPY_LISTEN if self.has_protocol_feature(ProtocolFeatures::PAGEFAULT) => {
                 let listening = self.require_all_stopped(code, "P1.3").and_then(|()| self.postcopy.listen());
                 return number(status_number(listening));
             }
-            Code::POSTCOPY_END if self.has_protocol_feature(protocol_feature::PAGEFAULT) => {
+            Code::POSTCOPY_END if self.has_protocol_feature(ProtocolFeatures::PAGEFAULT) => {
                 return number(status_number(self.postcopy.end()));
             }
             Code::ADD_MEM_REG => {
@@ -278,7 +272,7 @@ impl Session {
                 self.set_log_base(&description, &message.only_fd()?, rings)?;
                 // Every front-end accepts this reply, with need-reply or without (rule F7.1).
                 return Ok(self
-                    .has_protocol_feature(protocol_feature::LOG_SHMFD)
+                    .has_protocol_feature(ProtocolFeatures::LOG_SHMFD)
                     .then(|| VhostUserReply::new(code, &description)));
             }
             Code::SET_LOG_FD => {
@@ -324,7 +318,9 @@ impl Session {
                     self.device.validate_queue().map_err(BackendError::system("serve a queue"))?;
                 }
             }
-            Code::GET_VRING_BASE_SKIP_DRAIN if !self.has_protocol_feature(unstable::F_GET_VRING_BASE_SKIP_DRAIN) => {
+            Code::GET_VRING_BASE_SKIP_DRAIN
+                if !self.has_protocol_feature(ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN) =>
+            {
                 return Err(BackendError::Unsupported { code });
             }
             Code::GET_VRING_BASE | Code::GET_VRING_BASE_SKIP_DRAIN => {
@@ -338,14 +334,14 @@ impl Session {
             }
             Code::GET_INFLIGHT_FD => return Ok(Some(self.get_inflight(message.body()?))),
             Code::SET_INFLIGHT_FD => self.set_inflight(&message.body()?, &message.only_fd()?)?,
-            Code::IOTLB_MSG if self.device.features() & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 => {
+            Code::IOTLB_MSG if self.device.features().contains(VIRTIO_F_ACCESS_PLATFORM) => {
                 self.handle_iotlb_msg(&message.body()?, rings)?;
             }
-            Code::SET_DEVICE_STATE_FD if self.has_protocol_feature(protocol_feature::DEVICE_STATE) => {
+            Code::SET_DEVICE_STATE_FD if self.has_protocol_feature(ProtocolFeatures::DEVICE_STATE) => {
                 let error = status_number(self.begin_transfer(&mut message));
                 return number(error | DEVICE_STATE_NOFD_MASK);
             }
-            Code::CHECK_DEVICE_STATE if self.has_protocol_feature(protocol_feature::DEVICE_STATE) => {
+            Code::CHECK_DEVICE_STATE if self.has_protocol_feature(ProtocolFeatures::DEVICE_STATE) => {
                 return number(status_number(self.check_transfer()));
             }
             own::GET_DISK_GENERATION if self.has_protocol_feature(own::F_DISK_GENERATION) => {
@@ -366,49 +362,49 @@ impl Session {
         Ok(None)
     }
 
-    fn offered_features(&self) -> u64 {
-        self.device.features() | LOG_ALL | PROTOCOL_FEATURES_BIT
+    fn offered_features(&self) -> VirtioFeatures {
+        self.device.features() | VHOST_F_LOG_ALL | VHOST_USER_F_PROTOCOL_FEATURES
     }
 
     /// Returns the offered protocol features. STATUS and DEVICE_STATE exclude each other: QEMU sets the status to 0,
     /// which is a reset, whenever it stops a device, and no state would be left to save.
-    fn offered_protocol_features(&self) -> u64 {
+    fn offered_protocol_features(&self) -> ProtocolFeatures {
         let mut offered = PROTOCOL_FEATURES | self.device.protocol_features();
         if self.device.state_kind().is_some() {
-            offered = offered & !bit(protocol_feature::STATUS) | bit(protocol_feature::DEVICE_STATE);
+            offered = offered & !ProtocolFeatures::STATUS | ProtocolFeatures::DEVICE_STATE;
         }
-        if self.device.features() & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 {
+        if self.device.features().contains(VIRTIO_F_ACCESS_PLATFORM) {
             // Rings in scattered pages have a second mapping, in which a missing page is not waited for (rules P1.1, T4.2).
-            offered &= !bit(protocol_feature::PAGEFAULT);
+            offered &= !ProtocolFeatures::PAGEFAULT;
         }
-        if offered & bit(protocol_feature::PAGEFAULT) != 0 {
+        if offered.contains(ProtocolFeatures::PAGEFAULT) {
             // Front-ends do not speak both (rule P1.1).
-            offered &= !bit(protocol_feature::CONFIGURE_MEM_SLOTS);
+            offered &= !ProtocolFeatures::CONFIGURE_MEM_SLOTS;
         }
         offered
     }
 
-    fn set_features(&mut self, bits: u64, rings: &mut dyn VringController) -> Result<(), BackendError> {
+    fn set_features(&mut self, bits: VirtioFeatures, rings: &mut dyn VringController) -> Result<(), BackendError> {
         let bits = check_offered(Code::SET_FEATURES, bits, self.offered_features())?;
         // Running rings and queues use the features acknowledged at their start (rule R1.4).
-        let changed = (bits ^ self.features) & !LOG_ALL;
-        if changed != 0 && self.rings.iter().any(|ring| ring.running) {
+        let changed = (bits ^ self.features) & !VHOST_F_LOG_ALL;
+        if !changed.is_empty() && self.rings.iter().any(|ring| ring.running) {
             return Err(BackendError::FeaturesOfRunningRings { changed });
         }
-        if changed & bit(VIRTIO_F_ACCESS_PLATFORM) != 0 {
+        if changed.contains(VIRTIO_F_ACCESS_PLATFORM) {
             self.clear_iotlb();
         }
         self.features = bits;
         // Unlogged writes do not matter any more (rule L8.4).
-        self.unlogged &= bits & LOG_ALL != 0;
+        self.unlogged &= bits.contains(VHOST_F_LOG_ALL);
         self.update_logging(rings);
         self.note_unlogged();
         match self.stop_preparation.take() {
-            _ if bits & LOG_ALL == 0 => {}
+            _ if !bits.contains(VHOST_F_LOG_ALL) => {}
             None => self.stop_preparation = self.device.prepare_to_stop(),
             preparing => self.stop_preparation = preparing,
         }
-        if bits & PROTOCOL_FEATURES_BIT == 0 {
+        if !bits.contains(VHOST_USER_F_PROTOCOL_FEATURES) {
             self.rings.iter_mut().for_each(|ring| ring.enabled = true);
             self.apply_ring_states(rings)?;
         }
@@ -416,7 +412,7 @@ impl Session {
     }
 
     fn is_translated(&self) -> bool {
-        self.features & bit(VIRTIO_F_ACCESS_PLATFORM) != 0
+        self.features.contains(VIRTIO_F_ACCESS_PLATFORM)
     }
 
     /// Resets the device to the state without a driver. The owner, memory and protocol features stay (rules R8.2,
@@ -424,7 +420,7 @@ impl Session {
     fn reset(&mut self, rings: &mut dyn VringController) -> Result<(), BackendError> {
         self.stop_and_disable_rings(rings)?;
         self.rings.iter_mut().for_each(SessionRing::reset);
-        (self.features, self.status) = (0, 0);
+        (self.features, self.status) = (VirtioFeatures::empty(), 0);
         self.stop_preparation = None;
         self.iotlb.invalidate(&(0..=u64::MAX));
         self.device.reset();
@@ -436,19 +432,23 @@ impl Session {
 
     /// Returns true if messages replace kick, call and error descriptors that are not given (rule B3.2).
     fn is_in_band(&self) -> bool {
-        self.has_protocol_feature(protocol_feature::INBAND_NOTIFICATIONS)
+        self.has_protocol_feature(ProtocolFeatures::INBAND_NOTIFICATIONS)
     }
 
     fn is_packed(&self) -> bool {
-        self.features & bit(VIRTIO_F_RING_PACKED) != 0
+        self.features.contains(VIRTIO_F_RING_PACKED)
     }
 }
 
 /// Returns the acknowledged bits if all of them were offered (rule R1.3).
-fn check_offered(code: Code, bits: u64, offered: u64) -> Result<u64, BackendError> {
-    match bits & !offered {
-        0 => Ok(bits),
-        unknown => Err(BackendError::UnofferedFeatures { code, bits, unknown }),
+fn check_offered<F: bitflags::Flags<Bits = u64> + Copy>(
+    code: Code,
+    features: F,
+    offered: F,
+) -> Result<F, BackendError> {
+    match features.bits() & !offered.bits() {
+        0 => Ok(features),
+        unknown => Err(BackendError::UnofferedFeatures { code, bits: features.bits(), unknown }),
     }
 }
 

@@ -5,11 +5,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use super::{LOG_ALL, Session, VringConfig, VringController};
-use crate::abi::bit;
+use super::{Session, VringConfig, VringController};
 use crate::abi::vhost_user::{
-    Request as Code, VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr, VringState, unstable,
+    ProtocolFeatures, Request as Code, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr,
+    VringAddrFlags, VringState,
 };
+use crate::abi::virtio::VirtioFeatures;
 use crate::backend::{BackendError, FrontendHandle, Kick, Notifier, VhostUserMessage};
 use crate::memory::Memory;
 use crate::ring::{RingBase, RingLayout};
@@ -139,7 +140,7 @@ impl Session {
             return Err(incomplete("SET_VRING_NUM"));
         }
         let addr = ring.addr.as_ref().ok_or(incomplete("SET_VRING_ADDR"))?;
-        if self.features & LOG_ALL != 0 && self.log.is_none() {
+        if self.features.contains(VHOST_F_LOG_ALL) && self.log.is_none() {
             limited!(
                 warn,
                 "ring {index} starts with LOG_ALL but without SET_LOG_BASE: nothing is logged before it (rule L8.2)"
@@ -177,7 +178,7 @@ impl Session {
     /// Starts or stops a ring according to its state (rules R2.1, R6.4).
     pub(super) fn apply_ring_state(&mut self, index: u16, rings: &mut dyn VringController) -> Result<(), BackendError> {
         let Some(ring) = self.rings.get(usize::from(index)) else { return Ok(()) };
-        let skips = self.has_protocol_feature(unstable::F_GET_VRING_BASE_SKIP_DRAIN);
+        let skips = self.has_protocol_feature(ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN);
         if ring.running && ring.started && skips {
             // It keeps its requests: the front-end has not said yet how to stop the ring (rule I8.5).
             rings.set_enabled(index, ring.enabled);
@@ -250,7 +251,7 @@ impl Session {
     ) -> Result<VringState, BackendError> {
         let VringState { index, .. } = state;
         self.ring(code, index)?;
-        let [leaves, skips] = [unstable::F_GET_VRING_BASE_INFLIGHT, unstable::F_GET_VRING_BASE_SKIP_DRAIN];
+        let [leaves, skips] = [ProtocolFeatures::GET_VRING_BASE_INFLIGHT, ProtocolFeatures::GET_VRING_BASE_SKIP_DRAIN];
         // Without the separate request, the feature alone means not to drain (rule I8.4).
         match self.has_protocol_feature(leaves)
             && (code == Code::GET_VRING_BASE_SKIP_DRAIN || !self.has_protocol_feature(skips))
@@ -285,7 +286,13 @@ impl Session {
 }
 
 /// Returns the layout of a ring, whose given addresses are the front-end's (rule R6.4).
-fn layout(memory: &Memory, features: u64, index: u16, size: u16, addr: &VringAddr) -> Result<RingLayout, BackendError> {
+fn layout(
+    memory: &Memory,
+    features: VirtioFeatures,
+    index: u16,
+    size: u16,
+    addr: &VringAddr,
+) -> Result<RingLayout, BackendError> {
     let find = |part, user, len| {
         memory.gpa_of_user(user, len).map_err(|source| BackendError::RingAddress { index, part, source })
     };
@@ -297,5 +304,5 @@ fn layout(memory: &Memory, features: u64, index: u16, size: u16, addr: &VringAdd
 }
 
 pub(super) fn logs_used(addr: &VringAddr) -> bool {
-    addr.flags & bit(VHOST_VRING_F_LOG) as u32 != 0
+    VringAddrFlags::from_bits_retain(addr.flags).contains(VHOST_VRING_F_LOG)
 }

@@ -2,7 +2,7 @@
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use crate::abi::vhost_user::{CONFIG_TYPE_FRONTEND, ConfigHeader, Request as Code, protocol_feature};
+use crate::abi::vhost_user::{CONFIG_TYPE_FRONTEND, ConfigHeader, ProtocolFeatures, Request as Code};
 use crate::abi::virtio::{
     BlkConfig, BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN,
 };
@@ -30,7 +30,7 @@ pub(in crate::check) struct BlkGeometry {
 impl BlkGeometry {
     /// Reads the geometry from configuration space, after protocol features are negotiated.
     pub(in crate::check) fn of(connection: &Connection, offered: BackendFeatures) -> Result<BlkGeometry, CheckAbort> {
-        if !offered.has_protocol(protocol_feature::CONFIG) {
+        if !offered.has_protocol(ProtocolFeatures::CONFIG) {
             let sectors = MIN_DISK_BYTES / SECTOR_BYTES;
             return Ok(BlkGeometry { sectors, block_sectors: sectors });
         }

@@ -14,7 +14,7 @@ use super::connection::Connection;
 use super::negotiation::BackendFeatures;
 use super::options::DeviceKind;
 use super::outcome::CheckAbort;
-use crate::abi::vhost_user::protocol_feature;
+use crate::abi::vhost_user::ProtocolFeatures;
 use crate::abi::virtio::VIRTIO_NET_F_MAC;
 
 /// The device under test.
@@ -118,10 +118,10 @@ struct DeviceProperties {
 
 impl DeviceProperties {
     fn ask(connection: &Connection, offered: BackendFeatures) -> Result<DeviceProperties, CheckAbort> {
-        let features = offered.features & OF_DEVICES;
-        let queues = offered.has_protocol(protocol_feature::MQ).then_some(offered.queues);
+        let features = offered.features.bits() & OF_DEVICES;
+        let queues = offered.has_protocol(ProtocolFeatures::MQ).then_some(offered.queues);
         // The features identify a network interface without its configuration.
-        if !offered.has_protocol(protocol_feature::CONFIG) || features & NET_ALONE != 0 {
+        if !offered.has_protocol(ProtocolFeatures::CONFIG) || features & NET_ALONE != 0 {
             return Ok(DeviceProperties { features, queues, config: None });
         }
         let mut config = Vec::new();
@@ -151,7 +151,7 @@ impl DeviceProperties {
             DeviceKind::Blk => only(OF_BLK) && len.is_some_and(|len| len >= 36) && start > 0 && !self.has_tag(),
             // The address is present only with VIRTIO_NET_F_MAC.
             DeviceKind::Net => {
-                let has_address = features & 1 << VIRTIO_NET_F_MAC != 0;
+                let has_address = features & VIRTIO_NET_F_MAC.bits() != 0;
                 // Back-ends that count queue pairs offer features that only network interfaces have.
                 let one_pair = features & NET_ALONE != 0 || number(2, u64::MAX);
                 only(OF_NET) && one_pair && len.is_none_or(|len| len < 36) && (has_address || start << 16 == 0)
@@ -227,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_device_is_identified_when_only_one_kind_matches() {
-        let transport = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << 30 | 1 << 32;
+        let transport = VIRTIO_RING_F_EVENT_IDX.bits() | 1 << 30 | 1 << 32;
         let mut disk = vec![0; 40];
         disk[1] = 0x40;
         disk[21] = 2;

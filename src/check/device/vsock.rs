@@ -11,7 +11,7 @@ use std::path::Path;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use crate::abi::vhost_user::protocol_feature;
+use crate::abi::vhost_user::ProtocolFeatures;
 use crate::check::connection::Connection;
 use crate::check::device::blk::read_config;
 use crate::check::negotiation::BackendFeatures;
@@ -47,7 +47,7 @@ struct PacketHeader {
 
 /// Reads the guest's context id from configuration space.
 pub(in crate::check) fn context_id(connection: &Connection, offered: BackendFeatures) -> Result<u64, CheckAbort> {
-    if !offered.has_protocol(protocol_feature::CONFIG) {
+    if !offered.has_protocol(ProtocolFeatures::CONFIG) {
         return Ok(MIN_GUEST_CID);
     }
     let config = read_config(connection, 0, 8)?;

@@ -31,12 +31,13 @@ use super::pages::Pages;
 use super::queue::{DriverQueue, MAX_RINGS};
 use super::ring_variant::{Flow, RingVariant};
 use super::stop::Deadline;
-use crate::abi::bit;
 use crate::abi::vhost_user::{
-    Header, LogDescription, MemoryHeader, MemoryRegion, Request as Code, VHOST_F_LOG_ALL,
-    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_VRING_F_LOG, VringAddr, VringState, protocol_feature,
+    Header, LogDescription, MemoryHeader, MemoryRegion, ProtocolFeatures, Request as Code, VHOST_F_LOG_ALL,
+    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_VRING_F_LOG, VringAddr, VringState,
 };
-use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MQ};
+use crate::abi::virtio::{
+    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MQ, VirtioFeatures,
+};
 use crate::dirty::Log;
 use crate::memory::{Memory, Region, sealed_memfd};
 use crate::ring::{Buffer, RingBase};
@@ -70,7 +71,7 @@ pub(super) struct Harness {
     pub(super) connection: Connection,
     pub(super) offered: BackendFeatures,
     /// Protocol features to negotiate.
-    pub(super) protocol: u64,
+    pub(super) protocol: ProtocolFeatures,
     device: TestedDevice,
     pub(super) flow: Flow,
     pub(super) timeout: Duration,
@@ -87,7 +88,7 @@ pub(super) struct Harness {
     /// Frame source.
     source: Option<FrameInjector>,
     /// Acknowledged features without LOG_ALL.
-    pub(super) features: u64,
+    pub(super) features: VirtioFeatures,
     /// Number of requests so far. Also the seed of their data.
     submitted: u64,
     /// Requests in flight, by slot.
@@ -113,7 +114,7 @@ pub(super) struct HarnessConfig {
     /// Ring size.
     pub(super) size: u16,
     /// Features to acknowledge in addition to the defaults, if offered.
-    pub(super) features: u64,
+    pub(super) features: VirtioFeatures,
     /// Number of rings for requests.
     pub(super) rings: usize,
     pub(super) source: Option<FrameInjector>,
@@ -138,14 +139,14 @@ impl Harness {
         let memory = Memory::new([share(0, LOW_BYTES)?, share(HIGH, HIGH_BYTES)?])?;
         let iommu = iommu.map(|scatter| GuestIommu::new(&memory, scatter)).transpose()?;
         let mut protocol = PROTOCOL;
-        let mut wanted = bit(VIRTIO_F_VERSION_1) | bit(VHOST_USER_F_PROTOCOL_FEATURES) | features;
+        let mut wanted = VIRTIO_F_VERSION_1 | VHOST_USER_F_PROTOCOL_FEATURES | features;
         if iommu.is_some() {
-            wanted |= bit(VIRTIO_F_ACCESS_PLATFORM);
-            protocol |= bit(protocol_feature::BACKEND_REQ);
+            wanted |= VIRTIO_F_ACCESS_PLATFORM;
+            protocol |= ProtocolFeatures::BACKEND_REQ;
         }
-        wanted |= u64::from(packed) << VIRTIO_F_RING_PACKED;
+        wanted.set(VIRTIO_F_RING_PACKED, packed);
         // A block device needs no feature for several queues.
-        wanted |= u64::from(rings > 1 && flow != Flow::Requests) << VIRTIO_NET_F_MQ;
+        wanted.set(VIRTIO_NET_F_MQ, rings > 1 && flow != Flow::Requests);
         let features = offered.features & wanted;
         let places = match (flow, device) {
             (Flow::Requests, TestedDevice::Fs) => 1 + rings,
@@ -279,7 +280,7 @@ impl Harness {
 
     /// Sends a request without a reply of its own, and waits until it is processed (rule F4.1).
     pub(super) fn send_acked(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), CheckAbort> {
-        if !self.offered.has_protocol(protocol_feature::REPLY_ACK) {
+        if !self.offered.has_protocol(ProtocolFeatures::REPLY_ACK) {
             self.connection.send(code, Header::FLAG_VERSION, payload, fds)?;
             return self.connection.barrier().map(|_| ());
         }
@@ -315,7 +316,7 @@ impl Harness {
         let [desc, driver, device] = queue.layout.areas();
         VringAddr {
             index: queue.index,
-            flags: u32::from(log_at.is_some()) << VHOST_VRING_F_LOG,
+            flags: log_at.map_or(0, |_| VHOST_VRING_F_LOG.bits()),
             desc_user_addr: self.ring_addr(desc),
             used_user_addr: self.ring_addr(device),
             avail_user_addr: self.ring_addr(driver),
@@ -360,11 +361,11 @@ impl Harness {
     }
 
     pub(super) fn enable(&self, yes: bool) -> Result<(), CheckAbort> {
-        if self.features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
+        if !self.features.contains(VHOST_USER_F_PROTOCOL_FEATURES) {
             return Ok(());
         }
         // DPDK serves no ring before DRIVER_OK, which QEMU also sends here.
-        if yes && self.offered.has_protocol(protocol_feature::STATUS) {
+        if yes && self.offered.has_protocol(ProtocolFeatures::STATUS) {
             self.send_acked(Code::SET_STATUS, DRIVER_OK.as_bytes(), &[])?;
         }
         for queue in self.all() {
@@ -435,7 +436,7 @@ impl Harness {
 
     /// Fails with "not offered" without a dirty log.
     fn require_log(&self) -> Result<(), CheckAbort> {
-        self.offered.require_protocol(protocol_feature::LOG_SHMFD)?;
+        self.offered.require_protocol(ProtocolFeatures::LOG_SHMFD)?;
         match self.offered.has(VHOST_F_LOG_ALL) {
             true => Ok(()),
             false => Err(CheckAbort::NotOffered("VHOST_F_LOG_ALL".into())),
@@ -447,7 +448,8 @@ impl Harness {
         if yes {
             self.require_log()?;
         }
-        let features = self.features | u64::from(yes) << VHOST_F_LOG_ALL;
+        let mut features = self.features;
+        features.set(VHOST_F_LOG_ALL, yes);
         self.send_acked(Code::SET_FEATURES, features.as_bytes(), &[])
     }
 

@@ -13,23 +13,23 @@ use super::UserOptions;
 use super::backend_channel::{BackendChannel, EventQueue};
 use super::connection::{Connection, TimeoutPolicy};
 use super::translator::Translator;
-use crate::abi::bit;
 use crate::abi::vhost_user::{
-    Request, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES, protocol_feature,
+    ProtocolFeatures, Request, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES,
 };
+use crate::abi::virtio::VirtioFeatures;
 use crate::sys::log_limit::limited;
 
 /// Range of waits between connection attempts.
 pub(super) const BACK_OFF: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(100);
 /// Protocol features that INBAND_NOTIFICATIONS depends on (rule B3.1).
-const IN_BAND_REQUIREMENTS: u64 = bit(protocol_feature::BACKEND_REQ) | bit(protocol_feature::REPLY_ACK);
+const IN_BAND_REQUIREMENTS: ProtocolFeatures = ProtocolFeatures::BACKEND_REQ.union(ProtocolFeatures::REPLY_ACK);
 
 /// Result of the negotiation with a back-end.
 #[derive(Clone, Copy)]
 pub(super) struct Negotiated {
-    pub(super) features: u64,
+    pub(super) features: VirtioFeatures,
     /// Negotiated protocol features.
-    pub(super) protocol: u64,
+    pub(super) protocol: ProtocolFeatures,
     pub(super) queues: u16,
     pub(super) slots: usize,
 }
@@ -46,43 +46,45 @@ pub(super) fn negotiate(
     connection.set_timeout_policy(TimeoutPolicy::Keep);
     let number = |connection: &mut Connection, request| connection.request(request, &[], &[])?.read::<u64>("F3.1");
     connection.send(Request::SET_OWNER, &[], &[])?;
-    let features = number(&mut connection, Request::GET_FEATURES)?;
-    let mut negotiated = Negotiated { features, protocol: 0, queues: 1, slots: VHOST_MEMORY_BASELINE_NREGIONS };
-    if features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
+    let features = VirtioFeatures::from_bits_retain(number(&mut connection, Request::GET_FEATURES)?);
+    let mut negotiated =
+        Negotiated { features, protocol: ProtocolFeatures::empty(), queues: 1, slots: VHOST_MEMORY_BASELINE_NREGIONS };
+    if !features.contains(VHOST_USER_F_PROTOCOL_FEATURES) {
         // Without MQ the back-end cannot report its number of rings; the guest's driver has to know it.
         negotiated.queues = u16::from(u8::MAX) + 1;
         return Ok((connection, negotiated, None));
     }
-    negotiated.protocol = number(&mut connection, Request::GET_PROTOCOL_FEATURES)? & options.protocol_features;
-    if negotiated.protocol & IN_BAND_REQUIREMENTS != IN_BAND_REQUIREMENTS {
-        negotiated.protocol &= !bit(protocol_feature::INBAND_NOTIFICATIONS);
+    let offered = number(&mut connection, Request::GET_PROTOCOL_FEATURES)?;
+    negotiated.protocol = ProtocolFeatures::from_bits_retain(offered) & options.protocol_features;
+    if !negotiated.protocol.contains(IN_BAND_REQUIREMENTS) {
+        negotiated.protocol &= !ProtocolFeatures::INBAND_NOTIFICATIONS;
     }
     connection.send(Request::SET_PROTOCOL_FEATURES, negotiated.protocol.as_bytes(), &[])?;
-    let has = |number| negotiated.protocol & bit(number) != 0;
-    if has(protocol_feature::MQ) {
+    let has = |feature| negotiated.protocol.contains(feature);
+    if has(ProtocolFeatures::MQ) {
         negotiated.queues = u16::try_from(number(&mut connection, Request::GET_QUEUE_NUM)?).unwrap_or(u16::MAX);
     }
     if options.queue_pairs {
         negotiated.queues = negotiated.queues.saturating_mul(2).saturating_add(1);
     }
-    if has(protocol_feature::CONFIGURE_MEM_SLOTS) {
+    if has(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
         let slots = number(&mut connection, Request::GET_MAX_MEM_SLOTS)?;
         negotiated.slots = negotiated.slots.max(usize::try_from(slots).unwrap_or(usize::MAX));
     }
-    if has(protocol_feature::REPLY_ACK) {
+    if has(ProtocolFeatures::REPLY_ACK) {
         connection.wait_for_acks()?;
         connection.enable_acks();
     }
-    if !has(protocol_feature::BACKEND_REQ) {
+    if !has(ProtocolFeatures::BACKEND_REQ) {
         return Ok((connection, negotiated, None));
     }
-    let kicks = has(protocol_feature::INBAND_NOTIFICATIONS);
+    let kicks = has(ProtocolFeatures::INBAND_NOTIFICATIONS);
     let (backend_channel, theirs) =
         BackendChannel::open(events.clone(), translator.clone(), connection.socket().clone(), kicks)?;
     connection.send(Request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()])?;
     match connection.wait_for_acks() {
         Ok(()) => Ok((connection, negotiated, Some(backend_channel))),
-        Err(error @ FrontendError::Refused { .. }) if !has(protocol_feature::INBAND_NOTIFICATIONS) => {
+        Err(error @ FrontendError::Refused { .. }) if !has(ProtocolFeatures::INBAND_NOTIFICATIONS) => {
             limited!(warn, "{}: configuration changes are not received: {error}", path.display());
             Ok((connection, negotiated, None))
         }

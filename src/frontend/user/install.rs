@@ -9,9 +9,8 @@ use super::super::{FrontendError, RingSetup};
 use super::connect::negotiate;
 use super::connection::TimeoutPolicy;
 use super::{UserDevice, UserOptions, device_state, signal};
-use crate::abi::bit;
 use crate::abi::features::{feature_names, protocol_feature_names};
-use crate::abi::vhost_user::{Request, own, protocol_feature};
+use crate::abi::vhost_user::{ProtocolFeatures, Request, own};
 use crate::abi::virtio;
 use crate::memory::Memory;
 use crate::ring::RingBase;
@@ -50,7 +49,7 @@ impl UserDevice {
     fn install(&mut self) -> Result<u64, FrontendError> {
         let marked = self.inflight.as_ref().map_or(Ok(0), |inflight| inflight.marked(self.is_packed()))?;
         let rings = self.rings.clone();
-        if self.has(protocol_feature::STATUS) && self.status != 0 {
+        if self.has(ProtocolFeatures::STATUS) && self.status != 0 {
             self.send_status()?;
         }
         self.send_features()?;
@@ -110,14 +109,15 @@ impl UserDevice {
         (self.connection, self.backend_channel) = (connection, backend_channel);
         let lost = self.features & !negotiated.features;
         // A back-end whose image cannot store a generation serves the disk all the same.
-        let lost_protocol = old.protocol & !negotiated.protocol & !bit(own::F_DISK_GENERATION);
-        if lost != 0 || lost_protocol != 0 || negotiated.queues < old.queues {
+        let lost_protocol = old.protocol & !negotiated.protocol & !own::F_DISK_GENERATION;
+        if !lost.is_empty() || !lost_protocol.is_empty() || negotiated.queues < old.queues {
             self.connection.close();
             self.negotiated = old;
             let features = feature_names(lost, self.options.device_id());
             let differences = [
-                (lost != 0).then(|| format!("features {features}")),
-                (lost_protocol != 0).then(|| format!("protocol features {}", protocol_feature_names(lost_protocol))),
+                (!lost.is_empty()).then(|| format!("features {features}")),
+                (!lost_protocol.is_empty())
+                    .then(|| format!("protocol features {}", protocol_feature_names(lost_protocol))),
                 (negotiated.queues < old.queues).then(|| format!("{} queues (now {})", old.queues, negotiated.queues)),
             ];
             let missing: Vec<_> = differences.into_iter().flatten().collect();

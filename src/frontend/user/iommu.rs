@@ -9,10 +9,9 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::super::{FrontendError, Iommu};
 use super::UserDevice;
 use super::backend_channel::BackendChannel;
-use crate::abi::bit;
 use crate::abi::vhost::VHOST_IOTLB_INVALIDATE;
 use crate::abi::vhost_user::{IotlbMsg, Request};
-use crate::abi::virtio::VIRTIO_F_ACCESS_PLATFORM;
+use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VirtioFeatures};
 use crate::memory::Memory;
 
 impl UserDevice {
@@ -66,12 +65,12 @@ impl UserDevice {
 
     /// Returns true if the driver's addresses are I/O virtual.
     pub(super) fn is_translated(&self) -> bool {
-        self.features & bit(VIRTIO_F_ACCESS_PLATFORM) != 0
+        self.features.contains(VIRTIO_F_ACCESS_PLATFORM)
     }
 
     /// Checks that these features can be acknowledged with regard to translations.
-    pub(super) fn check_iommu(&self, features: u64) -> Result<(), FrontendError> {
-        if features & bit(VIRTIO_F_ACCESS_PLATFORM) == 0 {
+    pub(super) fn check_iommu(&self, features: VirtioFeatures) -> Result<(), FrontendError> {
+        if !features.contains(VIRTIO_F_ACCESS_PLATFORM) {
             return Ok(());
         }
         if !self.translator.is_set() {

@@ -29,14 +29,14 @@ use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::{Device, DeviceEvent, FrontendError, InflightState, Interrupt, Reconnection, RingSetup, counters};
-use crate::abi::bit;
 use crate::abi::features::feature_names;
 use crate::abi::vhost_user::{
-    CONFIG_TYPE_FRONTEND, ConfigHeader, DiskGeneration, InflightDescription, LogDescription, MemRegMsg, Request,
-    VHOST_F_LOG_ALL, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_CONFIG_SIZE,
-    VHOST_VRING_F_LOG, VRING_NOFD_MASK, VringAddr, VringState, own, protocol_feature, unstable::INFLIGHT_MIGRATION,
+    CONFIG_TYPE_FRONTEND, ConfigHeader, DiskGeneration, InflightDescription, LogDescription, MemRegMsg,
+    ProtocolFeatures, Request, VHOST_F_LOG_ALL, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES,
+    VHOST_USER_MAX_CONFIG_SIZE, VHOST_VRING_F_LOG, VRING_NOFD_MASK, VringAddr, VringState, own,
+    unstable::INFLIGHT_MIGRATION,
 };
-use crate::abi::virtio::VIRTIO_F_RING_PACKED;
+use crate::abi::virtio::{VIRTIO_F_RING_PACKED, VirtioFeatures};
 use crate::dirty::Log;
 use crate::memory::{Memory, MemoryError, Region};
 use crate::ring::{RingBase, RingLayout};
@@ -50,7 +50,7 @@ use payload::{memory_table, region_message, user_addr};
 use translator::Translator;
 
 /// Feature bits of the transport, which the driver does not acknowledge.
-const TRANSPORT_FEATURES: u64 = bit(VHOST_F_LOG_ALL) | bit(VHOST_USER_F_PROTOCOL_FEATURES);
+const TRANSPORT_FEATURES: VirtioFeatures = VHOST_F_LOG_ALL.union(VHOST_USER_F_PROTOCOL_FEATURES);
 const SET_LOG_BASE: Request = Request::SET_LOG_BASE;
 /// Timeout for stopping the log once the interrupt is set. The acknowledgement stays pending after it.
 const STOP_LOGGING_TIMEOUT: Duration = Duration::from_millis(500);
@@ -85,7 +85,7 @@ pub struct UserDevice {
     /// Rings whose start was interrupted. They count as running.
     starting: Vec<u16>,
     negotiated: Negotiated,
-    features: u64,
+    features: VirtioFeatures,
     memory: Memory,
     inflight: Option<InflightFile>,
     rings: BTreeMap<u16, RingSetup>,
@@ -141,7 +141,7 @@ impl UserDevice {
             stopping: Vec::new(),
             starting: Vec::new(),
             negotiated,
-            features: 0,
+            features: VirtioFeatures::empty(),
             memory: Memory::default(),
             inflight: None,
             rings: BTreeMap::new(),
@@ -154,25 +154,25 @@ impl UserDevice {
         })
     }
 
-    /// Returns the negotiated protocol features (bits of [`protocol_feature`]).
-    pub fn protocol_features(&self) -> u64 {
+    /// Returns the negotiated protocol features.
+    pub fn protocol_features(&self) -> ProtocolFeatures {
         self.negotiated.protocol
     }
 
-    fn has(&self, number: u32) -> bool {
-        self.negotiated.protocol & bit(number) != 0
+    fn has(&self, feature: ProtocolFeatures) -> bool {
+        self.negotiated.protocol.contains(feature)
     }
 
-    fn require(&self, number: u32, what: &str, advice: &'static str) -> Result<(), FrontendError> {
-        let offered = self.has(number);
+    fn require(&self, feature: ProtocolFeatures, what: &str, advice: &'static str) -> Result<(), FrontendError> {
+        let offered = self.has(feature);
         if offered { Ok(()) } else { Err(FrontendError::NotOffered { what: what.into(), advice }) }
     }
 
     fn send_features(&mut self) -> Result<(), FrontendError> {
         // SET_VRING_ADDR carries the ring's log flag.
         self.forget_placements();
-        let logging = if self.log.is_some() { bit(VHOST_F_LOG_ALL) } else { 0 };
-        let features = self.features | logging | self.negotiated.features & bit(VHOST_USER_F_PROTOCOL_FEATURES);
+        let mut features = self.features | self.negotiated.features & VHOST_USER_F_PROTOCOL_FEATURES;
+        features.set(VHOST_F_LOG_ALL, self.log.is_some());
         self.connection.send(Request::SET_FEATURES, features.as_bytes(), &[])
     }
 
@@ -214,7 +214,7 @@ impl UserDevice {
         let [desc, avail, used] = self.layout(setup).map(place);
         Ok(VringAddr {
             index: index.into(),
-            flags: if self.log.is_some() { bit(VHOST_VRING_F_LOG) as u32 } else { 0 },
+            flags: if self.log.is_some() { VHOST_VRING_F_LOG.bits() } else { 0 },
             desc_user_addr: desc?,
             used_user_addr: used?,
             avail_user_addr: avail?,
@@ -315,7 +315,7 @@ impl UserDevice {
     /// Sends a ring's kick, call or error fd, or its in-band replacement (rule B3.2).
     fn send_ring_fd(&mut self, request: Request, index: u16, fd: Option<&Arc<OwnedFd>>) -> Result<(), FrontendError> {
         match fd {
-            _ if self.has(protocol_feature::INBAND_NOTIFICATIONS) => {
+            _ if self.has(ProtocolFeatures::INBAND_NOTIFICATIONS) => {
                 self.connection.send_buffered(request, (u64::from(index) | VRING_NOFD_MASK).as_bytes(), None)
             }
             Some(fd) => self.connection.send_buffered(request, u64::from(index).as_bytes(), Some(fd)),
@@ -325,7 +325,7 @@ impl UserDevice {
 
     /// Enables or disables a ring. Without protocol features rings are always enabled (rule R1.2).
     fn send_enable(&mut self, index: u16, enable: bool) -> Result<(), FrontendError> {
-        if self.negotiated.features & bit(VHOST_USER_F_PROTOCOL_FEATURES) == 0 {
+        if !self.negotiated.features.contains(VHOST_USER_F_PROTOCOL_FEATURES) {
             return Ok(());
         }
         let state = VringState { index: index.into(), num: enable.into() };
@@ -361,7 +361,7 @@ impl UserDevice {
     }
 
     fn is_packed(&self) -> bool {
-        self.features & bit(VIRTIO_F_RING_PACKED) != 0
+        self.features.contains(VIRTIO_F_RING_PACKED)
     }
 }
 
@@ -370,17 +370,17 @@ impl Device for UserDevice {
         self.path.to_str().unwrap_or("vhost-user device")
     }
 
-    fn features(&self) -> u64 {
+    fn features(&self) -> VirtioFeatures {
         self.negotiated.features
     }
 
-    fn acked_features(&self) -> u64 {
+    fn acked_features(&self) -> VirtioFeatures {
         self.features
     }
 
-    fn set_features(&mut self, features: u64) -> Result<(), FrontendError> {
+    fn set_features(&mut self, features: VirtioFeatures) -> Result<(), FrontendError> {
         let missing = features & !self.negotiated.features;
-        if missing != 0 {
+        if !missing.is_empty() {
             let what = format!("features {}", feature_names(missing, self.options.device_id()));
             return Err(FrontendError::NotOffered { what, advice: "acknowledge only bits of features()" });
         }
@@ -428,7 +428,7 @@ impl Device for UserDevice {
         queue_size: u16,
         restored: Option<&InflightState>,
     ) -> Result<bool, FrontendError> {
-        if !self.has(protocol_feature::INFLIGHT_SHMFD) {
+        if !self.has(ProtocolFeatures::INFLIGHT_SHMFD) {
             return Ok(false);
         }
         let wish =
@@ -506,8 +506,7 @@ impl Device for UserDevice {
     }
 
     fn can_suspend_rings(&self) -> bool {
-        let both = INFLIGHT_MIGRATION | bit(protocol_feature::INFLIGHT_SHMFD);
-        self.negotiated.protocol & both == both
+        self.has(INFLIGHT_MIGRATION | ProtocolFeatures::INFLIGHT_SHMFD)
     }
 
     fn suspend_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
@@ -527,8 +526,8 @@ impl Device for UserDevice {
 
     fn start_logging(&mut self, log: &Arc<Log>, fd: BorrowedFd<'_>) -> Result<(), FrontendError> {
         let advice = "it cannot be migrated while it runs; use a back-end with a dirty log";
-        self.require(protocol_feature::LOG_SHMFD, "LOG_SHMFD", advice)?;
-        if self.negotiated.features & bit(VHOST_F_LOG_ALL) == 0 {
+        self.require(ProtocolFeatures::LOG_SHMFD, "LOG_SHMFD", advice)?;
+        if !self.negotiated.features.contains(VHOST_F_LOG_ALL) {
             return Err(FrontendError::NotOffered { what: "VHOST_F_LOG_ALL".into(), advice });
         }
         let fd = fd.try_clone_to_owned().map_err(FrontendError::system("keep the log's fd"))?;
@@ -560,11 +559,11 @@ impl Device for UserDevice {
     }
 
     fn has_state(&self) -> bool {
-        self.has(protocol_feature::DEVICE_STATE)
+        self.has(ProtocolFeatures::DEVICE_STATE)
     }
 
     fn save_state(&mut self) -> Result<Option<Vec<u8>>, FrontendError> {
-        if !self.has(protocol_feature::DEVICE_STATE) {
+        if !self.has(ProtocolFeatures::DEVICE_STATE) {
             return Ok(None);
         }
         let (patience, interrupt) = (self.options.stop_timeout, self.interrupt.clone());
@@ -573,7 +572,7 @@ impl Device for UserDevice {
 
     fn load_state(&mut self, state: &[u8]) -> Result<(), FrontendError> {
         let advice = "the guest has a device state; use a back-end of the same kind";
-        self.require(protocol_feature::DEVICE_STATE, "DEVICE_STATE", advice)?;
+        self.require(ProtocolFeatures::DEVICE_STATE, "DEVICE_STATE", advice)?;
         device_state::load(&mut self.connection, self.options.stop_timeout, &self.interrupt, state)?;
         self.loaded_state = Some(state.to_vec());
         Ok(())
@@ -621,7 +620,7 @@ impl Device for UserDevice {
     }
 
     fn status(&mut self) -> Result<Option<u8>, FrontendError> {
-        if !self.has(protocol_feature::STATUS) {
+        if !self.has(ProtocolFeatures::STATUS) {
             return Ok(None);
         }
         let status: u64 = self.connection.request(Request::GET_STATUS, &[], &[])?.read("F3.1")?;
@@ -633,7 +632,7 @@ impl Device for UserDevice {
         if status == 0 {
             self.sent_rings.clear();
         }
-        if !self.has(protocol_feature::STATUS) {
+        if !self.has(ProtocolFeatures::STATUS) {
             return Ok(());
         }
         self.send_status()?;
@@ -904,7 +903,7 @@ impl UserDevice {
     }
 
     fn config_header(&self, offset: u32, len: usize) -> Result<ConfigHeader, FrontendError> {
-        self.require(protocol_feature::CONFIG, "CONFIG", "its configuration can't be read through this socket")?;
+        self.require(ProtocolFeatures::CONFIG, "CONFIG", "its configuration can't be read through this socket")?;
         if len == 0 || len > VHOST_USER_MAX_CONFIG_SIZE {
             let what = format!("{len} bytes of configuration in one message");
             return Err(FrontendError::NotOffered { what, advice: "ask for 1 to 256 bytes" });

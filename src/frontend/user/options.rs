@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::abi::vhost_user::{own, protocol_feature, unstable::INFLIGHT_MIGRATION};
+use crate::abi::vhost_user::{ProtocolFeatures, own, unstable::INFLIGHT_MIGRATION};
 use crate::abi::virtio::VIRTIO_ID_NET;
 
 /// Options of the vhost-user client.
@@ -14,9 +14,9 @@ pub struct UserOptions {
     pub timeout: Duration,
     /// Maximum wait for GET_VRING_BASE, which drains a ring, and for the device state.
     pub stop_timeout: Duration,
-    /// Protocol features that may be negotiated (bits of [`protocol_feature`]). INBAND_NOTIFICATIONS, which is not in
+    /// Protocol features that may be negotiated. INBAND_NOTIFICATIONS, which is not in
     /// the default, replaces kick and call fds by messages; drivers are not affected.
-    pub protocol_features: u64,
+    pub protocol_features: ProtocolFeatures,
     /// True for a network interface: GET_QUEUE_NUM then counts ring pairs, and a control ring follows them.
     pub queue_pairs: bool,
     /// Virtio device id, if known (`VIRTIO_ID_BLOCK`). Error messages then use the names of the device's features.
@@ -25,27 +25,22 @@ pub struct UserOptions {
 
 impl Default for UserOptions {
     fn default() -> UserOptions {
-        use protocol_feature::*;
         UserOptions {
             timeout: Duration::from_secs(10),
             stop_timeout: Duration::from_secs(60),
-            protocol_features: [
-                MQ,
-                LOG_SHMFD,
-                RARP,
-                REPLY_ACK,
-                MTU,
-                BACKEND_REQ,
-                CONFIG,
-                INFLIGHT_SHMFD,
-                RESET_DEVICE,
-                CONFIGURE_MEM_SLOTS,
-                STATUS,
-                DEVICE_STATE,
-                own::F_DISK_GENERATION,
-            ]
-            .into_iter()
-            .fold(0, |all, number| all | bit(number)),
+            protocol_features: ProtocolFeatures::MQ
+                | ProtocolFeatures::LOG_SHMFD
+                | ProtocolFeatures::RARP
+                | ProtocolFeatures::REPLY_ACK
+                | ProtocolFeatures::MTU
+                | ProtocolFeatures::BACKEND_REQ
+                | ProtocolFeatures::CONFIG
+                | ProtocolFeatures::INFLIGHT_SHMFD
+                | ProtocolFeatures::RESET_DEVICE
+                | ProtocolFeatures::CONFIGURE_MEM_SLOTS
+                | ProtocolFeatures::STATUS
+                | ProtocolFeatures::DEVICE_STATE
+                | own::F_DISK_GENERATION,
             queue_pairs: false,
             device: None,
         }
@@ -65,7 +60,7 @@ impl UserOptions {
     setters! {
         with_timeout: timeout: Duration,
         with_stop_timeout: stop_timeout: Duration,
-        with_protocol_features: protocol_features: u64,
+        with_protocol_features: protocol_features: ProtocolFeatures,
         with_queue_pairs: queue_pairs: bool,
         with_device: device: Option<u32>,
     }

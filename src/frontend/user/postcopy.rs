@@ -6,8 +6,7 @@ use zerocopy::IntoBytes;
 
 use super::UserDevice;
 use super::payload::memory_table;
-use crate::abi::bit;
-use crate::abi::vhost_user::{MemoryHeader, MemoryRegion, Request, protocol_feature};
+use crate::abi::vhost_user::{MemoryHeader, MemoryRegion, ProtocolFeatures, Request};
 use crate::frontend::FrontendError;
 use crate::memory::{Memory, Userfault};
 
@@ -43,7 +42,7 @@ impl UserDevice {
     /// [`FrontendError::NotOffered`] if the back-end does not support it; errors of the connection.
     pub fn postcopy_advise(&mut self) -> Result<Userfault, FrontendError> {
         let advice = "start the back-end with --postcopy; the log of this project's back-end has the reason";
-        self.require(protocol_feature::PAGEFAULT, "PAGEFAULT", advice)?;
+        self.require(ProtocolFeatures::PAGEFAULT, "PAGEFAULT", advice)?;
         let mut reply = self.connection.request(Request::POSTCOPY_ADVISE, &[], &[])?;
         let fd = reply.fds.pop().ok_or(FrontendError::NotOffered { what: "a userfaultfd".into(), advice })?;
         Ok(Userfault::from_fd(fd))
@@ -94,7 +93,7 @@ impl UserDevice {
     }
 
     fn postcopy_ask(&mut self, request: Request) -> Result<(), FrontendError> {
-        if self.negotiated.protocol & bit(protocol_feature::PAGEFAULT) == 0 {
+        if !self.negotiated.protocol.contains(ProtocolFeatures::PAGEFAULT) {
             return Err(FrontendError::NotOffered {
                 what: "PAGEFAULT".into(),
                 advice: "start the back-end with --postcopy",

@@ -8,7 +8,8 @@ use zerocopy::IntoBytes;
 
 use super::super::{Device, FrontendError};
 use super::UserDevice;
-use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, Request, protocol_feature};
+use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, ProtocolFeatures, Request};
+use crate::abi::virtio::VirtioFeatures;
 
 impl UserDevice {
     /// Makes a network device announce `mac` to its network, after a migration whose driver cannot do so (SEND_RARP).
@@ -16,7 +17,7 @@ impl UserDevice {
     /// # Errors
     /// [`FrontendError::NotOffered`], [`FrontendError::Refused`]; errors of the connection.
     pub fn send_rarp(&mut self, mac: [u8; 6]) -> Result<(), FrontendError> {
-        self.require(protocol_feature::RARP, "RARP", "let the guest's driver announce itself")?;
+        self.require(ProtocolFeatures::RARP, "RARP", "let the guest's driver announce itself")?;
         let [a, b, c, d, e, f] = mac;
         let payload = u64::from_le_bytes([a, b, c, d, e, f, 0, 0]);
         self.connection.send(Request::SEND_RARP, payload.as_bytes(), &[])?;
@@ -28,7 +29,7 @@ impl UserDevice {
     /// # Errors
     /// As [`UserDevice::send_rarp`].
     pub fn set_mtu(&mut self, mtu: u16) -> Result<(), FrontendError> {
-        self.require(protocol_feature::MTU, "MTU", "leave it as it is")?;
+        self.require(ProtocolFeatures::MTU, "MTU", "leave it as it is")?;
         self.mtu = Some(mtu);
         self.send_mtu()?;
         self.connection.wait_for_acks().inspect_err(|error| {
@@ -88,7 +89,7 @@ impl UserDevice {
             self.rings.keys().for_each(|index| self.forward_kicks(*index, true));
             return asked;
         }
-        (self.status, self.features) = (0, 0);
+        (self.status, self.features) = (0, VirtioFeatures::empty());
         self.sent_rings.clear();
         let rings = std::mem::take(&mut self.rings);
         rings.keys().for_each(|index| {
@@ -98,10 +99,10 @@ impl UserDevice {
     }
 
     fn request_reset(&mut self) -> Result<(), FrontendError> {
-        match self.has(protocol_feature::RESET_DEVICE) {
+        match self.has(ProtocolFeatures::RESET_DEVICE) {
             true => self.connection.send(Request::RESET_DEVICE, &[], &[])?,
             false => {
-                self.require(protocol_feature::STATUS, "RESET_DEVICE or STATUS", "stop its rings instead")?;
+                self.require(ProtocolFeatures::STATUS, "RESET_DEVICE or STATUS", "stop its rings instead")?;
                 self.set_status(0)?;
             }
         }

@@ -3,10 +3,9 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use crate::abi::bit;
 use crate::abi::virtio::{
     DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, PACKED_EVENT_FLAG_DISABLE, PackedDesc, VIRTIO_RING_F_EVENT_IDX,
-    VIRTIO_RING_F_INDIRECT_DESC, desc_table_bytes,
+    VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures, desc_table_bytes,
 };
 use crate::memory::Memory;
 use crate::ring::chain::copy_table;
@@ -65,7 +64,7 @@ impl PackedDevice {
     pub fn new(
         memory: &Memory,
         layout: PackedLayout,
-        features: u64,
+        features: VirtioFeatures,
         base: RingBase,
     ) -> Result<PackedDevice, RingError> {
         let areas = PackedAreas::new(memory, &layout)?;
@@ -79,8 +78,8 @@ impl PackedDevice {
             event: u32::from_le(areas.device.nth(0).load(Ordering::Relaxed)),
             areas,
             layout,
-            event_idx: features & bit(VIRTIO_RING_F_EVENT_IDX) != 0,
-            indirect: features & bit(VIRTIO_RING_F_INDIRECT_DESC) != 0,
+            event_idx: features.contains(VIRTIO_RING_F_EVENT_IDX),
+            indirect: features.contains(VIRTIO_RING_F_INDIRECT_DESC),
             avail: avail.into(),
             next_used: used.into(),
             published: used.into(),

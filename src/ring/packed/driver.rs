@@ -7,9 +7,8 @@ use std::sync::atomic::{AtomicU32, Ordering, fence};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32, U64};
 
-use crate::abi::bit;
 use crate::abi::virtio::{
-    DESC_F_INDIRECT, DESC_F_WRITE, PACKED_EVENT_FLAG_DISABLE, PackedDesc, VIRTIO_RING_F_EVENT_IDX,
+    DESC_F_INDIRECT, DESC_F_WRITE, PACKED_EVENT_FLAG_DISABLE, PackedDesc, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures,
 };
 use crate::memory::Memory;
 use crate::ring::driver::{check_order, needed_descriptors, new_order, with_flags};
@@ -77,7 +76,7 @@ impl PackedDriver {
     ///
     /// # Errors
     /// [`RingError::PackedSize`], [`RingError::Misaligned`] or [`RingError::Outside`] for an invalid layout.
-    pub fn new(memory: &Memory, layout: PackedLayout, features: u64) -> Result<PackedDriver, RingError> {
+    pub fn new(memory: &Memory, layout: PackedLayout, features: VirtioFeatures) -> Result<PackedDriver, RingError> {
         let areas = PackedAreas::new(memory, &layout)?;
         for index in 0..layout.size {
             areas.set_addr(index, 0);
@@ -89,7 +88,7 @@ impl PackedDriver {
             memory: memory.clone(),
             areas,
             size: layout.size,
-            event_idx: features & bit(VIRTIO_RING_F_EVENT_IDX) != 0,
+            event_idx: features.contains(VIRTIO_RING_F_EVENT_IDX),
             lengths: vec![0; layout.size.into()],
             free_ids: (0..layout.size).rev().collect(),
             avail: Position::START,
@@ -107,7 +106,7 @@ impl PackedDriver {
     pub fn restore(
         memory: &Memory,
         layout: PackedLayout,
-        features: u64,
+        features: VirtioFeatures,
         state: &PackedDriverState,
     ) -> Result<PackedDriver, RingError> {
         let fault = |fault| Err(RingError::State { fault });
@@ -137,7 +136,7 @@ impl PackedDriver {
             memory: memory.clone(),
             areas,
             size,
-            event_idx: features & bit(VIRTIO_RING_F_EVENT_IDX) != 0,
+            event_idx: features.contains(VIRTIO_RING_F_EVENT_IDX),
             free_ids: (0..size).rev().filter(|id| lengths.get(usize::from(*id)) == Some(&0)).collect(),
             lengths,
             avail,

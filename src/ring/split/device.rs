@@ -3,10 +3,9 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use crate::abi::bit;
 use crate::abi::virtio::{
     AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, RING_ELEMENTS_OFFSET, RING_FLAGS_OFFSET,
-    RING_IDX_OFFSET, USED_F_NO_NOTIFY, UsedElem, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+    RING_IDX_OFFSET, USED_F_NO_NOTIFY, UsedElem, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
     avail_event_offset, used_ring_bytes,
 };
 use crate::memory::Memory;
@@ -61,14 +60,19 @@ impl SplitDevice {
     ///
     /// # Errors
     /// [`RingError::Size`], [`RingError::Misaligned`] or [`RingError::Outside`] for an invalid layout.
-    pub fn new(memory: &Memory, layout: SplitLayout, features: u64, base: RingBase) -> Result<SplitDevice, RingError> {
+    pub fn new(
+        memory: &Memory,
+        layout: SplitLayout,
+        features: VirtioFeatures,
+        base: RingBase,
+    ) -> Result<SplitDevice, RingError> {
         let areas = SplitAreas::new(memory, &layout)?;
         let used = load(&areas.used_idx, Ordering::Relaxed);
         Ok(SplitDevice {
             memory: memory.clone(),
             layout,
-            event_idx: features & bit(VIRTIO_RING_F_EVENT_IDX) != 0,
-            indirect: features & bit(VIRTIO_RING_F_INDIRECT_DESC) != 0,
+            event_idx: features.contains(VIRTIO_RING_F_EVENT_IDX),
+            indirect: features.contains(VIRTIO_RING_F_INDIRECT_DESC),
             next_avail: base.split_index(),
             seen_avail: base.split_index(),
             next_used: used,

@@ -8,8 +8,9 @@ use std::sync::atomic::{Ordering, fence};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32, U64};
 
-use crate::abi::bit;
-use crate::abi::virtio::{AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, Desc, USED_F_NO_NOTIFY, VIRTIO_RING_F_EVENT_IDX};
+use crate::abi::virtio::{
+    AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, Desc, USED_F_NO_NOTIFY, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures,
+};
 use crate::memory::Memory;
 use crate::ring::driver::{check_order, needed_descriptors, new_order, with_flags};
 use crate::ring::{Buffer, InOrderState, RingError, UsedBuffer, passes};
@@ -66,7 +67,7 @@ impl SplitDriver {
     ///
     /// # Errors
     /// [`RingError::Size`], [`RingError::Misaligned`] or [`RingError::Outside`] for an invalid layout.
-    pub fn new(memory: &Memory, layout: SplitLayout, features: u64) -> Result<SplitDriver, RingError> {
+    pub fn new(memory: &Memory, layout: SplitLayout, features: VirtioFeatures) -> Result<SplitDriver, RingError> {
         let areas = SplitAreas::new(memory, &layout)?;
         let words = [&areas.avail_flags, &areas.avail_idx, &areas.used_event];
         for word in words.into_iter().chain([&areas.used_flags, &areas.used_idx, &areas.avail_event]) {
@@ -76,7 +77,7 @@ impl SplitDriver {
             memory: memory.clone(),
             areas,
             size: layout.size,
-            event_idx: features & bit(VIRTIO_RING_F_EVENT_IDX) != 0,
+            event_idx: features.contains(VIRTIO_RING_F_EVENT_IDX),
             links: (1..=layout.size).collect(),
             lengths: vec![0; layout.size.into()],
             first_free: 0,
@@ -97,7 +98,7 @@ impl SplitDriver {
     pub fn restore(
         memory: &Memory,
         layout: SplitLayout,
-        features: u64,
+        features: VirtioFeatures,
         state: &SplitDriverState,
     ) -> Result<SplitDriver, RingError> {
         let fault = |fault| Err(RingError::State { fault });
@@ -146,7 +147,7 @@ impl SplitDriver {
             memory: memory.clone(),
             areas,
             size: layout.size,
-            event_idx: features & bit(VIRTIO_RING_F_EVENT_IDX) != 0,
+            event_idx: features.contains(VIRTIO_RING_F_EVENT_IDX),
             links,
             lengths,
             first_free: next,

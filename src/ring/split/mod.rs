@@ -8,16 +8,18 @@
 //! # use std::sync::Arc;
 //! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 //! # let memory = Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?;
+//! use vhost_migrate::abi::virtio::VirtioFeatures;
 //! use vhost_migrate::ring::{Buffer, Chain, RingBase, SplitDevice, SplitDriver, SplitLayout};
 //!
+//! let features = VirtioFeatures::empty();
 //! let layout = SplitLayout { size: 64, desc: 0x1000, avail: 0x2000, used: 0x3000 };
-//! let mut driver = SplitDriver::new(&memory, layout, 0)?;
+//! let mut driver = SplitDriver::new(&memory, layout, features)?;
 //! for gpa in [0x4000, 0x5000] {
 //!     driver.add(&[Buffer { gpa, len: 512 }], &[], None)?;
 //! }
 //! let _kick = driver.publish();
 //!
-//! let mut device = SplitDevice::new(&memory, layout, 0, RingBase::split(0))?;
+//! let mut device = SplitDevice::new(&memory, layout, features, RingBase::split(0))?;
 //! let mut chain = Chain::default();
 //! device.pop(&mut chain)?;
 //! device.push(chain.head, 0);
@@ -26,7 +28,7 @@
 //! assert!(device.put_back([chain.head].into_iter()));
 //! assert_eq!(device.base(), RingBase::split(1));
 //!
-//! let mut successor = SplitDevice::new(&memory, layout, 0, device.base())?;
+//! let mut successor = SplitDevice::new(&memory, layout, features, device.base())?;
 //! assert!(successor.pop(&mut chain)?);
 //! assert_eq!(chain.readable[0].gpa, 0x5000);
 //! # Ok::<(), Box<dyn std::error::Error>>(())

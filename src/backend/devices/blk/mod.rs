@@ -55,13 +55,12 @@ use zerocopy::{FromZeros, IntoBytes};
 use self::generation::ImageGeneration;
 use self::image_lock::{ImageLock, LockMode};
 use self::queue::BlkQueue;
-use crate::abi::bit;
 use crate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
-use crate::abi::vhost_user::{DiskGeneration, own, protocol_feature};
+use crate::abi::vhost_user::{DiskGeneration, ProtocolFeatures, own};
 use crate::abi::virtio::{
     BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_ACCESS_PLATFORM,
-    VIRTIO_F_IN_ORDER,
+    VIRTIO_F_IN_ORDER, VirtioFeatures,
 };
 use crate::backend::devices::disk_io::{
     self, Alignment, DiskEngine, ImageFiles, ThreadEngine, UringEngine, UringPool, WriteBack,
@@ -375,24 +374,25 @@ impl BlkDevice {
 }
 
 impl VirtioDevice for BlkDevice {
-    fn features(&self) -> u64 {
-        let or = |yes: bool, bits: u64| if yes { bits } else { 0 };
+    fn features(&self) -> VirtioFeatures {
+        let or = |yes: bool, feature| if yes { feature } else { VirtioFeatures::empty() };
         RING_FEATURES
-            | bit(VIRTIO_BLK_F_SEG_MAX)
-            | bit(VIRTIO_BLK_F_BLK_SIZE)
-            | bit(VIRTIO_BLK_F_FLUSH)
-            | or(self.options.in_order, bit(VIRTIO_F_IN_ORDER))
-            | or(self.options.iommu, bit(VIRTIO_F_ACCESS_PLATFORM))
-            | or(self.options.queues > 1, bit(VIRTIO_BLK_F_MQ))
-            | or(self.options.read_only, bit(VIRTIO_BLK_F_RO))
-            | or(self.can_clear, bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES))
+            | VIRTIO_BLK_F_SEG_MAX
+            | VIRTIO_BLK_F_BLK_SIZE
+            | VIRTIO_BLK_F_FLUSH
+            | or(self.options.in_order, VIRTIO_F_IN_ORDER)
+            | or(self.options.iommu, VIRTIO_F_ACCESS_PLATFORM)
+            | or(self.options.queues > 1, VIRTIO_BLK_F_MQ)
+            | or(self.options.read_only, VIRTIO_BLK_F_RO)
+            | or(self.can_clear, VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES)
     }
 
-    fn protocol_features(&self) -> u64 {
-        let postcopy = if self.options.postcopy { bit(protocol_feature::PAGEFAULT) } else { 0 };
-        let inflight_migration = if self.options.inflight_migration { INFLIGHT_MIGRATION } else { 0 };
-        let generation = if self.generation.is_some() { bit(own::F_DISK_GENERATION) } else { 0 };
-        postcopy | inflight_migration | generation
+    fn protocol_features(&self) -> ProtocolFeatures {
+        let mut features = ProtocolFeatures::empty();
+        features.set(ProtocolFeatures::PAGEFAULT, self.options.postcopy);
+        features.set(INFLIGHT_MIGRATION, self.options.inflight_migration);
+        features.set(own::F_DISK_GENERATION, self.generation.is_some());
+        features
     }
 
     fn queues(&self) -> u16 {
@@ -466,7 +466,7 @@ impl VirtioDevice for BlkDevice {
         self.image.as_ref().map_or(Ok(()), ImageLock::probe)
     }
 
-    fn start_queue(&self, index: u16, _size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
+    fn start_queue(&self, index: u16, _size: u16, features: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
         let claim = self.image.as_ref().map(ImageLock::lock).transpose()?;
         // Another process may have changed the image before it was locked.
         self.files.drop_cache();

@@ -15,11 +15,10 @@ use tracing::debug;
 use super::generation::{ImageGeneration, RunningQueue};
 use super::image_lock::ImageLockGuard;
 use super::{BlkDevice, MAX_CLEAR_SECTORS};
-use crate::abi::bit;
 use crate::abi::virtio::{
     BlkDiscardWriteZeroes, BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, VirtioFeatures,
 };
 use crate::backend::devices::disk_io::{DiskEngine, DiskIo, DiskOp, IoPath};
 use crate::backend::{Queue, Request, counters};
@@ -62,7 +61,7 @@ impl BlkQueue {
     pub(super) fn new(
         disk: &BlkDevice,
         index: u16,
-        features: u64,
+        features: VirtioFeatures,
         engine: Box<dyn DiskEngine>,
         guard: Option<ImageLockGuard>,
     ) -> BlkQueue {
@@ -72,7 +71,7 @@ impl BlkQueue {
             can_clear: disk.can_clear,
             read_only: disk.options.read_only,
             path: if disk.files.alignment().is_some() { IoPath::Direct } else { IoPath::Cached },
-            durable: features & bit(VIRTIO_BLK_F_FLUSH) == 0,
+            durable: !features.contains(VIRTIO_BLK_F_FLUSH),
             serial: disk.serial,
             engine,
             generation: disk.generation.as_ref().map(ImageGeneration::queue_started),

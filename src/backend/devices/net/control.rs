@@ -12,14 +12,13 @@ use zerocopy::little_endian::{U16, U32};
 
 use super::filter::{AddressTable, Mac, ReceiveFilter};
 use super::state::SharedNetState;
-use crate::abi::bit;
 use crate::abi::virtio::{
     NetCtrlHeader, VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MAC,
     VIRTIO_NET_CTRL_MAC_ADDR_SET, VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
     VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_ALLMULTI, VIRTIO_NET_CTRL_RX_ALLUNI, VIRTIO_NET_CTRL_RX_NOBCAST,
     VIRTIO_NET_CTRL_RX_NOMULTI, VIRTIO_NET_CTRL_RX_NOUNI, VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_ERR,
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_GUEST_ANNOUNCE,
-    VIRTIO_NET_F_MQ, VIRTIO_NET_OK,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_OK, VirtioFeatures,
 };
 use crate::backend::{Queue, Request};
 
@@ -30,12 +29,12 @@ pub(super) struct ControlQueue {
     shared: Arc<SharedNetState>,
     /// Number of pairs of the device.
     pairs: u16,
-    features: u64,
+    features: VirtioFeatures,
     done: Vec<Request>,
 }
 
 impl ControlQueue {
-    pub(super) fn new(shared: Arc<SharedNetState>, pairs: u16, features: u64) -> ControlQueue {
+    pub(super) fn new(shared: Arc<SharedNetState>, pairs: u16, features: VirtioFeatures) -> ControlQueue {
         shared.update(|state| state.control_queue_ran = true);
         ControlQueue { shared, pairs, features, done: Vec::new() }
     }
@@ -49,7 +48,7 @@ impl ControlQueue {
         let mut bytes = vec![0; len as usize];
         request.read(0, &mut bytes).ok()?;
         let (NetCtrlHeader { class, cmd }, data) = NetCtrlHeader::read_from_prefix(&bytes).ok()?;
-        let negotiated = |feature| (self.features & bit(feature) != 0).then_some(());
+        let negotiated = |feature| self.features.contains(feature).then_some(());
         match (class, cmd) {
             (VIRTIO_NET_CTRL_RX, mode) => {
                 let basic = matches!(mode, VIRTIO_NET_CTRL_RX_PROMISC | VIRTIO_NET_CTRL_RX_ALLMULTI);

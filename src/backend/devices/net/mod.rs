@@ -47,12 +47,12 @@ use self::receive::ReceiveQueue;
 pub use self::state::PacketCounts;
 use self::state::{HEADER, PeerPort, SharedNetState};
 use self::transmit::TransmitQueue;
-use crate::abi::bit;
-use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, Request as Code, protocol_feature};
+use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, ProtocolFeatures, Request as Code};
 use crate::abi::virtio::{
     NetConfig, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
     VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
+    VirtioFeatures,
 };
 use crate::backend::{BackendError, FrontendHandle, Queue, RING_FEATURES, VirtioDevice};
 use crate::sys::log_limit::limited;
@@ -219,9 +219,9 @@ impl NetDevice {
     }
 
     /// Returns the role of the queue at `index`, which depends on the negotiated features (virtio 1.2, 5.1.2).
-    fn queue_role(&self, index: u16, features: u64) -> Option<QueueRole> {
-        let pairs = if features & bit(VIRTIO_NET_F_MQ) != 0 { self.options.pairs } else { 1 };
-        if features & bit(VIRTIO_NET_F_CTRL_VQ) != 0 && index == 2 * pairs {
+    fn queue_role(&self, index: u16, features: VirtioFeatures) -> Option<QueueRole> {
+        let pairs = if features.contains(VIRTIO_NET_F_MQ) { self.options.pairs } else { 1 };
+        if features.contains(VIRTIO_NET_F_CTRL_VQ) && index == 2 * pairs {
             return Some(QueueRole::Control);
         }
         let pair = index / 2;
@@ -265,20 +265,20 @@ enum QueueRole {
 }
 
 impl VirtioDevice for NetDevice {
-    fn features(&self) -> u64 {
-        let or = |yes: bool, bits: u64| if yes { bits } else { 0 };
+    fn features(&self) -> VirtioFeatures {
+        let or = |yes: bool, feature| if yes { feature } else { VirtioFeatures::empty() };
         RING_FEATURES
-            | bit(VIRTIO_NET_F_MAC)
-            | bit(VIRTIO_NET_F_MRG_RXBUF)
-            | bit(VIRTIO_NET_F_STATUS)
-            | bit(VIRTIO_NET_F_CTRL_VQ)
-            | bit(VIRTIO_NET_F_CTRL_RX)
-            | bit(VIRTIO_NET_F_CTRL_RX_EXTRA)
-            | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
-            | bit(VIRTIO_NET_F_GUEST_ANNOUNCE)
-            | or(self.options.iommu, bit(VIRTIO_F_ACCESS_PLATFORM))
-            | or(self.options.pairs > 1, bit(VIRTIO_NET_F_MQ))
-            | or(self.options.mtu.is_some(), bit(VIRTIO_NET_F_MTU))
+            | VIRTIO_NET_F_MAC
+            | VIRTIO_NET_F_MRG_RXBUF
+            | VIRTIO_NET_F_STATUS
+            | VIRTIO_NET_F_CTRL_VQ
+            | VIRTIO_NET_F_CTRL_RX
+            | VIRTIO_NET_F_CTRL_RX_EXTRA
+            | VIRTIO_NET_F_CTRL_MAC_ADDR
+            | VIRTIO_NET_F_GUEST_ANNOUNCE
+            | or(self.options.iommu, VIRTIO_F_ACCESS_PLATFORM)
+            | or(self.options.pairs > 1, VIRTIO_NET_F_MQ)
+            | or(self.options.mtu.is_some(), VIRTIO_NET_F_MTU)
     }
 
     /// Returns the number of queues: receive and transmit queues, then the control queue.
@@ -295,9 +295,10 @@ impl VirtioDevice for NetDevice {
         self.options.max_queue_size
     }
 
-    fn protocol_features(&self) -> u64 {
-        let postcopy = if self.options.postcopy { bit(protocol_feature::PAGEFAULT) } else { 0 };
-        bit(protocol_feature::RARP) | bit(protocol_feature::MTU) | postcopy
+    fn protocol_features(&self) -> ProtocolFeatures {
+        let mut features = ProtocolFeatures::RARP | ProtocolFeatures::MTU;
+        features.set(ProtocolFeatures::PAGEFAULT, self.options.postcopy);
+        features
     }
 
     fn config(&self) -> Vec<u8> {
@@ -371,11 +372,11 @@ impl VirtioDevice for NetDevice {
     }
 
     /// Discards the settings of a previous driver, unless the driver resumes and has a control queue to change them.
-    fn ring_activated(&self, goes_on: bool, features: u64) {
+    fn ring_activated(&self, goes_on: bool, features: VirtioFeatures) {
         if !self.shared.state().from_previous_connection {
             return;
         }
-        let keeps = goes_on && features & bit(VIRTIO_NET_F_CTRL_VQ) != 0;
+        let keeps = goes_on && features.contains(VIRTIO_NET_F_CTRL_VQ);
         self.shared.update(|state| {
             if std::mem::take(&mut state.from_previous_connection) && !keeps {
                 state.reset_driver_settings(self.options.mac);
@@ -383,9 +384,9 @@ impl VirtioDevice for NetDevice {
         });
     }
 
-    fn start_queue(&self, index: u16, size: u16, features: u64) -> io::Result<Box<dyn Queue>> {
-        let mergeable = features & bit(VIRTIO_NET_F_MRG_RXBUF) != 0;
-        let header = if mergeable || features & bit(VIRTIO_F_VERSION_1) != 0 { HEADER } else { LEGACY_HEADER };
+    fn start_queue(&self, index: u16, size: u16, features: VirtioFeatures) -> io::Result<Box<dyn Queue>> {
+        let mergeable = features.contains(VIRTIO_NET_F_MRG_RXBUF);
+        let header = if mergeable || features.contains(VIRTIO_F_VERSION_1) { HEADER } else { LEGACY_HEADER };
         let shared = self.shared.clone();
         Ok(match self.queue_role(index, features) {
             Some(QueueRole::Receive(pair)) => Box::new(ReceiveQueue::new(shared, pair, size, header, mergeable)?),

@@ -22,7 +22,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use tracing::debug;
 
-use crate::abi::bit;
 use crate::abi::virtio::VIRTIO_F_IN_ORDER;
 use crate::backend::counters::RingCounters;
 use crate::backend::device::DroppedRequests;
@@ -99,7 +98,7 @@ impl Worker {
         // A packed ring's driver may choose any id.
         let heads = if let TrackedRing::Split(..) = ring { config.layout.size().into() } else { 1 << 16 };
         let busy = vec![false; heads];
-        let order = (config.features & bit(VIRTIO_F_IN_ORDER) != 0).then(InOrder::default);
+        let order = (config.features.contains(VIRTIO_F_IN_ORDER)).then(InOrder::default);
         let dropped = Arc::new(DroppedRequests::new(wake.clone()));
         let mut worker = Worker {
             index,
