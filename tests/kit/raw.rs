@@ -11,7 +11,7 @@ use vhost_migrate::abi::vhost_user::{Header, Request as Code, VringState};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Time limit of every wait in a test.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 pub(crate) const VERSION: u32 = Header::FLAG_VERSION;
 pub(crate) const NEED_REPLY: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
