@@ -11,8 +11,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
+use vhost_migrate::abi::vhost_user::{ProtocolFeatures, Request, unstable};
 use vhost_migrate::abi::virtio::VirtioFeatures;
-use vhost_migrate::abi::vhost_user::{Request, ProtocolFeatures, unstable};
 use vhost_migrate::backend::{BackendError, Queue, VirtioDevice};
 use vhost_migrate::memory::sealed_memfd;
 use vhost_migrate::ring::RingBase;
