@@ -262,7 +262,7 @@ impl StreamConnection {
 impl fmt::Debug for StreamConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let channels = self.channels.len();
-        f.debug_struct("Connection").field("id", &self.id).field("channels", &channels).finish_non_exhaustive()
+        f.debug_struct("StreamConnection").field("id", &self.id).field("channels", &channels).finish_non_exhaustive()
     }
 }
 
@@ -452,7 +452,7 @@ impl StreamChannel {
 
 impl fmt::Debug for StreamChannel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Channel").field("fd", &self.0.fd).finish_non_exhaustive()
+        f.debug_struct("StreamChannel").field("fd", &self.0.fd).finish_non_exhaustive()
     }
 }
 
