@@ -265,6 +265,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Ends the operation under way when it is dropped, also if the operation panicked.
+struct OperationEnd<'a>(&'a Mutex<Owned>);
+
+impl Drop for OperationEnd<'_> {
+    fn drop(&mut self) {
+        lock(self.0).busy = None;
+    }
+}
+
 impl GuestOwner {
     /// Returns the outcomes of incoming migrations.
     pub fn outcomes(&self) -> &Outcomes {
@@ -349,9 +358,8 @@ impl GuestOwner {
             drop(owned);
             std::thread::sleep(Duration::from_millis(1));
         }
-        let done = work();
-        lock(&self.owned).busy = None;
-        done
+        let _end = OperationEnd(&self.owned);
+        work()
     }
 
     /// Lets `cancel` end waits for the guest's devices.
@@ -585,5 +593,22 @@ impl GuestOwner {
             }
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_operation_that_panics_is_no_longer_under_way() {
+        let owner = GuestOwner::default();
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            owner.run_exclusively::<()>(Operation::Pause, None, || panic!("in the operation"))
+        }));
+        assert!(panicked.is_err());
+        assert_eq!(owner.status().busy, None);
+        owner.run_exclusively(Operation::Resume, None, || Ok(())).unwrap();
     }
 }

@@ -28,128 +28,51 @@ pub struct GuestState {
     pub last_action: Option<Timestamp>,
 }
 
-/// The configuration of a guest as it is in a stream: the fields of [`GuestConfig`], in the order of their encoding.
-#[expect(missing_docs, reason = "the fields of `GuestConfig` have the texts")]
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ConfigState {
-    pub memory: u64,
-    pub high: u64,
-    pub prefault: bool,
-    pub cpus: usize,
-    pub working_set: u64,
-    pub cold: u64,
-    pub dirty_rate: u64,
-    pub repeated: u8,
-    pub disks: usize,
-    pub queues: u16,
-    pub queue_size: u16,
-    pub packed: bool,
-    pub inflight_migration: bool,
-    pub depth: u16,
-    pub request_rate: Option<u64>,
-    pub disk_area: u64,
-    pub blank_disks: bool,
-    pub request_timeout: u64,
-    pub reconnect_timeout: Option<u64>,
-    pub seed: u64,
+/// Defines [`ConfigState`] from the fields of [`GuestConfig`], and the conversions in both directions.
+macro_rules! config_state {
+    ($($field:ident: $kind:ty,)*) => {
+        /// The configuration of a guest as it is in a stream: the fields of [`GuestConfig`], in the order of their encoding.
+        #[expect(missing_docs, reason = "the fields of `GuestConfig` have the texts")]
+        #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+        pub struct ConfigState {
+            $(pub $field: $kind,)*
+        }
+
+        impl From<GuestConfig> for ConfigState {
+            fn from(GuestConfig { $($field,)* }: GuestConfig) -> ConfigState {
+                ConfigState { $($field,)* }
+            }
+        }
+
+        impl From<ConfigState> for GuestConfig {
+            fn from(ConfigState { $($field,)* }: ConfigState) -> GuestConfig {
+                GuestConfig { $($field,)* }
+            }
+        }
+    };
 }
 
-impl From<GuestConfig> for ConfigState {
-    fn from(config: GuestConfig) -> ConfigState {
-        let GuestConfig {
-            memory,
-            high,
-            prefault,
-            cpus,
-            working_set,
-            cold,
-            dirty_rate,
-            repeated,
-            disks,
-            queues,
-            queue_size,
-            packed,
-            inflight_migration,
-            depth,
-            request_rate,
-            disk_area,
-            blank_disks,
-            request_timeout,
-            reconnect_timeout,
-            seed,
-        } = config;
-        ConfigState {
-            memory,
-            high,
-            prefault,
-            cpus,
-            working_set,
-            cold,
-            dirty_rate,
-            repeated,
-            disks,
-            queues,
-            queue_size,
-            packed,
-            inflight_migration,
-            depth,
-            request_rate,
-            disk_area,
-            blank_disks,
-            request_timeout,
-            reconnect_timeout,
-            seed,
-        }
-    }
-}
-
-impl From<ConfigState> for GuestConfig {
-    fn from(state: ConfigState) -> GuestConfig {
-        let ConfigState {
-            memory,
-            high,
-            prefault,
-            cpus,
-            working_set,
-            cold,
-            dirty_rate,
-            repeated,
-            disks,
-            queues,
-            queue_size,
-            packed,
-            inflight_migration,
-            depth,
-            request_rate,
-            disk_area,
-            blank_disks,
-            request_timeout,
-            reconnect_timeout,
-            seed,
-        } = state;
-        GuestConfig {
-            memory,
-            high,
-            prefault,
-            cpus,
-            working_set,
-            cold,
-            dirty_rate,
-            repeated,
-            disks,
-            queues,
-            queue_size,
-            packed,
-            inflight_migration,
-            depth,
-            request_rate,
-            disk_area,
-            blank_disks,
-            request_timeout,
-            reconnect_timeout,
-            seed,
-        }
-    }
+config_state! {
+    memory: u64,
+    high: u64,
+    prefault: bool,
+    cpus: usize,
+    working_set: u64,
+    cold: u64,
+    dirty_rate: u64,
+    repeated: u8,
+    disks: usize,
+    queues: u16,
+    queue_size: u16,
+    packed: bool,
+    inflight_migration: bool,
+    depth: u16,
+    request_rate: Option<u64>,
+    disk_area: u64,
+    blank_disks: bool,
+    request_timeout: u64,
+    reconnect_timeout: Option<u64>,
+    seed: u64,
 }
 
 /// Identity and generation of each disk (GET_DISK_GENERATION); `None` if the back-end has none.
