@@ -105,8 +105,7 @@ fn read_in_band(client: &RawFrontend, guest: &Guest, ring: &mut Ring) {
 /// Rule B3.2.
 #[rstest]
 fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
-    let client = server.connect();
+    let (_server, guest, client) = Server::disk(1 << 20, |_| {}).connected();
     negotiate(&client, &guest, features, IN_BAND);
     let mut channel = BackendChannel::open(&client);
     let mut rings = [0, 1].map(|index| start_in_band_ring(&client, &guest, index, features));
@@ -126,8 +125,7 @@ fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: V
 /// Rules B1.1 and F8.3.
 #[rstest]
 fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
-    let client = server.connect();
+    let (_server, guest, client) = Server::disk(1 << 20, |_| {}).connected();
     negotiate(&client, &guest, features, IN_BAND);
     let mut channel = BackendChannel::open(&client);
     let mut ring = start_in_band_ring(&client, &guest, 0, features);
@@ -155,8 +153,7 @@ fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPL
 /// Rules B3.3, B3.4: User-mode Linux sends neither SET_VRING_KICK nor SET_VRING_CALL, and begins packed rings at 0 too (rule R4.4).
 #[rstest]
 fn the_first_in_band_kick_starts_a_ring_without_kick_and_call_fds(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
-    let client = server.connect();
+    let (_server, guest, client) = Server::disk(1 << 20, |_| {}).connected();
     negotiate(&client, &guest, features, IN_BAND);
     let mut channel = BackendChannel::open(&client);
     let mut ring = Ring::new(&guest, 0, 256, features);
@@ -226,8 +223,7 @@ fn a_ring_without_a_kick_fd_is_polled_unless_kicks_are_in_band() {
 
 #[rstest]
 fn a_broken_ring_sends_vring_err_and_other_rings_continue(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
-    let client = server.connect();
+    let (_server, guest, client) = Server::disk(1 << 20, |_| {}).connected();
     negotiate(&client, &guest, features, IN_BAND);
     let mut channel = BackendChannel::open(&client);
     let [broken, mut good] = [0, 1].map(|index| start_in_band_ring(&client, &guest, index, features));
@@ -302,8 +298,7 @@ fn serve_requests(ring: &mut Ring, count: usize) {
 #[test]
 fn a_front_end_that_does_not_read_its_channel_stalls_no_ring_and_gets_the_last_change() {
     let device = Arc::new(ConfigChangingDevice::default());
-    let (server, guest) = (Server::new(device.clone()), Guest::new());
-    let client = server.connect();
+    let (_server, guest, client) = Server::new(device.clone()).connected();
     negotiate(&client, &guest, BASIC, PROTOCOL | ProtocolFeatures::BACKEND_REQ);
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).unwrap();
     // As little room as the system gives.
@@ -328,8 +323,7 @@ fn a_front_end_that_does_not_read_its_channel_stalls_no_ring_and_gets_the_last_c
 #[test]
 fn invalid_data_on_the_back_end_channel_or_its_end_closes_only_the_channel() {
     let device = Arc::new(ConfigChangingDevice::default());
-    let (server, guest) = (Server::new(device.clone()), Guest::new());
-    let client = server.connect();
+    let (_server, guest, client) = Server::new(device.clone()).connected();
     negotiate(&client, &guest, BASIC, PROTOCOL | ProtocolFeatures::BACKEND_REQ);
     let mut ring = Ring::new(&guest, 0, 256, BASIC);
     ring.set_up(&client, &guest, 0);

@@ -51,12 +51,8 @@ impl DiskGuest {
 
     /// With these features and no others.
     pub(crate) fn negotiated(features: VirtioFeatures, change: impl FnOnce(&mut BlkOptions)) -> DiskGuest {
-        let (server, guest) = (Server::disk(DISK, change), Guest::new());
-        let client = server.connect();
-        negotiate(&client, &guest, features);
-        let ring = Ring::new(&guest, 0, 256, features);
-        ring.set_up(&client, &guest, ring.initial_base());
-        ring.enable(&client, true);
+        let (server, guest, client) = Server::disk(DISK, change).negotiated(features);
+        let ring = Ring::started(&client, &guest, 0, 256, features);
         DiskGuest { server, client, guest, ring }
     }
 
@@ -322,13 +318,10 @@ fn a_disk_error_completes_the_request_with_ioerr_and_the_queue_continues() {
 
 #[rstest]
 fn queues_serve_requests_independently(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(DISK, |options| options.queues = 4), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (_server, guest, client) = Server::disk(DISK, |options| options.queues = 4).negotiated(features);
     let mut rings: Vec<_> = (0..4).map(|index| Ring::new(&guest, index, 64, features)).collect();
     for ring in &rings {
-        ring.set_up(&client, &guest, ring.initial_base());
-        ring.enable(&client, true);
+        ring.start(&client, &guest);
     }
     for (slot, ring) in (0..).zip(&mut rings) {
         ring.read(&guest, slot, slot + 100, 512);
@@ -493,9 +486,7 @@ fn a_ring_starts_only_after_another_process_unlocks_the_image(#[values(false, tr
     let first = DiskGuest::new(|options| options.read_only = read_only);
     let image = first.server.image();
     let share = |options: &mut BlkOptions| (options.image, options.read_only) = (image.clone(), read_only);
-    let (server, guest) = (Server::disk(DISK, share), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, BASIC);
+    let (_server, guest, client) = Server::disk(DISK, share).negotiated(BASIC);
     let mut ring = Ring::new(&guest, 0, 256, BASIC);
     ring.set_up(&client, &guest, ring.initial_base());
     ring.read(&guest, 0, 5, 512);
@@ -533,8 +524,7 @@ fn two_read_only_disks_with_share_readers_serve_one_image() {
 #[test]
 fn completions_follow_the_request_order_with_in_order() {
     for ring in [SPLIT, PACKED] {
-        let (server, guest) = (Server::disk(DISK, |options| options.in_order = true), Guest::new());
-        let client = server.connect();
+        let (_server, guest, client) = Server::disk(DISK, |options| options.in_order = true).connected();
         let features = ring | VIRTIO_F_IN_ORDER;
         negotiate(&client, &guest, features);
         let mut ring = Ring::new(&guest, 0, 256, features);
@@ -586,9 +576,7 @@ fn requests_with_unmapped_buffers_fail_and_are_counted_without_error_lines() {
     let mut process = Process::start(&socket, &image, &more);
     let (guest, client) = (Guest::new(), RawFrontend::connect(&socket));
     negotiate(&client, &guest, SPLIT);
-    let mut ring = Ring::new(&guest, 0, 256, SPLIT);
-    ring.set_up(&client, &guest, ring.initial_base());
-    ring.enable(&client, true);
+    let mut ring = Ring::started(&client, &guest, 0, 256, SPLIT);
     for slot in 0..200 {
         let (head, status, _) = request_addresses(slot);
         let head = header(&guest, head, VIRTIO_BLK_T_IN, 0);

@@ -14,7 +14,7 @@ use crate::guest::{Guest, HIGH, PACKED, Ring, SPLIT, negotiate, wait_for_error};
 use crate::hostile::assert_ring_works;
 use crate::net_driver::{CONTROL, LoopbackNetGuest, interface_features};
 use crate::raw::RawFrontend;
-use crate::server::{Process, Server, disk_options};
+use crate::server::{Process, Server};
 
 /// Ring contents that break a ring: the descriptors, and the avail ring or driver event area.
 struct InvalidRing {
@@ -122,8 +122,7 @@ fn set_up_broken(
     guest.memory.write(ring.layout.avail, &breakage.avail).unwrap();
     let error = EventFd::new().unwrap();
     client.send_acknowledged(Code::SET_VRING_ERR, &u64::from(index), &[error.as_fd()]);
-    ring.set_up(client, guest, ring.initial_base());
-    ring.enable(client, true);
+    ring.start(client, guest);
     (ring, error)
 }
 
@@ -144,15 +143,11 @@ fn assert_log(mut process: Process, expected: &[(u32, &str)]) {
 fn a_broken_ring_stops_alone_signals_its_error_fd_and_can_be_set_up_again(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
-    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
-    let options = disk_options(folder.path(), 1 << 20, |_| {});
-    let socket = folder.path().join("socket");
-    let process = Process::start(&socket, &options.image, &["--queues", "2"]);
+    let (_folder, socket, process) = Process::disk(&["--queues", "2"]);
+    let guest = Guest::new();
     let client = RawFrontend::connect(&socket);
     negotiate(&client, &guest, features);
-    let mut good = Ring::new(&guest, 1, 256, features);
-    good.set_up(&client, &guest, good.initial_base());
-    good.enable(&client, true);
+    let mut good = Ring::started(&client, &guest, 1, 256, features);
     let mut expected = Vec::new();
     for breakage in breakages(features) {
         let (_ring, error) = set_up_broken(&client, &guest, 0, features, &breakage);
@@ -228,9 +223,7 @@ fn a_broken_ring_of_a_network_device_stops_alone_and_signals_its_error_fd(
 #[rstest]
 fn a_head_made_available_twice_breaks_only_its_ring(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (device, gate) = crate::drain::GatedDevice::new();
-    let (server, guest) = (Server::new(device), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (_server, guest, client) = Server::new(device).negotiated(features);
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.driver.add(&[], &[Buffer { gpa: HIGH, len: 8 }], None).unwrap().unwrap();
     let _ = ring.driver.publish();
@@ -242,8 +235,7 @@ fn a_head_made_available_twice_breaks_only_its_ring(#[values(SPLIT, PACKED)] fea
     }
     let error = EventFd::new().unwrap();
     client.send_acknowledged(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
-    ring.set_up(&client, &guest, ring.initial_base());
-    ring.enable(&client, true);
+    ring.start(&client, &guest);
     wait_for_error(&error, "twice");
     gate.write(1).unwrap();
     client.ring_base(0);

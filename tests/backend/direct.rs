@@ -177,8 +177,7 @@ fn only_the_last_get_vring_base_waits_for_the_disk_sync() {
     negotiate(&client, &guest, BASIC);
     let rings = [0, 1].map(|index| Ring::new(&guest, index, 64, BASIC));
     for ring in &rings {
-        ring.set_up(&client, &guest, ring.initial_base());
-        ring.enable(&client, true);
+        ring.start(&client, &guest);
     }
     let [disable, base] = [Code::SET_VRING_ENABLE, Code::GET_VRING_BASE];
     let messages = [(disable, NEED_REPLY, 0), (base, VERSION, 0), (base, VERSION, 1)];
@@ -193,12 +192,8 @@ fn only_the_last_get_vring_base_waits_for_the_disk_sync() {
 /// Rule I11.3.
 #[test]
 fn a_failed_disk_sync_closes_the_connection_instead_of_replying_to_get_vring_base() {
-    let (server, guest) = (Server::new(Arc::new(FailingSyncDevice)), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, BASIC);
-    let ring = Ring::new(&guest, 0, 64, BASIC);
-    ring.set_up(&client, &guest, ring.initial_base());
-    ring.enable(&client, true);
+    let (_server, guest, client) = Server::new(Arc::new(FailingSyncDevice)).negotiated(BASIC);
+    let _ring = Ring::started(&client, &guest, 0, 64, BASIC);
     client.send_body(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     assert!(client.is_closed());
 }

@@ -98,8 +98,7 @@ pub(crate) fn start_with_requests_in_flight(
     for slot in 0..count {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
     }
-    ring.set_up(client, guest, ring.initial_base());
-    ring.enable(client, true);
+    ring.start(client, guest);
     ring.kick();
     while (0..count).any(|slot| guest.bytes(page(slot).gpa, 1) != [0x5a]) {
         client.wait_until_processed();
@@ -117,9 +116,7 @@ fn get_vring_base_replies_after_all_requests_are_completed_logged_and_published(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
     let (device, gate) = GatedDevice::new();
-    let (server, guest) = (Server::new(device), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (_server, guest, client) = Server::new(device).negotiated(features);
     let log = install_log(&client, &guest);
     let mut ring = start_with_requests_in_flight(&client, &guest, features, 10);
     start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
@@ -143,9 +140,7 @@ fn after_the_get_vring_base_reply_memory_is_unchanged_and_no_call_is_signalled(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
     let (device, gate) = GatedDevice::new();
-    let (mut server, guest) = (Server::new(device), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (mut server, guest, client) = Server::new(device).negotiated(features);
     let mut ring = start_with_requests_in_flight(&client, &guest, features, 10);
     gate.write(1).unwrap();
     assert_eq!(client.ring_base(0), ring.drained_base());
@@ -170,9 +165,7 @@ fn a_disabled_ring_completes_its_requests_takes_no_new_ones_and_resumes_when_ena
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
     let (device, gate) = GatedDevice::new();
-    let (server, guest) = (Server::new(device), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (_server, guest, client) = Server::new(device).negotiated(features);
     let mut ring = start_with_requests_in_flight(&client, &guest, features, 3);
     gate.write(1).unwrap();
     ring.enable(&client, false);
@@ -193,9 +186,7 @@ fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
     let (device, gate) = GatedDevice::new();
-    let (server, guest) = (Server::new(device), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (_server, guest, client) = Server::new(device).negotiated(features);
     let old = install_log(&client, &guest);
     let mut ring = start_with_requests_in_flight(&client, &guest, features, 5);
     start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
@@ -213,9 +204,7 @@ fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only(
 #[rstest]
 fn a_new_memory_table_waits_for_requests_in_flight(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (device, gate) = GatedDevice::new();
-    let (server, guest) = (Server::new(device), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (_server, guest, client) = Server::new(device).negotiated(features);
     let log = install_log(&client, &guest);
     let mut ring = start_with_requests_in_flight(&client, &guest, features, 5);
     start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
@@ -238,9 +227,7 @@ fn the_rings_of_a_closed_connection_are_stopped_before_the_next_front_end_is_ser
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
     let (device, gate) = GatedDevice::new();
-    let (mut server, guest) = (Server::new(device), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (mut server, guest, client) = Server::new(device).negotiated(features);
     let mut ring = start_with_requests_in_flight(&client, &guest, features, 5);
     drop(client);
     let next = server.connect();
@@ -262,9 +249,7 @@ fn the_rings_of_a_closed_connection_are_stopped_before_the_next_front_end_is_ser
 #[rstest]
 fn a_hang_up_during_get_vring_base_abandons_the_requests_in_flight(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (device, gate) = GatedDevice::new();
-    let (server, guest) = (Server::new(device), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (server, guest, client) = Server::new(device).negotiated(features);
     let ring = start_with_requests_in_flight(&client, &guest, features, 5);
     client.send_body(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     drop(client);
@@ -321,9 +306,7 @@ fn a_request_put_back_before_later_ones_is_used_in_its_turn_with_in_order(
 ) {
     let (device, _) = GatedDevice::new();
     let features = features | VIRTIO_F_IN_ORDER;
-    let (server, guest) = (Server::new(Arc::new(PutsBackOldest(device))), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (_server, guest, client) = Server::new(Arc::new(PutsBackOldest(device))).negotiated(features);
     let mut ring = start_with_requests_in_flight(&client, &guest, features, 3);
     assert_eq!(client.ring_base(0), ring.drained_base());
     assert_eq!(ring.completions(3).len(), 3);
@@ -332,9 +315,7 @@ fn a_request_put_back_before_later_ones_is_used_in_its_turn_with_in_order(
 #[rstest]
 fn a_stopped_server_completes_and_publishes_requests_in_flight(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (device, gate) = GatedDevice::new();
-    let (mut server, guest) = (Server::new(device), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (mut server, guest, client) = Server::new(device).negotiated(features);
     let mut ring = start_with_requests_in_flight(&client, &guest, features, 5);
     gate.write(1).unwrap();
     server.stop();
@@ -349,12 +330,8 @@ fn an_added_memory_region_is_usable_immediately_and_a_removed_one_is_not(
 ) {
     let (device, gate) = GatedDevice::new();
     gate.write(1).unwrap();
-    let (server, guest) = (Server::new(device), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
-    let mut ring = Ring::new(&guest, 0, 256, features);
-    ring.set_up(&client, &guest, ring.initial_base());
-    ring.enable(&client, true);
+    let (_server, guest, client) = Server::new(device).negotiated(features);
+    let mut ring = Ring::started(&client, &guest, 0, 256, features);
     let fd = vhost_migrate::memory::sealed_memfd("more", 0x10_0000).unwrap();
     let region = vhost_migrate::memory::Region::share(fd, 2 << 30, 0x10_0000, 0).unwrap();
     assert_eq!(add_region(&client, &region), 0);
@@ -376,15 +353,12 @@ fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
     let (device, gate) = GatedDevice::new();
-    let (server, guest) = (Server::new(device), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (server, guest, client) = Server::new(device).negotiated(features);
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.driver.add(&[], &[page(0)], None).unwrap().unwrap();
     // Outside memory, which this device is not made for.
     ring.driver.add(&[], &[Buffer { gpa: 1 << 50, len: 1 }], None).unwrap().unwrap();
-    ring.set_up(&client, &guest, ring.initial_base());
-    ring.enable(&client, true);
+    ring.start(&client, &guest);
     ring.kick();
     while guest.bytes(page(0).gpa, 1) != [0x5a] {
         client.wait_until_processed();
@@ -431,9 +405,7 @@ impl Queue for DroppingDevice {
 fn a_request_dropped_by_the_device_is_logged_and_returned_to_the_driver(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
-    let (server, guest) = (Server::new(Arc::new(DroppingDevice)), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (_server, guest, client) = Server::new(Arc::new(DroppingDevice)).negotiated(features);
     let log = install_log(&client, &guest);
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.set_up(&client, &guest, ring.initial_base());

@@ -17,7 +17,7 @@ use crate::guest::{
     Guest, HIGH, PACKED, PROTOCOL, Ring, SPLIT, add_region, inflight_region, negotiate, request_addresses, status,
 };
 use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
-use crate::server::{Process, Server, disk_options};
+use crate::server::{Process, Server};
 
 /// A message that must be refused with a non-zero number, after which the connection goes on (rule F5.1).
 struct InvalidMessage {
@@ -205,9 +205,7 @@ fn invalid_messages(guest: &Guest, ring: &Ring, features: VirtioFeatures) -> Vec
 
 pub(crate) fn start_ring(client: &RawFrontend, guest: &Guest, features: VirtioFeatures) -> Ring {
     negotiate(client, guest, features);
-    let ring = Ring::new(guest, 0, 256, features);
-    ring.set_up(client, guest, ring.initial_base());
-    ring.enable(client, true);
+    let ring = Ring::started(client, guest, 0, 256, features);
     client.send_acknowledged(Code::SET_VRING_NUM, &VringState { index: 1, num: 256 }, &[]);
     ring
 }
@@ -222,8 +220,7 @@ pub(crate) fn assert_ring_works(guest: &Guest, ring: &mut Ring) {
 /// Rules B3.1, F1.5, F5.1, F6.4, F8.3, I1.2, L2.2, L2.3, L3.4, M1.2, M1.4, M1.5, R1.3 and R2.6.
 #[rstest]
 fn every_invalid_message_is_refused_and_the_ring_continues(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(1 << 20, |_| {}), Guest::new());
-    let client = server.connect();
+    let (_server, guest, client) = Server::disk(1 << 20, |_| {}).connected();
     let mut ring = start_ring(&client, &guest, features);
     let file = sealed_memfd("hostile", 1 << 20).unwrap();
     for InvalidMessage { what, code, payload, fds } in invalid_messages(&guest, &ring, features) {
@@ -342,10 +339,8 @@ fn an_inflight_region_with_random_contents_is_refused_at_ring_start(#[values(SPL
 /// Rule F5.3.
 #[test]
 fn invalid_messages_leak_no_fd_and_do_not_end_the_process() {
-    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
-    let options = disk_options(folder.path(), 1 << 20, |_| {});
-    let socket = folder.path().join("socket");
-    let mut process = Process::start(&socket, &options.image, &["--queues", "2"]);
+    let (_folder, socket, mut process) = Process::disk(&["--queues", "2"]);
+    let guest = Guest::new();
     let file = sealed_memfd("hostile", 1 << 20).unwrap();
     let idle = || {
         let client = RawFrontend::connect(&socket);
@@ -379,10 +374,8 @@ fn invalid_messages_leak_no_fd_and_do_not_end_the_process() {
 /// Rule M1.3.
 #[test]
 fn thousands_of_memory_table_changes_leak_nothing_and_every_slot_is_usable() {
-    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
-    let options = disk_options(folder.path(), 1 << 20, |_| {});
-    let socket = folder.path().join("socket");
-    let process = Process::start(&socket, &options.image, &["--queues", "2"]);
+    let (_folder, socket, process) = Process::disk(&["--queues", "2"]);
+    let guest = Guest::new();
     let client = RawFrontend::connect(&socket);
     let mut ring = start_ring(&client, &guest, SPLIT);
     let before = (process.open_fds(), process.mapped_files());
@@ -415,10 +408,8 @@ fn thousands_of_memory_table_changes_leak_nothing_and_every_slot_is_usable() {
 /// Rule R9.2: those in the queue send garbage and fds, and hang up or stay.
 #[rstest]
 fn queued_connections_do_not_disturb_the_served_one(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
-    let options = disk_options(folder.path(), 1 << 20, |_| {});
-    let socket = folder.path().join("socket");
-    let mut process = Process::start(&socket, &options.image, &["--queues", "2"]);
+    let (_folder, socket, mut process) = Process::disk(&["--queues", "2"]);
+    let guest = Guest::new();
     let client = RawFrontend::connect(&socket);
     let mut ring = start_ring(&client, &guest, features);
     assert_ring_works(&guest, &mut ring);

@@ -18,7 +18,7 @@ use crate::iommu::assert_served;
 use crate::iommu_guest::{CHANNEL, FEATURES, IommuGuest};
 use crate::net_driver::{LoopbackNetGuest, interface_features};
 use crate::raw::{NEED_REPLY, RawFrontend, VERSION};
-use crate::server::{Process, disk_options};
+use crate::server::Process;
 
 /// Resources of a process while a silent front-end is connected: fds, mappings of files, threads.
 fn resources(process: &Process, socket: &Path) -> [usize; 3] {
@@ -52,9 +52,7 @@ fn use_disk(client: RawFrontend, guest: &Guest, number: u32) {
         return assert_served(&space, &mut ring, 0);
     }
     let _channel = negotiate(&client, guest, features, 2, number);
-    let mut ring = Ring::new(guest, 0, 256, features);
-    ring.set_up(&client, guest, ring.initial_base());
-    ring.enable(&client, true);
+    let mut ring = Ring::started(&client, guest, 0, 256, features);
     let _log = install_log(&client, guest);
     match number / 2 % 4 {
         0 => assert_ring_works(guest, &mut ring),
@@ -99,10 +97,8 @@ fn connect_repeatedly(process: &Process, socket: &Path, visit: impl Fn(RawFronte
 
 #[test]
 fn a_thousand_connections_to_a_disk_leak_no_fds_mappings_threads_or_memory() {
-    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
-    let options = disk_options(folder.path(), 1 << 20, |_| {});
-    let socket = folder.path().join("socket");
-    let process = Process::start(&socket, &options.image, &["--queues", "2", "--iommu"]);
+    let (_folder, socket, process) = Process::disk(&["--queues", "2", "--iommu"]);
+    let guest = Guest::new();
     connect_repeatedly(&process, &socket, |client, number| use_disk(client, &guest, number));
 }
 
@@ -145,10 +141,8 @@ fn try_to_start_ring(client: &RawFrontend, guest: &Guest, ring: &Ring) {
 /// Whatever the fd is for that there is none left for: the message is refused, or the connection ends.
 #[test]
 fn fd_exhaustion_at_any_step_ends_only_that_connection() {
-    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
-    let options = disk_options(folder.path(), 1 << 20, |_| {});
-    let socket = folder.path().join("socket");
-    let mut process = Process::start(&socket, &options.image, &["--queues", "2"]);
+    let (_folder, socket, mut process) = Process::disk(&["--queues", "2"]);
+    let guest = Guest::new();
     let before = resources(&process, &socket);
     for spare in 0..24 {
         let client = RawFrontend::connect(&socket);
@@ -184,10 +178,8 @@ fn fd_exhaustion_at_any_step_ends_only_that_connection() {
 /// Messages full of fds, by the byte too, to a process that can't have as many.
 #[rstest]
 fn a_flood_of_fds_leaks_nothing(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (folder, guest) = (tempfile::tempdir().unwrap(), Guest::new());
-    let options = disk_options(folder.path(), 1 << 20, |_| {});
-    let socket = folder.path().join("socket");
-    let mut process = Process::start(&socket, &options.image, &["--queues", "2"]);
+    let (_folder, socket, mut process) = Process::disk(&["--queues", "2"]);
+    let guest = Guest::new();
     let before = resources(&process, &socket);
     process.limit_fds(64);
     let file = sealed_memfd("hostile", 1 << 20).unwrap();

@@ -140,20 +140,19 @@ fn load(guest: &Guest, ring: &mut Ring, first: u64, oracle: &mut Oracle, meanwhi
     }
 }
 
+fn disk() -> Server {
+    Server::disk(DISK, |_| {})
+}
+
 pub(crate) fn running(client: &RawFrontend, guest: &Guest, features: VirtioFeatures) -> Ring {
     negotiate(client, guest, features);
-    let ring = Ring::new(guest, 0, 512, features);
-    ring.set_up(client, guest, ring.initial_base());
-    ring.enable(client, true);
-    ring
+    Ring::started(client, guest, 0, 512, features)
 }
 
 #[rstest]
 fn the_log_holds_exactly_what_the_device_wrote(#[values(SPLIT, PACKED)] basic: VirtioFeatures) {
     for features in [basic, basic | EVENT_IDX] {
-        let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-        let client = server.connect();
-        let mut ring = running(&client, &guest, features);
+        let (_server, guest, client, mut ring) = disk().running(512, features);
         let log = install_log(&client, &guest);
         start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
         let mut oracle = Oracle::new(&guest, &ring);
@@ -171,9 +170,7 @@ fn the_log_holds_exactly_what_the_device_wrote(#[values(SPLIT, PACKED)] basic: V
 /// Rule L1.3.
 #[rstest]
 fn a_buffer_across_pages_and_regions_is_logged_exactly(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(512, features);
     let log = install_log(&client, &guest);
     start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
     let mut oracle = Oracle::new(&guest, &ring);
@@ -197,9 +194,7 @@ fn a_buffer_across_pages_and_regions_is_logged_exactly(#[values(SPLIT, PACKED)] 
 /// Rules L7.2 and L7.3.
 #[rstest]
 fn pages_are_logged_only_while_logging_is_enabled(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(512, features);
     let log = install_log(&client, &guest);
     let mut oracle = Oracle::new(&guest, &ring);
     load(&guest, &mut ring, 0, &mut oracle, || {});
@@ -220,9 +215,7 @@ fn pages_are_logged_only_while_logging_is_enabled(#[values(SPLIT, PACKED)] featu
 fn log_all_controls_data_logging_and_f_log_controls_used_ring_logging(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(512, features);
     let log = install_log(&client, &guest);
     client.send_acknowledged(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
     let mut data = Oracle::new(&guest, &ring);
@@ -243,9 +236,7 @@ fn log_all_controls_data_logging_and_f_log_controls_used_ring_logging(
 fn changing_the_log_under_load_loses_no_page_and_stops_writes_to_the_old_log(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features | EVENT_IDX);
+    let (_server, guest, client, mut ring) = disk().running(512, features | EVENT_IDX);
     let mut logs = vec![install_log(&client, &guest)];
     start_logging(&client, &guest, features | EVENT_IDX, &mut [&mut ring], LOG_AT);
     let (mut oracle, mut found) = (Oracle::new(&guest, &ring), BTreeSet::new());
@@ -269,9 +260,7 @@ fn changing_the_log_under_load_loses_no_page_and_stops_writes_to_the_old_log(
 /// Rule L9.2.
 #[rstest]
 fn changing_the_memory_table_under_load_keeps_the_log_exact(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(512, features);
     let log = install_log(&client, &guest);
     start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
     let mut oracle = Oracle::new(&guest, &ring);
@@ -294,9 +283,7 @@ fn changing_the_memory_table_under_load_keeps_the_log_exact(#[values(SPLIT, PACK
 /// Rule L9.2.
 #[rstest]
 fn a_second_migration_is_logged_as_exactly_as_the_first(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(512, features);
     for _ in 0..3 {
         let log = install_log(&client, &guest);
         start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
@@ -317,8 +304,7 @@ fn a_second_migration_is_logged_as_exactly_as_the_first(#[values(SPLIT, PACKED)]
 fn a_reconnect_while_logging_writes_nothing_until_the_ring_is_enabled(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
+    let (_server, guest, client) = disk().connected();
     // The order in which QEMU does it (rule L8.1): LOG_ALL, F_LOG and KICK before SET_LOG_BASE and ENABLE.
     negotiate(&client, &guest, features | LOG_ALL);
     let mut ring = Ring::new(&guest, 0, 512, features);
@@ -343,9 +329,7 @@ fn a_reconnect_while_logging_writes_nothing_until_the_ring_is_enabled(
 /// Rule L8.2.
 #[rstest]
 fn rings_run_with_log_all_and_no_log(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features | LOG_ALL);
+    let (_server, guest, client, mut ring) = disk().running(512, features | LOG_ALL);
     ring.log_at = Some(LOG_AT);
     client.send_acknowledged(Code::SET_VRING_ADDR, &ring.addr(&guest), &[]);
     let mut oracle = Oracle::new(&guest, &ring);
@@ -356,9 +340,7 @@ fn rings_run_with_log_all_and_no_log(#[values(SPLIT, PACKED)] features: VirtioFe
 /// Rules L2.1 and L6.1.
 #[rstest]
 fn a_log_of_any_size_and_offset_is_used_exactly_within_its_bounds(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(512, features);
     let fd = sealed_memfd("log", 0x4000).unwrap();
     let file = Region::map(fd.as_fd(), 0, 0x4000, 0, 0).unwrap();
     // Pages up to the status page of slot 4, whose bit is in the last byte.
@@ -384,9 +366,7 @@ fn a_log_of_any_size_and_offset_is_used_exactly_within_its_bounds(#[values(SPLIT
 /// Rules L12.1 and L12.2.
 #[rstest]
 fn the_log_fd_is_signalled_after_logging_until_it_is_removed(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(512, features);
     let signal = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
     client.send_acknowledged(Code::SET_LOG_FD, &0u64, &[signal.as_fd()]);
     let mut oracle = Oracle::new(&guest, &ring);
@@ -431,8 +411,7 @@ fn start_successor(guest: &Guest, client: &RawFrontend, features: VirtioFeatures
 /// Rules I3.3 and L10.1: a process may die between a write to the used ring and its mark.
 #[rstest]
 fn a_successor_of_a_killed_back_end_logs_the_whole_used_ring_again(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
+    let (_server, guest, client) = disk().connected();
     let (mut ring, log) = start_successor(&guest, &client, features, true);
     ring.enable(&client, true);
     assert_eq!(ring.completions(2).len(), 2);
@@ -449,8 +428,7 @@ fn a_successor_of_a_killed_back_end_logs_the_whole_used_ring_again(#[values(SPLI
 /// Rules L15.1 and L15.2: once, and not when this back-end itself has stopped and started the ring.
 #[rstest]
 fn a_successor_with_a_new_log_logs_all_guest_memory(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
+    let (_server, guest, client) = disk().connected();
     let (mut ring, log) = start_successor(&guest, &client, features, false);
     assert!(harvest(&log).is_empty(), "marked before the ring runs");
     ring.enable(&client, true);

@@ -169,9 +169,7 @@ fn start_second_device(
 ) -> DiskLoad {
     let client = server.connect();
     negotiate(&client, guest, features);
-    let ring = Ring::new(guest, 1, 512, features);
-    ring.set_up(&client, guest, ring.initial_base());
-    ring.enable(&client, true);
+    let ring = Ring::started(&client, guest, 1, 512, features);
     send_log(&client, &log.0, &log.1);
     let mut load = DiskLoad { ring, slot: 100, open: 0 };
     let first_used = load.ring.layout.used - 0x10_0000;
@@ -280,12 +278,8 @@ fn marks_already_copied_or_of_an_earlier_migration_are_not_repeated(#[values(SPL
 fn a_log_that_comes_after_logging_has_ended_is_empty_though_a_ring_ran_without_one(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features | LOG_ALL);
-    let ring = Ring::new(&guest, 0, 512, features);
-    ring.set_up(&client, &guest, ring.initial_base());
-    ring.enable(&client, true);
+    let (_server, guest, client) = Server::disk(DISK, |_| {}).negotiated(features | LOG_ALL);
+    let _ring = Ring::started(&client, &guest, 0, 512, features);
     client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
     let log = install_log(&client, &guest);
     assert!(harvest(&log).is_empty(), "logging had ended");

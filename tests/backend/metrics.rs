@@ -91,9 +91,7 @@ fn idle_metrics_connections_do_not_block_front_ends(#[values("tcp", "unix")] kin
     let idle: Vec<_> = (0..120).map(|_| connect()).collect();
     let (guest, client) = (Guest::new(), RawFrontend::connect(&socket));
     negotiate(&client, &guest, BASIC);
-    let mut ring = Ring::new(&guest, 0, 256, BASIC);
-    ring.set_up(&client, &guest, ring.initial_base());
-    ring.enable(&client, true);
+    let mut ring = Ring::started(&client, &guest, 0, 256, BASIC);
     assert_ring_works(&guest, &mut ring);
     assert!(process.open_fds() < 60, "{}", process.open_fds());
     drop(idle);

@@ -604,12 +604,8 @@ fn without_multi_queue_the_control_queue_has_index_2() {
     let net = NetGuest::new(MERGEABLE | CONTROL, |options| options.pairs = 1);
     assert_eq!(ControlQueueDriver::new(&net, 2).ask(&net.guest, 0, 0, &[0]), 0);
     let device = Arc::new(NetDevice::open(options(NetPeer::Loopback).with_pairs(4)).unwrap());
-    let (server, guest) = (Server::new(device), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, MERGEABLE | CONTROL);
-    let ring = Ring::new(&guest, 2, 64, MERGEABLE);
-    ring.set_up(&client, &guest, ring.initial_base());
-    ring.enable(&client, true);
+    let (_server, guest, client) = Server::new(device).negotiated(MERGEABLE | CONTROL);
+    let ring = Ring::started(&client, &guest, 2, 64, MERGEABLE);
     assert_eq!(ControlQueueDriver(ring).ask(&guest, 0, 0, &[0]), 0);
 }
 
@@ -820,12 +816,7 @@ impl NetClient {
     fn new(socket: &std::path::Path) -> NetClient {
         let (client, guest) = (RawFrontend::connect(socket), Guest::new());
         negotiate(&client, &guest, MERGEABLE);
-        let [rx, tx] = [0, 1].map(|index| {
-            let ring = Ring::new(&guest, index, 256, MERGEABLE);
-            ring.set_up(&client, &guest, ring.initial_base());
-            ring.enable(&client, true);
-            ring
-        });
+        let [rx, tx] = [0, 1].map(|index| Ring::started(&client, &guest, index, 256, MERGEABLE));
         NetClient { _client: client, guest, rx, tx }
     }
 

@@ -40,12 +40,7 @@ impl LoopbackNetGuest {
 
     /// The same on a connection that has memory and features.
     pub(crate) fn on_connection(client: RawFrontend, guest: Guest, features: VirtioFeatures) -> LoopbackNetGuest {
-        let rings = (0..=CONTROL).map(|index| {
-            let ring = Ring::new(&guest, index, 256, features);
-            ring.set_up(&client, &guest, ring.initial_base());
-            ring.enable(&client, true);
-            ring
-        });
+        let rings = (0..=CONTROL).map(|index| Ring::started(&client, &guest, index, 256, features));
         let rings = rings.collect();
         let mut net = LoopbackNetGuest { client, guest, features, rings, seed: 0 };
         net.ask(&[VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, 2, 0]);

@@ -29,8 +29,7 @@ fn a_driver_that_starts_with_empty_rings_is_served_with_a_used_inflight_region(
         client
     };
     let serve = |client: &RawFrontend, ring: &mut Ring, slots: std::ops::Range<u64>| {
-        ring.set_up(client, &guest, ring.initial_base());
-        ring.enable(client, true);
+        ring.start(client, &guest);
         for slot in slots {
             ring.read(&guest, slot, slot, 512);
             ring.kick();
@@ -86,8 +85,7 @@ fn a_packed_ring_without_a_region_resumes_at_the_position_found_in_its_descripto
             serve_and_die(&guest, &mut ring, ahead, count);
             let client = server.connect();
             negotiate(&client, &guest, PACKED);
-            ring.set_up(&client, &guest, ring.initial_base());
-            ring.enable(&client, true);
+            ring.start(&client, &guest);
             assert_eq!(ring.completions(ahead as usize).len(), ahead as usize, "{ahead} {count}");
             assert_eq!(client.ring_base(0), ring.drained_base());
         }
@@ -106,7 +104,6 @@ fn a_packed_ring_whose_position_contradicts_the_base_and_cannot_be_found_is_brok
     negotiate(&client, &guest, PACKED);
     let error = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
     client.send_acknowledged(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
-    ring.set_up(&client, &guest, ring.initial_base());
-    ring.enable(&client, true);
+    ring.start(&client, &guest);
     wait_for_error(&error, "a ring that stands elsewhere than at its base");
 }

@@ -27,16 +27,13 @@ use crate::server::Server;
 
 const DISK: u64 = 1 << 20;
 
-fn disk() -> (Server, Guest) {
-    (Server::disk(DISK, |_| {}), Guest::new())
+fn disk() -> Server {
+    Server::disk(DISK, |_| {})
 }
 
 fn running(client: &RawFrontend, guest: &Guest, features: VirtioFeatures) -> Ring {
     negotiate(client, guest, features);
-    let ring = Ring::new(guest, 0, 256, features);
-    ring.set_up(client, guest, ring.initial_base());
-    ring.enable(client, true);
-    ring
+    Ring::started(client, guest, 0, 256, features)
 }
 
 fn read_one(guest: &Guest, ring: &mut Ring, sector: u64) {
@@ -50,8 +47,7 @@ fn read_one(guest: &Guest, ring: &mut Ring, sector: u64) {
 /// Rules B4.1 and R1.1.
 #[test]
 fn the_offered_features_are_those_of_the_protocol_rules() {
-    let (server, _) = disk();
-    let client = server.connect();
+    let (_server, _guest, client) = disk().connected();
     let features = VirtioFeatures::from_bits_retain(client.request_u64(Code::GET_FEATURES));
     let rings = [VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_F_RING_PACKED];
     let transport = [VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES];
@@ -82,8 +78,7 @@ fn the_offered_features_are_those_of_the_protocol_rules() {
 /// Rules F1.1 to F1.3.
 #[test]
 fn a_message_may_come_byte_by_byte_with_its_fds_on_the_first() {
-    let (server, guest) = disk();
-    let client = server.connect();
+    let (_server, guest, client) = disk().connected();
     client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
     let (_, fd) = Log::create(guest.memory.end()).unwrap();
     let header = Header { request: Code::SET_LOG_BASE.0, flags: VERSION, size: 16 };
@@ -95,8 +90,7 @@ fn a_message_may_come_byte_by_byte_with_its_fds_on_the_first() {
 /// Rules F3.1, F3.2.
 #[test]
 fn need_reply_adds_no_second_reply_to_a_request_with_its_own_reply() {
-    let (server, _) = disk();
-    let client = server.connect();
+    let (_server, _guest, client) = disk().connected();
     client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
     client.send(Code::GET_QUEUE_NUM, NEED_REPLY, &[], &[]);
     client.send(Code::GET_STATUS, VERSION, &[], &[]);
@@ -107,8 +101,7 @@ fn need_reply_adds_no_second_reply_to_a_request_with_its_own_reply() {
 /// Rule F4.2; UML waits for this answer.
 #[test]
 fn the_message_that_acknowledges_reply_ack_is_itself_acknowledged() {
-    let (server, _) = disk();
-    let client = server.connect();
+    let (_server, _guest, client) = disk().connected();
     client.send_acknowledged(Code::SET_PROTOCOL_FEATURES, &PROTOCOL, &[]);
     let without = PROTOCOL & !ProtocolFeatures::REPLY_ACK;
     client.send(Code::SET_PROTOCOL_FEATURES, NEED_REPLY, without.as_bytes(), &[]);
@@ -118,8 +111,7 @@ fn the_message_that_acknowledges_reply_ack_is_itself_acknowledged() {
 /// Rule F4.3.
 #[test]
 fn need_reply_is_ignored_before_reply_ack_is_acknowledged() {
-    let (server, _) = disk();
-    let client = server.connect();
+    let (_server, _guest, client) = disk().connected();
     client.send(Code::SET_OWNER, NEED_REPLY, &[], &[]);
     client.wait_until_processed();
     client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
@@ -129,8 +121,7 @@ fn need_reply_is_ignored_before_reply_ack_is_acknowledged() {
 /// Rules F6.1, F6.2.
 #[test]
 fn a_memory_table_payload_may_be_longer_than_its_regions() {
-    let (server, guest) = disk();
-    let client = server.connect();
+    let (_server, guest, client) = disk().connected();
     client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
     // User-mode Linux: always 72 bytes, one region, one fd.
     let mut payload = MemoryHeader { nregions: 1, padding: 0 }.as_bytes().to_vec();
@@ -143,8 +134,7 @@ fn a_memory_table_payload_may_be_longer_than_its_regions() {
 /// Rule F7.1. rust-vmm's front-end asks for acknowledgements and waits for these 16 bytes all the same.
 #[test]
 fn set_log_base_has_its_own_reply_also_with_need_reply() {
-    let (server, guest) = disk();
-    let client = server.connect();
+    let (_server, guest, client) = disk().connected();
     client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
     let (log, fd) = Log::create(guest.memory.end()).unwrap();
     send_log(&client, &log, &fd);
@@ -159,9 +149,7 @@ fn set_log_base_has_its_own_reply_also_with_need_reply() {
 /// Rule F8.1.
 #[rstest]
 fn a_call_fd_may_be_a_socket_and_gets_eight_bytes_per_signal(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = disk();
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(256, features);
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     client.send_acknowledged(Code::SET_VRING_CALL, &0u64, &[theirs.as_fd()]);
     drop(theirs);
@@ -188,9 +176,7 @@ fn read_polled(guest: &Guest, ring: &mut Ring) {
 /// Rule R1.2.
 #[rstest]
 fn without_bit_30_a_ring_runs_as_soon_as_it_is_kicked(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = disk();
-    let client = server.connect();
-    negotiate(&client, &guest, features & !PROTOCOL_FEATURES_BIT);
+    let (_server, guest, client) = disk().negotiated(features & !PROTOCOL_FEATURES_BIT);
     let mut ring = Ring::new(&guest, 1, 64, features);
     ring.set_up(&client, &guest, ring.initial_base());
     read_one(&guest, &mut ring, 7);
@@ -201,9 +187,7 @@ fn without_bit_30_a_ring_runs_as_soon_as_it_is_kicked(#[values(SPLIT, PACKED)] f
 fn requests_available_before_the_ring_starts_are_served_without_a_kick(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
-    let (server, guest) = disk();
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (_server, guest, client) = disk().negotiated(features);
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.read(&guest, 0, 3, 512);
     let _ = ring.driver.publish();
@@ -216,8 +200,7 @@ fn requests_available_before_the_ring_starts_are_served_without_a_kick(
 /// Rules R2.1 and R6.4: the parts of a ring may come in any order.
 #[rstest]
 fn a_ring_runs_once_its_setup_is_complete_in_any_order(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = disk();
-    let client = server.connect();
+    let (_server, guest, client) = disk().connected();
     client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
     client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
     let mut ring = Ring::new(&guest, 0, 256, features);
@@ -235,9 +218,7 @@ fn a_ring_runs_once_its_setup_is_complete_in_any_order(#[values(SPLIT, PACKED)] 
 /// Rule D2.2: so a front-end tries a ring.
 #[rstest]
 fn a_ring_that_is_enabled_and_not_started_takes_nothing(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = disk();
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (_server, guest, client) = disk().negotiated(features);
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.read(&guest, 0, 3, 512);
     let _ = ring.driver.publish();
@@ -253,9 +234,7 @@ fn a_ring_that_is_enabled_and_not_started_takes_nothing(#[values(SPLIT, PACKED)]
 /// Rules R5.1, R5.2.
 #[rstest]
 fn set_vring_addr_on_a_running_ring_changes_only_its_logging(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = disk();
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(256, features);
     for sector in 0..20 {
         read_one(&guest, &mut ring, sector);
         ring.log_at = if sector % 2 == 0 { Some(0x30_0000) } else { None };
@@ -271,9 +250,7 @@ fn set_vring_addr_on_a_running_ring_changes_only_its_logging(#[values(SPLIT, PAC
 /// Rule R2.6.
 #[rstest]
 fn set_vring_num_and_set_vring_base_are_refused_on_a_running_ring(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = disk();
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(256, features);
     for code in [Code::SET_VRING_NUM, Code::SET_VRING_BASE] {
         assert_eq!(client.acknowledged(code, VringState { index: 0, num: 128 }.as_bytes(), &[]), 1, "{code}");
     }
@@ -283,9 +260,7 @@ fn set_vring_num_and_set_vring_base_are_refused_on_a_running_ring(#[values(SPLIT
 /// Rules R3.1 and R2.2: a ring that was stopped starts again where it was.
 #[rstest]
 fn a_stopped_ring_resumes_at_its_base(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = disk();
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(256, features);
     for round in 0..5 {
         read_one(&guest, &mut ring, round);
         assert_eq!(client.ring_base(0), ring.drained_base());
@@ -297,9 +272,7 @@ fn a_stopped_ring_resumes_at_its_base(#[values(SPLIT, PACKED)] features: VirtioF
 /// Rules R8.2, R8.3.
 #[rstest]
 fn a_reset_stops_the_rings_and_keeps_the_memory(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = disk();
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(256, features);
     read_one(&guest, &mut ring, 0);
     client.send_acknowledged(Code::SET_STATUS, &4u64, &[]);
     assert_eq!(client.request_u64(Code::GET_STATUS), 4);
@@ -313,8 +286,7 @@ fn a_reset_stops_the_rings_and_keeps_the_memory(#[values(SPLIT, PACKED)] feature
         assert!(ring.driver.pop_used().unwrap().is_none(), "a request was served after the reset");
         client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
         ring = Ring::new(&guest, 0, 256, features);
-        ring.set_up(&client, &guest, ring.initial_base());
-        ring.enable(&client, true);
+        ring.start(&client, &guest);
         read_one(&guest, &mut ring, 1);
     }
 }
@@ -322,9 +294,7 @@ fn a_reset_stops_the_rings_and_keeps_the_memory(#[values(SPLIT, PACKED)] feature
 /// Rule R8.1.
 #[rstest]
 fn reset_owner_disables_all_rings(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = disk();
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(256, features);
     read_one(&guest, &mut ring, 0);
     client.send_acknowledged(Code::RESET_OWNER, &[0u8; 0], &[]);
     ring.read(&guest, 0, 0, 512);
@@ -342,9 +312,7 @@ fn reset_owner_disables_all_rings(#[values(SPLIT, PACKED)] features: VirtioFeatu
 /// Rule R9.1.
 #[rstest]
 fn the_next_front_end_inherits_only_the_disk_contents(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = disk();
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (server, guest, client, mut ring) = disk().running(256, features);
     ring.write(&guest, 1, 9, &[0x77; 512]);
     ring.kick();
     ring.completion();
@@ -385,8 +353,7 @@ fn get_config_echoes_offset_and_size() {
 fn get_inflight_fd_creates_the_requested_region_and_set_inflight_fd_accepts_it(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
-    let (server, guest) = disk();
-    let client = server.connect();
+    let (_server, guest, client) = disk().connected();
     client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
     client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
     let wanted = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: 2, queue_size: 256, padding: [0; 4] };
@@ -409,9 +376,7 @@ fn get_inflight_fd_creates_the_requested_region_and_set_inflight_fd_accepts_it(
 /// Rules I5.1, I5.3: the destination of a migration, where the ring was used without the region.
 #[rstest]
 fn a_fresh_inflight_region_on_a_used_ring_marks_no_request(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = disk();
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(256, features);
     for sector in 0..5 {
         read_one(&guest, &mut ring, sector);
     }
@@ -432,8 +397,7 @@ fn a_fresh_inflight_region_on_a_used_ring_marks_no_request(#[values(SPLIT, PACKE
 /// Rule R1.4: a ring keeps to what was acknowledged when it started.
 #[rstest]
 fn only_log_all_may_change_while_a_ring_runs(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = disk();
-    let client = server.connect();
+    let (_server, guest, client) = disk().connected();
     let features = features | VIRTIO_RING_F_INDIRECT_DESC;
     let mut ring = running(&client, &guest, features);
     for changed in [VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_BLK_F_FLUSH] {
@@ -460,9 +424,7 @@ fn only_log_all_may_change_while_a_ring_runs(#[values(SPLIT, PACKED)] features: 
 /// Rule B3.7.
 #[rstest]
 fn a_ring_without_a_kick_fd_is_served_by_polling(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = disk();
-    let client = server.connect();
-    let mut ring = running(&client, &guest, features);
+    let (_server, guest, client, mut ring) = disk().running(256, features);
     client.send_acknowledged(Code::SET_VRING_KICK, &0x100u64, &[]);
     ring.read(&guest, 0, 2, 512);
     let _ = ring.driver.publish();
@@ -492,9 +454,7 @@ fn a_stale_socket_file_is_replaced_and_other_files_are_reported() {
 /// Rule F5.4: as a state, the number that refuses must not be a ring's.
 #[test]
 fn a_refused_get_vring_base_replies_with_an_invalid_ring_index() {
-    let server = Server::disk(DISK, |_| {});
-    let client = server.connect();
-    negotiate(&client, &Guest::new(), SPLIT);
+    let (_server, _guest, client) = disk().negotiated(SPLIT);
     client.send(Code::GET_VRING_BASE, NEED_REPLY, VringState { index: 9, num: 0 }.as_bytes(), &[]);
     assert_eq!(client.reply(Code::GET_VRING_BASE), [0xff; 8]);
 }
@@ -502,9 +462,7 @@ fn a_refused_get_vring_base_replies_with_an_invalid_ring_index() {
 /// Rule R8.4: whom to signal is the front-end's, and not the driver's.
 #[rstest]
 fn a_reset_keeps_the_call_fd(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (_server, guest, client) = disk().negotiated(features);
     let mut ring = Ring::new(&guest, 0, 64, features);
     let index = ring.index;
     client.send(Code::SET_VRING_CALL, VERSION, u64::from(index).as_bytes(), &[ring.call.as_fd()]);
@@ -526,9 +484,7 @@ fn a_notification_without_a_call_fd_is_signalled_after_the_ring_restarts(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
     #[values(false, true)] stopped: bool,
 ) {
-    let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, features);
+    let (_server, guest, client) = disk().negotiated(features);
     let mut ring = Ring::new(&guest, 0, 64, features);
     ring.set_up(&client, &guest, ring.initial_base());
     let (index, no_fd) = (u64::from(ring.index), VRING_NOFD_MASK);

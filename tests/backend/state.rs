@@ -18,7 +18,7 @@ use vhost_migrate::frontend::{Device as _, FrontendError, UserDevice, UserOption
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::drain::GatedDevice;
-use crate::guest::{BASIC, Guest, Ring, negotiate};
+use crate::guest::{BASIC, Guest, Ring};
 use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::Server;
 
@@ -200,9 +200,7 @@ fn an_invalid_set_device_state_fd_does_not_end_the_current_transfer() {
 #[test]
 fn device_state_is_transferred_only_while_all_rings_are_stopped() {
     let device = StatefulDevice::new("keeper", b"as it was");
-    let (server, guest) = (Server::new(device.clone()), Guest::new());
-    let client = server.connect();
-    negotiate(&client, &guest, BASIC);
+    let (_server, guest, client) = Server::new(device.clone()).negotiated(BASIC);
     client.send_body(Code::SET_PROTOCOL_FEATURES, &client.request_u64(Code::GET_PROTOCOL_FEATURES));
     let good = save(&client);
     let (reader, mut writer) = std::io::pipe().unwrap();

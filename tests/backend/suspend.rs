@@ -275,8 +275,7 @@ fn suspend_leaves_requests_completed_behind_an_open_one_with_in_order() {
 #[test]
 fn skip_drain_drains_without_a_region_and_is_unsupported_without_the_feature() {
     let (device, gate) = GatedDevice::new();
-    let (server, guest) = (Server::new(device), Guest::new());
-    let client = server.connect();
+    let (server, guest, client) = Server::new(device).connected();
     negotiate_with(&client, &guest, BASIC, PROTOCOL | INFLIGHT_MIGRATION);
     let mut ring = crate::drain::start_with_requests_in_flight(&client, &guest, BASIC, COUNT);
     client.send_body(Code::GET_VRING_BASE_SKIP_DRAIN, &VringState { index: 0, num: 0 });

@@ -117,6 +117,19 @@ impl Ring {
         Ring::at(&guest.memory, at, index, size, features)
     }
 
+    /// A new ring that the back-end serves.
+    pub(crate) fn started(
+        client: &RawFrontend,
+        guest: &Guest,
+        index: u32,
+        size: u16,
+        features: VirtioFeatures,
+    ) -> Ring {
+        let ring = Ring::new(guest, index, size, features);
+        ring.start(client, guest);
+        ring
+    }
+
     /// One at any address of any memory.
     pub(crate) fn at(memory: &Memory, at: u64, index: u32, size: u16, features: VirtioFeatures) -> Ring {
         let layout = SplitLayout { size, desc: at, avail: at + 0x4_0000, used: at + 0x8_0000 };
@@ -218,6 +231,12 @@ impl Ring {
         client.send_body(Code::SET_VRING_BASE, &VringState { index, num: base });
         client.send_body(Code::SET_VRING_ADDR, &self.addr(guest));
         client.send(Code::SET_VRING_KICK, VERSION, u64::from(index).as_bytes(), &[self.kick.as_fd()]);
+    }
+
+    /// Sets up an unused ring, and enables it.
+    pub(crate) fn start(&self, client: &RawFrontend, guest: &Guest) {
+        self.set_up(client, guest, self.initial_base());
+        self.enable(client, true);
     }
 
     pub(crate) fn enable(&self, client: &RawFrontend, yes: bool) {

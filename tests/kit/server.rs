@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
+use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::backend::VirtioDevice;
 use vhost_migrate::backend::blk::{BlkDevice, BlkOptions};
 
+use crate::guest::{Guest, Ring, negotiate};
 use crate::raw::RawFrontend;
 use crate::served::Served;
 
@@ -33,6 +35,26 @@ impl Server {
         let options = disk_options(folder.path(), bytes, change);
         let disk = BlkDevice::open(options).unwrap();
         Server::at(folder, Arc::new(disk))
+    }
+
+    /// The server with a new guest, whose front-end is connected.
+    pub(crate) fn connected(self) -> (Server, Guest, RawFrontend) {
+        let client = self.connect();
+        (self, Guest::new(), client)
+    }
+
+    /// The same, with `features` negotiated.
+    pub(crate) fn negotiated(self, features: VirtioFeatures) -> (Server, Guest, RawFrontend) {
+        let (server, guest, client) = self.connected();
+        negotiate(&client, &guest, features);
+        (server, guest, client)
+    }
+
+    /// The same, with ring 0 of `size` entries started.
+    pub(crate) fn running(self, size: u16, features: VirtioFeatures) -> (Server, Guest, RawFrontend, Ring) {
+        let (server, guest, client) = self.negotiated(features);
+        let ring = Ring::started(&client, &guest, 0, size, features);
+        (server, guest, client, ring)
     }
 
     pub(crate) fn image(&self) -> PathBuf {
@@ -86,7 +108,16 @@ impl Process {
         Process::spawn("blk", socket, &[&["--image", image][..], more].concat())
     }
 
-    /// The same with a network interface.
+    /// Starts a disk of 1 MiB with a folder of its own. Returns the folder and the socket too.
+    pub(crate) fn disk(more: &[&str]) -> (tempfile::TempDir, PathBuf, Process) {
+        let folder = tempfile::tempdir().unwrap();
+        let image = disk_options(folder.path(), 1 << 20, |_| {}).image;
+        let socket = folder.path().join("socket");
+        let process = Process::start(&socket, &image, more);
+        (folder, socket, process)
+    }
+
+    /// Starts a network interface in the same way.
     pub(crate) fn net(socket: &Path, more: &[&str]) -> Process {
         Process::spawn("net", socket, more)
     }
