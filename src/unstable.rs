@@ -2,6 +2,8 @@
 //!
 //! Any version may change or remove them.
 
+pub use crate::sys::with_causes::with_causes;
+
 /// The vhost-user session without its socket, and the workers of its rings.
 #[cfg(feature = "backend")]
 pub mod backend {

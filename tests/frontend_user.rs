@@ -1109,7 +1109,7 @@ fn connect_waits_for_a_starting_back_end_until_the_deadline() {
     let path = folder.path().join("s");
     let none = UserDevice::connect(&path, UserOptions::default(), Instant::now() + Duration::from_millis(5));
     let error = none.err().unwrap();
-    assert!(error.to_string().contains("Check that the back-end is running"), "{error}");
+    assert!(error.to_string().contains("check that it is running"), "{error}");
     let late = path.clone();
     let starter = std::thread::spawn(move || {
         let listener = UnixListener::bind(late).unwrap();

@@ -30,6 +30,7 @@ use vhost_migrate::migrate::{
     MigrationReport, Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
 };
 use vhost_migrate::stream::{self, CancelToken, StreamOptions};
+use vhost_migrate::unstable::with_causes;
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -206,7 +207,7 @@ fn a_back_end_missing_beyond_the_reconnect_timeout_stops_the_guest() {
         std::thread::sleep(Duration::from_millis(1));
     }
     let error = guest.pause().unwrap_err();
-    assert!(error.to_string().contains("cannot connect"), "{error}");
+    assert!(with_causes(&error).to_string().contains("cannot connect"), "{error}");
     backend.child = spawn(backend.folder.path(), "s");
 }
 
@@ -585,7 +586,7 @@ fn device_state_moves_with_the_guest_and_a_refused_state_keeps_it_at_the_source(
         if refuses {
             let failure = left.unwrap_err();
             assert_eq!(failure.location, GuestLocation::RunningHere, "{failure}");
-            assert!(failure.to_string().contains("CHECK_DEVICE_STATE"), "{failure}");
+            assert!(with_causes(&failure).to_string().contains("CHECK_DEVICE_STATE"), "{failure}");
             assert!(arrived.is_err() && arrival.into_guest().is_none());
             run_for(guest.lock().unwrap().as_ref().unwrap(), 100);
             assert_eq!(*destination.state.lock().unwrap(), b"");
@@ -630,7 +631,7 @@ fn a_destination_back_end_refuses_rings_before_the_commit() {
     for (to, why) in [("small", "SET_VRING_NUM"), ("smaller", segments), ("locked", "SET_VRING_ENABLE")] {
         let (left, arrived, arrival) = move_to(folder, &guest, to);
         let failure = left.unwrap_err();
-        assert!(failure.to_string().contains(why), "{to}: {failure}");
+        assert!(with_causes(&failure).to_string().contains(why), "{to}: {failure}");
         assert_eq!(failure.location, GuestLocation::RunningHere, "{to}: {failure}");
         assert!(arrived.is_err() && arrival.into_guest().is_none());
         run_for(guest.lock().unwrap().as_ref().unwrap(), 100);
@@ -722,7 +723,7 @@ fn cancel_ends_a_destination_whose_back_end_hangs(#[values(Step::Prepare, Step::
     let guest = Mutex::new(Some(running(&backends[0], config())));
     let (left, arrived, _) = stalling_vm(&backends[0], &backends[1], &guest, step, |cancel, _| cancel.cancel());
     // The cause is not the back-end's timeout.
-    let error = arrived.unwrap_err().to_string();
+    let error = with_causes(&arrived.unwrap_err()).to_string();
     assert!(error.contains("was interrupted"), "{error}");
     assert_eq!(left.unwrap_err().location, GuestLocation::RunningHere);
     signal(&backends[1], Signal::SIGCONT);
@@ -742,7 +743,10 @@ fn cancel_of_a_hanging_start_keeps_the_arrived_guest_and_resume_starts_it() {
     let stop = |_: &CancelToken, outcomes: &Outcomes| outcomes.cancel_start();
     let (left, arrived, stalling_vm) = stalling_vm(&backends[0], &backends[1], &guest, Step::Start, stop);
     let error = arrived.unwrap_err();
-    assert!(matches!(error, MigrateError::NotStarted(_)) && error.to_string().contains("was interrupted"), "{error}");
+    assert!(
+        matches!(error, MigrateError::NotStarted(_)) && with_causes(&error).to_string().contains("was interrupted"),
+        "{error}"
+    );
     assert_eq!(stalling_vm.starts, 1, "it was not tried again");
     assert_eq!(left.unwrap_err().location, GuestLocation::OutcomeUnknown);
     *guest.lock().unwrap() = None;
@@ -777,7 +781,7 @@ fn the_destination_prepares_and_compares_its_disk_while_the_guest_runs() {
     for (to, refused) in [("other", Some("disk size in bytes differs")), ("b", None)] {
         let mut arrival = GuestIncomingVm::new(vec![folder.join(to)]).unwrap();
         arrival.prepare(&regions).unwrap();
-        let prepared = arrival.prepare_devices(&devices).map_err(|error| error.to_string());
+        let prepared = arrival.prepare_devices(&devices).map_err(|error| with_causes(error.as_ref()).to_string());
         match refused {
             Some(why) => assert!(prepared.unwrap_err().contains(why), "{why}"),
             None => prepared.unwrap(),
@@ -847,7 +851,7 @@ fn a_guest_whose_threads_cannot_start_stays_paused_and_intact() {
     limit(Some(libc::rlimit { rlim_cur: 0, ..before }));
     let refused = guest.resume();
     limit(Some(before));
-    assert!(refused.unwrap_err().to_string().contains("make an eventfd"));
+    assert!(with_causes(&refused.unwrap_err()).to_string().contains("make an eventfd"));
     guest.resume().unwrap();
     run_for(&guest, 100);
     guest.verify().unwrap();

@@ -14,6 +14,7 @@ use vhost_migrate::abi::virtio::VIRTIO_BLK_ID_BYTES;
 use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
 use vhost_migrate::backend::{self, BackendListener, InheritedSocket, Sandbox, ViolationAction, VirtioDevice};
 use vhost_migrate::control;
+use vhost_migrate::unstable::with_causes;
 
 use crate::log_arguments::LogArguments;
 use crate::metrics::MetricsArguments;
@@ -223,7 +224,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vhost-migrate: {error}");
+            eprintln!("vhost-migrate: {}", with_causes(error.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -276,7 +277,7 @@ impl Blk {
         let growing = disk.clone();
         on_hangup(move || {
             if let Err(error) = growing.grow() {
-                tracing::error!("{error}");
+                tracing::error!("{}", with_causes(&error));
             }
         })?;
         self.metrics.start()?;
@@ -321,7 +322,9 @@ fn serve(
                 backend::serve_connection(&connection, &device, stop.as_fd());
                 return Ok(());
             }
-            Err(error) => return Err(format!("--fd {number} is no socket that was passed on: {error}").into()),
+            Err(error) => {
+                return Err(format!("--fd {number} is no socket that was passed on: {}", with_causes(&error)).into());
+            }
         },
         (None, None) => return Err("give --socket, --connect or --fd".into()),
     };

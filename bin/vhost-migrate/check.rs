@@ -16,6 +16,7 @@ use vhost_migrate::check::{
     Verdict, check_with_progress, explain,
 };
 use vhost_migrate::inflight::RingKind;
+use vhost_migrate::unstable::with_causes;
 
 use crate::signals::{before_termination, interrupts_and_hangup};
 use crate::values;
@@ -169,7 +170,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     }
     match arguments.run(stop) {
         Err(error) if matches!(error.downcast_ref(), Some(CheckError::Stopped { .. })) => {
-            eprintln!("vhost-migrate: {error}");
+            eprintln!("vhost-migrate: {}", with_causes(error.as_ref()));
             drop(checking);
             // The signal is about to end this process.
             std::thread::sleep(2 * STOPPING);
@@ -179,7 +180,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         Ok(report) if strict && report.count(Verdict::Warning) > 0 => ExitCode::from(WARNINGS),
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vhost-migrate: {error}");
+            eprintln!("vhost-migrate: {}", with_causes(error.as_ref()));
             ExitCode::from(NOT_CHECKED)
         }
     }

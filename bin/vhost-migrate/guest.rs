@@ -8,13 +8,16 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{RecvTimeoutError, bounded};
 use crossbeam::select;
 use nix::sys::signal::Signal;
-use vhost_migrate::control::{self, CommandHandler, ControlClient, ControlCommand, ControlEvent, MigrateArguments};
+use vhost_migrate::control::{
+    self, CommandError, CommandHandler, ControlClient, ControlCommand, ControlEvent, MigrateArguments,
+};
 use vhost_migrate::frontend::Interrupt;
 use vhost_migrate::guest::{Guest, GuestConfig, GuestIncomingVm, GuestOwner, OwnerState, connect_backends};
 use vhost_migrate::migrate::{
     ConvergencePolicy, MigrateError, MigrationListener, MigrationParameters, OUTCOME_QUERY_TIMEOUT, VmError, receive,
 };
 use vhost_migrate::stream::{StreamListener, StreamOptions, Uri, remove_unfinished_saves};
+use vhost_migrate::unstable::with_causes;
 
 use crate::log_arguments::LogArguments;
 use crate::metrics::MetricsArguments;
@@ -126,7 +129,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         return ExitCode::FAILURE;
     }
     let ended = run_guest_process(&arguments).unwrap_or_else(|error| {
-        eprintln!("guest: {error}");
+        eprintln!("guest: {}", with_causes(error.as_ref()));
         ExitCode::FAILURE
     });
     control::remove_sockets();
@@ -134,7 +137,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 }
 
 fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
-    arguments.metrics.start().map_err(|error| error.to_string())?;
+    arguments.metrics.start().map_err(|error| with_causes(error.as_ref()).to_string())?;
     let (listener, _path) = control::bind(&arguments.control)?;
     let owner = Arc::new(GuestOwner::default());
     let (quit, quitting) = bounded(1);
@@ -177,7 +180,7 @@ fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
     loop {
         let waited = quitting.recv_timeout(Duration::from_millis(100));
         if let Some(failure) = owner.new_failure() {
-            eprintln!("guest: {failure}");
+            eprintln!("guest: {}", with_causes(&*failure));
         }
         if waited != Err(RecvTimeoutError::Timeout) {
             break;
@@ -226,12 +229,14 @@ fn wait_for_arrival(
                 return Ok(());
             }
             Err(error @ MigrateError::NotStarted(_)) => {
-                eprintln!("guest: {error}");
+                eprintln!("guest: {}", with_causes(&error));
                 owner.own_unstarted(arrival.into_guest(), id);
                 return Ok(());
             }
             Err(error) if uri.is_single_channel() => return Err(error.into()),
-            Err(error) => tracing::warn!("no guest has arrived: {error}. Waiting for the next migration"),
+            Err(error) => {
+                tracing::warn!("no guest has arrived: {}. Waiting for the next migration", with_causes(&error))
+            }
         }
     }
     Ok(())
@@ -338,8 +343,8 @@ fn dirty_rate(owner: &GuestOwner, seconds: f64, bandwidth: u64, downtime_ms: u64
     Ok(ControlEvent::DirtyRate(Box::new(measured)))
 }
 
-impl GuestCommands {
-    fn carry_out(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), VmError> {
+impl CommandHandler for GuestCommands {
+    fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), CommandError> {
         let owner = &self.owner;
         match command {
             ControlCommand::Status {} => client.send_event(&owner.status().into()),
@@ -364,12 +369,6 @@ impl GuestCommands {
             other => return Err(format!("{other:?} is not supported by a built-in guest").into()),
         }
         Ok(())
-    }
-}
-
-impl CommandHandler for GuestCommands {
-    fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), String> {
-        self.carry_out(command, client).map_err(|error| error.to_string())
     }
 
     fn quit(&self) {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::builder::{PathBufValueParser, TypedValueParser};
 use vhost_migrate::control::MAX_SOCKET_PATH;
 use vhost_migrate::stream::Uri;
+use vhost_migrate::unstable::with_causes;
 
 /// Parses the path of a UNIX socket.
 pub(crate) fn socket_path() -> impl TypedValueParser<Value = PathBuf> {
@@ -33,7 +34,7 @@ pub(crate) fn host_and_port(text: &str) -> Result<String, String> {
 
 /// Parses the target of a migration.
 pub(crate) fn migration_target(text: &str) -> Result<Uri, String> {
-    match text.parse().map_err(|error: vhost_migrate::stream::StreamError| error.to_string())? {
+    match text.parse().map_err(|error: vhost_migrate::stream::StreamError| with_causes(&error).to_string())? {
         Uri::Tcp { port: 0, .. } => Err(format!("'{text}': nothing listens on port 0")),
         Uri::Unix(path) if path.as_os_str().len() > MAX_SOCKET_PATH => {
             Err(format!("the path is longer than {MAX_SOCKET_PATH} bytes: use a shorter one"))

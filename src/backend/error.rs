@@ -81,7 +81,7 @@ pub enum BackendError {
         code: Code,
     },
     /// The front-end's socket can't be connected to, now or later.
-    #[error("{path}: {source}: a socket's path has at most 107 bytes")]
+    #[error("can't connect to {path} (a socket's path has at most 107 bytes)")]
     Connect {
         /// The socket.
         path: String,
@@ -157,7 +157,10 @@ pub enum BackendError {
         missing: &'static str,
     },
     /// An area of a ring is outside guest memory.
-    #[error("the {part} of ring {index}: {source}: send SET_VRING_ADDR with addresses of the memory table (rule R6.4)")]
+    #[error(
+        "the {part} of ring {index} is not in guest memory: send SET_VRING_ADDR with addresses of the memory table \
+         (rule R6.4)"
+    )]
     RingAddress {
         /// The ring.
         index: u16,
@@ -212,7 +215,7 @@ pub enum BackendError {
         max: u16,
     },
     /// The driver or the front-end broke a ring.
-    #[error("ring {index} is broken and stops until it is set up again: {source}")]
+    #[error("ring {index} is broken and stops until it is set up again")]
     BrokenRing {
         /// The ring.
         index: u16,
@@ -233,7 +236,7 @@ pub enum BackendError {
         access: Access,
     },
     /// The areas of a ring behind an IOMMU cannot be mapped.
-    #[error("ring {index} is broken and stops until it is set up again: {source}")]
+    #[error("ring {index} is broken and stops until it is set up again")]
     RingTranslation {
         /// The ring.
         index: u16,
@@ -328,7 +331,7 @@ pub enum BackendError {
         why: &'static str,
     },
     /// A system call failed.
-    #[error("can't {what}: {source}")]
+    #[error("can't {what}")]
     System {
         /// The operation that failed.
         what: &'static str,
@@ -342,6 +345,9 @@ pub enum BackendError {
         path: String,
         /// Advice for the user.
         advice: String,
+        /// The error of the system, if there was one.
+        #[source]
+        source: Option<io::Error>,
     },
 }
 

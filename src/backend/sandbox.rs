@@ -47,7 +47,7 @@ pub struct Sandbox {
 
 /// The reason for which the filter cannot be installed.
 #[derive(Debug, thiserror::Error)]
-#[error("system calls can't be filtered: {0}; read docs/security.md, and then use --seccomp off")]
+#[error("system calls can't be filtered (read docs/security.md, and then use --seccomp off)")]
 pub struct SandboxError(#[source] seccompiler::Error);
 
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;

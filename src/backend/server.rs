@@ -24,6 +24,7 @@ use crate::backend::{BackendError, MAX_FDS, VhostUserMessage, VhostUserReply, Vi
 use crate::sys::listen::{SocketPathGuard, listen};
 use crate::sys::log_limit::limited;
 use crate::sys::socket;
+use crate::sys::with_causes::with_causes;
 
 /// Wait in milliseconds when the system has no file descriptor for a new connection.
 const RETRY_MS: u16 = 1000;
@@ -73,8 +74,11 @@ impl BackendListener {
     /// # Errors
     /// [`BackendError::Listen`], with advice.
     pub fn bind(path: &Path) -> Result<BackendListener, BackendError> {
-        let (socket, place) = listen(path)
-            .map_err(|refused| BackendError::Listen { path: path.display().to_string(), advice: refused.advice })?;
+        let (socket, place) = listen(path).map_err(|refused| BackendError::Listen {
+            path: path.display().to_string(),
+            advice: refused.advice,
+            source: refused.source,
+        })?;
         Ok(BackendListener { socket, _place: Some(place) })
     }
 
@@ -249,7 +253,7 @@ fn run_connection(
     let replies = match PendingReplies::new(connection.as_fd()) {
         Ok(replies) => Arc::new(replies),
         Err(error) => {
-            limited!(error, "the connection is closed: no file descriptor available: {error}");
+            limited!(error, "the connection is closed: no file descriptor available: {}", with_causes(&error));
             return false;
         }
     };
@@ -259,7 +263,7 @@ fn run_connection(
     rings.set_replies(replies);
     ring_lock.into_iter().for_each(|ring_lock| rings.use_ring_lock(ring_lock));
     if let Err(error) = rings.watch_connection(connection.as_fd()) {
-        limited!(warn, "can't detect a hang-up while a ring is being stopped: {error}");
+        limited!(warn, "can't detect a hang-up while a ring is being stopped: {}", with_causes(&error));
     }
     // Dropped before the rings, whose workers may wait for pages that will not arrive any more (rule P1.8).
     let mut session = Session::new(device.clone());
@@ -269,11 +273,11 @@ fn run_connection(
         Ok(WaitResult::Stop) => {
             rings.stop_all();
             if let Err(error) = device.rings_stopped() {
-                limited!(error, "written data may not be on stable storage: {error}");
+                limited!(error, "written data may not be on stable storage: {}", with_causes(&error));
             }
         }
         Ok(_) => limited!(info, "front-end disconnected"),
-        Err(error) => limited!(error, "the connection is closed: {error}"),
+        Err(error) => limited!(error, "the connection is closed: {}", with_causes(error)),
     }
     matches!(ended, Ok(WaitResult::Stop))
 }

@@ -18,6 +18,7 @@ use crate::abi::virtio::{
     BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_RO, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VirtioFeatures,
 };
 use crate::ring::Buffer;
+use crate::sys::with_causes::with_causes;
 use nix::unistd::mkstemp;
 
 /// Bytes at the end of the disk that `--write` may change.
@@ -104,8 +105,9 @@ fn with_restore(
                 Ok(path) => format!("their old contents are in {}", path.display()),
                 Err(error) => format!("their old contents cannot be saved ({error})"),
             };
+            let (last, abort) = (end - 1, with_causes(&abort));
             let unrestored =
-                format!("sectors {first} to {} of the disk were not restored ({abort}): {old_contents}", end - 1);
+                format!("sectors {first} to {last} of the disk were not restored ({abort}): {old_contents}");
             target.unrestored.push(unrestored.clone());
             Ok(Outcome::fail(format!("{seen}; {unrestored}")))
         }

@@ -23,6 +23,7 @@ use crate::abi::virtio::{
 };
 use crate::inflight::RingKind;
 use crate::memory::sealed_memfd;
+use crate::sys::with_causes::with_causes;
 
 const MIB: u64 = 1 << 20;
 const VERSION_FLAG: u32 = Header::FLAG_VERSION;
@@ -90,7 +91,7 @@ pub(super) fn attack<T>(
         }
         drop(harness);
         if let Err(abort) = serves(target) {
-            return Ok(Outcome::fail(format!("{what}: the next front-end is not served: {abort}")));
+            return Ok(Outcome::fail(format!("{what}: the next front-end is not served: {}", with_causes(&abort))));
         }
     }
     Ok(tally.outcome())
@@ -117,7 +118,9 @@ fn attack_rings<T>(
     thread::sleep(target.options.settle);
     Ok(match serves(target) {
         Ok(()) => outcome,
-        Err(abort) => Outcome::fail(format!("after all of them the next front-end is not served: {abort}")),
+        Err(abort) => {
+            Outcome::fail(format!("after all of them the next front-end is not served: {}", with_causes(&abort)))
+        }
     })
 }
 

@@ -23,6 +23,7 @@ use crate::abi::virtio::VirtioFeatures;
 use crate::inflight::RingKind;
 use crate::memory::{Memory, Region};
 use crate::ring::RingBase;
+use crate::sys::with_causes::with_causes;
 
 /// Minimum number of disconnections and kills with requests in flight.
 const ROUNDS: u32 = 10;
@@ -222,7 +223,7 @@ fn recover_repeatedly(
         }
         harness.start()?;
         if let Err(abort) = harness.finish() {
-            return Ok(Outcome::fail(format!("round {round}: {abort}")));
+            return Ok(Outcome::fail(format!("round {round}: {}", with_causes(&abort))));
         }
         let (base, made) = (harness.stop()?, harness.ring.end_base());
         if !harness.ring.is_same_base(base, made) {

@@ -21,6 +21,7 @@ use crate::abi::vhost::{
 use crate::abi::vhost_user::{IotlbMsg, ProtocolFeatures, Request as Code};
 use crate::abi::virtio::{VIRTIO_RING_F_EVENT_IDX, VirtioFeatures};
 use crate::memory::LOG_PAGE;
+use crate::sys::with_causes::with_causes;
 
 /// Number of moves of data under load.
 const MOVES: u64 = 8;
@@ -218,7 +219,7 @@ pub(super) fn invalid_iotlb_messages(target: &mut Target) -> Result<Outcome, Che
         match answer.and_then(|answer| harness.connection.barrier().map(|_| answer)) {
             Ok(0) => taken.push(name.as_str()),
             Ok(_) => {}
-            Err(abort) => return Ok(Outcome::fail(format!("{name}: {abort}"))),
+            Err(abort) => return Ok(Outcome::fail(format!("{name}: {}", with_causes(&abort)))),
         }
     }
     let answers = match taken.is_empty() {
@@ -226,7 +227,7 @@ pub(super) fn invalid_iotlb_messages(target: &mut Target) -> Result<Outcome, Che
         false => format!("acknowledged as done: {}", taken.join(", ")),
     };
     if let Err(abort) = harness.run_batch(MAX_REQUESTS, RequestSize::Mixed) {
-        return Ok(Outcome::fail(format!("{answers}; then {abort}")));
+        return Ok(Outcome::fail(format!("{answers}; then {}", with_causes(&abort))));
     }
     Ok(match (wrong_pages(&harness, &expected)?, taken.len()) {
         (0, 0) => Outcome::pass(format!("{} messages, {answers}", messages.len())),
@@ -321,7 +322,7 @@ pub(super) fn moved_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
         harness.release()?;
         harness
             .run_batch(MAX_REQUESTS, RequestSize::Mixed)
-            .map_err(|abort| CheckAbort::Violation(format!("move {round}: {abort}")))?;
+            .map_err(|abort| CheckAbort::Violation(format!("move {round}: {}", with_causes(&abort))))?;
         harness.connection.barrier()?;
         let late = changed(&at_acknowledgement, &harness.hashes_of(&old)?).len();
         if late > 0 {

@@ -20,6 +20,7 @@ use crate::abi::virtio::{
 use crate::dirty::Log;
 use crate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use crate::sys::nonblocking;
+use crate::sys::with_causes::with_causes;
 
 const ROUNDS: u64 = 8;
 
@@ -405,7 +406,7 @@ pub(super) fn log_fd_signals(target: &mut Target) -> Result<Outcome, CheckAbort>
     };
     let late = match without_fd() {
         Ok(late) => late,
-        Err(abort) => return Ok(Outcome::fail(format!("after SET_LOG_FD without an fd: {abort}"))),
+        Err(abort) => return Ok(Outcome::fail(format!("after SET_LOG_FD without an fd: {}", with_causes(&abort)))),
     };
     Ok(match (early, count, late) {
         // With a loopback, received frames were also transmitted by another ring.

@@ -100,6 +100,8 @@ use ring_variant::{RingSelection, RingVariant};
 use table::{CHECKS, Permission};
 use target::{describe_backend, prepare};
 
+use crate::sys::with_causes::with_causes;
+
 /// Number of checks that reach the timeout before it is reduced.
 const SLOW_CHECKS: u32 = 3;
 const REDUCED_TIMEOUT: Duration = Duration::from_secs(2);
@@ -187,9 +189,9 @@ pub fn check_with_progress(
         target.check_stop()?;
         if let Err(abort) = lives {
             let name = format!("{rule} {what}");
-            findings.push(Finding { rings, ..Finding::after(name.clone(), abort.to_string()) });
+            findings.push(Finding { rings, ..Finding::after(name.clone(), with_causes(&abort).to_string()) });
             let again = if target.process.is_some() { target.replace() } else { Err(abort) };
-            gone = again.err().map(|abort| format!("the back-end is gone since \"{name}\": {abort}"));
+            gone = again.err().map(|abort| format!("the back-end is gone since \"{name}\": {}", with_causes(&abort)));
         }
     }
     target.check_stop()?;

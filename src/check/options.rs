@@ -137,7 +137,7 @@ impl Default for CheckOptions {
 #[non_exhaustive]
 pub enum CheckError {
     /// The first connection failed.
-    #[error("{}: cannot connect: {source}. Check that the back-end is running and that this is its socket", path.display())]
+    #[error("{}: cannot connect (check that the back-end is running and that this is its socket)", path.display())]
     Connect {
         /// Path of the socket.
         path: PathBuf,
@@ -213,8 +213,8 @@ pub enum CheckError {
         path: PathBuf,
     },
     /// The back-end does not start.
-    #[error("cannot start the back-end: {0}")]
-    Start(io::Error),
+    #[error("cannot start the back-end")]
+    Start(#[source] io::Error),
     /// [`CheckOptions::stop`] was set.
     #[error("the check was stopped{}", .unrestored.iter().map(|change| format!("; {change}")).collect::<String>())]
     Stopped {

@@ -10,6 +10,7 @@ use crate::abi::vhost_user::Request as Code;
 use crate::dirty::LogError;
 use crate::memory::MemoryError;
 use crate::ring::RingError;
+use crate::sys::with_causes::with_causes;
 
 /// Result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -49,8 +50,8 @@ pub(super) enum CheckAbort {
     /// The system does not permit it to the back-end.
     #[error("{0}")]
     NotPossible(&'static str),
-    #[error("no connection: {0}")]
-    Connect(io::Error),
+    #[error("no connection")]
+    Connect(#[source] io::Error),
     #[error("the back-end closed the connection at {code}")]
     HungUp { code: Code },
     #[error("no reply to {code} within {waited:?}")]
@@ -59,13 +60,13 @@ pub(super) enum CheckAbort {
     Refused { code: Code, answer: u64 },
     #[error("{0}")]
     Violation(String),
-    #[error("the used ring is invalid: {0}")]
+    #[error("the used ring is invalid")]
     Ring(#[from] RingError),
-    #[error("{0}")]
+    #[error(transparent)]
     Memory(#[from] MemoryError),
-    #[error("{0}")]
+    #[error(transparent)]
     Log(#[from] LogError),
-    #[error("{0}")]
+    #[error(transparent)]
     System(#[from] io::Error),
 }
 
@@ -106,6 +107,6 @@ impl From<CheckAbort> for Outcome {
             }
             _ => Verdict::Fail,
         };
-        Outcome(verdict, abort.to_string())
+        Outcome(verdict, with_causes(&abort).to_string())
     }
 }

@@ -22,6 +22,7 @@ use crate::abi::vhost_user::{Header, MemoryHeader, MemoryRegion, ProtocolFeature
 use crate::abi::virtio::VirtioFeatures;
 use crate::memory::{LOG_PAGE, Userfault};
 use crate::ring::Buffer;
+use crate::sys::with_causes::with_causes;
 
 /// Header flags without and with need-reply.
 const PLAIN: u32 = Header::FLAG_VERSION;
@@ -160,8 +161,9 @@ fn acknowledge(harness: &Harness, flags: u32) -> Result<(), CheckAbort> {
 
 /// Fails if the next front-end is not served `after` an action.
 fn check_next_front_end(target: &Target, after: &str) -> Result<(), CheckAbort> {
-    serves(target)
-        .map_err(|abort| CheckAbort::Violation(format!("after {after} the next front-end is not served: {abort}")))
+    serves(target).map_err(|abort| {
+        CheckAbort::Violation(format!("after {after} the next front-end is not served: {}", with_causes(&abort)))
+    })
 }
 
 pub(super) fn no_memory_slots(target: &mut Target) -> Result<Outcome, CheckAbort> {

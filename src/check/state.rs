@@ -17,6 +17,7 @@ use crate::abi::vhost_user::{
     DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE, DeviceStateTransfer, Header, ProtocolFeatures, Request as Code,
 };
 use crate::sys::pipe::{WaitLimit, read_all, write_all};
+use crate::sys::with_causes::with_causes;
 
 const SET: Code = Code::SET_DEVICE_STATE_FD;
 const CHECK: Code = Code::CHECK_DEVICE_STATE;
@@ -136,7 +137,7 @@ pub(super) fn state_of_stopped_device(target: &mut Target) -> Result<Outcome, Ch
 /// Restores the device state from before the check.
 fn restore_state(target: &mut Target, good: &[u8]) {
     if let Err(abort) = target.restore_changes(|target| load_accepted(&state_harness(target)?, good)) {
-        target.unrestored.push(format!("the device state was not restored ({abort})"));
+        target.unrestored.push(format!("the device state was not restored ({})", with_causes(&abort)));
     }
 }
 
@@ -180,7 +181,9 @@ pub(super) fn truncated_states(target: &mut Target) -> Result<Outcome, CheckAbor
     }
     let Outcome(verdict, seen) = found.unwrap_or_else(Outcome::from);
     Ok(match back {
-        Err(abort) if verdict != Verdict::Fail => Outcome::fail(format!("{seen}, but the complete state: {abort}")),
+        Err(abort) if verdict != Verdict::Fail => {
+            Outcome::fail(format!("{seen}, but the complete state: {}", with_causes(&abort)))
+        }
         _ => Outcome(verdict, seen),
     })
 }

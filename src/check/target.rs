@@ -24,6 +24,7 @@ use crate::abi::features::protocol_feature_names;
 use crate::abi::vhost_user::ProtocolFeatures;
 use crate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_NET_F_MQ, VirtioFeatures};
 use crate::inflight::RingKind;
+use crate::sys::with_causes::with_causes;
 
 /// Ring size, if the back-end accepts it.
 const MAX_RING_SIZE: u16 = 256;
@@ -147,10 +148,10 @@ impl Target {
                     if self.check_served().is_err() {
                         // The back-end may exit when it refuses a message.
                         let again = self.replace().and_then(|()| self.check_served());
-                        again.map_err(|abort| CheckError::QueueSizeRefused(size, abort.to_string()))?;
+                        again.map_err(|abort| CheckError::QueueSizeRefused(size, with_causes(&abort).to_string()))?;
                     }
                 }
-                Err(abort) => return Err(CheckError::QueueSizeRefused(size, abort.to_string())),
+                Err(abort) => return Err(CheckError::QueueSizeRefused(size, with_causes(&abort).to_string())),
             }
         }
     }
@@ -328,7 +329,8 @@ pub(super) fn prepare(socket: &Path, options: &CheckOptions) -> Result<Target, C
     let connection = Connection::from_stream(stream, options, replies.clone());
     let negotiated = negotiate_protocol(&connection)
         .and_then(|offered| Ok((offered, TestedDevice::of(&connection, offered, options.device)?)));
-    let negotiation_error = |abort: CheckAbort| CheckError::Negotiation { path: path(), reason: abort.to_string() };
+    let negotiation_error =
+        |abort: CheckAbort| CheckError::Negotiation { path: path(), reason: with_causes(&abort).to_string() };
     let (offered, device) = negotiated.map_err(|abort| match abort {
         CheckAbort::Timeout { .. } if connection.is_unread() => busy(),
         CheckAbort::UnknownDevice(reason) => CheckError::UnknownDevice { path: path(), reason },
@@ -358,7 +360,7 @@ pub(super) fn prepare(socket: &Path, options: &CheckOptions) -> Result<Target, C
     };
     target
         .probe_second_connection()
-        .map_err(|abort| CheckError::NoSecondConnection { path: path(), reason: abort.to_string() })?;
+        .map_err(|abort| CheckError::NoSecondConnection { path: path(), reason: with_causes(&abort).to_string() })?;
     target.size = target.probe_ring_size()?;
     if target.device.has_requests() {
         return Ok(target);
@@ -367,7 +369,7 @@ pub(super) fn prepare(socket: &Path, options: &CheckOptions) -> Result<Target, C
     match &target.options.frame_source {
         Some(frame_source) => wait_for_frame(&target).map_err(|abort| CheckError::FrameSource {
             frame_source: frame_source.clone(),
-            reason: abort.to_string(),
+            reason: with_causes(&abort).to_string(),
         })?,
         None => {
             target.frame_source = Some(FrameSource::Loop);

@@ -14,16 +14,16 @@
 //! # let path = folder.path().join("guest.ctl");
 //! use std::sync::Arc;
 //!
-//! use vhost_migrate::control::{CommandHandler, ControlClient, ControlCommand, bind, call, serve, status};
+//! use vhost_migrate::control::{CommandError, CommandHandler, ControlClient, ControlCommand, bind, call, serve, status};
 //! use vhost_migrate::guest::{GuestOwner, OwnerState};
 //!
 //! struct Commands(GuestOwner);
 //!
 //! impl CommandHandler for Commands {
-//!     fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), String> {
+//!     fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), CommandError> {
 //!         match command {
 //!             ControlCommand::Status {} => client.send_event(&self.0.status().into()),
-//!             ControlCommand::Pause {} => self.0.pause().map_err(|error| error.to_string())?,
+//!             ControlCommand::Pause {} => self.0.pause()?,
 //!             _ => return Err("this guest knows status and pause only".into()),
 //!         }
 //!         Ok(())
@@ -41,6 +41,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+use std::error::Error;
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsFd, AsRawFd};
@@ -61,6 +62,7 @@ use crate::guest::{DeviceConnection, MeasuredRate, OwnerStatus};
 use crate::migrate::MigrationEvent;
 use crate::sys::listen::{self, SocketPathGuard, listen};
 use crate::sys::socket;
+use crate::sys::with_causes::with_causes;
 
 pub use crate::sys::listen::MAX_SOCKET_PATH;
 
@@ -202,13 +204,16 @@ impl fmt::Display for ControlEvent {
     }
 }
 
+/// An error of a command. The client gets its text and those of its causes.
+pub type CommandError = Box<dyn Error + Send + Sync>;
+
 /// Implements the commands. Called from one thread per connection.
 pub trait CommandHandler: Send + Sync + 'static {
     /// Executes `command` and sends its events to `client`.
     ///
     /// # Errors
-    /// A message for the client: the failure and advice.
-    fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), String>;
+    /// The failure and advice.
+    fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), CommandError>;
 
     /// Ends the process after a successful [`ControlCommand::Quit`] was answered.
     fn quit(&self);
@@ -321,8 +326,8 @@ pub struct SocketPath {
 /// The obstacle and advice.
 pub fn bind(path: &Path) -> io::Result<(UnixListener, SocketPath)> {
     listen(path).map(|(listener, place)| (listener, SocketPath { _place: place })).map_err(|refused| {
-        let kind = refused.source.map_or(io::ErrorKind::AddrInUse, |error| error.kind());
-        io::Error::new(kind, format!("control socket {}: {}", path.display(), refused.advice))
+        let kind = refused.source.as_ref().map_or(io::ErrorKind::AddrInUse, io::Error::kind);
+        io::Error::new(kind, format!("control socket {}: {}", path.display(), with_causes(&refused)))
     })
 }
 
@@ -367,9 +372,12 @@ fn serve_connection(stream: &UnixStream, handler: &dyn CommandHandler) -> io::Re
         let quits = matches!(command, Ok(ControlCommand::Quit {}));
         let answer = match command {
             Ok(command) => handler.command(command, &client),
-            Err(error) => Err(format!("not a valid command: {error}")),
+            Err(error) => Err(format!("not a valid command: {error}").into()),
         };
-        let answer = answer.map_or_else(|message| ControlEvent::Error { message }, |()| ControlEvent::Ok);
+        let answer = match answer {
+            Ok(()) => ControlEvent::Ok,
+            Err(error) => ControlEvent::Error { message: with_causes(error.as_ref()).to_string() },
+        };
         let answered = client.end_answer(&answer);
         if quits && answer == ControlEvent::Ok {
             handler.quit();
@@ -551,7 +559,7 @@ mod tests {
     struct Echo;
 
     impl CommandHandler for Echo {
-        fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), String> {
+        fn command(&self, command: ControlCommand, client: &ControlClient<'_>) -> Result<(), CommandError> {
             match command {
                 ControlCommand::Quit {} => Err("not today".into()),
                 other => {

@@ -54,11 +54,12 @@ pub enum LogError {
         offset: u64,
     },
     /// A system call failed.
-    #[error("the dirty log: cannot {operation}: {cause}")]
+    #[error("the dirty log: cannot {operation}")]
     System {
         /// The operation that failed, as an infinitive.
         operation: &'static str,
         /// Error of the system.
+        #[source]
         cause: std::io::Error,
     },
 }

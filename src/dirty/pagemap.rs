@@ -34,23 +34,22 @@ const UFFD_FEATURES: u64 = UFFD_FEATURE_PAGEFAULT_FLAG_WP
 pub enum PagemapError {
     /// The kernel does not permit this process a userfaultfd.
     #[error(
-        "userfaultfd refused ({0}): allow the call in the sandbox, set `sysctl vm.unprivileged_userfaultfd=1`, or run \
-         as root"
+        "userfaultfd refused (allow the call in the sandbox, set `sysctl vm.unprivileged_userfaultfd=1`, or run as \
+         root)"
     )]
-    Userfaultfd(io::Error),
+    Userfaultfd(#[source] io::Error),
     /// The kernel has no asynchronous write-protection or no PAGEMAP_SCAN.
-    #[error(
-        "write tracking is not supported by this kernel ({0}): use Linux 6.7 or later with CONFIG_PTE_MARKER_UFFD_WP"
-    )]
-    Kernel(io::Error),
+    #[error("this kernel can't track writes (use Linux 6.7 or later with CONFIG_PTE_MARKER_UFFD_WP)")]
+    Kernel(#[source] io::Error),
     /// A region whose pages cannot be write-protected.
-    #[error("region at {gpa:#x} ({size:#x} bytes): cannot track writes: {cause}")]
+    #[error("region at {gpa:#x} ({size:#x} bytes): cannot track writes")]
     Region {
         /// Guest-physical start of the region.
         gpa: u64,
         /// Size of the region, bytes.
         size: u64,
         /// Error of the system.
+        #[source]
         cause: io::Error,
     },
     /// The source is not started.
@@ -250,6 +249,7 @@ mod tests {
 
     use super::*;
     use crate::memory::sealed_memfd;
+    use crate::sys::with_causes::with_causes;
 
     const MIB: u64 = 1 << 20;
 
@@ -325,7 +325,7 @@ mod tests {
         source.stop().unwrap();
         memory.write(0x3000, &[1]).unwrap();
         let error = source.harvest(&mut PageSet::default()).unwrap_err();
-        assert!(error.to_string().contains("start the source"), "{error}");
+        assert!(with_causes(&error).to_string().contains("start the source"), "{error}");
         source.start().unwrap();
         assert!(harvested(&mut source).is_empty());
         memory.write(0x3000, &[1]).unwrap();
@@ -333,7 +333,7 @@ mod tests {
         // The kernel refuses a second source for the same memory, and the first continues.
         let mut second = Pagemap::new("second", memory.clone());
         let error = second.start().unwrap_err();
-        assert!(error.to_string().contains("region at 0x0"), "{error}");
+        assert!(with_causes(&error).to_string().contains("region at 0x0"), "{error}");
         memory.write(0x4000, &[1]).unwrap();
         assert_eq!(harvested(&mut source), [4]);
     }

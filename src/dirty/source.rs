@@ -8,6 +8,8 @@ use super::harvest::Harvest;
 use super::log::{Log, LogError};
 use super::page_set::PageSet;
 
+use crate::sys::with_causes::with_causes;
+
 /// An error of a source of dirty pages.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -16,11 +18,12 @@ pub enum DirtyError {
     #[error(transparent)]
     Log(#[from] LogError),
     /// Another source failed.
-    #[error("dirty pages of {name}: {cause}")]
+    #[error("the source {name} of dirty pages failed")]
     Source {
         /// The name of the source.
         name: String,
         /// The error, with the remedy in its message.
+        #[source]
         cause: Box<dyn std::error::Error + Send + Sync>,
     },
 }
@@ -212,7 +215,7 @@ impl DirtySource for UnionSource {
             if let Err(error) = member.source.start() {
                 for member in started {
                     if let Err(error) = member.source.stop() {
-                        tracing::warn!("{}: cannot stop tracking: {error}", member.source.name());
+                        tracing::warn!("{}: cannot stop tracking: {}", member.source.name(), with_causes(&error));
                     }
                 }
                 return Err(error);
@@ -336,7 +339,7 @@ mod tests {
     #[test]
     fn a_union_that_cannot_start_stops_the_sources_already_started() {
         let (mut union, calls) = union(["", "", "start"]);
-        assert_eq!(union.start().unwrap_err().to_string(), "dirty pages of c: start");
+        assert_eq!(with_causes(&union.start().unwrap_err()).to_string(), "the source c of dirty pages failed: start");
         assert_eq!(*calls.lock().unwrap(), ["a start", "b start", "c start", "a stop", "b stop"]);
     }
 
@@ -351,7 +354,7 @@ mod tests {
     #[test]
     fn all_sources_are_stopped_even_if_one_fails() {
         let (mut union, calls) = union(["stop", "", "stop"]);
-        assert_eq!(union.stop().unwrap_err().to_string(), "dirty pages of a: stop");
+        assert_eq!(with_causes(&union.stop().unwrap_err()).to_string(), "the source a of dirty pages failed: stop");
         assert_eq!(calls.lock().unwrap().len(), 3);
     }
 

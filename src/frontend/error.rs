@@ -12,7 +12,7 @@ use crate::memory::MemoryError;
 #[non_exhaustive]
 pub enum FrontendError {
     /// The connection to the back-end's socket failed.
-    #[error("{}: cannot connect to the back-end: {source}. {}", path.display(), advice(source))]
+    #[error("{}: cannot connect to the back-end ({})", path.display(), advice(source.kind()))]
     Connect {
         /// Path of the socket.
         path: PathBuf,
@@ -141,7 +141,7 @@ pub enum FrontendError {
         iova: u64,
     },
     /// The transfer of the device state failed.
-    #[error("cannot {operation} the device state: {source}. {}", state_advice(source))]
+    #[error("cannot {operation} the device state ({})", state_advice(source.kind()))]
     DeviceState {
         /// "save" or "load".
         operation: &'static str,
@@ -165,7 +165,7 @@ pub enum FrontendError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// A system call failed.
-    #[error("cannot {what}: {source}")]
+    #[error("cannot {what}")]
     System {
         /// The operation that failed.
         what: &'static str,
@@ -217,21 +217,21 @@ fn after_colon(reason: &Option<String>) -> String {
     reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default()
 }
 
-fn advice(source: &io::Error) -> &'static str {
-    match source.kind() {
-        io::ErrorKind::WouldBlock => "Its queue of connections is full: it does not accept any. Check its log",
-        io::ErrorKind::NotFound => "Check that the back-end is running and that this is its socket",
-        io::ErrorKind::ConnectionRefused => "This is a stale socket. Start the back-end again",
-        io::ErrorKind::PermissionDenied => "Run as the back-end's user, or change the permissions of the socket",
-        io::ErrorKind::InvalidInput => "Socket paths have at most 107 bytes. Use a shorter one",
-        _ => "Check the back-end",
+fn advice(kind: io::ErrorKind) -> &'static str {
+    match kind {
+        io::ErrorKind::WouldBlock => "its queue of connections is full: it does not accept any; check its log",
+        io::ErrorKind::NotFound => "check that it is running and that this is its socket",
+        io::ErrorKind::ConnectionRefused => "this is a stale socket: start the back-end again",
+        io::ErrorKind::PermissionDenied => "run as the back-end's user, or change the permissions of the socket",
+        io::ErrorKind::InvalidInput => "socket paths have at most 107 bytes: use a shorter one",
+        _ => "check its log",
     }
 }
 
-fn state_advice(source: &io::Error) -> &'static str {
-    match source.kind() {
-        io::ErrorKind::TimedOut => "The back-end is stuck or too slow",
-        io::ErrorKind::FileTooLarge => "The state is larger than 16 MiB",
-        _ => "The log of the back-end may have the reason",
+fn state_advice(kind: io::ErrorKind) -> &'static str {
+    match kind {
+        io::ErrorKind::TimedOut => "the back-end is stuck or too slow",
+        io::ErrorKind::FileTooLarge => "the state is larger than 16 MiB",
+        _ => "the log of the back-end may have the reason",
     }
 }

@@ -17,6 +17,7 @@ use crate::frontend::{Device, DeviceEvent, FrontendError, Interrupt, RingSetup, 
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::log_limit::limited;
 use crate::sys::nonblocking;
+use crate::sys::with_causes::with_causes;
 
 /// Time limit of one attempt to reconnect.
 const CONNECT_ATTEMPT: Duration = Duration::from_secs(2);
@@ -208,15 +209,16 @@ impl Disk {
     /// Records the reason of a failed attempt. A missing back-end is not logged again.
     fn record_refusal(&self, error: &FrontendError) {
         let is_silent = matches!(error, FrontendError::Timeout { .. } | FrontendError::NotServed { .. });
-        let why = (is_silent || !error.is_transient()).then(|| error.to_string());
+        let why = (is_silent || !error.is_transient()).then(|| with_causes(error).to_string());
         // A back-end that is still silent is not logged again.
         let is_new = |absence: &&mut Outage| absence.reason != why && !(is_silent && absence.reason.is_some());
         if let Some(absence) = lock(&self.outage).as_mut().filter(is_new) {
             if why.is_some() {
                 limited!(
                     warn,
-                    "{}: refused to reconnect to the process at this socket: {error}; trying again",
-                    self.name
+                    "{}: refused to reconnect to the process at this socket: {}; trying again",
+                    self.name,
+                    with_causes(error)
                 );
             }
             absence.reason = why;
@@ -373,7 +375,9 @@ impl Disk {
         if lock(&self.pending).stop_logging {
             match device.stop_logging() {
                 Err(error) if error.needs_reconnect() => return Err(error),
-                Err(error) => limited!(warn, "{}: logging could not be switched off: {error}", self.name),
+                Err(error) => {
+                    limited!(warn, "{}: logging could not be switched off: {}", self.name, with_causes(&error))
+                }
                 Ok(()) => {}
             }
             lock(&self.pending).stop_logging = false;
@@ -397,7 +401,7 @@ impl Disk {
                 }
             }
             // A disconnected back-end is read when it is back.
-            Err(error) => limited!(warn, "{}: its capacity can't be read: {error}", self.name),
+            Err(error) => limited!(warn, "{}: its capacity can't be read: {}", self.name, with_causes(&error)),
         }
     }
 

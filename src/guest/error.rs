@@ -78,7 +78,7 @@ pub enum GuestError {
         head: u16,
     },
     /// The device has broken its ring.
-    #[error("queue {queue}: {source}")]
+    #[error("queue {queue}: the device has broken its ring")]
     Ring {
         /// Number of the queue, counted across all disks.
         queue: usize,
@@ -106,7 +106,7 @@ pub enum GuestError {
     #[error("the check was interrupted before its end; it had found no error")]
     Interrupted,
     /// An error of the system.
-    #[error("can't {what}: {source}")]
+    #[error("can't {what}")]
     System {
         /// The failed operation.
         what: &'static str,

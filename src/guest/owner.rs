@@ -30,6 +30,7 @@ use crate::migrate::{
 use crate::stream::{
     CancelToken, MigrationId, Started, StreamError, StreamOptions, ToSource, Uri, connect, query_outcome,
 };
+use crate::sys::with_causes::with_causes;
 
 /// Time limit of the outcome query before a resume.
 const RESUME_QUERY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -40,9 +41,6 @@ const MEASUREMENT_INTERVAL: Duration = Duration::from_millis(100);
 /// Warning about a snapshot of a running guest.
 const NOT_PAUSED_WARNING: &str = "the guest is not paused and continues to write to its disk after the save: a restore onto that disk is then refused. \
                        For a snapshot pause the guest, save it, copy its disk with cp --preserve=xattr, and resume it";
-/// Advice when a guest of unknown outcome can't be resumed.
-const DISK_IN_USE_ADVICE: &str =
-    "Another front-end seems to use the disk: the destination probably runs the guest. If it does, run forget here";
 
 /// State of the guest at its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -153,8 +151,10 @@ pub enum OwnerError {
     #[error("the destination has the guest ({0}): end the destination's process first")]
     HeldByDestination(String),
     /// The guest of unknown outcome can't be started.
-    #[error("{0}. {DISK_IN_USE_ADVICE}")]
-    DiskInUse(GuestError),
+    #[error(
+        "another front-end seems to use the disk: the destination probably runs the guest; if it does, run forget here"
+    )]
+    DiskInUse(#[source] GuestError),
     /// An operation on the guest failed.
     #[error(transparent)]
     Guest(#[from] GuestError),
@@ -206,7 +206,7 @@ impl From<&GuestView> for GuestStatus {
             stats: guest.stats(),
             guest_bytes: guest.memory_bytes(),
             devices: guest.connections(),
-            failure: guest.failure().map(|failure| failure.to_string()),
+            failure: guest.failure().map(|failure| with_causes(&*failure).to_string()),
         }
     }
 }

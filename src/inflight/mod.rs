@@ -80,10 +80,10 @@ pub enum InflightError {
         offset: u64,
     },
     /// The file cannot be mapped, or is shorter than the region.
-    #[error("the inflight region cannot be mapped: {0} (rule I1.1)")]
+    #[error("the inflight region cannot be mapped (rule I1.1)")]
     Map(#[from] MemoryError),
     /// The system refused to create the file.
-    #[error("the inflight region cannot be created: {0}")]
+    #[error("the inflight region cannot be created")]
     Create(#[from] std::io::Error),
     /// The region has no part for the queue.
     #[error("the inflight region has {queues} queues and no queue {queue} (rule I1.2)")]

@@ -48,6 +48,8 @@ use std::sync::Arc;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, VolatileSlice};
 
+use crate::sys::with_causes::with_causes;
+
 /// Size of a page of guest-physical memory, bytes: the unit of every dirty log and of every page that this crate moves.
 /// It does not depend on the page size of the host or the guest (rule L1.1).
 pub const LOG_PAGE: u64 = 4096;
@@ -90,7 +92,7 @@ pub enum MemoryError {
         space: &'static str,
     },
     /// The operating system refused the mapping.
-    #[error("region at {gpa:#x}: cannot map {size:#x} bytes: {source}")]
+    #[error("region at {gpa:#x}: cannot map {size:#x} bytes")]
     Map {
         /// Guest-physical start of the region.
         gpa: u64,
@@ -292,7 +294,7 @@ impl Memory {
     pub fn advise_huge_pages(&self, pages: &Range<u64>) {
         for (region, range) in self.parts(pages) {
             if let Err(error) = region.advise_huge_pages(range) {
-                tracing::debug!(%error, ?region, "huge pages refused");
+                tracing::debug!(error = %with_causes(&error), ?region, "huge pages refused");
             }
         }
     }

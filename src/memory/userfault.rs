@@ -22,19 +22,20 @@ use crate::sys::nonblocking;
 pub enum UserfaultError {
     /// The kernel does not permit this process a userfaultfd for its own faults and for those in system calls.
     #[error(
-        "userfaultfd refused ({0}): allow the call in the sandbox, set `sysctl vm.unprivileged_userfaultfd=1`, or run \
-         as root"
+        "userfaultfd refused (allow the call in the sandbox, set `sysctl vm.unprivileged_userfaultfd=1`, or run as \
+         root)"
     )]
-    Refused(io::Error),
+    Refused(#[source] io::Error),
     /// The kernel does not support userfaultfd for shared memory and huge pages.
-    #[error("userfaultfd for shared memory is not supported by this kernel ({0}): use Linux 4.11 or later")]
-    Kernel(io::Error),
+    #[error("userfaultfd for shared memory is not supported by this kernel (use Linux 4.11 or later)")]
+    Kernel(#[source] io::Error),
     /// A region that cannot be registered.
-    #[error("region at {gpa:#x}: cannot be registered with userfaultfd ({cause}): use a memfd, /dev/shm or hugetlbfs")]
+    #[error("region at {gpa:#x}: cannot be registered with userfaultfd (use a memfd, /dev/shm or hugetlbfs)")]
     Region {
         /// Guest-physical start of the region.
         gpa: u64,
         /// Error of the system.
+        #[source]
         cause: io::Error,
     },
 }

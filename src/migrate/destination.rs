@@ -23,6 +23,7 @@ use crate::stream::record::{Commit, DataRuns, MemoryLayout, ToDestination};
 use crate::stream::{
     CancelToken, FrameKind, MigrationId, PageStats, Started, StreamChannel, StreamConnection, StreamError, ToSource,
 };
+use crate::sys::with_causes::with_causes;
 
 /// Time limit for ending the connection.
 const FINAL_MESSAGE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -104,7 +105,7 @@ pub fn receive(
             let error = outcomes.record_failure(id, error);
             // The source may have disconnected. It queries the outcome if it has sent a commit.
             replies.writer.get_mut().allow_final_frame();
-            let _ = replies.send(&ToSource::Failed { message: error.to_string() });
+            let _ = replies.send(&ToSource::Failed { message: with_causes(&error).to_string() });
             Err(error)
         }
     };
@@ -141,13 +142,15 @@ fn start(
             outcomes.record_started(id, started);
             // The guest runs, whether or not the source is informed.
             if let Err(error) = replies.send(&ToSource::Started(started)) {
+                let error = with_causes(&error);
                 tracing::warn!(%error, "the guest runs here, but its source could not be told: it will ask");
             }
             Ok(observed_downtime_ns)
         }
         Err(cause) => {
-            let held = outcomes.record_held(id, &cause.to_string());
+            let held = outcomes.record_held(id, &with_causes(cause.as_ref()).to_string());
             if let Err(error) = replies.send(&ToSource::Held(held)) {
+                let error = with_causes(&error);
                 tracing::warn!(%error, "the guest is paused here, but its source could not be told: it will ask");
             }
             Err(MigrateError::NotStarted(cause))
@@ -164,7 +167,7 @@ fn start_with_retries(vm: &mut dyn IncomingVm, run: bool, cancel: &CancelToken) 
         if cancel.is_cancelled() {
             return Err(error);
         }
-        tracing::warn!("the guest has arrived and can't be started: {error}; trying again");
+        tracing::warn!("the guest has arrived and can't be started: {}; trying again", with_causes(error.as_ref()));
         if cancel.wait(START_RETRY_DELAY).is_err() {
             return Err(error);
         }
@@ -176,7 +179,7 @@ fn start_with_retries(vm: &mut dyn IncomingVm, run: bool, cancel: &CancelToken) 
 fn finish_connection(connection: StreamConnection) {
     let ended = connection.channels.iter().try_for_each(|channel| channel.set_timeout(Some(FINAL_MESSAGE_TIMEOUT)));
     if let Err(error) = ended.and_then(|()| connection.finish()) {
-        tracing::debug!(%error, "the connection did not end well");
+        tracing::debug!(error = %with_causes(&error), "the connection did not end well");
     }
 }
 

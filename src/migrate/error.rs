@@ -1,10 +1,13 @@
 //! Errors of a migration, and the resulting location of the guest.
 
+use std::error::Error;
+use std::fmt;
 use std::time::Duration;
 
 use crate::dirty::DirtyError;
 use crate::memory::LOG_PAGE;
 use crate::stream::StreamError;
+use crate::sys::with_causes::with_causes;
 
 use super::report::GuestLocation;
 use super::vm::VmError;
@@ -34,7 +37,7 @@ pub enum MigrateError {
         wanted: &'static str,
     },
     /// Dirty pages cannot be tracked.
-    #[error("can't track dirty pages: {0}")]
+    #[error("can't track dirty pages")]
     Dirty(#[from] DirtyError),
     /// The comparison of all memory, requested by the source, found differences.
     #[error(
@@ -50,11 +53,12 @@ pub enum MigrateError {
         first_different: Vec<u64>,
     },
     /// The VM reported an error.
-    #[error("{doing}: {cause}")]
+    #[error("{doing} failed")]
     Vm {
         /// The failed operation.
         doing: &'static str,
         /// The VM's error.
+        #[source]
         cause: VmError,
     },
     /// The switchover exceeded its time limit.
@@ -69,25 +73,26 @@ pub enum MigrateError {
     #[error("the guest can't be stopped and keeps running here: {0}. Migrate again when the device is back")]
     DeviceAway(String),
     /// The migration failed, and the guest could not resume here.
-    #[error("{error}. The guest could not resume here and is paused: {cause}. Run \"resume\" to try again")]
+    #[error("{}. The guest could not resume here and is paused (run \"resume\" to try again)", with_causes(error))]
     NotResumed {
         /// The error of the migration.
         error: Box<MigrateError>,
         /// The error of resuming the guest.
+        #[source]
         cause: VmError,
     },
     /// The guest is to continue here, and the destination is not a file or device.
     #[error("the guest can continue here only if it is saved to a file or device: anywhere else it would run twice")]
     NotAFile,
     /// The guest was saved and was to continue here, and could not resume.
-    #[error("the guest is saved, but could not resume here and is paused: {0}. Run \"resume\" to try again")]
-    SavedNotResumed(VmError),
+    #[error("the guest is saved, but could not resume here and is paused (run \"resume\" to try again)")]
+    SavedNotResumed(#[source] VmError),
     /// This destination has given up the migration for good.
     #[error("the migration was given up: {0}")]
     GivenUp(String),
     /// The guest has arrived and belongs to this destination, but could not be started. It is intact and paused.
-    #[error("the guest has arrived and could not be started; it is paused here: {0}. Run \"resume\" to try again")]
-    NotStarted(VmError),
+    #[error("the guest has arrived and could not be started; it is paused here (run \"resume\" to try again)")]
+    NotStarted(#[source] VmError),
     /// The destination has the guest and could not start it.
     #[error(
         "the destination has the guest, paused, and can't start it: {0}. Resume it there, then \"forget\" it here; \
@@ -95,9 +100,10 @@ pub enum MigrateError {
     )]
     Held(String),
     /// The connection failed after the commit was sent, and the outcome query failed.
-    #[error("{error}. It is unknown if the destination runs the guest: {reason}")]
+    #[error("it is unknown if the destination runs the guest ({reason})")]
     OutcomeUnknown {
         /// The error after the commit.
+        #[source]
         error: Box<MigrateError>,
         /// The result of the outcome query.
         reason: String,
@@ -135,12 +141,24 @@ impl From<StreamError> for MigrateError {
 }
 
 /// A migration that failed at the source.
-#[derive(Debug, thiserror::Error)]
-#[error("{error}")]
+#[derive(Debug)]
 pub struct MigrationFailure {
     /// The error.
-    #[source]
     pub error: MigrateError,
     /// Location of the guest.
     pub location: GuestLocation,
+}
+
+/// The text of the error.
+impl fmt::Display for MigrationFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+/// The source is that of the error, because the text is.
+impl Error for MigrationFailure {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.error.source()
+    }
 }

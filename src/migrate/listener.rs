@@ -10,6 +10,7 @@ use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 
 use super::outcomes::Outcomes;
 use crate::stream::{self, CancelToken, StreamConnection, StreamError, StreamListener, StreamOptions};
+use crate::sys::with_causes::with_causes;
 
 /// Time limit for a connected migration to send its first frame, the memory layout.
 const FIRST_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
@@ -117,7 +118,7 @@ fn listen(
                 let (id, answer) = (query.id, outcomes.answer(query.id));
                 tracing::info!("the source of migration {id} asks what came of it: {answer:?}");
                 if let Err(error) = query.reply(&answer) {
-                    tracing::warn!("a source that asks about a migration went away: {error}");
+                    tracing::warn!("a source that asks about a migration went away: {}", with_causes(&error));
                 }
             }
             Ok(stream::IncomingConnection::Migration(connection)) if listener.uri().is_single_channel() => {
@@ -165,7 +166,7 @@ impl UnstartedMigrations {
         let cancel = migration.cancel_token().clone();
         let wait = move || match migration.wait_for_frame(FIRST_FRAME_TIMEOUT) {
             Ok(()) => enqueue(&to, migration),
-            Err(error) => tracing::warn!("dropping a migration that has not begun: {error}"),
+            Err(error) => tracing::warn!("dropping a migration that has not begun: {}", with_causes(&error)),
         };
         let thread = std::thread::Builder::new().name("unstarted migration".into()).spawn(wait)?;
         self.0.push_back((cancel, thread));

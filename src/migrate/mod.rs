@@ -21,7 +21,7 @@
 //! ```
 //! # use std::sync::Arc;
 //! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
-//! # fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
+//! # fn guest_memory() -> Result<Memory, VmError> {
 //! #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?)
 //! # }
 //! # let folder = tempfile::tempdir()?;
@@ -59,7 +59,7 @@
 //!
 //! impl IncomingVm for Vm {
 //!     fn prepare(&mut self, _regions: &[RegionLayout]) -> Result<Memory, VmError> {
-//!         let memory = guest_memory().map_err(|error| error.to_string())?;
+//!         let memory = guest_memory()?;
 //!         self.0 = Some(memory.clone());
 //!         Ok(memory)
 //!     }
@@ -88,10 +88,10 @@
 //! assert_eq!(report.guest_bytes, 1 << 20);
 //!
 //! let mut contents = [0; 8];
-//! let arrived = destination.join().map_err(|_| "the destination panicked")?.map_err(|error| error.to_string())?;
+//! let arrived = destination.join().map_err(|_| "the destination panicked")??;
 //! arrived.memory().read(0x5000, &mut contents)?;
 //! assert_eq!(&contents, b"contents");
-//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # Ok::<(), VmError>(())
 //! ```
 #![forbid(unsafe_code)]
 

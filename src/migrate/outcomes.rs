@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::error::MigrateError;
 use crate::stream::{CancelToken, Held, MigrationId, Started, StreamChannel, ToSource};
+use crate::sys::with_causes::with_causes;
 
 /// The outcomes of a destination's migrations. Clones share one table.
 #[derive(Clone, Default)]
@@ -77,7 +78,7 @@ impl Outcomes {
         match self.lock().by_id.get_mut(&id) {
             Some(Outcome::GivenUp(why)) => MigrateError::GivenUp(why.clone()),
             Some(outcome @ Outcome::Receiving { .. }) => {
-                *outcome = Outcome::GivenUp(error.to_string());
+                *outcome = Outcome::GivenUp(with_causes(&error).to_string());
                 error
             }
             _ => error,

@@ -8,6 +8,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::memory::LOG_PAGE;
 use crate::stream::pages::IncomingMemory;
+use crate::sys::with_causes::with_causes;
 
 /// Number of pages populated with one system call: 4 MiB, which takes 1 to 2 ms.
 const CHUNK_PAGES: u64 = (4 << 20) / LOG_PAGE;
@@ -89,7 +90,7 @@ pub(super) fn populate(target: &IncomingMemory, runs: &[Range<u64>], arrived: &A
                 }
                 if let Err(error) = memory.populate(&piece) {
                     // Receiving the pages reports a lack of memory; an old kernel does not support this call.
-                    tracing::debug!(%error, "memory is not populated ahead");
+                    tracing::debug!(error = %with_causes(&error), "memory is not populated ahead");
                     return;
                 }
             }

@@ -34,6 +34,7 @@ use crate::stream::record::{Commit, DataRuns, MemoryLayout, RoundEnd, ToDestinat
 use crate::stream::{
     CancelToken, Codec, PageStats, RateLimiter, Started, StreamChannel, StreamConnection, StreamError, ToSource,
 };
+use crate::sys::with_causes::with_causes;
 
 /// Interval of [`MigrationEvent::Progress`].
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -134,7 +135,7 @@ pub fn migrate(
     let run = vm.is_running();
     if parameters.continue_here && !connection.is_to_file() {
         let (error, location) = (MigrateError::NotAFile, local_location(run));
-        on_event(MigrationEvent::Failed { message: error.to_string(), location });
+        on_event(MigrationEvent::Failed { message: with_causes(&error).to_string(), location });
         return Err(MigrationFailure { error, location });
     }
     let (cancel, limiter) = (connection.cancel_token().clone(), connection.rate_limiter().clone());
@@ -148,7 +149,7 @@ pub fn migrate(
     }
     let (stream, dirty) = open(vm, &memory, connection, codec).map_err(|error| {
         let location = local_location(run);
-        on_event(MigrationEvent::Failed { message: error.to_string(), location });
+        on_event(MigrationEvent::Failed { message: with_causes(&error).to_string(), location });
         MigrationFailure { error, location }
     })?;
     let mut pending = PageSet::new(memory.end() / LOG_PAGE);
@@ -493,7 +494,7 @@ impl OutgoingMigration<'_> {
         let Some(connection) = self.stream.connection.as_ref().filter(|to| !answered && !to.one_way) else {
             return Err((Stage::Committed, error));
         };
-        (self.tell)(MigrationEvent::Asking { message: error.to_string() });
+        (self.tell)(MigrationEvent::Asking { message: with_causes(&error).to_string() });
         // The old connection must not deliver an answer any more.
         connection.channels.iter().for_each(StreamChannel::shutdown);
         let vm_error = loop {
@@ -511,7 +512,7 @@ impl OutgoingMigration<'_> {
                 Ok(ToSource::Unknown) => ("another process replied, which does not know this migration".into(), true),
                 Ok(other) => (format!("the destination replied with {other:?}"), true),
                 Err(error @ StreamError::NoReturnPath) => (error.to_string(), true),
-                Err(error) => (error.to_string(), false),
+                Err(error) => (with_causes(&error).to_string(), false),
             };
             if last || begun.elapsed() >= timeout {
                 break vm_error;
@@ -523,7 +524,7 @@ impl OutgoingMigration<'_> {
 
     fn report_failure(&mut self, error: MigrateError, location: GuestLocation) -> MigrationFailure {
         stop_tracking(self.dirty.as_mut());
-        (self.tell)(MigrationEvent::Failed { message: error.to_string(), location });
+        (self.tell)(MigrationEvent::Failed { message: with_causes(&error).to_string(), location });
         MigrationFailure { error, location }
     }
 
@@ -627,7 +628,7 @@ impl IdleDetector {
 
 fn stop_tracking(dirty: &mut dyn DirtySource) {
     if let Err(error) = dirty.stop() {
-        tracing::warn!(%error, "dirty tracking could not be switched off");
+        tracing::warn!(error = %with_causes(&error), "dirty tracking could not be switched off");
     }
 }
 
@@ -771,7 +772,7 @@ impl OutgoingStream {
         if local && !self.one_way {
             self.channels.iter_mut().take(1).for_each(|first| first.writer.get_mut().allow_final_frame());
             // Otherwise it notices the closed connection.
-            let _ = self.send_message(&ToDestination::Cancel { reason: error.to_string() });
+            let _ = self.send_message(&ToDestination::Cancel { reason: with_causes(error).to_string() });
         }
     }
 

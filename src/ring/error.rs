@@ -44,7 +44,7 @@ pub enum RingError {
         align: u64,
     },
     /// An area is not completely inside one region of guest memory.
-    #[error("{area} is not in guest memory: {source}")]
+    #[error("{area} is not in guest memory")]
     Outside {
         /// Name of the area.
         area: &'static str,
@@ -148,7 +148,7 @@ pub enum RingError {
         fault: &'static str,
     },
     /// An indirect table is outside guest memory.
-    #[error("chain {head}: indirect table is not in guest memory: {source}")]
+    #[error("chain {head}: indirect table is not in guest memory")]
     IndirectOutside {
         /// Head of the chain.
         head: u16,
@@ -159,7 +159,7 @@ pub enum RingError {
     #[error("I/O virtual address {iova:#x} has no translation for {access:?} (rule T1.4)", iova = .0.iova, access = .0.access)]
     Untranslated(IotlbMiss),
     /// An I/O virtual address is translated to an address outside guest memory.
-    #[error("chain {head}: {source}")]
+    #[error("chain {head}: an I/O virtual address is translated to an address outside guest memory")]
     Translation {
         /// Head of the chain.
         head: u16,

@@ -30,16 +30,9 @@ pub enum StreamError {
     /// Another file took the name of a `file:` URI while this save was under way.
     #[error("{}: another save has taken this name since this one started. Save under another name", .0.display())]
     NameTaken(PathBuf),
-    /// A record has a version that this program cannot read.
-    #[error("{}", version_advice(.record, *.ours, *.theirs))]
-    RecordVersion {
-        /// Name of the record.
-        record: &'static str,
-        /// Version that this program reads.
-        ours: u16,
-        /// Version found.
-        theirs: u16,
-    },
+    /// A record cannot be encoded or decoded.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// The stream ended inside a header or a frame.
     #[error("the stream ends in the middle of {0}: the peer died, the connection was cut or the file is incomplete")]
     Truncated(&'static str),
@@ -65,20 +58,20 @@ pub enum StreamError {
     /// A frame kind that this version does not know.
     #[error("frame kind {0:#06x} is unknown to this version: the stream is damaged or the sender is newer")]
     UnknownKind(u16),
-    /// A length over the limit of its frame or record. Nothing was allocated for it.
+    /// A frame over its limit. Nothing was allocated for it.
     #[error("{what} of {length} bytes is over the limit of {limit} bytes")]
     TooLong {
-        /// The item that is too long.
+        /// The frame.
         what: &'static str,
         /// Its length, bytes.
         length: u64,
         /// The limit, bytes.
         limit: u64,
     },
-    /// Data that violates the format.
+    /// Data that violates the format, other than a record's encoding.
     #[error("malformed {what}: {why}")]
     Malformed {
-        /// The frame or record.
+        /// The frame, or what is in it.
         what: &'static str,
         /// The violated rule.
         why: String,
@@ -109,7 +102,7 @@ pub enum StreamError {
     #[error("unknown codec \"{0}\": use none, zstd or zstd:LEVEL with a level from -7 to 22")]
     UnknownCodec(String),
     /// Compression or decompression failed.
-    #[error("{doing} failed: {source}")]
+    #[error("{doing} failed")]
     Codec {
         /// The failed operation.
         doing: &'static str,
@@ -159,8 +152,8 @@ pub enum StreamError {
     #[error("cancelled")]
     Cancelled,
     /// Any other failure to read or write.
-    #[error("reading or writing the stream failed: {0}")]
-    Io(io::Error),
+    #[error("reading or writing the stream failed")]
+    Io(#[source] io::Error),
 }
 
 impl From<io::Error> for StreamError {
@@ -178,17 +171,6 @@ impl From<StreamError> for io::Error {
         match error {
             StreamError::Io(error) => error,
             other => io::Error::other(other),
-        }
-    }
-}
-
-impl From<RecordError> for StreamError {
-    fn from(error: RecordError) -> StreamError {
-        match error {
-            RecordError::Truncated => StreamError::Truncated("a record"),
-            RecordError::Version { record, ours, theirs } => StreamError::RecordVersion { record, ours, theirs },
-            RecordError::TooLong { what, length, limit } => StreamError::TooLong { what, length, limit },
-            RecordError::Malformed { what, why } => StreamError::Malformed { what, why },
         }
     }
 }

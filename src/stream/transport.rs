@@ -742,7 +742,7 @@ fn advice_for(error: io::Error) -> (String, Option<io::Error>) {
         Some(Errno::ENOSPC) => "no space left: free some or choose another place".into(),
         Some(Errno::EISDIR) => "this is a folder: name a file in it".into(),
         Some(Errno::EROFS) => "the file system is read-only: choose another place".into(),
-        _ => error.to_string(),
+        _ => "the system refuses".into(),
     };
     (advice, Some(error))
 }

@@ -22,7 +22,8 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 const LOCK_RETRY_INTERVAL: Duration = Duration::from_millis(1);
 
 /// A refusal to listen on a path.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{advice}")]
 pub(crate) struct ListenError {
     /// The reason and the remedy, for a message that begins with the path.
     pub(crate) advice: String,
@@ -126,7 +127,7 @@ fn system_error(error: io::Error) -> ListenError {
         io::ErrorKind::PermissionDenied => {
             "permission denied: use a directory that this user may read and write".into()
         }
-        _ => error.to_string(),
+        _ => "the system refuses".into(),
     };
     ListenError { advice, source: Some(error) }
 }

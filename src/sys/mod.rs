@@ -2,7 +2,7 @@
 //! at a path, reads and writes that never block, extended attributes.
 //!
 //! Each is behind a safe function. System calls that one module alone needs stay in that module. Beside them: waiting
-//! for threads, the limit of log lines, and counters.
+//! for threads, the limit of log lines, counters, and the text of an error with its causes.
 
 pub(crate) mod counters;
 pub(crate) mod join;
@@ -12,5 +12,6 @@ pub(crate) mod nonblocking;
 pub(crate) mod pipe;
 pub(crate) mod random;
 pub(crate) mod socket;
+pub(crate) mod with_causes;
 pub(crate) mod write_back;
 pub(crate) mod xattr;

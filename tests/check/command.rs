@@ -157,7 +157,7 @@ fn exit_status_2_is_for_wrong_arguments_and_3_for_back_ends_that_cannot_be_check
     let no_socket = no_socket.to_str().unwrap();
     let unreachable = command(&[no_socket]);
     assert_eq!(unreachable.status.code(), Some(3));
-    assert!(text(&unreachable.stderr).contains("Check that the back-end is running"), "{}", text(&unreachable.stderr));
+    assert!(text(&unreachable.stderr).contains("check that the back-end is running"), "{}", text(&unreachable.stderr));
     for wrong in [
         &[no_socket, "--queue-size", "100"][..],
         &[no_socket, "--frame-source", ""],

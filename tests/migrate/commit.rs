@@ -9,6 +9,7 @@ use vhost_migrate::stream::{
 };
 use vhost_migrate::unstable::stream::frame::{FRAME_HEADER_BYTES, FrameReader, FrameWriter};
 use vhost_migrate::unstable::stream::record::{Commit, MemoryLayout, RoundEnd, ToDestination};
+use vhost_migrate::unstable::with_causes;
 
 use crate::guest::{Guest, GuestFault, PATIENCE, REFUSAL_REASON, RefusalPoint, SLOW_START, layout};
 use crate::harness::{
@@ -243,7 +244,7 @@ fn an_unknown_migration_id_leaves_the_guest_paused_at_its_source() {
     });
     let failure = left.failure();
     assert_eq!(failure.location, GuestLocation::OutcomeUnknown, "{failure}");
-    assert!(failure.to_string().contains("does not know this migration"), "{failure}");
+    assert!(with_causes(&failure).to_string().contains("does not know this migration"), "{failure}");
     guest.assert_kept_paused();
     other.cancel().expect_failure();
     guest.resume_unharmed();
@@ -256,7 +257,7 @@ fn a_guest_that_cannot_resume_is_reported_as_paused_here() {
     let destination = Destination::at(&folder.unix("socket"));
     let failure = migrate_out(&mut guest, &destination.uri, &MigrationSetup::new()).failure();
     assert_eq!(failure.location, GuestLocation::PausedHere, "{failure}");
-    let words = failure.to_string();
+    let words = with_causes(&failure).to_string();
     assert!(words.contains("a ring does not drain") && words.contains("a ring does not start"), "{words}");
     assert_eq!(guest.calls.releases, 0);
     destination.join().expect_failure();

@@ -4,6 +4,7 @@ use std::process::Command;
 
 use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, migrate};
 use vhost_migrate::stream::{self, StreamError};
+use vhost_migrate::unstable::with_causes;
 
 use crate::guest::{Calls, Guest, GuestFault};
 use crate::harness::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out, stream_error, uri};
@@ -15,7 +16,7 @@ fn failing_migration_error(to: &str, setup: &MigrationSetup) -> String {
     let mut guest = Guest::running(PAGES);
     let failure = migrate_out(&mut guest, &uri(to), setup).failure();
     assert_source_unharmed(guest, &failure);
-    failure.to_string()
+    with_causes(&failure).to_string()
 }
 
 #[test]
@@ -52,7 +53,7 @@ fn a_command_that_fails_after_the_commit_leaves_an_unknown_outcome() {
         let failure =
             migrate_out(&mut guest, &uri(&format!("exec:{command}")), &MigrationSetup::new().one_way()).failure();
         assert_eq!(failure.location, GuestLocation::OutcomeUnknown, "{failure}");
-        assert!(failure.to_string().contains(why), "{failure}");
+        assert!(with_causes(&failure).to_string().contains(why), "{failure}");
         guest.assert_kept_paused();
         guest.resume_unharmed();
     }

@@ -10,6 +10,7 @@ use vhost_migrate::migrate::{
     MigrationListener, MigrationParameters, MigrationReport, Outcomes, migrate, receive,
 };
 use vhost_migrate::stream::{self, StreamError, StreamListener, StreamOptions, Uri};
+use vhost_migrate::unstable::with_causes;
 
 use crate::guest::{Guest, IncomingGuest, PATIENCE, RefusalPoint};
 
@@ -98,7 +99,9 @@ pub(crate) fn migrate_out_with_events(
             });
             let last = match &outcome {
                 Ok(report) => MigrationEvent::Completed(report.clone()),
-                Err(failure) => MigrationEvent::Failed { message: failure.to_string(), location: failure.location },
+                Err(failure) => {
+                    MigrationEvent::Failed { message: with_causes(failure).to_string(), location: failure.location }
+                }
             };
             assert_eq!(events.last(), Some(&last), "the last event says how it ended");
             outcome

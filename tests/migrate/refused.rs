@@ -9,6 +9,7 @@ use vhost_migrate::migrate::{ConvergencePolicy, MigrateError, MigrationEvent, Mi
 use vhost_migrate::stream::{self, Codec, MigrationId, PageStats, Started, StreamError, StreamListener, ToSource, Uri};
 use vhost_migrate::unstable::stream::frame::{ConnectionHeader, HEADER_BYTES, OLDEST_VERSION, VERSION};
 use vhost_migrate::unstable::stream::record::{Commit, MemoryLayout, RoundEnd, ToDestination};
+use vhost_migrate::unstable::with_causes;
 
 use crate::guest::{Guest, GuestFault, REFUSAL_REASON, RefusalPoint, layout};
 use crate::harness::{
@@ -32,10 +33,10 @@ fn failure_with_refusal(refusal_point: RefusalPoint) -> MigrationFailure {
 #[test]
 fn the_error_quotes_a_destination_that_refuses() {
     for refusal_point in [RefusalPoint::Prepare, RefusalPoint::Restore] {
-        let words = failure_with_refusal(refusal_point).to_string();
+        let words = with_causes(&failure_with_refusal(refusal_point)).to_string();
         assert!(words.contains(REFUSAL_REASON), "{refusal_point:?}: {words}");
     }
-    let words = failure_with_refusal(RefusalPoint::OtherMemory).to_string();
+    let words = with_causes(&failure_with_refusal(RefusalPoint::OtherMemory)).to_string();
     assert!(words.contains("start the destination with the same memory"), "{words}");
 }
 
@@ -48,7 +49,7 @@ fn devices_that_do_not_fit_fail_the_migration_while_the_guest_runs() {
     // No other limit ends the migration.
     setup.parameters.policy = ConvergencePolicy::new(Duration::ZERO, u32::MAX);
     let failure = migrate_out(&mut guest, &destination.uri, &setup).failure();
-    assert!(failure.to_string().contains(REFUSAL_REASON), "{failure}");
+    assert!(with_causes(&failure).to_string().contains(REFUSAL_REASON), "{failure}");
     destination.join().expect_failure();
     assert_eq!(guest.calls.pauses, 0);
     assert_source_unharmed(guest, &failure);
@@ -90,7 +91,7 @@ fn a_source_vm_that_fails_resumes_and_sends_the_reason() {
                 setup.parameters.policy.downtime_limit = Duration::ZERO;
             }
             let failure = migrate_out(&mut guest, &destination.uri, &setup).failure();
-            assert!(failure.to_string().contains(why), "{failure}");
+            assert!(with_causes(&failure).to_string().contains(why), "{failure}");
             let told = destination.join().expect_failure();
             assert!(matches!(&told, MigrateError::Source(words) if words.contains(why)), "{told}");
             assert_source_unharmed(guest, &failure);
@@ -143,7 +144,7 @@ fn a_destination_that_breaks_the_handshake_order_fails_the_migration() {
         assert!(matches!(failure.error, MigrateError::Handshake { .. }), "{failure}");
     }
     let failure = failure_with_replies(ToSource::Accepted, Some(ToSource::Failed { message: REFUSAL_REASON.into() }));
-    assert!(failure.to_string().contains(REFUSAL_REASON), "{failure}");
+    assert!(with_causes(&failure).to_string().contains(REFUSAL_REASON), "{failure}");
 }
 
 #[test]
@@ -281,7 +282,7 @@ fn the_source_reports_what_is_wrong_with_the_peers_header() {
     let failure = failure_with_reply_bytes(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
     assert!(matches!(stream_error(&failure), StreamError::NotAStream), "{failure}");
     let failure = failure_with_reply_bytes(b"short");
-    assert!(failure.to_string().contains("closed the connection without a reply"), "{failure}");
+    assert!(with_causes(&failure).to_string().contains("closed the connection without a reply"), "{failure}");
 }
 
 #[test]

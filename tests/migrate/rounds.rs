@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::migrate::{ConvergencePolicy, MigrateError, MigrationEvent, STALL_ROUNDS};
 use vhost_migrate::stream::RateLimiter;
+use vhost_migrate::unstable::with_causes;
 
 use crate::guest::{Guest, GuestFault, PATIENCE};
 use crate::harness::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out};
@@ -140,7 +141,8 @@ fn the_no_convergence_advice_names_the_limiting_factor() {
         let mut setup = MigrationSetup::new().codec(codec);
         setup.parameters.policy = ConvergencePolicy::new(Duration::ZERO, 2);
         setup.options.limiter = RateLimiter::new(limit);
-        let failure = migrate_out(&mut guest, &destination.uri, &setup).failure().to_string();
+        let failure = migrate_out(&mut guest, &destination.uri, &setup).failure();
+        let failure = with_causes(&failure).to_string();
         assert!(failure.contains("no convergence") && failure.contains(advice), "{codec}, {limit:?}: {failure}");
         destination.join().expect_failure();
     }

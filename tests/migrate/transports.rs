@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 
 use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent};
 use vhost_migrate::stream::Uri;
+use vhost_migrate::unstable::with_causes;
 
 use crate::guest::{Guest, GuestFault, REFUSAL_REASON, RefusalPoint};
 use crate::harness::{
@@ -155,7 +156,7 @@ fn a_pipe_is_refused_without_one_way() {
     let (_reader, writer) = nix::unistd::pipe().unwrap();
     let mut guest = Guest::running(PAGES);
     let failure = migrate_out(&mut guest, &Uri::Fd(writer.as_raw_fd()), &MigrationSetup::new()).failure();
-    assert!(failure.to_string().contains("--one-way"), "{failure}");
+    assert!(with_causes(&failure).to_string().contains("--one-way"), "{failure}");
     assert_source_unharmed(guest, &failure);
 }
 

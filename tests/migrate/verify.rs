@@ -9,6 +9,7 @@ use vhost_migrate::dirty::{DirtySource, Log, LogSource, PageSet, Pagemap, UnionS
 use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, SourceVm, VmError, migrate};
 use vhost_migrate::stream::{self};
+use vhost_migrate::unstable::with_causes;
 
 use crate::guest::{Guest, GuestFault, HIGH, RefusalPoint};
 use crate::harness::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out, migrate_to, uri};
@@ -89,7 +90,7 @@ impl StaticVm {
             Err(MigrateError::MemoryDiffers { pages, first_different: named }) => {
                 let failure = outcome.unwrap_err();
                 assert!(failure.location == GuestLocation::RunningHere && !self.paused, "{failure}");
-                Some((pages, named, failure.to_string()))
+                Some((pages, named, with_causes(&failure).to_string()))
             }
             // The destination always refuses the state, which it receives if memory matches.
             Err(MigrateError::Vm { .. }) => None,

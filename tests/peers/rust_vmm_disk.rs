@@ -13,6 +13,7 @@ use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestIncomingVm, GuestSourceVm};
 use vhost_migrate::migrate::{ConvergencePolicy, MigrationParameters, Outcomes, SWITCHOVER_TIMEOUT, migrate, receive};
 use vhost_migrate::stream::{self, StreamListener, StreamOptions};
+use vhost_migrate::unstable::with_causes;
 
 use crate::backend::{Backend, Kind};
 use crate::disk_driver::{DATA, HIGH, harvest};
@@ -117,7 +118,7 @@ fn a_rust_vmm_disk_killed_with_open_requests_fails_the_guest() {
         backend.restart();
         guest.failure()
     });
-    let text = failure.to_string();
+    let text = with_causes(&*failure).to_string();
     assert!(text.contains("requests outstanding and no inflight region: their fate is unknown"), "{text}");
     assert!(text.contains("use a back-end with INFLIGHT_SHMFD"), "{text}");
 }

@@ -10,6 +10,7 @@ use vhost_migrate::abi::inflight::{PackedEntry, PackedHeader, QUEUE_ALIGN, Split
 use vhost_migrate::abi::virtio::{MAX_QUEUE_SIZE, PACKED_DESC_F_USED};
 use vhost_migrate::inflight::{RingKind, recover_packed, recover_split};
 use vhost_migrate::ring::RingBase;
+use vhost_migrate::unstable::with_causes;
 use zerocopy::FromBytes;
 
 use super::{Inspection, LinePrinter, open};
@@ -91,7 +92,8 @@ fn split(bytes: &RegionFile, region: &RegionArguments, lines: &LinePrinter) -> R
         let header: SplitHeader = parse_header(&part)?;
         let given = region.used.iter().find(|(of, _)| *of == queue);
         let used_idx = given.map_or(header.used_idx.get(), |(_, index)| *index);
-        let recovery = recover_split(&part, used_idx, queue_size).map_err(|error| format!("queue {queue}: {error}"))?;
+        let recovery = recover_split(&part, used_idx, queue_size)
+            .map_err(|error| format!("queue {queue}: {}", with_causes(&error)))?;
         lines.print(format_args!(
             "queue {queue}: version {}, {} entries, used index {} in the region and {used_idx} in the ring, last batch at {}",
             header.version.get(),
@@ -134,7 +136,7 @@ fn packed(bytes: &RegionFile, region: &RegionArguments, lines: &LinePrinter) -> 
         let used = (header.old_used_wrap_counter == 1) == region.published.contains(&queue);
         let flags = u16::from(used) << PACKED_DESC_F_USED;
         let recovery = recover_packed(&part, queue_size, queue_size, RingBase::default(), |_| flags)
-            .map_err(|error| format!("queue {queue}: {error}"))?;
+            .map_err(|error| format!("queue {queue}: {}", with_causes(&error)))?;
         let now = (header.used_idx.get(), header.used_wrap_counter);
         let committed = (header.old_used_idx.get(), header.old_used_wrap_counter);
         lines.print(format_args!(

@@ -12,6 +12,7 @@ use vhost_migrate::unstable::stream::frame::{ChannelId, ConnectionHeader, FrameR
 use vhost_migrate::unstable::stream::hashes::count_pages;
 use vhost_migrate::unstable::stream::pages::PageBatch;
 use vhost_migrate::unstable::stream::record::{MemoryLayout, ToDestination};
+use vhost_migrate::unstable::with_causes;
 
 use super::{Inspection, LinePrinter, open};
 use crate::units::format_bytes;
@@ -37,7 +38,7 @@ impl ExpectedFrame {
 }
 
 pub(super) fn inspect(file: &Path, lines: &LinePrinter) -> Result<Inspection, String> {
-    let with_path = |error: StreamError| format!("{}: {error}", file.display());
+    let with_path = |error: StreamError| format!("{}: {}", file.display(), with_causes(&error));
     let lacks = |what: &str| format!("{}: {what}: no guest can be restored from it", file.display());
     let mut bytes = BufReader::with_capacity(1 << 20, open(file)?);
     let header = ConnectionHeader::read(&mut bytes).map_err(with_path)?;

@@ -19,6 +19,7 @@ use crate::backend::{BackendError, VirtioDevice};
 use crate::memory::Iotlb;
 use crate::ring::{PackedDevice, RingBase};
 use crate::sys::log_limit::limited;
+use crate::sys::with_causes::with_causes;
 
 /// Time after which a refused translation of a ring's areas is requested again.
 const REFUSAL_RETRY_INTERVAL: Duration = Duration::from_secs(1);
@@ -122,7 +123,7 @@ impl RingTask {
                     // The areas may be mapped later; the driver has lost nothing. The error is reported once.
                     broken = !matches!(error, BackendError::AccessRefused { .. });
                     if broken || !std::mem::replace(&mut refused, true) {
-                        limited!(warn, "{error}");
+                        limited!(warn, "{}", with_causes(&error));
                         RingCounters::new(index).ring_broken();
                         if let Some(notifier) = &config.error {
                             notifier.signal();

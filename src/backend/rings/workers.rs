@@ -26,6 +26,7 @@ use crate::backend::{BackendError, Notifier, VirtioDevice};
 use crate::ring::RingBase;
 use crate::sys::join::join;
 use crate::sys::log_limit::limited;
+use crate::sys::with_causes::with_causes;
 
 /// Time to wait for a ring before pending replies are sent.
 const REPLY_DELAY: Duration = Duration::from_millis(1);
@@ -218,7 +219,7 @@ impl VringController for Workers {
 
     fn prepare(&mut self, index: u16) {
         if let Err(error) = self.thread(index) {
-            limited!(debug, "ring {index}: {error}");
+            limited!(debug, "ring {index}: {}", with_causes(&error));
         }
     }
 
@@ -248,7 +249,7 @@ impl VringController for Workers {
             match post.start_worker(config, None) {
                 Err(error) => {
                     if postcopy {
-                        limited!(warn, "{error}");
+                        limited!(warn, "{}", with_causes(&error));
                         failed.iter().for_each(|failed| failed.signal());
                     }
                     let _ = ready.send(Err(error));

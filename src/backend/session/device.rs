@@ -12,6 +12,7 @@ use crate::abi::vhost_user::{ConfigHeader, InflightDescription, Request as Code,
 use crate::backend::session::transfer::StateTransfer;
 use crate::backend::{BackendError, VhostUserMessage, VhostUserReply};
 use crate::sys::log_limit::limited;
+use crate::sys::with_causes::with_causes;
 use crate::{abi::virtio, inflight};
 
 impl Session {
@@ -27,7 +28,7 @@ impl Session {
             }
             Err(error) => {
                 // This request has an answer that means "no": no payload.
-                limited!(warn, "{error}");
+                limited!(warn, "{}", with_causes(&error));
                 reply.payload.clear();
             }
         }
@@ -44,7 +45,7 @@ impl Session {
         };
         let (mmap_size, fd) = make().unwrap_or_else(|error| {
             // This request has an answer that means "no": a region of no bytes.
-            limited!(warn, "{error}");
+            limited!(warn, "{}", with_causes(&error));
             (0, None)
         });
         let description = InflightDescription { mmap_size, mmap_offset: 0, ..wanted };
@@ -100,7 +101,7 @@ impl Session {
 /// Returns the reply to a request for which an empty payload means failure.
 fn reply_or_empty<T: IntoBytes + Immutable>(code: Code, told: Result<T, BackendError>) -> VhostUserReply {
     told.map(|told| VhostUserReply::new(code, &told)).unwrap_or_else(|error| {
-        limited!(warn, "{error}");
+        limited!(warn, "{}", with_causes(&error));
         VhostUserReply { code, payload: Vec::new(), fd: None }
     })
 }

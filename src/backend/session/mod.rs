@@ -51,6 +51,7 @@ use crate::inflight;
 use crate::memory::{Iotlb, Memory};
 use crate::ring::RingBase;
 use crate::sys::log_limit::limited;
+use crate::sys::with_causes::with_causes;
 use backend_channel::{BackendChannel, check_socket};
 use device::config_bytes;
 use memory::regions_of;
@@ -163,14 +164,14 @@ impl Session {
             // The front-end recovers its rings from guest memory and the inflight region on the next connection.
             Err(error @ BackendError::WorkerLost { .. }) => MessageOutcome::Close(error),
             Err(error) if acknowledge => {
-                limited!(warn, "{code} refused: {error}");
+                limited!(warn, "{code} refused: {}", with_causes(&error));
                 let states = matches!(code, Code::GET_VRING_BASE | Code::GET_VRING_BASE_SKIP_DRAIN);
                 // The number would be read as a ring and its base: all bits set is neither (rule F5.4).
                 MessageOutcome::Reply(VhostUserReply::new(code, &if states { u64::MAX } else { 1 }))
             }
             Err(error) if self.has_own_reply(code) => MessageOutcome::Close(error),
             Err(error) => {
-                limited!(warn, "{code} refused: {error}");
+                limited!(warn, "{code} refused: {}", with_causes(&error));
                 MessageOutcome::NoReply
             }
         }
@@ -251,7 +252,7 @@ impl Session {
             }
             Code::POSTCOPY_ADVISE if self.has_protocol_feature(ProtocolFeatures::PAGEFAULT) => {
                 // A reply without a file descriptor means refusal.
-                let fd = self.postcopy.advise().map_err(|error| limited!(warn, "{error}")).ok();
+                let fd = self.postcopy.advise().map_err(|error| limited!(warn, "{}", with_causes(&error))).ok();
                 return Ok(Some(VhostUserReply { code, payload: Vec::new(), fd }));
             }
             Code::POSTCOPY_LISTEN if self.has_protocol_feature(ProtocolFeatures::PAGEFAULT) => {
@@ -456,7 +457,7 @@ fn check_offered<F: bitflags::Flags<Bits = u64> + Copy>(
 fn status_number(done: Result<(), BackendError>) -> u64 {
     done.map_or_else(
         |error| {
-            limited!(warn, "{error}");
+            limited!(warn, "{}", with_causes(&error));
             1
         },
         |()| 0,

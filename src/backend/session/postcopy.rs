@@ -14,6 +14,7 @@ use crate::abi::vhost_user::{MemoryHeader, MemoryRegion};
 use crate::backend::{BackendError, VhostUserMessage};
 use crate::memory::{Memory, Userfault};
 use crate::sys::log_limit::limited;
+use crate::sys::with_causes::with_causes;
 
 /// The postcopy state of a connection. Dropping it abandons incomplete guest memory.
 #[derive(Default)]
@@ -84,7 +85,7 @@ impl Postcopy {
         };
         for region in std::mem::take(&mut self.memory).regions() {
             if let Err(error) = userfault.unregister(region) {
-                limited!(warn, "{error}");
+                limited!(warn, "{}", with_causes(&error));
             }
         }
         self.listening = false;
@@ -108,7 +109,7 @@ fn abandon_memory(userfault: Option<&Userfault>, memory: &Memory) {
         debug!("memory at {:#x} is abandoned: its pages will not arrive", region.gpa());
         let (start, len) = region.mapped();
         if let Err(error) = region.blank().and_then(|()| userfault.wake(start, len)) {
-            limited!(warn, "can't abandon memory at {:#x}: {error}", region.gpa());
+            limited!(warn, "can't abandon memory at {:#x}: {}", region.gpa(), with_causes(&error));
         }
     }
 }

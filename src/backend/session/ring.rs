@@ -15,6 +15,7 @@ use crate::backend::{BackendError, FrontendHandle, Kick, Notifier, VhostUserMess
 use crate::memory::Memory;
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::log_limit::limited;
+use crate::sys::with_causes::with_causes;
 
 /// One ring as the front-end has set it up. Addresses are the front-end's.
 #[derive(Debug, Default)]
@@ -200,7 +201,7 @@ impl Session {
         for index in 0..self.device.queues() {
             match self.apply_ring_state(index, rings) {
                 Err(error @ BackendError::WorkerLost { .. }) => return Err(error),
-                Err(error) => limited!(warn, "{error}"),
+                Err(error) => limited!(warn, "{}", with_causes(&error)),
                 Ok(()) => {}
             }
         }

@@ -25,6 +25,7 @@ use crate::check::outcome::CheckAbort;
 use crate::check::queue::RING_SLOT_BYTES;
 use crate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory};
 use crate::sys::socket;
+use crate::sys::with_causes::with_causes;
 
 /// Pages that stay contiguous where rings must be: those of one ring.
 const BLOCK_PAGES: u64 = RING_SLOT_BYTES / LOG_PAGE;
@@ -270,7 +271,7 @@ fn answer(channel: &UnixStream, connection: &UnixStream, state: &Mutex<IommuStat
         match next() {
             Ok(true) => {}
             Ok(false) => return,
-            Err(abort) => return lock(state).violation = Some(abort.to_string()),
+            Err(abort) => return lock(state).violation = Some(with_causes(&abort).to_string()),
         }
     }
 }

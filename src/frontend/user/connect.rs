@@ -18,6 +18,7 @@ use crate::abi::vhost_user::{
 };
 use crate::abi::virtio::VirtioFeatures;
 use crate::sys::log_limit::limited;
+use crate::sys::with_causes::with_causes;
 
 /// Range of waits between connection attempts.
 pub(super) const BACK_OFF: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(100);
@@ -85,7 +86,7 @@ pub(super) fn negotiate(
     match connection.wait_for_acks() {
         Ok(()) => Ok((connection, negotiated, Some(backend_channel))),
         Err(error @ FrontendError::Refused { .. }) if !has(ProtocolFeatures::INBAND_NOTIFICATIONS) => {
-            limited!(warn, "{}: configuration changes are not received: {error}", path.display());
+            limited!(warn, "{}: configuration changes are not received: {}", path.display(), with_causes(&error));
             Ok((connection, negotiated, None))
         }
         Err(error) => Err(error),

@@ -42,6 +42,7 @@ use crate::memory::{Memory, MemoryError, Region};
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::log_limit::limited;
 use crate::sys::nonblocking;
+use crate::sys::with_causes::with_causes;
 use backend_channel::{BackendChannel, EventQueue};
 use connect::{BACK_OFF, Negotiated, negotiate, retry_until};
 use connection::{Connection, LateReplies, MAX_UNACKED, Reply, TimeoutPolicy};
@@ -663,7 +664,9 @@ impl Device for UserDevice {
     fn reconnect(&mut self, deadline: Instant) -> Result<Reconnection, FrontendError> {
         if self.connection.has_pending_replies() && !self.connection.is_hung_up() {
             match self.resume_interrupted(deadline) {
-                Err(error) if self.connection.is_hung_up() => tracing::debug!("{}: {error}", self.path.display()),
+                Err(error) if self.connection.is_hung_up() => {
+                    tracing::debug!("{}: {}", self.path.display(), with_causes(&error))
+                }
                 done => return done.map(|()| Reconnection::default()),
             }
         }
@@ -802,7 +805,8 @@ impl UserDevice {
             stopped(index, base);
         }
         for (_, error) in asked? {
-            limited!(warn, "{}: {error}; GET_VRING_BASE has stopped the ring anyway", self.path.display());
+            let (path, error) = (self.path.display(), with_causes(&error));
+            limited!(warn, "{path}: {error}; GET_VRING_BASE has stopped the ring anyway");
         }
         Ok(())
     }

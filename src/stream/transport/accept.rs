@@ -24,6 +24,7 @@ use crate::stream::frame::{
 };
 use crate::stream::{StreamError, ToSource};
 use crate::sys::listen::{SocketPathGuard, listen};
+use crate::sys::with_causes::with_causes;
 
 /// Maximum number of connections that are not part of a complete migration.
 const MAX_PENDING: usize = 2 * MAX_CHANNELS as usize;
@@ -131,7 +132,7 @@ impl StreamListener {
                 IncomingConnection::Migration(connection) => return Ok(connection),
                 IncomingConnection::OutcomeQuery(query) => {
                     if let Err(error) = query.reply(&ToSource::Unknown) {
-                        tracing::warn!("a source that asks about a migration went away: {error}");
+                        tracing::warn!("a source that asks about a migration went away: {}", with_causes(&error));
                     }
                 }
             }
@@ -179,7 +180,7 @@ impl StreamListener {
                 match accept_migration(complete, options) {
                     Ok(incoming) => return Ok(incoming),
                     Err(StreamError::Cancelled) => return Err(StreamError::Cancelled),
-                    Err(error) => tracing::warn!("a migration went away before it began: {error}"),
+                    Err(error) => tracing::warn!("a migration went away before it began: {}", with_causes(&error)),
                 }
             }
             let due = waiting.iter().map(|waiting| waiting.since + waiting.timeout().0);
@@ -298,7 +299,7 @@ impl PendingConnection {
                 {
                     send_oldest_version(&mut File::from(fd));
                 }
-                self.mark_gone(error);
+                self.mark_gone(with_causes(&error));
             }
         }
     }

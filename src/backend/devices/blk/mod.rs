@@ -171,7 +171,7 @@ impl BlkOptions {
 #[non_exhaustive]
 pub enum BlkError {
     /// The image cannot be opened.
-    #[error("can't open image {image}: {source}; {advice}", image = image.display())]
+    #[error("can't open image {image} ({advice})", image = image.display())]
     Open {
         /// The image.
         image: PathBuf,

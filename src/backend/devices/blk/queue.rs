@@ -23,6 +23,7 @@ use crate::abi::virtio::{
 use crate::backend::devices::disk_io::{DiskEngine, DiskIo, DiskOp, IoPath};
 use crate::backend::{Queue, Request, counters};
 use crate::sys::log_limit::limited;
+use crate::sys::with_causes::with_causes;
 
 const HEADER: u64 = size_of::<BlkRequestHeader>() as u64;
 
@@ -174,7 +175,7 @@ impl BlkQueue {
             }
             // No system call was made: a buffer is outside guest memory.
             Err(error) if error.kind() == io::ErrorKind::InvalidInput && error.raw_os_error().is_none() => {
-                debug!("queue {}: {error}", self.index);
+                debug!("queue {}: {}", self.index, with_causes(&error));
                 VIRTIO_BLK_S_IOERR
             }
             Err(error) => match error.raw_os_error().map(Errno::from_raw) {
@@ -190,9 +191,9 @@ impl BlkQueue {
                     DiskOp::Zero { unmap, is_fallback: false } => {
                         return self.retry(DiskIo { op: DiskOp::Zero { unmap: !unmap, is_fallback: true }, ..io });
                     }
-                    _ => self.disk_error(&io, &error.to_string()),
+                    _ => self.disk_error(&io, &with_causes(&error).to_string()),
                 },
-                _ => self.disk_error(&io, &error.to_string()),
+                _ => self.disk_error(&io, &with_causes(&error).to_string()),
             },
         };
         if io.op == DiskOp::Read && status != VIRTIO_BLK_S_OK {

@@ -144,7 +144,7 @@ pub enum NetError {
         name: String,
     },
     /// The tap cannot be opened.
-    #[error("can't open tap {name}: {source}; {advice}")]
+    #[error("can't open tap {name} ({advice})")]
     Tap {
         /// Its name.
         name: String,
@@ -154,7 +154,7 @@ pub enum NetError {
         advice: &'static str,
     },
     /// The socket of a pair cannot be used.
-    #[error("can't use {path} for a pair: {source}; give a path of at most 107 bytes in a directory that you may write to",
+    #[error("can't use {path} for a pair (give a path of at most 107 bytes in a directory that you may write to)",
         path = path.display())]
     Pair {
         /// The socket.
@@ -163,7 +163,7 @@ pub enum NetError {
         source: io::Error,
     },
     /// A system call failed.
-    #[error("can't {what}: {source}")]
+    #[error("can't {what}")]
     System {
         /// The operation that failed.
         what: &'static str,

@@ -28,6 +28,7 @@ use super::NetError;
 use super::state::{PeerPort, SharedNetState};
 use crate::sys::join::join;
 use crate::sys::log_limit::limited;
+use crate::sys::with_causes::with_causes;
 
 /// Interval between connection attempts, in milliseconds.
 const RETRY_MS: u16 = 100;
@@ -121,7 +122,7 @@ impl PairEnd {
         if self.listener.is_none()
             && let Err(error) = self.connect()
         {
-            debug!("{}: {error}", self.path.display());
+            debug!("{}: {}", self.path.display(), with_causes(&error));
         }
     }
 

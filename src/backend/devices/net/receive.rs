@@ -16,6 +16,7 @@ use tracing::debug;
 use super::state::{HEADER, MAX_FRAME, NetStateCache, PeerPort, SharedNetState, count};
 use crate::backend::{Queue, Request};
 use crate::sys::log_limit::limited;
+use crate::sys::with_causes::with_causes;
 
 /// Maximum number of packets read before commands are received. Filtered packets count.
 const BATCH: usize = 256;
@@ -89,7 +90,9 @@ impl ReceiveQueue {
             self.ports = self.net_state.state.ports_received_by(self.pair);
             match epoll_for(&self.wake, &self.ports) {
                 Ok(epoll) => self.readable = epoll,
-                Err(error) => limited!(warn, "receive queue {}: can't wait for packets: {error}", self.pair),
+                Err(error) => {
+                    limited!(warn, "receive queue {}: can't wait for packets: {}", self.pair, with_causes(&error))
+                }
             }
         }
     }
@@ -173,7 +176,7 @@ impl ReceiveQueue {
             rest = later;
             if let Err(error) = request.write(0, now) {
                 // Checked in `submit`.
-                limited!(warn, "receive queue {}: {error}", self.pair);
+                limited!(warn, "receive queue {}: {}", self.pair, with_causes(&error));
             }
             self.done.push(request);
         }

@@ -7,6 +7,7 @@ use tracing::debug;
 
 use super::state::{HEADER, MAX_FRAME, NetStateCache, SharedNetState, count};
 use crate::backend::{Queue, Request};
+use crate::sys::with_causes::with_causes;
 
 pub(super) struct TransmitQueue {
     pair: u16,
@@ -34,7 +35,7 @@ impl TransmitQueue {
         self.buffer.resize(HEADER + frame, 0);
         let to = self.buffer.get_mut(HEADER..).unwrap_or_default();
         if let Err(error) = request.read(self.header as u64, to) {
-            debug!("transmit queue {}: a packet is dropped: {error}", self.pair);
+            debug!("transmit queue {}: a packet is dropped: {}", self.pair, with_causes(&error));
             return count(&counters.sent_malformed);
         }
         match self.net_state.state.port(self.pair).is_some_and(|port| port.send(&self.buffer)) {

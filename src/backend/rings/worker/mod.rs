@@ -31,6 +31,7 @@ use crate::backend::session::{Logging, VringConfig};
 use crate::backend::{BackendError, Kick, Notifier, Queue, Request};
 use crate::ring::RingError;
 use crate::sys::log_limit::limited;
+use crate::sys::with_causes::with_causes;
 use in_order::InOrder;
 
 pub(super) use stop::{ParkedRing, StopReason};
@@ -378,7 +379,7 @@ impl Worker {
         let Logging { data, used, signal, .. } = &self.config.logging;
         let Some(log) = data.as_ref().or(used.as_ref().map(|(log, _)| log)) else { return };
         if let Some(Err(error)) = signal.as_ref().map(|signal| signal.signal()) {
-            debug!("ring {}: {error}", self.index);
+            debug!("ring {}: {}", self.index, with_causes(&error));
         }
         let lost = log.out_of_range();
         // All rings of a device share the log and this figure: the first ring to see it counts it.
@@ -417,7 +418,7 @@ impl Worker {
 
     /// Marks the ring as broken. Requests in flight are still completed, and other rings continue.
     fn break_ring(&mut self, error: &BackendError) {
-        limited!(warn, "{error}");
+        limited!(warn, "{}", with_causes(error));
         self.counters.ring_broken();
         self.put_back();
         self.broken = true;
