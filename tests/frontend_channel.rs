@@ -25,12 +25,15 @@ use vhost_migrate::memory::{Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, IntoBytes};
 
+#[path = "kit/forward.rs"]
+mod forward;
 #[path = "kit/raw.rs"]
 #[allow(dead_code)]
 mod raw;
 #[path = "kit/served.rs"]
 mod served;
 
+use forward::forward;
 use served::Served;
 
 const MIB: u64 = 1 << 20;
@@ -43,21 +46,7 @@ struct ChannelDevice {
 }
 
 impl backend::VirtioDevice for ChannelDevice {
-    fn features(&self) -> VirtioFeatures {
-        self.disk.features()
-    }
-
-    fn queues(&self) -> u16 {
-        self.disk.queues()
-    }
-
-    fn max_queue_size(&self) -> u16 {
-        self.disk.max_queue_size()
-    }
-
-    fn config(&self) -> Vec<u8> {
-        self.disk.config()
-    }
+    forward!(disk: features -> VirtioFeatures, queues -> u16, max_queue_size -> u16, config -> Vec<u8>);
 
     fn connected(&self, host: Arc<FrontendHandle>) {
         *self.host.lock().unwrap() = host;

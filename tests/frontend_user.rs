@@ -48,6 +48,13 @@ enum ScriptedReply {
     HangUp(Vec<u8>),
 }
 
+impl ScriptedReply {
+    /// The reply to `request` with this payload.
+    fn of(request: Request, payload: &[u8]) -> ScriptedReply {
+        ScriptedReply::Raw(reply(request, payload), vec![])
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 struct Message {
     request: Request,
@@ -79,6 +86,22 @@ impl ScriptedBackend {
             }
         });
         backend
+    }
+
+    /// Starts a back-end whose reaction to `request` is scripted.
+    fn reacting_to(
+        request: Request,
+        mut script: impl FnMut(&Message) -> ScriptedReply + Send + 'static,
+    ) -> ScriptedBackend {
+        ScriptedBackend::start(ALL, move |message| match message.request == request {
+            true => script(message),
+            false => ScriptedReply::Default,
+        })
+    }
+
+    /// Starts a back-end with these protocol features and the default replies.
+    fn unscripted(protocol: ProtocolFeatures) -> ScriptedBackend {
+        ScriptedBackend::start(protocol, |_| ScriptedReply::Default)
     }
 
     fn path(&self) -> PathBuf {
@@ -190,6 +213,14 @@ fn setup() -> RingSetup {
     }
 }
 
+/// A device with features and memory.
+fn ready(backend: &ScriptedBackend, options: UserOptions) -> UserDevice {
+    let mut device = backend.connect_with(options).unwrap();
+    device.set_features(VERSION_1).unwrap();
+    device.set_memory(&memory(1)).unwrap();
+    device
+}
+
 /// A device with memory and one running ring.
 fn running(backend: &ScriptedBackend, options: UserOptions) -> UserDevice {
     let mut device = backend.connect_with(options).unwrap();
@@ -209,9 +240,8 @@ fn log() -> (Arc<Log>, OwnedFd) {
 #[test]
 fn the_reply_to_set_log_base_may_have_any_length() {
     for len in [0, 8, 16, 24] {
-        let backend = ScriptedBackend::start(ALL, move |message| match message.request {
-            Request::SET_LOG_BASE => ScriptedReply::Raw(reply(Request::SET_LOG_BASE, &vec![0xab; len]), vec![]),
-            _ => ScriptedReply::Default,
+        let backend = ScriptedBackend::reacting_to(Request::SET_LOG_BASE, move |_| {
+            ScriptedReply::of(Request::SET_LOG_BASE, &vec![0xab; len])
         });
         let mut device = running(&backend, UserOptions::default());
         let (log, fd) = log();
@@ -223,7 +253,7 @@ fn the_reply_to_set_log_base_may_have_any_length() {
 /// Rules L7.1 and L7.3.
 #[test]
 fn logging_starts_with_the_log_then_features_then_rings() {
-    let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
+    let backend = ScriptedBackend::unscripted(ALL);
     let mut device = running(&backend, UserOptions::default());
     backend.take();
     let (log, fd) = log();
@@ -249,7 +279,7 @@ fn logging_starts_with_the_log_then_features_then_rings() {
 /// Rule F4.4.
 #[test]
 fn without_reply_ack_every_step_ends_with_a_get_features_round_trip() {
-    let backend = ScriptedBackend::start(ALL & !ProtocolFeatures::REPLY_ACK, |_| ScriptedReply::Default);
+    let backend = ScriptedBackend::unscripted(ALL & !ProtocolFeatures::REPLY_ACK);
     let mut device = running(&backend, UserOptions::default());
     backend.take();
     let (log, fd) = log();
@@ -265,13 +295,10 @@ fn without_reply_ack_every_step_ends_with_a_get_features_round_trip() {
 #[test]
 fn a_refusal_is_an_error_and_keeps_the_connection() {
     let mut calls = 0;
-    let backend = ScriptedBackend::start(ALL, move |message| match message.request {
-        Request::SET_MEM_TABLE => {
-            calls += 1;
-            let code = u64::from(calls == 2);
-            ScriptedReply::Raw(reply(Request::SET_MEM_TABLE, code.as_bytes()), vec![])
-        }
-        _ => ScriptedReply::Default,
+    let backend = ScriptedBackend::reacting_to(Request::SET_MEM_TABLE, move |_| {
+        calls += 1;
+        let code = u64::from(calls == 2);
+        ScriptedReply::of(Request::SET_MEM_TABLE, code.as_bytes())
     });
     let mut device = running(&backend, UserOptions::default());
     let error = device.set_memory(&memory(3)).unwrap_err();
@@ -294,10 +321,8 @@ fn an_invalid_reply_names_its_rule_and_closes_the_connection() {
     ];
     for (expected, bytes) in bad {
         let shown = format!("{bytes:x?}");
-        let backend = ScriptedBackend::start(ALL, move |message| match message.request {
-            Request::GET_STATUS => ScriptedReply::Raw(bytes.clone(), vec![]),
-            _ => ScriptedReply::Default,
-        });
+        let backend =
+            ScriptedBackend::reacting_to(Request::GET_STATUS, move |_| ScriptedReply::Raw(bytes.clone(), vec![]));
         let mut device = backend.connect().unwrap();
         match device.status().unwrap_err() {
             FrontendError::ProtocolViolation { request: Request::GET_STATUS, rule, .. } => {
@@ -314,10 +339,7 @@ fn a_connection_closed_at_any_byte_of_a_reply_is_a_hang_up() {
     let whole = reply(Request::GET_STATUS, 0u64.as_bytes());
     for len in 0..whole.len() {
         let part = whole[..len].to_vec();
-        let backend = ScriptedBackend::start(ALL, move |message| match message.request {
-            Request::GET_STATUS => ScriptedReply::HangUp(part.clone()),
-            _ => ScriptedReply::Default,
-        });
+        let backend = ScriptedBackend::reacting_to(Request::GET_STATUS, move |_| ScriptedReply::HangUp(part.clone()));
         let mut device = backend.connect().unwrap();
         let watch = device.hang_up_fd().unwrap().unwrap();
         let error = device.status().unwrap_err();
@@ -437,7 +459,7 @@ fn backend_held_at(
             gone.recv().unwrap();
         }
         match is_held && code != 0 {
-            true => ScriptedReply::Raw(reply(request, code.as_bytes()), vec![]),
+            true => ScriptedReply::of(request, code.as_bytes()),
             false => ScriptedReply::Default,
         }
     });
@@ -554,18 +576,14 @@ fn messages_that_start_and_stop_rings_are_sent_before_the_first_reply_is_read(
     #[values(ALL, ALL & !ProtocolFeatures::REPLY_ACK)] protocol: ProtocolFeatures,
 ) {
     let backend = backend_replying_after(&[Request::SET_VRING_ENABLE], protocol);
-    let mut device = backend.connect().unwrap();
-    device.set_features(VERSION_1).unwrap();
-    device.set_memory(&memory(1)).unwrap();
+    let mut device = ready(&backend, UserOptions::default());
     let mut started = Vec::new();
     device.start_rings(&two_rings(), &mut || {}, &mut |index| started.push(index)).unwrap();
     assert_eq!(started, [0, 1]);
     drop(device);
 
     let backend = backend_replying_after(&[Request::SET_VRING_ENABLE, Request::GET_VRING_BASE], protocol);
-    let mut device = backend.connect().unwrap();
-    device.set_features(VERSION_1).unwrap();
-    device.set_memory(&memory(1)).unwrap();
+    let mut device = ready(&backend, UserOptions::default());
     device.start_rings(&two_rings(), &mut || {}, &mut |_| {}).unwrap();
     backend.take();
     let mut stopped = Vec::new();
@@ -599,12 +617,7 @@ fn one_thread_sends_to_two_devices_before_it_waits_for_either() {
             ScriptedReply::Default
         })
     });
-    let [mut one, mut other] = fakes.each_ref().map(|backend| {
-        let mut device = backend.connect_with(long_timeout()).unwrap();
-        device.set_features(VERSION_1).unwrap();
-        device.set_memory(&memory(1)).unwrap();
-        device
-    });
+    let [mut one, mut other] = fakes.each_ref().map(|backend| ready(backend, long_timeout()));
     assert!(one.reports_sent());
     let rings = [(0, setup())];
     one.validate_rings(&rings, &mut || other.validate_rings(&rings, &mut || {}).unwrap()).unwrap();
@@ -618,10 +631,8 @@ fn one_thread_sends_to_two_devices_before_it_waits_for_either() {
 
 #[test]
 fn ring_parameters_are_sent_again_only_after_a_change() {
-    let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
-    let mut device = backend.connect().unwrap();
-    device.set_features(VERSION_1).unwrap();
-    device.set_memory(&memory(1)).unwrap();
+    let backend = ScriptedBackend::unscripted(ALL);
+    let mut device = ready(&backend, UserOptions::default());
     let rings = [(0, setup())];
     let told =
         |of: &str| -> Vec<String> { backend.requests().into_iter().filter(|request| request.contains(of)).collect() };
@@ -698,12 +709,10 @@ fn setup_of(rings: &[(u16, RingSetup); 1]) -> RingSetup {
 #[test]
 fn a_refused_ring_does_not_stop_the_others_from_starting() {
     let backend = ScriptedBackend::start(ALL, |message| match (message.request, message.payload.first()) {
-        (Request::SET_VRING_ADDR, Some(0)) => ScriptedReply::Raw(reply(message.request, &1u64.to_ne_bytes()), vec![]),
+        (Request::SET_VRING_ADDR, Some(0)) => ScriptedReply::of(message.request, &1u64.to_ne_bytes()),
         _ => ScriptedReply::Default,
     });
-    let mut device = backend.connect().unwrap();
-    device.set_features(VERSION_1).unwrap();
-    device.set_memory(&memory(1)).unwrap();
+    let mut device = ready(&backend, UserOptions::default());
     let mut started = Vec::new();
     let refused = device.start_rings(&two_rings(), &mut || {}, &mut |index| started.push(index)).unwrap_err();
     assert!(matches!(refused, FrontendError::Refused { request: Request::SET_VRING_ADDR, code: 1 }), "{refused}");
@@ -723,9 +732,7 @@ fn stopped_rings_stay_stopped_when_the_wait_for_the_next_is_interrupted() {
         }
         ScriptedReply::Default
     });
-    let mut device = backend.connect().unwrap();
-    device.set_features(VERSION_1).unwrap();
-    device.set_memory(&memory(1)).unwrap();
+    let mut device = ready(&backend, UserOptions::default());
     let rings: Vec<_> = (0..3).map(|index| (index, setup())).collect();
     device.start_rings(&rings, &mut || {}, &mut |_| {}).unwrap();
     let interrupt = device.interrupt().unwrap();
@@ -761,9 +768,7 @@ fn each_ring_has_its_own_stop_timeout() {
         }
     });
     let options = UserOptions::default().with_stop_timeout(Duration::from_millis(30));
-    let mut device = backend.connect_with(options).unwrap();
-    device.set_features(VERSION_1).unwrap();
-    device.set_memory(&memory(1)).unwrap();
+    let mut device = ready(&backend, options);
     device.start_rings(&two_rings(), &mut || {}, &mut |_| {}).unwrap();
     let mut stopped = Vec::new();
     let error = device.stop_rings(&[0, 1], &mut || {}, &mut |index, _| stopped.push(index)).unwrap_err();
@@ -773,7 +778,7 @@ fn each_ring_has_its_own_stop_timeout() {
 
 #[test]
 fn a_busy_back_end_is_told_apart_from_one_that_hangs() {
-    let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
+    let backend = ScriptedBackend::unscripted(ALL);
     let options = UserOptions::default().with_timeout(Duration::from_millis(30));
     let first = backend.connect().unwrap();
     let error = backend.connect_with(options).err().unwrap();
@@ -850,18 +855,14 @@ fn a_get_config_reply_with_another_offset_or_size_is_an_error() {
         |payload| [&payload[..4], &[0; 4], &payload[8..]].concat(),
     ];
     for answer in answers {
-        let backend = ScriptedBackend::start(ALL, move |message| match message.request {
-            Request::GET_CONFIG => ScriptedReply::Raw(reply(message.request, &answer(&message.payload)), vec![]),
-            _ => ScriptedReply::Default,
+        let backend = ScriptedBackend::reacting_to(Request::GET_CONFIG, move |message| {
+            ScriptedReply::of(message.request, &answer(&message.payload))
         });
         assert!(backend.connect().unwrap().config(8, &mut [0; 8]).is_err());
     }
-    let backend = ScriptedBackend::start(ALL, |message| match message.request {
-        Request::GET_CONFIG => {
-            let payload = [&message.payload[..12], b"01234567"].concat();
-            ScriptedReply::Raw(reply(message.request, &payload), vec![])
-        }
-        _ => ScriptedReply::Default,
+    let backend = ScriptedBackend::reacting_to(Request::GET_CONFIG, |message| {
+        let payload = [&message.payload[..12], b"01234567"].concat();
+        ScriptedReply::of(message.request, &payload)
     });
     let (mut device, mut buf) = (backend.connect().unwrap(), [0; 8]);
     device.config(8, &mut buf).unwrap();
@@ -877,7 +878,7 @@ fn set_config_and_restore_config_send_their_flags_and_report_refusals() {
         let backend = ScriptedBackend::start(ALL, |message| match message.request {
             // The only field is at offset 8.
             Request::SET_CONFIG if message.payload[..4] != 8u32.to_ne_bytes() => {
-                ScriptedReply::Raw(reply(message.request, 1u64.as_bytes()), vec![])
+                ScriptedReply::of(message.request, 1u64.as_bytes())
             }
             _ => ScriptedReply::Default,
         });
@@ -898,7 +899,7 @@ fn set_config_and_restore_config_send_their_flags_and_report_refusals() {
         assert_eq!(backend.requests(), [""; 0], "what can't be right is not sent");
         assert_eq!(device.status().unwrap(), Some(7), "the connection goes on");
 
-        let backend = ScriptedBackend::start(ALL & !ProtocolFeatures::CONFIG, |_| ScriptedReply::Default);
+        let backend = ScriptedBackend::unscripted(ALL & !ProtocolFeatures::CONFIG);
         let error = write(&mut backend.connect().unwrap(), 8, b"bytes").unwrap_err();
         assert!(matches!(error, FrontendError::NotOffered { .. }), "{error}");
     }
@@ -920,14 +921,11 @@ fn an_invalid_inflight_region_is_refused() {
         (needed, 0, 2, 8, needed, 2),
     ];
     for case @ (size, offset, queues, entries, bytes, fds) in bad {
-        let backend = ScriptedBackend::start(ALL, move |message| match message.request {
-            Request::GET_INFLIGHT_FD => {
-                let numbers = [queues, entries, 0, 0u16];
-                let payload = [[size, offset].as_bytes(), numbers.as_bytes()].concat();
-                let fds = (0..fds).map(|_| sealed_memfd("bad", bytes).unwrap()).collect();
-                ScriptedReply::Raw(reply(message.request, &payload), fds)
-            }
-            _ => ScriptedReply::Default,
+        let backend = ScriptedBackend::reacting_to(Request::GET_INFLIGHT_FD, move |message| {
+            let numbers = [queues, entries, 0, 0u16];
+            let payload = [[size, offset].as_bytes(), numbers.as_bytes()].concat();
+            let fds = (0..fds).map(|_| sealed_memfd("bad", bytes).unwrap()).collect();
+            ScriptedReply::Raw(reply(message.request, &payload), fds)
         });
         let error = backend.connect().unwrap().set_inflight(2, 8, None).unwrap_err();
         assert!(matches!(error, FrontendError::ProtocolViolation { rule: "I1.2", .. }), "{error} for {case:?}");
@@ -937,10 +935,7 @@ fn an_invalid_inflight_region_is_refused() {
 /// Rules L15.4 and R6.1.
 #[rstest]
 fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(VirtioFeatures::empty(), PACKED)] kind: VirtioFeatures) {
-    let backend = ScriptedBackend::start(ALL, |message| match message.request {
-        Request::SEND_RARP => ScriptedReply::HangUp(vec![]),
-        _ => ScriptedReply::Default,
-    });
+    let backend = ScriptedBackend::reacting_to(Request::SEND_RARP, |_| ScriptedReply::HangUp(vec![]));
     let mut device = backend.connect().unwrap();
     device.set_features(VERSION_1 | kind).unwrap();
     assert!(device.set_inflight(1, 8, None).unwrap());
@@ -1010,7 +1005,7 @@ fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(VirtioFeatures::e
 
 #[test]
 fn reconnect_fails_with_outstanding_requests_and_no_inflight_region() {
-    let backend = ScriptedBackend::start(ALL & !ProtocolFeatures::INFLIGHT_SHMFD, |_| ScriptedReply::Default);
+    let backend = ScriptedBackend::unscripted(ALL & !ProtocolFeatures::INFLIGHT_SHMFD);
     let mut device = backend.connect().unwrap();
     device.set_features(VERSION_1).unwrap();
     assert!(!device.set_inflight(1, 8, None).unwrap());
@@ -1068,7 +1063,7 @@ fn reconnect_does_not_install_a_log_that_ended_the_connection() {
 /// Rule M1.2.
 #[test]
 fn more_than_8_regions_are_sent_as_memory_slot_changes() {
-    let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
+    let backend = ScriptedBackend::unscripted(ALL);
     let mut device = backend.connect().unwrap();
     backend.take();
     let many = memory(12);
@@ -1086,7 +1081,7 @@ fn more_than_8_regions_are_sent_as_memory_slot_changes() {
 /// Rule M1.1.
 #[test]
 fn invalid_memory_and_rings_are_refused_before_anything_is_sent() {
-    let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
+    let backend = ScriptedBackend::unscripted(ALL);
     let mut device = running(&backend, UserOptions::default());
     backend.take();
     let fd = sealed_memfd("guest", 0x1000).unwrap();
@@ -1143,7 +1138,7 @@ fn with_state(code: u64, mut fds: Vec<OwnedFd>, check: impl Fn() -> ScriptedRepl
 }
 
 fn checked(code: u64) -> impl Fn() -> ScriptedReply {
-    move || ScriptedReply::Raw(reply(Request::CHECK_DEVICE_STATE, code.as_bytes()), vec![])
+    move || ScriptedReply::of(Request::CHECK_DEVICE_STATE, code.as_bytes())
 }
 
 #[test]
@@ -1204,12 +1199,10 @@ fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
                 let mut payload = message.payload.clone();
                 // Guest-physical address, size, user address (which may differ), offset (which is ignored).
                 payload[8 + change] ^= 1;
-                ScriptedReply::Raw(reply(message.request, &payload), vec![])
+                ScriptedReply::of(message.request, &payload)
             }
-            Request::POSTCOPY_LISTEN | Request::POSTCOPY_END => {
-                ScriptedReply::Raw(reply(message.request, 0u64.as_bytes()), vec![])
-            }
-            Request::POSTCOPY_ADVISE => ScriptedReply::Raw(reply(message.request, &[]), vec![]),
+            Request::POSTCOPY_LISTEN | Request::POSTCOPY_END => ScriptedReply::of(message.request, 0u64.as_bytes()),
+            Request::POSTCOPY_ADVISE => ScriptedReply::of(message.request, &[]),
             _ => ScriptedReply::Default,
         });
         let protocol_features = UserOptions::default().protocol_features | ProtocolFeatures::PAGEFAULT;
@@ -1243,10 +1236,8 @@ fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
 #[test]
 fn rarp_mtu_and_log_fd_are_sent_and_restored_by_reconnect() {
     let all = ALL | ProtocolFeatures::RARP | ProtocolFeatures::MTU | ProtocolFeatures::RESET_DEVICE;
-    let backend = ScriptedBackend::start(all, |_| ScriptedReply::Default);
-    let mut device = backend.connect().unwrap();
-    device.set_features(VERSION_1).unwrap();
-    device.set_memory(&memory(1)).unwrap();
+    let backend = ScriptedBackend::unscripted(all);
+    let mut device = ready(&backend, UserOptions::default());
     let ring = setup();
     device.start_ring(0, ring.clone()).unwrap();
     backend.take();
@@ -1277,13 +1268,13 @@ fn rarp_mtu_and_log_fd_are_sent_and_restored_by_reconnect() {
 
 #[test]
 fn rarp_and_mtu_need_their_features_and_reset_falls_back_to_set_status() {
-    let backend = ScriptedBackend::start(ALL, |_| ScriptedReply::Default);
+    let backend = ScriptedBackend::unscripted(ALL);
     let mut device = backend.connect().unwrap();
     backend.take();
     assert!(matches!(device.send_rarp([2; 6]), Err(FrontendError::NotOffered { .. })));
     assert!(matches!(device.set_mtu(1500), Err(FrontendError::NotOffered { .. })));
     device.reset().unwrap();
     assert_eq!(backend.requests(), ["SET_STATUS"]);
-    let backend = ScriptedBackend::start(ProtocolFeatures::REPLY_ACK, |_| ScriptedReply::Default);
+    let backend = ScriptedBackend::unscripted(ProtocolFeatures::REPLY_ACK);
     assert!(matches!(backend.connect().unwrap().reset(), Err(FrontendError::NotOffered { .. })));
 }

@@ -1,6 +1,9 @@
 //! The built-in guest on this project's back-end, a separate process that is killed and restarted.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "kit/forward.rs"]
+mod forward;
+
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -13,6 +16,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use forward::forward;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
@@ -461,21 +465,7 @@ struct StatefulDevice {
 }
 
 impl backend::VirtioDevice for StatefulDevice {
-    fn features(&self) -> VirtioFeatures {
-        self.disk.features()
-    }
-
-    fn queues(&self) -> u16 {
-        self.disk.queues()
-    }
-
-    fn max_queue_size(&self) -> u16 {
-        self.disk.max_queue_size()
-    }
-
-    fn config(&self) -> Vec<u8> {
-        self.disk.config()
-    }
+    forward!(disk: features -> VirtioFeatures, queues -> u16, max_queue_size -> u16, config -> Vec<u8>);
 
     fn state_kind(&self) -> Option<&'static str> {
         Some("stateful disk")

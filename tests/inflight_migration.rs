@@ -2,6 +2,8 @@
 //! GET_VRING_BASE_INFLIGHT and GET_VRING_BASE_SKIP_DRAIN.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "kit/forward.rs"]
+mod forward;
 #[path = "kit/served.rs"]
 mod served;
 
@@ -23,6 +25,7 @@ use vhost_migrate::frontend::{UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestState, make_memory};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
 
+use forward::forward;
 use served::Served;
 
 const MIB: u64 = 1 << 20;
@@ -40,20 +43,10 @@ struct SlowQueue {
 }
 
 impl VirtioDevice for SlowDisk {
-    fn features(&self) -> VirtioFeatures {
-        self.0.features()
-    }
+    forward!(0: features -> VirtioFeatures, queues -> u16, config -> Vec<u8>);
 
     fn protocol_features(&self) -> ProtocolFeatures {
         INFLIGHT_MIGRATION
-    }
-
-    fn queues(&self) -> u16 {
-        self.0.queues()
-    }
-
-    fn config(&self) -> Vec<u8> {
-        self.0.config()
     }
 
     fn start_queue(&self, index: u16, size: u16, features: VirtioFeatures) -> io::Result<Box<dyn Queue>> {

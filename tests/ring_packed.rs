@@ -3,71 +3,17 @@
 
 #[path = "kit/ring.rs"]
 mod ring;
-
-use std::collections::VecDeque;
+#[path = "kit/ring_sides.rs"]
+mod ring_sides;
 
 use proptest::prelude::*;
 use ring::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, memory, packed_at, packed_layout, put_desc};
+use ring_sides::{exchange, op};
 use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED, VirtioFeatures};
 use vhost_migrate::ring::{
-    Buffer, Chain, InOrderState, PackedDevice, PackedDriver, PackedDriverRequest, PackedDriverState, PackedLayout,
-    Position, RingBase, RingError, UsedBuffer,
+    Chain, DeviceRing, DriverRing, InOrderState, PackedDevice, PackedDriver, PackedDriverRequest, PackedDriverState,
+    PackedLayout, Position, RingBase, RingError, RingLayout, UsedBuffer,
 };
-
-#[derive(Clone, Debug)]
-enum Op {
-    Add {
-        readable: usize,
-        writable: usize,
-        indirect: bool,
-    },
-    DriverPublish,
-    Pop,
-    /// Completes a request, or with IN_ORDER a batch of the oldest ones.
-    Push(prop::sample::Index),
-    DevicePublish,
-    /// The device puts some of the requests back that it took last, in the right or in the reverse order.
-    PutBack(prop::sample::Index, bool),
-    PopUsed,
-    /// The driver is restored from its saved state.
-    RestoreDriver,
-    /// A successor of the device takes over and serves the requests in flight again.
-    RestartDevice,
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    prop_oneof![
-        4 => (0..4usize, 0..4usize, any::<bool>())
-            .prop_map(|(readable, writable, indirect)| Op::Add { readable, writable, indirect }),
-        2 => Just(Op::DriverPublish),
-        4 => Just(Op::Pop),
-        4 => any::<prop::sample::Index>().prop_map(Op::Push),
-        2 => Just(Op::DevicePublish),
-        2 => (any::<prop::sample::Index>(), any::<bool>()).prop_map(|(count, reversed)| Op::PutBack(count, reversed)),
-        4 => Just(Op::PopUsed),
-        1 => Just(Op::RestoreDriver),
-        1 => Just(Op::RestartDevice),
-    ]
-}
-
-#[derive(Clone, Debug, PartialEq)]
-struct Request {
-    id: u16,
-    slots: u16,
-    readable: Vec<Buffer>,
-    writable: Vec<Buffer>,
-}
-
-impl Request {
-    fn of(chain: &Chain) -> Request {
-        let Chain { head, slots, readable, writable, .. } = chain.clone();
-        Request { id: head, slots, readable, writable }
-    }
-
-    fn all_written(&self) -> u32 {
-        self.writable.iter().fold(0, |bytes: u32, buffer| bytes.saturating_add(buffer.len))
-    }
-}
 
 fn position(size: u16) -> impl Strategy<Value = Position> {
     (prop_oneof![Just(0), Just(size - 1), 0..size], any::<bool>()).prop_map(|(index, wrap)| Position { index, wrap })
@@ -86,133 +32,9 @@ proptest! {
         features |= if event_idx { EVENT_IDX } else { VirtioFeatures::empty() };
         features |= if in_order { IN_ORDER } else { VirtioFeatures::empty() };
         let (memory, layout) = (memory(), packed_layout(size));
-        let (mut driver, mut device) = packed_at(&memory, layout, features, start);
-        let (mut made, mut visible) = (VecDeque::new(), 0);
-        // With the total number of descriptors taken before the request.
-        let mut held: Vec<(Request, Vec<_>, u64)> = Vec::new();
-        let (mut taken, mut used) = (0u64, 0u64);
-        let (mut done, mut done_visible) = (VecDeque::new(), 0);
-        let mut chain = Chain::default();
-        let mut serial = 0u32;
-        for op in ops {
-            match op {
-                Op::Add { readable, writable, indirect } => {
-                    let mut buffers = |count: usize| -> Vec<Buffer> {
-                        (0..count).map(|_| { serial += 1; buffer(u64::from(serial) << 33, serial) }).collect()
-                    };
-                    let (readable, writable) = (buffers(readable), buffers(writable));
-                    let count = readable.len() + writable.len();
-                    let table = indirect.then_some(TABLES + u64::from(serial) % 8192 * 128);
-                    let needed = if indirect { 1 } else { count };
-                    let free = usize::from(driver.free());
-                    match driver.add(&readable, &writable, table) {
-                        Ok(Some(id)) => {
-                            prop_assert!(count > 0 && needed <= free);
-                            prop_assert_eq!(usize::from(driver.free()), free - needed);
-                            made.push_back(Request { id, slots: needed as u16, readable, writable });
-                        }
-                        Ok(None) => prop_assert!(needed > free),
-                        Err(e) => prop_assert!(count == 0 || needed > size.into(), "{}", e),
-                    }
-                }
-                Op::DriverPublish => {
-                    let _ = driver.publish();
-                    visible = made.len();
-                }
-                Op::Pop => {
-                    prop_assert_eq!(device.pop(&mut chain).unwrap(), visible > 0);
-                    if visible > 0 {
-                        visible -= 1;
-                        let request = made.pop_front().unwrap();
-                        prop_assert_eq!(&Request::of(&chain), &request);
-                        prop_assert_eq!(device.descs().len(), usize::from(request.slots));
-                        let slots = u64::from(request.slots);
-                        held.push((request, device.descs().to_vec(), taken));
-                        taken += slots;
-                    }
-                }
-                Op::Push(pick) if !held.is_empty() && in_order => {
-                    let batch: Vec<Request> = held.drain(..=pick.index(held.len())).map(|(request, ..)| request).collect();
-                    serial += 1;
-                    let (last, before) = batch.split_last().unwrap();
-                    let slots = batch.iter().map(|request| request.slots).sum();
-                    device.push(last.id, slots, serial);
-                    used += u64::from(slots);
-                    done.extend(before.iter().map(|request| (request.id, request.all_written())));
-                    done.push_back((last.id, serial));
-                }
-                Op::Push(pick) if !held.is_empty() => {
-                    let (request, ..) = held.remove(pick.index(held.len()));
-                    used += u64::from(request.slots);
-                    serial += 1;
-                    let len = if serial.is_multiple_of(3) { 0 } else { serial };
-                    device.push(request.id, request.slots, len);
-                    done.push_back((request.id, len));
-                }
-                Op::Push(_) => {}
-                Op::DevicePublish => {
-                    let _ = device.publish();
-                    done_visible = done.len();
-                }
-                Op::PutBack(count, reversed) => {
-                    let count = count.index(held.len() + 1);
-                    let last = held.split_off(held.len() - count);
-                    let mut requests: Vec<(u16, u16)> = last.iter().map(|(of, ..)| (of.id, of.slots)).collect();
-                    if reversed {
-                        requests.reverse();
-                    }
-                    let slots: u64 = last.iter().map(|(of, ..)| u64::from(of.slots)).sum();
-                    let first = last.first().map_or(taken, |(.., before)| *before);
-                    // Possible if none of them is completed and no completion has overwritten them.
-                    let possible = first + slots == taken && first >= used && !(reversed && count > 1);
-                    let before = (device.avail_position(), device.used_position());
-                    prop_assert_eq!(device.put_back(requests.into_iter()), possible);
-                    if possible {
-                        taken = first;
-                        visible += count;
-                        last.into_iter().rev().for_each(|(request, ..)| made.push_front(request));
-                    } else {
-                        prop_assert_eq!((device.avail_position(), device.used_position()), before);
-                        held.extend(last);
-                    }
-                }
-                Op::PopUsed => match driver.pop_used().unwrap() {
-                    Some(used) => {
-                        prop_assert!(done_visible > 0);
-                        done_visible -= 1;
-                        prop_assert_eq!((used.head, used.len), done.pop_front().unwrap());
-                    }
-                    None => prop_assert_eq!(done_visible, 0),
-                },
-                Op::RestoreDriver => {
-                    let state = serde_json::to_vec(&driver.state()).unwrap();
-                    let state: PackedDriverState = serde_json::from_slice(&state).unwrap();
-                    driver = PackedDriver::restore(&memory, layout, features, &state).unwrap();
-                    prop_assert_eq!(driver.state(), state);
-                }
-                Op::RestartDevice => {
-                    let _ = device.publish();
-                    done_visible = done.len();
-                    let (avail, used) = (device.avail_position(), device.used_position());
-                    device = PackedDevice::new(&memory, layout, features, RingBase::PACKED_START).unwrap();
-                    device.set_positions(avail, used).unwrap();
-                    prop_assert_eq!((device.avail_position(), device.used_position()), (avail, used));
-                    for (request, descs, _) in &held {
-                        device.resubmit(descs, &mut chain).unwrap();
-                        prop_assert_eq!(&Request::of(&chain), request);
-                    }
-                }
-            }
-        }
-        let _ = driver.publish();
-        held.iter().for_each(|(request, ..)| device.push(request.id, request.slots, 0));
-        while device.pop(&mut chain).unwrap() {
-            device.push(chain.head, chain.slots, 0);
-        }
-        let _ = device.publish();
-        prop_assert_eq!(device.avail_position(), device.used_position());
-        while driver.pop_used().unwrap().is_some() {}
-        prop_assert_eq!((driver.free(), driver.outstanding()), (size, 0));
+        let (driver, device) = packed_at(&memory, layout, features, start);
+        let sides = (DriverRing::Packed(driver), DeviceRing::Packed(device));
+        exchange(&memory, RingLayout::Packed(layout), features, sides, ops)?;
     }
 
     /// Oracle: a counter that never wraps.

@@ -3,62 +3,22 @@
 
 #[path = "kit/ring.rs"]
 mod ring;
+#[path = "kit/ring_sides.rs"]
+mod ring_sides;
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use proptest::prelude::*;
 use ring::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, layout, memory, put_desc, ring_at};
+use ring_sides::{exchange, op};
 use vhost_migrate::abi::vhost::{VHOST_ACCESS_RO, VHOST_ACCESS_RW};
 use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Access, Iotlb, IotlbMiss, IovaWindow, Memory};
 use vhost_migrate::ring::{
-    Buffer, Chain, InOrderState, PackedLayout, RingBase, RingError, RingIommu, RingLayout, RingLog, SplitDevice,
-    SplitDriver, SplitDriverState, SplitLayout,
+    Buffer, Chain, DeviceRing, DriverRing, InOrderState, PackedLayout, RingBase, RingError, RingIommu, RingLayout,
+    RingLog, SplitDevice, SplitDriver, SplitDriverState, SplitLayout,
 };
-
-#[derive(Clone, Debug)]
-enum Op {
-    Add {
-        readable: usize,
-        writable: usize,
-        indirect: bool,
-    },
-    DriverPublish,
-    Pop,
-    Push(prop::sample::Index),
-    DevicePublish,
-    /// The device puts some of the requests back that it took last, in the right or in the reverse order.
-    PutBack(prop::sample::Index, bool),
-    PopUsed,
-    /// The driver is restored from its saved state.
-    RestoreDriver,
-    /// The memory table of the device changes.
-    RemapDevice,
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    prop_oneof![
-        4 => (0..4usize, 0..4usize, any::<bool>())
-            .prop_map(|(readable, writable, indirect)| Op::Add { readable, writable, indirect }),
-        2 => Just(Op::DriverPublish),
-        4 => Just(Op::Pop),
-        4 => any::<prop::sample::Index>().prop_map(Op::Push),
-        2 => Just(Op::DevicePublish),
-        2 => (any::<prop::sample::Index>(), any::<bool>()).prop_map(|(count, reversed)| Op::PutBack(count, reversed)),
-        4 => Just(Op::PopUsed),
-        1 => Just(Op::RestoreDriver),
-        1 => Just(Op::RemapDevice),
-    ]
-}
-
-#[derive(Debug, PartialEq)]
-struct Request {
-    head: u16,
-    readable: Vec<Buffer>,
-    writable: Vec<Buffer>,
-}
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
@@ -70,107 +30,9 @@ proptest! {
     ) {
         let features = INDIRECT | if event_idx { EVENT_IDX } else { VirtioFeatures::empty() } | if in_order { IN_ORDER } else { VirtioFeatures::empty() };
         let (memory, layout) = (memory(), layout(size));
-        let (mut driver, mut device) = ring_at(&memory, layout, features, start);
-        let (mut made, mut visible) = (VecDeque::new(), 0);
-        // With the number of requests taken before it.
-        let mut held: Vec<(Request, usize)> = Vec::new();
-        let mut taken = 0;
-        let (mut done, mut done_visible) = (VecDeque::new(), 0);
-        let mut chain = Chain::default();
-        let mut serial = 0u32;
-        for op in ops {
-            match op {
-                Op::Add { readable, writable, indirect } => {
-                    let mut buffers = |count: usize| -> Vec<Buffer> {
-                        (0..count).map(|_| { serial += 1; buffer(u64::from(serial) << 33, serial) }).collect()
-                    };
-                    let (readable, writable) = (buffers(readable), buffers(writable));
-                    let count = readable.len() + writable.len();
-                    let table = indirect.then_some(TABLES + u64::from(serial) % 8192 * 128);
-                    let needed = if indirect { 1 } else { count };
-                    let free = usize::from(driver.free());
-                    match driver.add(&readable, &writable, table) {
-                        Ok(Some(head)) => {
-                            prop_assert!(count > 0 && needed <= free);
-                            prop_assert_eq!(usize::from(driver.free()), free - needed);
-                            made.push_back(Request { head, readable, writable });
-                        }
-                        Ok(None) => prop_assert!(needed > free),
-                        Err(e) => prop_assert!(count == 0 || needed > size.into(), "{}", e),
-                    }
-                }
-                Op::DriverPublish => {
-                    let _ = driver.publish();
-                    visible = made.len();
-                }
-                Op::Pop => {
-                    prop_assert_eq!(device.pop(&mut chain).unwrap(), visible > 0);
-                    if visible > 0 {
-                        visible -= 1;
-                        let request = made.pop_front().unwrap();
-                        let Chain { head, readable, writable, .. } = chain.clone();
-                        prop_assert_eq!(&Request { head, readable, writable }, &request);
-                        held.push((request, taken));
-                        taken += 1;
-                    }
-                }
-                Op::Push(pick) if !held.is_empty() => {
-                    let pick = if in_order { 0 } else { pick.index(held.len()) };
-                    let (request, _) = held.remove(pick);
-                    serial += 1;
-                    device.push(request.head, serial);
-                    done.push_back((request.head, serial));
-                }
-                Op::Push(_) => {}
-                Op::DevicePublish => {
-                    let _ = device.publish();
-                    done_visible = done.len();
-                }
-                Op::PutBack(count, reversed) => {
-                    let count = count.index(held.len() + 1);
-                    let last = held.split_off(held.len() - count);
-                    let mut heads: Vec<u16> = last.iter().map(|(of, _)| of.head).collect();
-                    if reversed {
-                        heads.reverse();
-                    }
-                    let first = last.first().map_or(taken, |(_, before)| *before);
-                    // Possible if none of them is completed.
-                    let possible = first + count == taken && !(reversed && count > 1);
-                    prop_assert_eq!(device.put_back(heads.into_iter()), possible);
-                    if possible {
-                        taken = first;
-                        visible += count;
-                        last.into_iter().rev().for_each(|(request, _)| made.push_front(request));
-                    } else {
-                        held.extend(last);
-                    }
-                }
-                Op::PopUsed => match driver.pop_used().unwrap() {
-                    Some(used) => {
-                        prop_assert!(done_visible > 0);
-                        done_visible -= 1;
-                        prop_assert_eq!((used.head, used.len), done.pop_front().unwrap());
-                    }
-                    None => prop_assert_eq!(done_visible, 0),
-                },
-                Op::RestoreDriver => {
-                    let state = serde_json::to_vec(&driver.state()).unwrap();
-                    let state: SplitDriverState = serde_json::from_slice(&state).unwrap();
-                    driver = SplitDriver::restore(&memory, layout, features, &state).unwrap();
-                    prop_assert_eq!(driver.state(), state);
-                }
-                Op::RemapDevice => device.remap(&memory, layout).unwrap(),
-            }
-        }
-        let _ = driver.publish();
-        held.iter().for_each(|(request, _)| device.push(request.head, 0));
-        while device.pop(&mut chain).unwrap() {
-            device.push(chain.head, 0);
-        }
-        let _ = device.publish();
-        prop_assert_eq!(device.next_avail(), device.used_index());
-        while driver.pop_used().unwrap().is_some() {}
-        prop_assert_eq!((driver.free(), driver.outstanding()), (size, 0));
+        let (driver, device) = ring_at(&memory, layout, features, start);
+        let sides = (DriverRing::Split(driver), DeviceRing::Split(device));
+        exchange(&memory, RingLayout::Split(layout), features, sides, ops)?;
     }
 }
 

@@ -15,6 +15,7 @@ use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
+use crate::forward::forward;
 use crate::guest::{
     Guest, HIGH, PACKED, Ring, SPLIT, add_region, harvest, install_log, negotiate, pages, start_logging,
 };
@@ -281,6 +282,8 @@ impl VirtioDevice for PutsBackOldest {
 }
 
 impl Queue for PutsBackOldestQueue {
+    forward!(0: completion_fd -> Option<BorrowedFd<'_>>);
+
     fn submit(&mut self, request: Request) {
         self.0.submit(request);
     }
@@ -292,10 +295,6 @@ impl Queue for PutsBackOldestQueue {
     fn put_back(&mut self, unused: &mut Vec<Request>) {
         unused.push(self.0.held.remove(0));
         self.0.gate.write(1).unwrap();
-    }
-
-    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.0.completion_fd()
     }
 }
 

@@ -8,6 +8,8 @@ mod connect;
 mod crash;
 mod direct;
 mod drain;
+#[path = "../kit/forward.rs"]
+mod forward;
 #[path = "../kit/guest.rs"]
 mod guest;
 mod hostile;

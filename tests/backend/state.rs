@@ -18,6 +18,7 @@ use vhost_migrate::frontend::{Device as _, FrontendError, UserDevice, UserOption
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::drain::GatedDevice;
+use crate::forward::forward;
 use crate::guest::{BASIC, Guest, Ring};
 use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::Server;
@@ -43,17 +44,7 @@ impl StatefulDevice {
 }
 
 impl VirtioDevice for StatefulDevice {
-    fn features(&self) -> VirtioFeatures {
-        self.rings.features()
-    }
-
-    fn queues(&self) -> u16 {
-        self.rings.queues()
-    }
-
-    fn max_queue_size(&self) -> u16 {
-        self.rings.max_queue_size()
-    }
+    forward!(rings: features -> VirtioFeatures, queues -> u16, max_queue_size -> u16);
 
     fn config(&self) -> Vec<u8> {
         Vec::new()

@@ -18,6 +18,7 @@ use vhost_migrate::unstable::backend::VhostUserMessage;
 
 use crate::backend_channel::{ChannelFault, ChannelSocket};
 use crate::fault::Fault;
+use crate::forward::forward;
 use crate::iommu::IommuFault;
 
 /// Offset of the pages above 4 GiB in the log, and the number of bytes written back.
@@ -78,17 +79,7 @@ pub(crate) struct FaultyDisk {
 }
 
 impl VirtioDevice for FaultyDisk {
-    fn features(&self) -> VirtioFeatures {
-        self.disk.features()
-    }
-
-    fn queues(&self) -> u16 {
-        self.disk.queues()
-    }
-
-    fn max_queue_size(&self) -> u16 {
-        self.disk.max_queue_size()
-    }
+    forward!(disk: features -> VirtioFeatures, queues -> u16, max_queue_size -> u16, protocol_features -> ProtocolFeatures);
 
     fn config(&self) -> Vec<u8> {
         let mut config = self.disk.config();
@@ -100,10 +91,6 @@ impl VirtioDevice for FaultyDisk {
 
     fn set_config(&self, offset: u32, bytes: &[u8], flags: u32) -> Result<(), BackendError> {
         self.disk.set_config(offset, bytes, flags)
-    }
-
-    fn protocol_features(&self) -> ProtocolFeatures {
-        self.disk.protocol_features()
     }
 
     fn connected(&self, host: Arc<FrontendHandle>) {
@@ -123,6 +110,8 @@ struct FaultyQueue {
 }
 
 impl Queue for FaultyQueue {
+    forward!(queue: completion_fd -> Option<BorrowedFd<'_>>);
+
     fn wants_request(&mut self) -> bool {
         self.queue.wants_request()
     }
@@ -167,10 +156,6 @@ impl Queue for FaultyQueue {
 
     fn suspend(&mut self, unserved: &mut Vec<Request>) {
         self.queue.suspend(unserved);
-    }
-
-    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.queue.completion_fd()
     }
 }
 

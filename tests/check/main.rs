@@ -7,6 +7,8 @@ mod devices;
 mod fault;
 mod faulty_backend;
 mod faulty_disk;
+#[path = "../kit/forward.rs"]
+mod forward;
 mod iommu;
 mod own_backends;
 mod postcopy;

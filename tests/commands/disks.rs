@@ -3,13 +3,12 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::outcome::expect_ok;
 use super::{
-    ChildProcess, Host, PATIENCE, assert_completed, events, migrate, program, run, status, text, verify, wait_for_state,
+    ChildProcess, Host, assert_completed, events, migrate, program, run, status, text, verify, wait_for, wait_for_state,
 };
 
 /// Pauses a guest and saves it to a file. Returns the URI. The guest is released here unless `more` says otherwise.
@@ -27,14 +26,6 @@ fn inspected(host: &Host) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{}", text(&output.stderr)))
 }
 
-pub(super) fn backend_on(host: &mut Host, image: &Path, name: &str, more: &[&str]) -> PathBuf {
-    let socket = host.path(name);
-    let mut command = program();
-    command.args(["backend", "blk", "--queues", "4", "--image"]).arg(image).arg("--socket").arg(&socket).args(more);
-    host.running.push(ChildProcess(command.stdout(Stdio::null()).spawn().unwrap()));
-    socket
-}
-
 fn copy(host: &Host, from: &str, to: &str, options: &[&str]) -> PathBuf {
     let to = host.path(to);
     assert!(Command::new("cp").args(options).arg(host.path(from)).arg(&to).status().unwrap().success());
@@ -47,14 +38,7 @@ pub(super) fn refused(host: &Host, backend: &Path, file: &str) -> String {
     let mut command = program();
     command.args(["guest", "--incoming", file, "--backend"]).arg(backend).arg("--control").arg(&control);
     let mut guest = ChildProcess(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap());
-    let deadline = Instant::now() + PATIENCE;
-    let ended = loop {
-        if let Some(ended) = guest.0.try_wait().unwrap() {
-            break ended;
-        }
-        assert!(Instant::now() < deadline, "it was restored");
-        std::thread::sleep(Duration::from_millis(10));
-    };
+    let ended = wait_for("the end of the restore", || guest.0.try_wait().unwrap());
     let mut words = String::new();
     guest.0.stderr.as_mut().unwrap().read_to_string(&mut words).unwrap();
     assert_eq!(ended.code(), Some(1), "{words}");
@@ -114,7 +98,7 @@ fn a_snapshot_is_restored_onto_the_disk_copy_made_with_it_and_refused_on_the_liv
         if name == "other" {
             std::fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
         }
-        backend_on(&mut host, &image, &format!("{name}.vhost"), &[])
+        host.backend_on(&image, &format!("{name}.vhost"), &[])
     });
     let backend = host.backend("disk.vhost");
     assert!(refused(&host, &backend, &file).contains("was written after the guest was saved"));
@@ -125,7 +109,7 @@ fn a_snapshot_is_restored_onto_the_disk_copy_made_with_it_and_refused_on_the_liv
         assert!(words.contains("cp --preserve=xattr"), "{words}");
     }
     let image = host.path("copy");
-    let copy = backend_on(&mut host, &image, "copy.vhost", &[]);
+    let copy = host.backend_on(&image, "copy.vhost", &[]);
     restored(&mut host, &copy, "again", &["--incoming", &file]);
 }
 
@@ -134,7 +118,7 @@ fn save_inspect_and_restore_warn_of_a_disk_without_a_generation() {
     let mut host = Host::new();
     let image = host.path("disk");
     // Other processes may write it at any time.
-    let shared = backend_on(&mut host, &image, "shared.vhost", &["--share-rw"]);
+    let shared = host.backend_on(&image, "shared.vhost", &["--share-rw"]);
     let source = host.guest_on(&shared, "source", &["--memory", "64MiB", "--request-rate", "50"]);
     wait_for_state(&source, "running");
     expect_ok(&source, "pause");
@@ -176,7 +160,7 @@ fn a_migration_to_another_disk_needs_ignore_disk_generation() {
     let source = host.source();
     // A disk of the same size with a copy of the contents.
     let other = copy(&host, "disk", "other", &[]);
-    let backend = backend_on(&mut host, &other, "other.vhost", &[]);
+    let backend = host.backend_on(&other, "other.vhost", &[]);
     let (destination, uri) = arriving_on(&mut host, &backend, "refusing", &[]);
     let refused = migrate(&source, &uri, &[]);
     let why = text(&refused.stderr);
@@ -201,14 +185,14 @@ fn a_migration_to_a_disk_of_the_same_or_unknown_identity_succeeds() {
     let source = host.source();
     expect_ok(&source, "pause");
     let copy = copy(&host, "disk", "copy", &["--preserve=xattr"]);
-    let backend = backend_on(&mut host, &copy, "copy.vhost", &[]);
+    let backend = host.backend_on(&copy, "copy.vhost", &[]);
     let (second, uri) = arriving_on(&mut host, &backend, "second", &[]);
     assert_completed(&migrate(&source, &uri, &[]));
     wait_for_state(&second, "paused");
     // Other processes may write it at any time: it has no identity.
     let bare = host.path("bare");
     std::fs::File::create(&bare).unwrap().set_len(16 << 20).unwrap();
-    let backend = backend_on(&mut host, &bare, "bare.vhost", &["--share-rw"]);
+    let backend = host.backend_on(&bare, "bare.vhost", &["--share-rw"]);
     let (third, uri) = arriving_on(&mut host, &backend, "third", &[]);
     assert_completed(&migrate(&second, &uri, &[]));
     wait_for_state(&third, "paused");

@@ -22,14 +22,14 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
 use serde_json::{Value, json};
 
-use process::{ChildProcess, PATIENCE, file_disk, program, run, text, wait_for};
+use process::{ChildProcess, PATIENCE, file_disk, program, run, text, wait_for, wait_until};
 
 /// Serializes the tests, which start many busy processes.
 fn serial_guard() -> MutexGuard<'static, ()> {
@@ -60,16 +60,22 @@ impl Host {
     }
 
     fn backend_with(&mut self, name: &str, more: &[&str]) -> PathBuf {
+        let disk = self.path("disk");
+        self.backend_on(&disk, name, more)
+    }
+
+    /// Starts a back-end on another disk.
+    fn backend_on(&mut self, image: &Path, name: &str, more: &[&str]) -> PathBuf {
         let socket = self.path(name);
         let mut command = program();
-        command
-            .args(["backend", "blk", "--queues", "4", "--image"])
-            .arg(self.path("disk"))
-            .arg("--socket")
-            .arg(&socket)
-            .args(more);
-        self.running.push(ChildProcess(command.stdout(Stdio::null()).spawn().unwrap()));
+        command.args(["backend", "blk", "--queues", "4", "--image"]).arg(image).arg("--socket").arg(&socket).args(more);
+        self.start(&mut command);
         socket
+    }
+
+    /// Starts a process that ends with the test.
+    fn start(&mut self, command: &mut Command) {
+        self.running.push(ChildProcess(command.stdout(Stdio::null()).spawn().unwrap()));
     }
 
     /// Starts a guest with its own back-end. Returns its control socket.
@@ -82,7 +88,7 @@ impl Host {
         let control = self.path(&format!("{name}.control"));
         let mut command = program();
         command.args(["guest", "--backend"]).arg(backend).arg("--control").arg(&control).args(more);
-        self.running.push(ChildProcess(command.stdout(Stdio::null()).spawn().unwrap()));
+        self.start(&mut command);
         control
     }
 
@@ -109,13 +115,24 @@ impl Host {
         self.guest(name, &["--incoming", uri])
     }
 
+    /// The URI of a socket.
+    fn unix(&self, name: &str) -> String {
+        format!("unix:{}", self.path(name).display())
+    }
+
+    /// Starts a destination that waits for a guest at this URI.
+    fn waiting(&mut self, name: &str, uri: &str) -> PathBuf {
+        let destination = self.destination(name, uri);
+        wait_for_state(&destination, "absent");
+        destination
+    }
+
     /// Starts a guest, and a destination that waits for it, each with its own back-end. Returns both control sockets
     /// and the URI.
     fn pair(&mut self) -> (PathBuf, PathBuf, String) {
         let source = self.source();
-        let unix = format!("unix:{}", self.path("incoming").display());
-        let destination = self.destination("destination", &unix);
-        wait_for_state(&destination, "absent");
+        let unix = self.unix("incoming");
+        let destination = self.waiting("destination", &unix);
         (source, destination, unix)
     }
 }
@@ -247,9 +264,8 @@ fn demo_survives_back_ends_killed_before_during_and_after_the_migration() {
 fn a_guest_migrates_over_unix_tcp_and_a_file(#[case] rings: &[&str]) {
     let mut host = Host::new();
     let source = host.source_with(rings);
-    let unix = format!("unix:{}", host.path("incoming").display());
-    let second = host.destination("second", &unix);
-    wait_for_state(&second, "absent");
+    let unix = host.unix("incoming");
+    let second = host.waiting("second", &unix);
     assert_completed(&migrate(&source, &unix, &["--codec", "zstd:1", "--channels", "3"]));
     assert_eq!(status(&source).unwrap()["state"], "migrated");
     verify(&second);
@@ -257,8 +273,7 @@ fn a_guest_migrates_over_unix_tcp_and_a_file(#[case] rings: &[&str]) {
     // Probably a free port.
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let tcp = format!("tcp:127.0.0.1:{port}");
-    let third = host.destination("third", &tcp);
-    wait_for_state(&third, "absent");
+    let third = host.waiting("third", &tcp);
     assert_completed(&migrate(&second, &tcp, &[]));
     verify(&third);
 
@@ -283,7 +298,7 @@ fn a_guest_migrates_over_unix_tcp_and_a_file(#[case] rings: &[&str]) {
 
 /// Migrates a guest with the options `more` from one back-end to another.
 fn assert_migrates_between(mut host: Host, [here, there]: [PathBuf; 2], more: &[&str]) {
-    let unix = format!("unix:{}", host.path("incoming").display());
+    let unix = host.unix("incoming");
     let source = host.guest_on(&here, "source", &[&["--memory", "64MiB"], more].concat());
     let destination = host.guest_on(&there, "destination", &["--incoming", &unix]);
     wait_for_state(&source, "running");
@@ -327,8 +342,7 @@ fn a_guest_migrates_over_a_bidirectional_command() {
     let source = host.source();
     let incoming = host.path("incoming");
     let unix = format!("unix:{}", incoming.display());
-    let destination = host.destination("destination", &unix);
-    wait_for_state(&destination, "absent");
+    let destination = host.waiting("destination", &unix);
     // Like `ssh … socat`: relays bytes between its standard streams and a socket.
     let relay = "import os,socket,sys,threading
 s=socket.socket(socket.AF_UNIX);s.connect(sys.argv[1])
@@ -371,7 +385,7 @@ fn a_command_that_holds_the_migrated_guest_is_not_killed() {
 fn a_guest_runs_after_a_failed_migration_and_the_next_one_succeeds() {
     let mut host = Host::new();
     let source = host.source();
-    let nobody = format!("unix:{}", host.path("nobody").display());
+    let nobody = host.unix("nobody");
     let output = migrate(&source, &nobody, &[]);
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
     assert!(text(&output.stderr).contains("still runs here"), "{}", text(&output.stderr));
@@ -380,12 +394,11 @@ fn a_guest_runs_after_a_failed_migration_and_the_next_one_succeeds() {
     assert_eq!(wrong.status.code(), Some(2));
     assert!(text(&wrong.stderr).contains("tcp:HOST:PORT"), "{}", text(&wrong.stderr));
 
-    let unix = format!("unix:{}", host.path("incoming").display());
-    let destination = host.destination("destination", &unix);
-    wait_for_state(&destination, "absent");
+    let unix = host.unix("incoming");
+    let destination = host.waiting("destination", &unix);
     // Ctrl-C during the migration, which has little bandwidth.
     let (mut slow, _events) = slow_migration(&source, &unix);
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(slow.0.id() as i32), nix::sys::signal::Signal::SIGINT).unwrap();
+    signal(&slow, Signal::SIGINT);
     let why = expect_failure(&mut slow);
     assert!(why.contains("cancelled"), "{why}");
     verify(&source);
@@ -398,7 +411,7 @@ fn a_guest_runs_after_a_failed_migration_and_the_next_one_succeeds() {
 fn a_killed_destination_leaves_the_guest_at_its_source_for_another_destination() {
     let mut host = Host::new();
     let source = host.source();
-    let unix = format!("unix:{}", host.path("incoming").display());
+    let unix = host.unix("incoming");
     wait_for_state(&host.destination("killed", &unix), "absent");
     let (mut slow, _events) = slow_migration(&source, &unix);
     drop(host.running.pop()); // with SIGKILL
@@ -406,8 +419,7 @@ fn a_killed_destination_leaves_the_guest_at_its_source_for_another_destination()
     assert!(why.contains("still runs here"), "{why}");
     verify(&source);
     // At the stale socket of the dead destination.
-    let next = host.destination("next", &unix);
-    wait_for_state(&next, "absent");
+    let next = host.waiting("next", &unix);
     assert_completed(&migrate(&source, &unix, &[]));
     verify(&next);
 }
@@ -439,16 +451,11 @@ fn guest_and_backend_net_ignore_sighup() {
     let source = host.source();
     let (net, mut command) = (host.path("net"), program());
     command.args(["backend", "net", "--loopback", "--socket"]).arg(&net);
-    host.running.push(ChildProcess(command.stdout(Stdio::null()).spawn().unwrap()));
-    let deadline = Instant::now() + PATIENCE;
-    while UnixStream::connect(&net).is_err() {
-        assert!(Instant::now() < deadline, "the interface does not come up");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    host.start(&mut command);
+    wait_until("the interface comes up", || UnixStream::connect(&net).is_ok());
     // The guest and the interface; the disk handles it.
     for process in &host.running {
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.0.id() as i32), nix::sys::signal::Signal::SIGHUP)
-            .unwrap();
+        signal(process, Signal::SIGHUP);
     }
     verify(&source);
     UnixStream::connect(&net).unwrap();
@@ -479,13 +486,13 @@ fn back_end_and_front_end_serve_their_counters_to_prometheus() {
     let mut command = program();
     command.args(["backend", "blk", "--queues", "2", "--image"]).arg(host.path("disk"));
     command.arg("--metrics").arg(format!("unix:{}", metrics.display())).arg("--socket").arg(&socket);
-    host.running.push(ChildProcess(command.stdout(Stdio::null()).spawn().unwrap()));
+    host.start(&mut command);
     let control = host.path("counted.control");
     let mut guest = program();
     guest.args(["guest", "--memory", "64MiB", "--backend"]).arg(&socket).arg("--control").arg(&control);
     let driven = host.path("driven");
     guest.arg("--metrics").arg(format!("unix:{}", driven.display()));
-    host.running.push(ChildProcess(guest.stdout(Stdio::null()).spawn().unwrap()));
+    host.start(&mut guest);
     verify(&control);
     let rate = run(&["dirty-rate", "--control", control.to_str().unwrap(), "--seconds", "0.3"]);
     assert!(rate.status.success(), "{}", text(&rate.stderr));
@@ -521,15 +528,11 @@ fn back_end_and_front_end_serve_their_counters_to_prometheus() {
     drop(host.running.remove(0));
     host.running.push(ChildProcess(command.spawn().unwrap()));
     assert_eq!(send_command(&control, &json!({"command": "resume"})).unwrap()[0]["event"], "ok");
-    let deadline = Instant::now() + PATIENCE;
     let reconnects = || {
         let found = fetch_metrics(UnixStream::connect(&driven).unwrap());
         counter_value(&found, "vhost_frontend_reconnects_total", "counted.vhost")
     };
-    while reconnects() == 0 {
-        assert!(Instant::now() < deadline, "the back-end is not seen to be back");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("the back-end is seen to be back", || reconnects() > 0);
     verify(&control);
     assert_eq!(reconnects(), 1);
 }
@@ -687,9 +690,8 @@ fn a_startup_failure_is_reported_in_one_line() {
 #[test]
 fn cancel_at_an_idle_destination_reports_that_no_migration_has_come() {
     let mut host = Host::new();
-    let uri = format!("unix:{}", host.path("incoming").display());
-    let waiting = host.destination("waiting", &uri);
-    wait_for_state(&waiting, "absent");
+    let uri = host.unix("incoming");
+    let waiting = host.waiting("waiting", &uri);
     let message = wait_until_listening(&waiting);
     assert!(message.contains("this process waits for one, and quit ends it"), "{message}");
 }
@@ -718,11 +720,8 @@ fn a_snapshot_runs_on_a_disk_copy_while_its_guest_goes_on() {
     // A relative path refers to the caller's folder.
     let file = folder.join("saved.vhm");
     std::fs::rename(host.path("copy"), host.path("other-disk")).unwrap();
-    let backend = host.path("copy.vhost");
-    let mut command = program();
-    command.args(["backend", "blk", "--queues", "4", "--image"]).arg(host.path("other-disk"));
-    command.arg("--socket").arg(&backend);
-    host.running.push(ChildProcess(command.stdout(Stdio::null()).spawn().unwrap()));
+    let other = host.path("other-disk");
+    let backend = host.backend_on(&other, "copy.vhost", &[]);
     let again = host.guest_on(&backend, "again", &["--incoming", &format!("file:{}", file.display())]);
     wait_for_state(&again, "paused");
     assert_eq!(send_command(&again, &json!({"command": "resume"})).unwrap().last().unwrap()["event"], "ok");
@@ -815,7 +814,7 @@ fn a_back_end_with_too_few_queues_is_refused_with_the_options_of_both_commands()
     let backend = host.path("one.vhost");
     let mut one = program();
     one.args(["backend", "blk", "--image"]).arg(host.path("disk")).arg("--socket").arg(&backend);
-    host.running.push(ChildProcess(one.stdout(Stdio::null()).spawn().unwrap()));
+    host.start(&mut one);
     let mut guest = program();
     guest.args(["guest", "--memory", "64MiB", "--backend"]).arg(&backend).arg("--control").arg(host.path("control"));
     let output = guest.output().unwrap();
@@ -869,11 +868,8 @@ fn migrating(control: &Path, uri: &str) -> (ChildProcess, impl Iterator<Item = V
 /// Asserts that the guest's CPUs write.
 fn assert_guest_progresses(control: &Path) {
     let pages = |status: Option<Value>| status.unwrap()["pages"].as_u64().unwrap();
-    let (before, deadline) = (pages(status(control)), Instant::now() + PATIENCE);
-    while pages(status(control)) == before {
-        assert!(Instant::now() < deadline, "its CPUs do nothing");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let before = pages(status(control));
+    wait_until("its CPUs write", || pages(status(control)) != before);
 }
 
 #[test]
@@ -956,11 +952,7 @@ fn a_migration_ends_a_dirty_rate_measurement() {
     let mut measuring = program();
     measuring.args(["dirty-rate", "--seconds", "3600", "--control"]).arg(&source);
     let mut measuring = ChildProcess(measuring.stderr(Stdio::piped()).spawn().unwrap());
-    let deadline = Instant::now() + PATIENCE;
-    while status(&source).unwrap()["busy"] != "a measurement" {
-        assert!(Instant::now() < deadline);
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("a measurement", || status(&source).unwrap()["busy"] == "a measurement");
     assert_completed(&migrate(&source, &unix, &[]));
     let why = expect_failure(&mut measuring);
     assert!(why.contains("by a migration"), "{why}");
@@ -986,11 +978,7 @@ fn migrate_ends_at_signals_while_the_guest_process_hangs(#[case] signals: u32) {
     drop(events);
     kill(guest, Signal::SIGCONT).unwrap();
     // It is a matter of chance if the cancel command was sent.
-    let deadline = Instant::now() + PATIENCE;
-    while !status(&source).unwrap()["busy"].is_null() {
-        assert!(Instant::now() < deadline);
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("the end of the migration", || status(&source).unwrap()["busy"].is_null());
     let left = status(&source).unwrap()["state"] == "migrated";
     verify(if left { &destination } else { &source });
 }
@@ -999,7 +987,7 @@ fn migrate_ends_at_signals_while_the_guest_process_hangs(#[case] signals: u32) {
 fn a_guest_migrates_between_two_front_ends_of_one_back_end_and_stays_if_cancelled() {
     let mut host = Host::new();
     let backend = host.backend_with("disk.vhost", &["--front-ends", "2"]);
-    let unix = format!("unix:{}", host.path("incoming").display());
+    let unix = host.unix("incoming");
     let small = ["--memory", "64MiB", "--dirty-rate", "8MiB/s", "--request-rate", "50"];
     let source = host.guest_on(&backend, "source", &small);
     wait_for_state(&source, "running");

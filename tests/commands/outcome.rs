@@ -69,10 +69,6 @@ fn destination_gone_after_commit(
     is_ready
 }
 
-fn unix(host: &Host, name: &str) -> String {
-    format!("unix:{}", host.path(name).display())
-}
-
 pub(super) fn command(name: &str, control: &Path) -> Output {
     run(&[name, "--control", control.to_str().unwrap()])
 }
@@ -104,7 +100,7 @@ fn migrate_to_unknown_outcome(
     source: &Path,
     answers: impl IntoIterator<Item = ToSource, IntoIter: Send> + 'static,
 ) {
-    let uri = unix(host, "nowhere");
+    let uri = host.unix("nowhere");
     let _ = std::fs::remove_file(host.path("nowhere"));
     destination_gone_after_commit(&uri, answers).recv().unwrap();
     let output = migrate(source, &uri, &[]);
@@ -169,8 +165,8 @@ fn a_source_that_misses_started_completes_by_an_outcome_query() {
     let (source, destination, incoming) = host.pair();
     let fault = Fault::new(Direction::ToSource, FaultPosition::Frame(FrameKind::Started, 0), FaultAction::Cut);
     let there: Uri = incoming.parse().unwrap();
-    let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, fault);
-    let output = migrate(&source, &unix(&host, "relay"), &[]);
+    let relay = Relay::new(host.unix("relay").parse().unwrap(), &there, fault);
+    let output = migrate(&source, &host.unix("relay"), &[]);
     assert!(relay.triggered());
     assert!(text(&output.stdout).contains("\"asking\""), "{}", text(&output.stdout));
     assert_completed(&output);
@@ -186,9 +182,9 @@ fn a_destination_killed_after_ready_leaves_an_unknown_outcome() {
     let fault =
         Fault::new(Direction::ToDestination, FaultPosition::Frame(FrameKind::Commit, 0), FaultAction::CutForGood);
     let there: Uri = incoming.parse().unwrap();
-    let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, fault);
+    let relay = Relay::new(host.unix("relay").parse().unwrap(), &there, fault);
     let mut sent = std::thread::scope(|scope| {
-        let sent = scope.spawn(|| migrate(&source, &unix(&host, "relay"), &[]));
+        let sent = scope.spawn(|| migrate(&source, &host.unix("relay"), &[]));
         while !relay.triggered() && !sent.is_finished() {
             std::thread::yield_now();
         }
@@ -207,17 +203,16 @@ fn a_destination_killed_after_ready_leaves_an_unknown_outcome() {
 fn a_commit_read_after_the_switchover_timeout_has_no_effect() {
     let mut host = Host::new();
     let source = host.source();
-    let destination =
-        host.guest("destination", &["--incoming", &unix(&host, "incoming"), "--switchover-timeout", "1s"]);
+    let destination = host.guest("destination", &["--incoming", &host.unix("incoming"), "--switchover-timeout", "1s"]);
     wait_for_state(&destination, "absent");
-    let there: Uri = unix(&host, "incoming").parse().unwrap();
+    let there: Uri = host.unix("incoming").parse().unwrap();
     let slowly = Fault::new(
         Direction::ToSource,
         FaultPosition::Frame(FrameKind::Ready, 0),
         FaultAction::Trickle(Duration::from_millis(20)),
     );
-    let relay = Relay::new(unix(&host, "relay").parse().unwrap(), &there, slowly);
-    let through = unix(&host, "relay");
+    let relay = Relay::new(host.unix("relay").parse().unwrap(), &there, slowly);
+    let through = host.unix("relay");
     let (mut migration, _events) = migrating(&source, &through);
     while !relay.triggered() {
         std::thread::yield_now();
@@ -251,9 +246,8 @@ fn a_paused_guest_is_migrated_saved_and_restored_paused() {
     let mut host = Host::new();
     let source = host.source();
     expect_ok(&source, "pause");
-    let second = host.destination("second", &unix(&host, "incoming"));
-    wait_for_state(&second, "absent");
-    assert_completed(&migrate(&source, &unix(&host, "incoming"), &[]));
+    let second = host.waiting("second", &host.unix("incoming"));
+    assert_completed(&migrate(&source, &host.unix("incoming"), &[]));
     assert_eq!(wait_for_state(&second, "paused")["location"], "paused_here");
     let (before, after) = (status(&second).unwrap(), status(&second).unwrap());
     assert_eq!(before["pages"], after["pages"]);
@@ -273,8 +267,7 @@ fn a_paused_guest_is_migrated_saved_and_restored_paused() {
 #[test]
 fn quit_ends_an_idle_destination_at_once() {
     let mut host = Host::new();
-    let destination = host.destination("destination", &unix(&host, "incoming"));
-    wait_for_state(&destination, "absent");
+    let destination = host.waiting("destination", &host.unix("incoming"));
     expect_ok(&destination, "quit");
     assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(0));
     assert!(!destination.exists() && !host.path("incoming").exists(), "its sockets are removed");

@@ -14,8 +14,8 @@ use rstest::rstest;
 use serde_json::json;
 
 use super::{
-    ChildProcess, Host, PATIENCE, migrating, program, send_command, signal, verify, wait_for_state,
-    wait_until_listening,
+    ChildProcess, Host, PATIENCE, migrating, program, send_command, signal, verify, wait_for, wait_for_state,
+    wait_until, wait_until_listening,
 };
 
 /// Long enough for a busy machine, and shorter than any time limit for a peer.
@@ -113,17 +113,15 @@ fn sigterm_ends_a_guest_whose_back_end_hangs() {
 #[test]
 fn sigterm_ends_a_destination_that_waits_for_a_source_or_a_back_end() {
     let mut host = Host::new();
-    let unix = format!("unix:{}", host.path("incoming").display());
-    let destination = host.destination("destination", &unix);
-    wait_for_state(&destination, "absent");
+    let unix = host.unix("incoming");
+    let destination = host.waiting("destination", &unix);
     wait_until_listening(&destination);
     let mut half = UnixStream::connect(host.path("incoming")).unwrap();
     half.write_all(b"VH").unwrap();
     wait_for_blocked_command();
     assert_ends_by_sigterm(host.running.last_mut().unwrap(), "guest --incoming");
 
-    let destination = host.destination("another", &unix);
-    wait_for_state(&destination, "absent");
+    host.waiting("another", &unix);
     let [.., backend, _] = &host.running[..] else { panic!() };
     stop(backend);
     let (at, stopped) = (host.running.len() - 1, Pid::from_raw(backend.0.id() as i32));
@@ -154,14 +152,7 @@ fn sigterm_ends_a_back_end_that_waits_for_the_rest_of_a_message(#[case] device: 
     let device = device.iter().map(|word| if *word == "DISK" { text(&disk) } else { word });
     let words: Vec<&str> = ["backend"].into_iter().chain(device).collect();
     let mut process = start(&[&words[..], &["--socket", text(&socket)]].concat());
-    let deadline = Instant::now() + PATIENCE;
-    let mut half = loop {
-        match UnixStream::connect(&socket) {
-            Ok(stream) => break stream,
-            Err(error) => assert!(Instant::now() < deadline, "{error}"),
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
+    let mut half = wait_for("the back-end listens", || UnixStream::connect(&socket).ok());
     half.write_all(&[1, 0, 0]).unwrap();
     wait_for_blocked_command();
     assert_eq!(assert_ends_by_sigterm(&mut process, "backend").code(), Some(0));
@@ -214,11 +205,7 @@ fn sigterm_ends_a_demo_and_its_hanging_processes() {
         let text = std::fs::read_to_string(list).unwrap();
         text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
     };
-    let deadline = Instant::now() + PATIENCE;
-    while children().len() < 4 {
-        assert!(Instant::now() < deadline, "two back-ends and two guests");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("two back-ends and two guests", || children().len() >= 4);
     wait_for_blocked_command();
     let children = children();
     children.iter().for_each(|pid| kill(Pid::from_raw(*pid), Signal::SIGSTOP).unwrap());

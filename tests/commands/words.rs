@@ -2,19 +2,18 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::json;
 use vhost_migrate::stream::{FrameKind, ToSource, Uri};
 
-use super::disks::{backend_on, refused};
+use super::disks::refused;
 use super::outcome::{command, expect_error, expect_ok, source_of_unknown_outcome};
 use super::relay::{Direction, Fault, FaultAction, FaultPosition, Relay};
 use super::{
-    ChildProcess, Host, PATIENCE, assert_completed, events, expect_failure, migrate, migrating, program, signal,
-    slow_migration, status, text, verify, wait_for_state, wait_until_listening,
+    Host, PATIENCE, assert_completed, events, expect_failure, migrate, migrating, program, signal, slow_migration,
+    status, text, verify, wait_for_state, wait_until_listening,
 };
 
 /// Starts a guest that logs to a file.
@@ -23,7 +22,7 @@ fn writing(host: &mut Host, name: &str, more: &[&str]) -> (PathBuf, PathBuf) {
     let (control, log) = (host.path(&format!("{name}.control")), host.path(&format!("{name}.log")));
     let mut command = program();
     command.args(["guest", "--log-level", "info", "--backend"]).arg(backend).arg("--control").arg(&control).args(more);
-    host.running.push(ChildProcess(command.stdout(Stdio::null()).stderr(File::create(&log).unwrap()).spawn().unwrap()));
+    host.start(command.stderr(File::create(&log).unwrap()));
     (control, log)
 }
 
@@ -42,7 +41,7 @@ fn wait_for_log(log: &Path, words: &str) {
 #[test]
 fn the_guest_process_logs_start_departure_arrival_and_end() {
     let mut host = Host::new();
-    let uri = format!("unix:{}", host.path("incoming").display());
+    let uri = host.unix("incoming");
     let (source, here) = writing(&mut host, "source", &["--memory", "64MiB"]);
     wait_for_state(&source, "running");
     assert!(read(&here).contains("the guest has started, with disks from"), "{}", read(&here));
@@ -63,7 +62,7 @@ fn the_guest_process_logs_start_departure_arrival_and_end() {
 fn each_side_reports_a_cancellation_by_the_other() {
     let mut host = Host::new();
     let source = host.source();
-    let uri = format!("unix:{}", host.path("incoming").display());
+    let uri = host.unix("incoming");
     let (destination, log) = writing(&mut host, "destination", &["--incoming", &uri]);
     wait_for_state(&destination, "absent");
     wait_until_listening(&destination);
@@ -92,9 +91,8 @@ fn each_side_reports_a_cancellation_by_the_other() {
 fn a_source_warns_within_seconds_that_its_destination_reads_nothing() {
     let mut host = Host::new();
     let source = host.source();
-    let uri = format!("unix:{}", host.path("incoming").display());
-    let destination = host.destination("destination", &uri);
-    wait_for_state(&destination, "absent");
+    let uri = host.unix("incoming");
+    host.waiting("destination", &uri);
     let (mut migration, mut events) = migrating(&source, &uri);
     signal(host.running.last().unwrap(), Signal::SIGSTOP);
     let warning = events.find(|event| event["event"] == "warning").expect("it fails without a warning");
@@ -124,15 +122,14 @@ fn a_snapshot_of_a_running_guest_gives_a_warning() {
 fn status_reports_starting_while_an_arrived_guest_starts() {
     let mut host = Host::new();
     let source = host.source();
-    let there = format!("unix:{}", host.path("incoming").display());
-    let destination = host.destination("destination", &there);
-    wait_for_state(&destination, "absent");
+    let there = host.unix("incoming");
+    let destination = host.waiting("destination", &there);
     let slowly = Fault::new(
         Direction::ToSource,
         FaultPosition::Frame(FrameKind::Ready, 0),
         FaultAction::Trickle(Duration::from_millis(20)),
     );
-    let through = format!("unix:{}", host.path("relay").display());
+    let through = host.unix("relay");
     let relay = Relay::new(through.parse::<Uri>().unwrap(), &there.parse().unwrap(), slowly);
     let (mut migration, _events) = migrating(&source, &through);
     while !relay.triggered() {
@@ -159,7 +156,7 @@ fn a_restore_onto_an_unusable_disk_names_the_disk_and_the_reason() {
     let file = format!("file:{}", host.path("guest.vhm").display());
     assert_completed(&migrate(&source, &file, &[]));
     let image = host.path("disk");
-    let backend = backend_on(&mut host, &image, "fixed.vhost", &["--read-only"]);
+    let backend = host.backend_on(&image, "fixed.vhost", &["--read-only"]);
     let words = refused(&host, &backend, &file);
     assert!(words.contains("fixed.vhost: the guest can't use this device: it is read-only"), "{words}");
     assert!(!words.contains("no such guest"), "{words}");

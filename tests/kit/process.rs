@@ -44,6 +44,11 @@ pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T 
     }
 }
 
+/// Waits until `condition` is true.
+pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    wait_for(what, || condition().then_some(()));
+}
+
 /// A child process, killed on drop.
 pub(crate) struct ChildProcess(pub(crate) Child);
 
