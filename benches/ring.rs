@@ -7,6 +7,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod race;
+#[path = "../tests/kit/tracked_ring.rs"]
+mod tracked_ring;
 
 use std::hint::black_box;
 use std::os::fd::AsFd;
@@ -14,9 +16,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use race::{Contender, race, time};
+use tracked_ring::TrackedRing;
 use vhost_migrate::abi::virtio::{PackedDesc, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::inflight::{InflightRegion, PackedInflight, RingKind, SplitInflight, recover_packed, recover_split};
+use vhost_migrate::inflight::{InflightRegion, RingKind, recover_packed, recover_split};
 use vhost_migrate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, Chain, DeviceRing, DriverRing, RingBase, RingIommu, RingLayout, RingLog};
 use zerocopy::FromZeros;
@@ -62,55 +65,11 @@ struct RequestLayout {
 
 const CHAIN: RequestLayout = RequestLayout { writable: 2, indirect: false, translated: false };
 
-enum Tracking {
-    Off,
-    Split(SplitInflight),
-    Packed(PackedInflight),
-}
-
-impl Tracking {
-    fn new(kind: VirtioFeatures) -> Tracking {
-        match kind.contains(VIRTIO_F_RING_PACKED) {
-            false => Tracking::Split(
-                InflightRegion::create(RingKind::Split, 1, SIZE).unwrap().0.split(0, SIZE, 0).unwrap().0,
-            ),
-            true => {
-                let (region, _) = InflightRegion::create(RingKind::Packed, 1, SIZE).unwrap();
-                Tracking::Packed(region.packed(0, SIZE, RingBase::PACKED_START, |_| 0).unwrap().0)
-            }
-        }
-    }
-
-    fn take(&mut self, ring: &DeviceRing, head: u16) -> u16 {
-        match (self, ring) {
-            (Tracking::Split(inflight), _) => inflight.take(head),
-            (Tracking::Packed(inflight), DeviceRing::Packed(ring)) => return inflight.take(ring.descs()).unwrap(),
-            _ => {}
-        }
-        head
-    }
-
-    fn stage(&mut self, entry: u16) {
-        match self {
-            Tracking::Off => {}
-            Tracking::Split(inflight) => inflight.stage(entry),
-            Tracking::Packed(inflight) => inflight.stage(entry),
-        }
-    }
-
-    fn commit(&mut self, ring: &DeviceRing) {
-        match (self, ring) {
-            (Tracking::Split(inflight), DeviceRing::Split(ring)) => inflight.commit(ring.used_index()),
-            (Tracking::Packed(inflight), _) => inflight.commit(),
-            _ => {}
-        }
-    }
-}
-
 /// Nanoseconds of the device side per request, measured over many batches.
-fn serve(kind: VirtioFeatures, layout: RequestLayout, tracking: &mut Tracking, log: Option<RingLog>) -> f64 {
+fn serve(kind: VirtioFeatures, layout: RequestLayout, region: Option<&InflightRegion>, log: Option<RingLog>) -> f64 {
     let (mut driver, mut device) = rings(kind, layout.translated);
     device.set_log(log);
+    let mut device = TrackedRing::new(device, region, 0);
     let buffer = Buffer { gpa: 0x1_0000, len: 4096 };
     let writable = [buffer; 2];
     let mut chains: Vec<(Chain, u16)> = (0..BATCH).map(|_| Default::default()).collect();
@@ -123,15 +82,12 @@ fn serve(kind: VirtioFeatures, layout: RequestLayout, tracking: &mut Tracking, l
         let _ = driver.publish();
         let begin = Instant::now();
         for (chain, entry) in &mut chains {
-            assert!(device.pop(chain).unwrap());
-            *entry = tracking.take(&device, chain.head);
+            *entry = device.take(chain);
         }
         for (chain, entry) in &chains {
-            tracking.stage(*entry);
-            device.push(chain, 8192);
+            device.push(chain, *entry, 8192);
         }
         black_box(device.publish());
-        tracking.commit(&device);
         spent += begin.elapsed();
         while driver.pop_used().unwrap().is_some() {}
     }
@@ -156,12 +112,16 @@ fn per_request() {
     for (name, kind) in KINDS {
         let mut contenders: Vec<Contender<'_>> = Vec::new();
         for (what, layout) in layouts {
-            contenders.push((what, Box::new(move || serve(kind, layout, &mut Tracking::Off, None))));
+            contenders.push((what, Box::new(move || serve(kind, layout, None, None))));
         }
-        let mut inflight = Tracking::new(kind);
-        contenders.push(("a chain of three with inflight", Box::new(move || serve(kind, CHAIN, &mut inflight, None))));
+        let tracked = move || {
+            let layout = if kind.contains(VIRTIO_F_RING_PACKED) { RingKind::Packed } else { RingKind::Split };
+            let (region, _) = InflightRegion::create(layout, 1, SIZE).unwrap();
+            serve(kind, CHAIN, Some(&region), None)
+        };
+        contenders.push(("a chain of three with inflight", Box::new(tracked)));
         let log = RingLog { log: Arc::new(Log::create(1 << 20).unwrap().0), used_gpa: 0x8000 };
-        let logged = move || serve(kind, CHAIN, &mut Tracking::Off, Some(log.clone()));
+        let logged = move || serve(kind, CHAIN, None, Some(log.clone()));
         contenders.push(("a chain of three with the log", Box::new(logged)));
         race(&format!("request, {name}"), TURNS, contenders);
     }

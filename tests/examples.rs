@@ -2,13 +2,15 @@
 //! their comments promise. `tests/guide.rs` has the tests of `file_disk`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "kit/wait.rs"]
+mod wait;
+
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+use wait::wait_until;
 
 /// A program of `examples/`, which `cargo test` builds beside the tests.
 fn example(name: &str) -> Command {
@@ -38,11 +40,7 @@ impl Drop for Running {
 }
 
 fn wait_for_socket(path: &Path) {
-    let start = Instant::now();
-    while !path.exists() {
-        assert!(start.elapsed() < PATIENCE, "{} does not exist", path.display());
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until(&format!("the socket {}", path.display()), || path.exists());
 }
 
 /// Lines of documentation between "```" and "```" in the file.

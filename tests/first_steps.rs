@@ -3,6 +3,8 @@
 
 #[path = "kit/process.rs"]
 mod process;
+#[path = "kit/wait.rs"]
+mod wait;
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;

@@ -27,13 +27,18 @@ use zerocopy::{FromBytes, IntoBytes};
 
 #[path = "kit/forward.rs"]
 mod forward;
+#[path = "kit/guest_work.rs"]
+mod guest_work;
 #[path = "kit/raw.rs"]
 #[allow(dead_code)]
 mod raw;
 #[path = "kit/served.rs"]
 mod served;
+#[path = "kit/wait.rs"]
+mod wait;
 
 use forward::forward;
+use guest_work::wait_for;
 use served::Served;
 
 const MIB: u64 = 1 << 20;
@@ -216,15 +221,6 @@ fn guest_config() -> GuestConfig {
         .with_disk_area(4 * MIB)
 }
 
-fn wait_until(guest: &Guest, what: &str, is_so: impl Fn(&Guest) -> bool) {
-    let end = Instant::now() + DEADLINE;
-    while !is_so(guest) {
-        assert!(guest.failure().is_none(), "{what}: {:?}", guest.failure());
-        assert!(Instant::now() < end, "{what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
 /// Rule B2.2.
 #[test]
 fn the_guest_reports_the_new_capacity_and_broken_rings() {
@@ -239,9 +235,9 @@ fn the_guest_reports_the_new_capacity_and_broken_rings() {
     // The test has the handle of the disk, so the test sends the message.
     backend.channel_device.disk.grow().unwrap();
     backend.host().config_changed();
-    wait_until(&guest, "it has grown", |guest| now(guest).capacity == 64 * MIB);
+    wait_for(&guest, "it has grown", |guest| now(guest).capacity == 64 * MIB);
     assert_eq!(backend.ask(BackendRequest::VRING_ERR, &VringState { index: 1, num: 0 }), 0);
-    wait_until(&guest, "a ring is broken", |guest| now(guest).broken_rings == [1]);
+    wait_for(&guest, "a ring is broken", |guest| now(guest).broken_rings == [1]);
     // The ring is not broken in fact and continues. After a restart it is reported as intact.
     guest.verify().unwrap();
     guest.pause().unwrap();

@@ -45,6 +45,9 @@ mod served;
 #[path = "kit/server.rs"]
 #[allow(dead_code)]
 mod server;
+#[path = "kit/tracked_ring.rs"]
+#[allow(dead_code)]
+mod tracked_ring;
 
 use guest::{Guest, HIGH, REGION, Ring, harvest};
 use iommu_guest::{BASE, DATA, Random};

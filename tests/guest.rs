@@ -1,13 +1,17 @@
 //! The built-in guest: it continues elsewhere exactly where it stopped, and detects every wrong byte.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "kit/guest_work.rs"]
+mod guest_work;
 #[path = "kit/ram_disk.rs"]
 mod ram_disk;
+#[path = "kit/wait.rs"]
+mod wait;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
+use guest_work::{wait_for, wait_until};
 use ram_disk::{Faults, RamDisk};
 use rstest::rstest;
 use vhost_migrate::abi::virtio::VirtioFeatures;
@@ -57,20 +61,11 @@ fn booted(config: GuestConfig) -> (Guest, Disks) {
     (guest, disks)
 }
 
-fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(60), "{what}: not within a minute");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
 /// Waits until the guest has made `requests` more requests and written `pages` more pages.
 fn run_for(guest: &Guest, requests: u64, pages: u64) {
     let before = guest.stats();
-    wait_for("the guest works", || {
+    wait_for(guest, "the guest works", |guest| {
         let now = guest.stats();
-        assert!(guest.failure().is_none(), "{}", guest.failure().unwrap());
         now.completions >= before.completions + requests && now.pages >= before.pages + pages
     });
 }
@@ -185,7 +180,7 @@ fn a_started_ring_is_kicked() {
     let (mut guest, disks) = booted(config(false));
     let kicked = |starts| {
         let rings = u32::try_from(guest_rings(&config(false)) * starts).unwrap();
-        wait_for("kicks", || disks.faults.kicked.load(Ordering::Relaxed) == rings);
+        wait_until("kicks", || disks.faults.kicked.load(Ordering::Relaxed) == rings);
     };
     kicked(1);
     guest.stop_devices().unwrap();
@@ -266,7 +261,7 @@ fn a_running_cpu_detects_a_wrong_byte(#[values(false, true)] packed: bool) {
     run_for(&guest, 1, 2048);
     // A ring may follow them.
     let hot = pages_of(&guest, |_, version| version > 0, 64);
-    wait_for("the guest stops", || {
+    wait_until("the guest stops", || {
         hot.iter().for_each(|page| guest.memory().write(*page, b"garbage").unwrap());
         guest.failure().is_some()
     });
@@ -301,7 +296,7 @@ fn an_acknowledged_but_lost_write_is_found(#[values(false, true)] packed: bool) 
         disks.faults.lose_write.store(1, Ordering::Relaxed);
         // The guest may detect it before the resume is complete.
         let _ = guest.resume();
-        wait_for("a lost write", || disks.faults.lose_write.load(Ordering::Relaxed) == 0);
+        wait_until("a lost write", || disks.faults.lose_write.load(Ordering::Relaxed) == 0);
         let _ = guest.pause();
         guest.verify().err()
     });
@@ -352,7 +347,7 @@ fn fails_by(packed: bool, fault: impl Fn(&Faults) -> &AtomicU32, how: impl Fn(&G
     guest.resume().unwrap();
     run_for(&guest, 100, 1);
     fault(&disks.faults).store(1, Ordering::Relaxed);
-    wait_for("the guest stops", || guest.failure().is_some());
+    wait_until("the guest stops", || guest.failure().is_some());
     let failure = guest.failure().unwrap();
     assert!(how(&failure), "{failure}");
     assert!(guest.pause().is_err() && guest.verify().is_err());

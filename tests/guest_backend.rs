@@ -3,6 +3,10 @@
 
 #[path = "kit/forward.rs"]
 mod forward;
+#[path = "kit/guest_work.rs"]
+mod guest_work;
+#[path = "kit/wait.rs"]
+mod wait;
 
 use std::fs::File;
 use std::io::Write;
@@ -17,6 +21,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use forward::forward;
+use guest_work::{PATIENCE, assert_works, run_for, wait_for, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
@@ -37,7 +42,6 @@ use vhost_migrate::stream::{self, CancelToken, StreamOptions};
 use vhost_migrate::unstable::with_causes;
 
 const MIB: u64 = 1 << 20;
-const PATIENCE: Duration = Duration::from_secs(60);
 const KILLS: u64 = 20;
 
 /// A back-end process, which ends with the test.
@@ -116,29 +120,19 @@ fn config() -> GuestConfig {
 }
 
 fn running(backend: &Backend, config: GuestConfig) -> Guest {
-    running_on(backend.device(), config)
+    running_on(Box::new(backend.device()), config)
 }
 
-fn running_on(device: UserDevice, config: GuestConfig) -> Guest {
+/// Boots and starts a guest on the back-end at a socket of `folder`.
+fn running_at(folder: &Path, socket: &str, config: GuestConfig) -> Guest {
+    running_on(connect_device(folder, socket), config)
+}
+
+fn running_on(device: Box<dyn Device>, config: GuestConfig) -> Guest {
     let mut guest = Guest::new(config).unwrap();
-    guest.boot(vec![Box::new(device)]).unwrap();
+    guest.boot(vec![device]).unwrap();
     guest.resume().unwrap();
     guest
-}
-
-fn wait_for(guest: &Guest, what: &str, mut condition: impl FnMut(&Guest) -> bool) {
-    let start = Instant::now();
-    while !condition(guest) {
-        assert!(guest.failure().is_none(), "{what}: {}", guest.failure().unwrap());
-        assert!(start.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// Waits until the guest has completed `requests` more requests.
-fn run_for(guest: &Guest, requests: u64) {
-    let before = guest.stats().completions;
-    wait_for(guest, "requests are answered", |guest| guest.stats().completions >= before + requests);
 }
 
 #[test]
@@ -184,7 +178,7 @@ fn a_guest_survives_repeated_kills_of_its_back_end(
     let mut backend = Backend::start();
     let device = backend.device_with(protocol_features);
     assert_eq!(device.protocol_features() & protocol_features, protocol_features);
-    let mut guest = running_on(device, config().with_packed(packed));
+    let mut guest = running_on(Box::new(device), config().with_packed(packed));
     for kill in 1..=KILLS {
         // At varying times within requests: after a different number of requests each time.
         run_for(&guest, 50 + 7 * kill);
@@ -205,11 +199,7 @@ fn a_back_end_missing_beyond_the_reconnect_timeout_stops_the_guest() {
     let mut guest = running(&backend, config().with_reconnect_timeout(Some(1)));
     run_for(&guest, 100);
     backend.end();
-    let start = Instant::now();
-    while guest.failure().is_none() {
-        assert!(start.elapsed() < PATIENCE);
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("the guest fails", || guest.failure().is_some());
     let error = guest.pause().unwrap_err();
     assert!(with_causes(&error).to_string().contains("cannot connect"), "{error}");
     backend.child = spawn(backend.folder.path(), "s");
@@ -227,8 +217,7 @@ fn a_guest_waits_without_limit_for_its_back_end_and_logs_it() {
     backend.child = spawn(backend.folder.path(), "s");
     wait_for(&guest, "the back-end is connected again", |guest| guest.stats().reconnects == 1);
     assert_eq!(guest.connections()[0].away_ms, None);
-    run_for(&guest, 100);
-    guest.verify().unwrap();
+    assert_works(&mut guest);
     assert_eq!((guest.stats().lost, guest.stats().duplicates), (0, 0));
 }
 
@@ -261,8 +250,7 @@ fn a_guest_waits_for_the_right_back_end_while_others_answer() {
     backend.crash();
     wait_for(&guest, "the back-end is connected again", |guest| guest.stats().reconnects == 1);
     assert_eq!((guest.connections()[0].away_ms, guest.connections()[0].refused.clone()), (None, None));
-    run_for(&guest, 100);
-    guest.verify().unwrap();
+    assert_works(&mut guest);
     assert_eq!((guest.stats().lost, guest.stats().duplicates), (0, 0));
 }
 
@@ -414,8 +402,7 @@ fn a_guest_copied_by_dirty_pages_survives_crashes_of_its_back_end(#[values(false
         run_for(&guest, 100);
         backend.crash();
         wait_for(&guest, "the back-end is connected again", |guest| guest.stats().reconnects > 0);
-        run_for(&guest, 100);
-        guest.verify().unwrap();
+        assert_works(&mut guest);
     }
     let stats = guest.stats();
     assert_eq!((stats.lost, stats.duplicates), (0, 0));
@@ -566,10 +553,7 @@ fn device_state_moves_with_the_guest_and_a_refused_state_keeps_it_at_the_source(
     File::create(folder.path().join("disk.img")).unwrap().set_len(16 * MIB).unwrap();
     let _source = stateful(folder.path(), "a", b"set by the driver");
     let destination = stateful(folder.path(), "b", b"");
-    let mut guest = Guest::new(config()).unwrap();
-    guest.boot(vec![connect_device(folder.path(), "a")]).unwrap();
-    guest.resume().unwrap();
-    let guest = Mutex::new(Some(guest));
+    let guest = Mutex::new(Some(running_at(folder.path(), "a", config())));
     for refuses in [true, false] {
         destination.refuses.store(refuses, Ordering::Relaxed);
         let (left, arrived, arrival) = move_to(folder.path(), &guest, "b");
@@ -585,8 +569,7 @@ fn device_state_moves_with_the_guest_and_a_refused_state_keeps_it_at_the_source(
             arrived.unwrap();
             assert_eq!(*destination.state.lock().unwrap(), b"set by the driver");
             let mut guest = arrival.into_guest().unwrap();
-            run_for(&guest, 100);
-            guest.verify().unwrap();
+            assert_works(&mut guest);
         }
     }
 }
@@ -613,10 +596,7 @@ fn a_destination_back_end_refuses_rings_before_the_commit() {
     serve(folder, "b", disk("disk.img", size));
     let lock = File::open(folder.join("other.img")).unwrap();
     lock.lock().unwrap();
-    let mut guest = Guest::new(config().with_queue_size(size)).unwrap();
-    guest.boot(vec![connect_device(folder, "a")]).unwrap();
-    guest.resume().unwrap();
-    let guest = Mutex::new(Some(guest));
+    let guest = Mutex::new(Some(running_at(folder, "a", config().with_queue_size(size))));
     let segments = "largest number of segments differs: 62 here, 126 at the source";
     for (to, why) in [("small", "SET_VRING_NUM"), ("smaller", segments), ("locked", "SET_VRING_ENABLE")] {
         let (left, arrived, arrival) = move_to(folder, &guest, to);
@@ -631,8 +611,7 @@ fn a_destination_back_end_refuses_rings_before_the_commit() {
     left.unwrap();
     arrived.unwrap();
     let mut guest = arrival.into_guest().unwrap();
-    run_for(&guest, 100);
-    guest.verify().unwrap();
+    assert_works(&mut guest);
 }
 
 /// An incoming guest whose back-end is stopped before a step.
@@ -743,8 +722,7 @@ fn cancel_of_a_hanging_start_keeps_the_arrived_guest_and_resume_starts_it() {
     let mut guest = stalling_vm.arrival.into_guest().unwrap();
     signal(&backends[1], Signal::SIGCONT);
     guest.start().unwrap();
-    run_for(&guest, 100);
-    guest.verify().unwrap();
+    assert_works(&mut guest);
 }
 
 #[test]
@@ -761,9 +739,7 @@ fn the_destination_prepares_and_compares_its_disk_while_the_guest_runs() {
     serve(folder, "a", disk("disk.img"));
     serve(folder, "b", disk("disk.img"));
     serve(folder, "other", disk("other.img"));
-    let mut guest = Guest::new(config()).unwrap();
-    guest.boot(vec![connect_device(folder, "a")]).unwrap();
-    guest.resume().unwrap();
+    let guest = running_at(folder, "a", config());
     let regions: Vec<_> =
         guest.memory().regions().iter().map(|r| RegionLayout { gpa: r.gpa(), size: r.size() }).collect();
     let guest = Mutex::new(Some(guest));
@@ -785,9 +761,7 @@ fn refused_rings_are_retried_until_they_run() {
     let folder = tempfile::tempdir().unwrap();
     File::create(folder.path().join("disk.img")).unwrap().set_len(16 * MIB).unwrap();
     let device = stateful(folder.path(), "a", b"");
-    let mut guest = Guest::new(config()).unwrap();
-    guest.boot(vec![connect_device(folder.path(), "a")]).unwrap();
-    guest.resume().unwrap();
+    let mut guest = running_at(folder.path(), "a", config());
     run_for(&guest, 100);
 
     // Like the end of a failed migration, which waits for no device.
@@ -798,8 +772,7 @@ fn refused_rings_are_retried_until_they_run() {
     wait_for(&guest, "it says why its disk stands still", |guest| guest.connections()[0].refused.is_some());
     assert!(guest.is_running() && guest.failure().is_none());
     device.idles.store(false, Ordering::Relaxed);
-    run_for(&guest, 100);
-    guest.verify().unwrap();
+    assert_works(&mut guest);
 
     // Like an operator's command, which is answered when everything runs.
     guest.pause().unwrap();
@@ -809,8 +782,7 @@ fn refused_rings_are_retried_until_they_run() {
     assert!(!guest.is_running() && guest.failure().is_none());
     device.idles.store(false, Ordering::Relaxed);
     guest.start().unwrap();
-    run_for(&guest, 100);
-    guest.verify().unwrap();
+    assert_works(&mut guest);
 }
 
 /// Runs itself again in a separate process without available file descriptors.
@@ -826,9 +798,7 @@ fn a_guest_whose_threads_cannot_start_stays_paused_and_intact() {
         return;
     }
     let backend = Backend::start();
-    let mut guest = Guest::new(config()).unwrap();
-    guest.boot(vec![Box::new(backend.device())]).unwrap();
-    guest.resume().unwrap();
+    let mut guest = running(&backend, config());
     guest.pause().unwrap();
     let limit = |files: Option<libc::rlimit>| {
         let (new, mut before) = (files, libc::rlimit { rlim_cur: 0, rlim_max: 0 });
@@ -843,6 +813,5 @@ fn a_guest_whose_threads_cannot_start_stays_paused_and_intact() {
     limit(Some(before));
     assert!(with_causes(&refused.unwrap_err()).to_string().contains("make an eventfd"));
     guest.resume().unwrap();
-    run_for(&guest, 100);
-    guest.verify().unwrap();
+    assert_works(&mut guest);
 }

@@ -1,16 +1,21 @@
 //! The device of the guide: it is what the guide says, keeps every rule, and a guest on it survives its death and moves.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+#[path = "kit/guest_work.rs"]
+mod guest_work;
 #[path = "kit/process.rs"]
 mod process;
+#[path = "kit/wait.rs"]
+mod wait;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vhost_migrate::frontend::{UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig};
 
+use guest_work::run_for;
 use process::{ChildProcess, PATIENCE, file_disk};
 
 const MIB: u64 = 1 << 20;
@@ -67,12 +72,7 @@ fn a_guest_survives_kills_of_the_example_with_split_and_packed_rings() {
         guest.boot(vec![Box::new(device)]).unwrap();
         guest.resume().unwrap();
         for _ in 0..5 {
-            let (before, begun) = (guest.stats().completions, Instant::now());
-            while guest.stats().completions < before + 50 {
-                assert!(guest.failure().is_none(), "{}", guest.failure().unwrap());
-                assert!(begun.elapsed() < PATIENCE, "the guest does nothing");
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            run_for(&guest, 50);
             drop(backend);
             backend = start(folder.path());
         }

@@ -4,8 +4,12 @@
 
 #[path = "kit/forward.rs"]
 mod forward;
+#[path = "kit/guest_work.rs"]
+mod guest_work;
 #[path = "kit/served.rs"]
 mod served;
+#[path = "kit/wait.rs"]
+mod wait;
 
 use std::collections::VecDeque;
 use std::io;
@@ -26,10 +30,10 @@ use vhost_migrate::guest::{Guest, GuestConfig, GuestState, make_memory};
 use vhost_migrate::memory::{LOG_PAGE, Memory};
 
 use forward::forward;
+use guest_work::{PATIENCE, run_for};
 use served::Served;
 
 const MIB: u64 = 1 << 20;
-const TIMEOUT: Duration = Duration::from_secs(120);
 const MIGRATIONS: u64 = 6;
 
 /// A disk that serves every request 20 ms after it was submitted.
@@ -89,17 +93,8 @@ fn start(folder: &Path, socket: &str, aio: Aio) -> (Served, UserDevice) {
     let path = folder.join(socket);
     let served = Served::new(&path, Arc::new(SlowDisk(disk.unwrap())));
     let options = UserOptions::default().with_inflight_migration();
-    let device = UserDevice::connect(&path, options, Instant::now() + TIMEOUT).unwrap();
+    let device = UserDevice::connect(&path, options, Instant::now() + PATIENCE).unwrap();
     (served, device)
-}
-
-fn run_for(guest: &Guest, requests: u64) {
-    let (before, start) = (guest.stats().completions, Instant::now());
-    while guest.stats().completions < before + requests {
-        assert!(guest.failure().is_none(), "{}", guest.failure().unwrap());
-        assert!(start.elapsed() < TIMEOUT, "the guest completes no requests");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 fn bytes(memory: &Memory) -> Vec<Vec<u8>> {
@@ -194,7 +189,7 @@ fn a_back_end_without_the_inflight_migration_features_is_refused_at_boot() {
     drop(device);
     // A front-end that does not ask for the features does not negotiate them.
     let path = folder.path().join("0");
-    let device = UserDevice::connect(path, UserOptions::default(), Instant::now() + TIMEOUT).unwrap();
+    let device = UserDevice::connect(path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
     let mut guest = Guest::new(GuestConfig::new(16 * MIB).with_inflight_migration(true)).unwrap();
     let error = guest.boot(vec![Box::new(device)]).unwrap_err();
     assert!(error.to_string().contains("--inflight-migration"), "{error}");

@@ -8,7 +8,7 @@ use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,6 +34,15 @@ fn uri(text: impl AsRef<str>) -> Uri {
 
 fn unix(folder: &Path) -> Uri {
     uri(format!("unix:{}/socket", folder.display()))
+}
+
+/// A listener at a Unix socket in a folder, its URI and its path.
+fn listening() -> (tempfile::TempDir, StreamListener, Uri, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let to = unix(folder.path());
+    let listener = StreamListener::bind(&to).unwrap();
+    let path = folder.path().join("socket");
+    (folder, listener, to, path)
 }
 
 fn memory(pages: u64) -> Memory {
@@ -134,9 +143,7 @@ fn migrate(listener: &StreamListener, to: &Uri, options: StreamOptions, codec: C
 
 #[test]
 fn memory_arrives_over_unix_sockets_and_the_socket_file_is_removed() {
-    let folder = tempfile::tempdir().unwrap();
-    let to = unix(folder.path());
-    let listener = StreamListener::bind(&to).unwrap();
+    let (folder, listener, to, _) = listening();
     migrate(&listener, &to, options(1), Codec::None);
     migrate(&listener, &to, options(3), Codec::Zstd(1));
     migrate(&listener, &to, options(2).with_one_way(true), Codec::None);
@@ -264,18 +271,15 @@ fn a_closed_fd_and_too_many_channels_are_reported() {
 
 #[test]
 fn unrelated_connections_are_dropped_and_the_migration_goes_on() {
-    let folder = tempfile::tempdir().unwrap();
-    let to = unix(folder.path());
-    let listener = StreamListener::bind(&to).unwrap();
-    let Uri::Unix(path) = &to else { panic!() };
+    let (_folder, listener, to, path) = listening();
     // A silent peer, an HTTP client, half a migration, a repeated channel, and a disconnected peer.
-    let _silent = UnixStream::connect(path).unwrap();
-    let mut http = UnixStream::connect(path).unwrap();
+    let _silent = UnixStream::connect(&path).unwrap();
+    let mut http = UnixStream::connect(&path).unwrap();
     http.write_all(b"GET / HTTP/1.1\r\nHost: somebody.example\r\n\r\n").unwrap();
     let header = ConnectionHeader { channels: 2, ..ConnectionHeader::new(MigrationId(7)) };
-    let mut half = [UnixStream::connect(path).unwrap(), UnixStream::connect(path).unwrap()];
+    let mut half = [UnixStream::connect(&path).unwrap(), UnixStream::connect(&path).unwrap()];
     half.iter_mut().for_each(|stream| stream.write_all(&header.encode()).unwrap());
-    let mut gone = UnixStream::connect(path).unwrap();
+    let mut gone = UnixStream::connect(&path).unwrap();
     let one = ConnectionHeader { channels: 1, one_way: true, ..header };
     gone.write_all(&one.encode()[..20]).unwrap();
     drop(gone);
@@ -285,27 +289,21 @@ fn unrelated_connections_are_dropped_and_the_migration_goes_on() {
 
 #[test]
 fn a_disconnected_source_does_not_block_the_next_migration() {
-    let folder = tempfile::tempdir().unwrap();
-    let to = unix(folder.path());
-    let listener = StreamListener::bind(&to).unwrap();
-    let Uri::Unix(path) = &to else { panic!() };
+    let (_folder, listener, to, path) = listening();
     let header = ConnectionHeader { channels: 2, ..ConnectionHeader::new(MigrationId(7)) };
-    let mut dead = UnixStream::connect(path).unwrap();
+    let mut dead = UnixStream::connect(&path).unwrap();
     dead.write_all(&header.encode()).unwrap();
     drop(dead);
-    let mut other = UnixStream::connect(path).unwrap();
+    let mut other = UnixStream::connect(&path).unwrap();
     other.write_all(&ConnectionHeader { channel: 1, ..header }.encode()).unwrap();
     migrate(&listener, &to, options(1), Codec::None);
 }
 
 #[test]
 fn both_sides_report_which_version_is_older() {
-    let folder = tempfile::tempdir().unwrap();
-    let to = unix(folder.path());
-    let listener = StreamListener::bind(&to).unwrap();
-    let Uri::Unix(path) = &to else { panic!() };
+    let (folder, listener, to, path) = listening();
     // A source that is too old finds the oldest version in the reply.
-    let mut older = UnixStream::connect(path).unwrap();
+    let mut older = UnixStream::connect(&path).unwrap();
     let header = ConnectionHeader::new(MigrationId(7));
     older.write_all(&ConnectionHeader { version: OLDEST_VERSION - 1, ..header }.encode()).unwrap();
     migrate(&listener, &to, options(1), Codec::None);
@@ -387,9 +385,7 @@ fn every_malformed_uri_is_reported_with_the_right_syntax() {
 
 #[test]
 fn cancelling_ends_accept_read_write_and_every_wait() {
-    let folder = tempfile::tempdir().unwrap();
-    let to = unix(folder.path());
-    let listener = StreamListener::bind(&to).unwrap();
+    let (_folder, listener, to, _) = listening();
     let forever = || options(1).with_deadline(None).with_timeout(None);
     let waiting = forever();
     thread::scope(|scope| {
@@ -484,9 +480,7 @@ fn an_idle_channel_does_not_time_out_while_another_receives() {
 
 #[test]
 fn a_destination_without_a_source_times_out() {
-    let folder = tempfile::tempdir().unwrap();
-    let to = unix(folder.path());
-    let listener = StreamListener::bind(&to).unwrap();
+    let (_folder, listener, to, _) = listening();
     let short = options(1).with_deadline(Some(Duration::from_millis(20)));
     let error = listener.accept(&short).unwrap_err().to_string();
     assert!(error.contains("no migration came within 20ms"), "{error}");
@@ -496,9 +490,7 @@ fn a_destination_without_a_source_times_out() {
 
 #[test]
 fn the_rate_limit_covers_all_channels_together() {
-    let folder = tempfile::tempdir().unwrap();
-    let to = unix(folder.path());
-    let listener = StreamListener::bind(&to).unwrap();
+    let (_folder, listener, to, _) = listening();
     let limited = options(2).with_limiter(RateLimiter::new(Some(10 << 20)));
     let start = Instant::now();
     migrate(&listener, &to, limited, Codec::None);

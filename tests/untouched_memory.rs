@@ -3,6 +3,8 @@
 
 #[path = "kit/process.rs"]
 mod process;
+#[path = "kit/wait.rs"]
+mod wait;
 
 use std::path::{Path, PathBuf};
 

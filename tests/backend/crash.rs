@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
@@ -23,8 +23,9 @@ use crate::guest::{
     BASIC, Guest, LOG_ALL, PACKED, PreviousBackend, Ring, SPLIT, harvest, inflight_kind, inflight_region, negotiate,
     pages, request_addresses, status,
 };
-use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION, ring_message};
+use crate::raw::{NEED_REPLY, RawFrontend, VERSION, ring_message};
 use crate::server::{Process, disk_options};
+use crate::wait::wait_until;
 
 const SLOTS: u64 = 20;
 const BLOCK: usize = 32 << 10;
@@ -289,11 +290,7 @@ fn a_successor_reads_ring_and_region_only_after_locking_the_image(#[values(SPLIT
     client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
     ring.set_up(&client, &guest, ring.initial_base());
     client.send_body(Code::SET_VRING_ENABLE, &VringState { index: 0, num: 1 });
-    let end = Instant::now() + DEADLINE;
-    while sleep_count(&process) < 20 {
-        assert!(Instant::now() < end, "the successor does not wait for the image");
-        thread::sleep(Duration::from_millis(1));
-    }
+    wait_until("the successor waits for the image", || sleep_count(&process) >= 20);
     // It is frozen no more, and goes on.
     predecessor.complete_one(&guest);
     claim.unlock().unwrap();

@@ -41,3 +41,7 @@ mod server;
 mod shared_fds;
 mod state;
 mod suspend;
+#[path = "../kit/tracked_ring.rs"]
+mod tracked_ring;
+#[path = "../kit/wait.rs"]
+mod wait;

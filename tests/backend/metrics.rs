@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
-use std::time::{Duration, Instant};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr};
 use rstest::rstest;
@@ -13,8 +12,9 @@ use zerocopy::IntoBytes;
 
 use crate::guest::{BASIC, Guest, Ring, inflight_region, negotiate, start_logging};
 use crate::hostile::assert_ring_works;
-use crate::raw::{DEADLINE, RawFrontend, VERSION};
+use crate::raw::{RawFrontend, VERSION};
 use crate::server::{Process, disk_options};
+use crate::wait::wait_until;
 
 /// The sum of a counter's series, as fetched over TCP.
 fn counted(address: &str, name: &str) -> u64 {
@@ -56,11 +56,7 @@ fn writes_outside_the_log_and_requests_of_a_predecessor_are_counted() {
     ring.kick();
     ring.completions(3);
     assert_eq!(counted(&address, "vhost_resubmitted_total"), 3);
-    let deadline = Instant::now() + DEADLINE;
-    while counted(&address, "vhost_unlogged_pages_total") == 0 {
-        assert!(Instant::now() < deadline, "nothing was counted");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("unlogged pages are counted", || counted(&address, "vhost_unlogged_pages_total") > 0);
 }
 
 /// Idle connections to the counters use up no descriptors of front-ends, and fill no log.

@@ -10,7 +10,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use roxmltree::Document;
@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use crate::fault::Fault;
 use crate::faulty_backend::{Backend, image};
+use crate::wait::wait_until;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_vhost-migrate");
 
@@ -39,11 +40,7 @@ pub(crate) fn report(arguments: &[&str]) -> (Value, Option<i32>) {
 /// Starts a process and waits until it serves the socket.
 pub(crate) fn serving(arguments: &[&str], socket: &Path) -> Child {
     let child = Command::new(PROGRAM).args(arguments).spawn().unwrap();
-    let end = Instant::now() + Duration::from_secs(60);
-    while UnixStream::connect(socket).is_err() {
-        assert!(Instant::now() < end, "{} is not there", socket.display());
-        thread::sleep(Duration::from_millis(5));
-    }
+    wait_until(&format!("it serves {}", socket.display()), || UnixStream::connect(socket).is_ok());
     child
 }
 

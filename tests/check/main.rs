@@ -14,4 +14,6 @@ mod own_backends;
 mod postcopy;
 mod rules;
 mod state;
+#[path = "../kit/wait.rs"]
+mod wait;
 mod wire;

@@ -13,6 +13,8 @@ mod process;
 mod relay;
 mod saves;
 mod signals;
+#[path = "../kit/wait.rs"]
+mod wait;
 mod waits;
 mod words;
 

@@ -23,6 +23,7 @@ use vhost_migrate::ring::{
 use zerocopy::IntoBytes;
 
 use crate::raw::{DEADLINE, RawFrontend, VERSION};
+use crate::tracked_ring::TrackedRing;
 
 pub(crate) const LOG_ALL: VirtioFeatures = VHOST_F_LOG_ALL;
 pub(crate) const PROTOCOL_FEATURES_BIT: VirtioFeatures = VHOST_USER_F_PROTOCOL_FEATURES;
@@ -273,15 +274,9 @@ impl Ring {
 
 /// A back-end that serves a ring before the tested one does.
 pub(crate) struct PreviousBackend {
-    device: DeviceRing,
-    region: Tracker,
+    ring: TrackedRing,
     /// Requests under way, with what names them in the region.
     taken: VecDeque<(Chain, u16)>,
-}
-
-enum Tracker {
-    Split(inflight::SplitInflight),
-    Packed(inflight::PackedInflight),
 }
 
 impl PreviousBackend {
@@ -289,46 +284,24 @@ impl PreviousBackend {
     pub(crate) fn of(ring: &Ring, guest: &Guest, region: &inflight::InflightRegion, count: usize) -> PreviousBackend {
         let SplitLayout { size, desc, avail, used } = ring.layout;
         let layout = RingLayout::new(ring.features, size, desc, avail, used);
-        let (index, base) = (ring.index as u16, RingBase::initial(ring.features));
-        let mut device = DeviceRing::new(&guest.memory, layout, ring.features, base).unwrap();
-        let mut region = match &device {
-            DeviceRing::Split(_) => Tracker::Split(region.split(index, size, 0).unwrap().0),
-            DeviceRing::Packed(ring) => {
-                Tracker::Packed(region.packed(index, size, base, |index| ring.flags(index)).unwrap().0)
-            }
-        };
+        let base = RingBase::initial(ring.features);
+        let device = DeviceRing::new(&guest.memory, layout, ring.features, base).unwrap();
+        let mut ring = TrackedRing::new(device, Some(region), ring.index as u16);
         let mut taken = VecDeque::new();
         for _ in 0..count {
             let mut chain = Chain::default();
-            assert!(device.pop(&mut chain).unwrap());
-            let name = match (&mut region, &device) {
-                (Tracker::Packed(region), DeviceRing::Packed(ring)) => region.take(ring.descs()).unwrap(),
-                (Tracker::Split(region), _) => {
-                    region.take(chain.head);
-                    chain.head
-                }
-                _ => unreachable!(),
-            };
+            let name = ring.take(&mut chain);
             taken.push_back((chain, name));
         }
-        PreviousBackend { device, region, taken }
+        PreviousBackend { ring, taken }
     }
 
     /// Completes the oldest request, as one that was well, and publishes it.
     pub(crate) fn complete_one(&mut self, guest: &Guest) {
         let (chain, name) = self.taken.pop_front().unwrap();
         guest.memory.write(chain.writable.last().unwrap().gpa, &[0]).unwrap();
-        match &mut self.region {
-            Tracker::Split(region) => region.stage(name),
-            Tracker::Packed(region) => region.stage(name),
-        }
-        self.device.push(&chain, 1);
-        let _ = self.device.publish();
-        match (&mut self.region, &self.device) {
-            (Tracker::Split(region), DeviceRing::Split(ring)) => region.commit(ring.used_index()),
-            (Tracker::Packed(region), _) => region.commit(),
-            _ => unreachable!(),
-        }
+        self.ring.push(&chain, name, 1);
+        let _ = self.ring.publish();
     }
 }
 

@@ -1,12 +1,10 @@
 //! The command and other programs as child processes.
-#![allow(dead_code)] // not every test binary uses all of it
+#![allow(dead_code, unused_imports)] // not every test binary uses all of it
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
 
-/// Time limit of waits.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) use crate::wait::{PATIENCE, wait_for, wait_until};
 
 /// Returns the command without arguments. It ends with the test.
 pub(crate) fn program() -> Command {
@@ -30,23 +28,6 @@ pub(crate) fn file_disk() -> PathBuf {
 
 pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// Waits until `look` returns a value.
-pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(seen) = look() {
-            return seen;
-        }
-        assert!(start.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// Waits until `condition` is true.
-pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    wait_for(what, || condition().then_some(()));
 }
 
 /// A child process, killed on drop.

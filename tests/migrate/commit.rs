@@ -13,7 +13,7 @@ use vhost_migrate::unstable::with_causes;
 
 use crate::guest::{Guest, GuestFault, PATIENCE, REFUSAL_REASON, RefusalPoint, SLOW_START, layout};
 use crate::harness::{
-    Destination, MigrationSetup, SourceOutcome, TempFolder, assert_source_unharmed, migrate_out,
+    Destination, MigrationSetup, SourceOutcome, TempFolder, assert_moved, assert_source_unharmed, migrate_out,
     migrate_out_with_events, migrate_to, options,
 };
 use crate::relay::{Direction, Fault, FaultAction, FaultPosition, Relay};
@@ -39,9 +39,7 @@ const COMMIT_BYTES: u64 = HEADER + 3;
 fn assert_resolved_by_outcome_query(fault: Fault, setup: &MigrationSetup) {
     let (guest, left, destination, _relay) = migrate_through(fault, setup);
     assert!(left.events.iter().any(|event| matches!(event, MigrationEvent::Asking { .. })), "{:?}", left.events);
-    left.outcome.unwrap();
-    guest.assert_released();
-    destination.join().guest();
+    assert_moved(left, &guest, destination);
 }
 
 #[test]
@@ -119,9 +117,7 @@ fn the_outcome_is_queried_until_a_slow_destination_has_started() {
     let setup = MigrationSetup::new().timeout(SLOW_START / 4);
     let left = migrate_out(&mut guest, &destination.uri, &setup);
     assert!(left.events.iter().any(|event| matches!(event, MigrationEvent::Asking { .. })), "{:?}", left.events);
-    left.outcome.unwrap();
-    guest.assert_released();
-    destination.join().guest();
+    assert_moved(left, &guest, destination);
 }
 
 #[test]
@@ -169,8 +165,7 @@ fn until_ready(uri: &Uri) -> (StreamConnection, FrameWriter<StreamChannel>, Fram
 
 #[test]
 fn a_commit_after_the_outcome_query_has_no_effect() {
-    let folder = TempFolder::new();
-    let destination = Destination::at(&folder.unix("socket"));
+    let (_folder, destination) = Destination::start();
     let (connection, mut writer, _reader) = until_ready(&destination.uri);
     for _ in 0..2 {
         let answer = connection.query_outcome(PATIENCE).unwrap();
@@ -185,8 +180,7 @@ fn a_commit_after_the_outcome_query_has_no_effect() {
 #[test]
 fn an_outcome_query_that_races_the_commit_has_one_final_answer() {
     for round in 0..30 {
-        let folder = TempFolder::new();
-        let destination = Destination::at(&folder.unix("socket"));
+        let (_folder, destination) = Destination::start();
         let (connection, mut writer, _reader) = until_ready(&destination.uri);
         let first = std::thread::scope(|scope| {
             let asks = scope.spawn(|| connection.query_outcome(PATIENCE).unwrap());
@@ -212,8 +206,7 @@ fn an_outcome_query_that_races_the_commit_has_one_final_answer() {
 
 #[test]
 fn an_unknown_migration_id_leaves_the_guest_paused_at_its_source() {
-    let folder = TempFolder::new();
-    let destination = Destination::at(&folder.unix("socket"));
+    let (folder, destination) = Destination::start();
     let answer = stream::query_outcome(&destination.uri, MigrationId(7), PATIENCE).unwrap();
     assert_eq!(answer, ToSource::Unknown);
     destination.cancel().expect_failure();
@@ -252,9 +245,8 @@ fn an_unknown_migration_id_leaves_the_guest_paused_at_its_source() {
 
 #[test]
 fn a_guest_that_cannot_resume_is_reported_as_paused_here() {
-    let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES).with_fault(GuestFault::ResumeFails);
-    let destination = Destination::at(&folder.unix("socket"));
+    let (_folder, destination) = Destination::start();
     let failure = migrate_out(&mut guest, &destination.uri, &MigrationSetup::new()).failure();
     assert_eq!(failure.location, GuestLocation::PausedHere, "{failure}");
     let words = with_causes(&failure).to_string();
@@ -268,9 +260,8 @@ fn a_guest_that_cannot_resume_is_reported_as_paused_here() {
 
 /// Migrates and cancels after `moment`, at the source or at the destination. Returns the guest, wherever it runs.
 fn migrate_and_cancel_after(mut guest: Guest, moment: Duration, at_destination: bool) -> Guest {
-    let folder = TempFolder::new();
     let setup = MigrationSetup::new().channels(2);
-    let destination = Destination::at(&folder.unix("socket"));
+    let (_folder, destination) = Destination::start();
     let (there, here) = (destination.canceller(), setup.options.cancel.clone());
     let (left, effective) = std::thread::scope(|scope| {
         let caller = scope.spawn(move || {
@@ -338,8 +329,7 @@ fn a_migration_cancelled_at_any_event_before_the_commit_fails() {
         |event| matches!(event, MigrationEvent::Switchover { .. }),
     ];
     for (number, moment) in moments.iter().enumerate() {
-        let folder = TempFolder::new();
-        let destination = Destination::at(&folder.unix("socket"));
+        let (_folder, destination) = Destination::start();
         let mut setup = MigrationSetup::new();
         if number == 2 {
             // So that there is such a round.

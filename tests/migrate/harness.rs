@@ -157,6 +157,13 @@ pub(crate) struct Destination {
 }
 
 impl Destination {
+    /// Starts a destination at a Unix socket in a new folder. Returns the folder too.
+    pub(crate) fn start() -> (TempFolder, Destination) {
+        let folder = TempFolder::new();
+        let destination = Destination::at(&folder.unix("socket"));
+        (folder, destination)
+    }
+
     pub(crate) fn at(uri: &Uri) -> Destination {
         Destination::new(uri, None)
     }
@@ -230,6 +237,13 @@ impl TempFolder {
 
 pub(crate) fn uri(text: &str) -> Uri {
     text.parse().unwrap()
+}
+
+/// Asserts that the migration of `guest` succeeded. Returns the guest, which runs at the destination.
+pub(crate) fn assert_moved(left: SourceOutcome, guest: &Guest, destination: Destination) -> Guest {
+    left.outcome.unwrap();
+    guest.assert_released();
+    destination.join().guest()
 }
 
 /// Migrates a running guest to a faultless destination and returns it running there.

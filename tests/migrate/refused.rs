@@ -58,8 +58,7 @@ fn devices_that_do_not_fit_fail_the_migration_while_the_guest_runs() {
 /// Devices are prepared once.
 #[test]
 fn a_second_devices_message_is_refused() {
-    let folder = TempFolder::new();
-    let destination = Destination::at(&folder.unix("socket"));
+    let (_folder, destination) = Destination::start();
     let connection = stream::connect(&destination.uri, &options()).unwrap();
     let (mut reader, mut writer) = (connection.readers().remove(0), connection.writers().remove(0));
     let regions = layout(PAGES).to_vec();
@@ -82,9 +81,8 @@ fn a_source_vm_that_fails_resumes_and_sends_the_reason() {
         (GuestFault::StateFails, "a device keeps its state to itself"),
     ] {
         for channels in [1, 3] {
-            let folder = TempFolder::new();
             let mut guest = Guest::running(PAGES).with_fault(fault);
-            let destination = Destination::at(&folder.unix("socket"));
+            let (_folder, destination) = Destination::start();
             let mut setup = MigrationSetup::new().channels(channels);
             if fault == GuestFault::HarvestFails {
                 // Ensures enough rounds.
@@ -164,8 +162,7 @@ fn a_source_that_breaks_the_handshake_order_is_refused() {
         vec![opening, end(true), ToDestination::State(vec![0; PAGES as usize * 4 + 8]), end(true)],
     ];
     for script in scripts {
-        let folder = TempFolder::new();
-        let destination = Destination::at(&folder.unix("socket"));
+        let (_folder, destination) = Destination::start();
         let connection = stream::connect(&destination.uri, &options()).unwrap();
         let mut writer = connection.writers().remove(0);
         for message in &script {
@@ -222,8 +219,7 @@ fn relay_with_header(mut from: UnixStream, mut to: UnixStream, change: fn(Connec
 
 #[test]
 fn a_newer_source_migrates_in_the_version_that_the_destination_knows() {
-    let folder = TempFolder::new();
-    let destination = Destination::at(&folder.unix("socket"));
+    let (folder, destination) = Destination::start();
     let newer = |header| ConnectionHeader { version: VERSION + 1, ..header };
     let known = |reply: ConnectionHeader| {
         assert_eq!(reply.version, VERSION);
@@ -236,8 +232,7 @@ fn a_newer_source_migrates_in_the_version_that_the_destination_knows() {
 
 #[test]
 fn pages_are_sent_uncompressed_to_a_destination_without_zstd() {
-    let folder = TempFolder::new();
-    let destination = Destination::at(&folder.unix("socket"));
+    let (folder, destination) = Destination::start();
     let at = relay_with_headers(
         &folder,
         &destination.uri,
@@ -287,8 +282,7 @@ fn the_source_reports_what_is_wrong_with_the_peers_header() {
 
 #[test]
 fn a_destination_drops_other_connections_and_accepts_the_migration() {
-    let folder = TempFolder::new();
-    let destination = Destination::at(&folder.unix("socket"));
+    let (_folder, destination) = Destination::start();
     let Uri::Unix(path) = &destination.uri else { panic!() };
     let mut peers = Vec::new();
     for bytes in [b"GET / HTTP/1.1\r\nHost: a.b\r\nAccept: */*\r\n\r\n".as_slice(), b"short", &header_with_version(1)] {

@@ -8,7 +8,7 @@ use vhost_migrate::stream::RateLimiter;
 use vhost_migrate::unstable::with_causes;
 
 use crate::guest::{Guest, GuestFault, PATIENCE};
-use crate::harness::{Destination, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out};
+use crate::harness::{Destination, MigrationSetup, assert_moved, assert_source_unharmed, migrate_out};
 
 const PAGES: u64 = 512;
 
@@ -22,9 +22,8 @@ fn limited(policy: ConvergencePolicy) -> MigrationSetup {
 
 #[test]
 fn a_guest_that_dirties_faster_than_the_link_keeps_running_and_the_migration_fails() {
-    let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES).with_fault(GuestFault::AlwaysDirty);
-    let destination = Destination::at(&folder.unix("socket"));
+    let (_folder, destination) = Destination::start();
     let setup = limited(ConvergencePolicy::new(Duration::from_millis(1), 8));
     let left = migrate_out(&mut guest, &destination.uri, &setup);
 
@@ -46,9 +45,8 @@ fn a_guest_that_dirties_faster_than_the_link_keeps_running_and_the_migration_fai
 
 #[test]
 fn a_longer_downtime_limit_lets_a_fast_writing_guest_migrate() {
-    let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES).with_fault(GuestFault::AlwaysDirty);
-    let destination = Destination::at(&folder.unix("socket"));
+    let (_folder, destination) = Destination::start();
     let left = migrate_out(&mut guest, &destination.uri, &limited(ConvergencePolicy::new(PATIENCE, 8)));
     let (mut pages, mut milliseconds) = (0, 0.0);
     for event in &left.events {
@@ -69,9 +67,8 @@ fn a_longer_downtime_limit_lets_a_fast_writing_guest_migrate() {
 fn a_migration_waits_for_an_unavailable_device_with_periodic_rounds() {
     // As in the documentation of `SourceVm::blocker`.
     const ROUND: Duration = Duration::from_secs(2);
-    let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES).with_fault(GuestFault::Away(ROUND * 3 / 2));
-    let destination = Destination::at(&folder.unix("socket"));
+    let (_folder, destination) = Destination::start();
     let begun = Instant::now();
     let left = migrate_out(&mut guest, &destination.uri, &MigrationSetup::new());
     let took = begun.elapsed();
@@ -85,33 +82,27 @@ fn a_migration_waits_for_an_unavailable_device_with_periodic_rounds() {
         left.events
     );
     assert_eq!(guest.calls.pauses, 1, "it was stopped when all devices were there");
-    left.outcome.unwrap();
-    guest.assert_released();
-    destination.join().guest();
+    assert_moved(left, &guest, destination);
 }
 
 #[test]
 fn the_expected_downtime_ignores_the_bandwidth_limit() {
-    let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES).with_fault(GuestFault::AlwaysDirty);
-    let destination = Destination::at(&folder.unix("socket"));
+    let (_folder, destination) = Destination::start();
     // All pages are always dirty: 2 s with the limit, milliseconds without.
     let mut setup = MigrationSetup::new();
     setup.parameters.policy = ConvergencePolicy::new(Duration::from_secs(1), 2);
     setup.options.limiter = RateLimiter::new(Some(1 << 20));
     let left = migrate_out(&mut guest, &destination.uri, &setup);
-    left.outcome.unwrap();
-    guest.assert_released();
-    destination.join().guest();
+    assert_moved(left, &guest, destination);
 }
 
 #[test]
 fn the_bandwidth_limit_bounds_the_send_rate() {
     const RATE: u64 = 8 << 20;
     for channels in [1, 3] {
-        let folder = TempFolder::new();
         let mut guest = Guest::idle(4 * PAGES);
-        let destination = Destination::at(&folder.unix("socket"));
+        let (_folder, destination) = Destination::start();
         let mut setup = MigrationSetup::new().channels(channels);
         setup.options.limiter = RateLimiter::new(Some(RATE));
         let left = migrate_out(&mut guest, &destination.uri, &setup);
@@ -135,9 +126,8 @@ fn the_no_convergence_advice_names_the_limiting_factor() {
         ("zstd:22", None, "use a faster codec"),
         ("none", Some(1 << 20), "raise the bandwidth limit"),
     ] {
-        let folder = TempFolder::new();
         let mut guest = Guest::running(PAGES).with_fault(GuestFault::AlwaysDirty);
-        let destination = Destination::at(&folder.unix("socket"));
+        let (_folder, destination) = Destination::start();
         let mut setup = MigrationSetup::new().codec(codec);
         setup.parameters.policy = ConvergencePolicy::new(Duration::ZERO, 2);
         setup.options.limiter = RateLimiter::new(limit);

@@ -9,7 +9,8 @@ use vhost_migrate::unstable::with_causes;
 
 use crate::guest::{Guest, GuestFault, REFUSAL_REASON, RefusalPoint};
 use crate::harness::{
-    Destination, DestinationOutcome, MigrationSetup, TempFolder, assert_source_unharmed, migrate_out, migrate_to, uri,
+    Destination, DestinationOutcome, MigrationSetup, TempFolder, assert_moved, assert_source_unharmed, migrate_out,
+    migrate_to, uri,
 };
 
 /// 6 MiB. The fifth of five channels has none of it.
@@ -49,9 +50,7 @@ fn a_writing_guest_arrives_over_inherited_sockets() {
         let fd = |socket: &UnixStream| Uri::Fd(socket.as_raw_fd());
         let destination = Destination::at(&fd(&theirs));
         let left = migrate_out(&mut guest, &fd(&ours), &setup);
-        left.outcome.unwrap();
-        guest.assert_released();
-        destination.join().guest();
+        assert_moved(left, &guest, destination);
     }
 }
 
@@ -68,9 +67,7 @@ fn a_writing_guest_arrives_over_bidirectional_commands() {
         let mut guest = Guest::running(PAGES);
         let destination = Destination::at(&carry(&down, &up));
         let left = migrate_out(&mut guest, &carry(&up, &down), &setup);
-        left.outcome.unwrap();
-        guest.assert_released();
-        destination.join().guest();
+        assert_moved(left, &guest, destination);
     }
 }
 
@@ -110,9 +107,8 @@ fn a_writing_guest_is_saved_by_a_command_and_restored_by_another() {
 
 #[test]
 fn a_paused_guest_arrives_paused_over_a_socket_and_from_a_file() {
-    let folder = TempFolder::new();
     let mut guest = Guest::idle(PAGES);
-    let destination = Destination::at(&folder.unix("socket"));
+    let (folder, destination) = Destination::start();
     migrate_out(&mut guest, &destination.uri, &MigrationSetup::new()).outcome.unwrap();
     let mut guest = destination.join().paused();
     let file = uri(&format!("file:{}", folder.path("guest")));
@@ -173,8 +169,7 @@ fn a_complete_file_behind_an_fd_uri_holds_the_guest() {
 #[test]
 fn with_the_dirty_log_off_the_guest_check_finds_lost_pages() {
     let mut guest = Guest::running(PAGES).with_fault(GuestFault::LogOff);
-    let folder = TempFolder::new();
-    let destination = Destination::at(&folder.unix("socket"));
+    let (_folder, destination) = Destination::start();
     let failure = migrate_out(&mut guest, &destination.uri, &MigrationSetup::new()).failure();
     let MigrateError::Destination(words) = &failure.error else { panic!("{failure}") };
     assert!(words.contains("memory at 0x") && !words.contains(REFUSAL_REASON), "{words}");
@@ -185,9 +180,8 @@ fn with_the_dirty_log_off_the_guest_check_finds_lost_pages() {
 #[test]
 fn source_and_destination_report_the_same_page_and_byte_counts() {
     for channels in [1, 2, 5] {
-        let folder = TempFolder::new();
         let mut guest = Guest::running(PAGES);
-        let destination = Destination::at(&folder.unix("socket"));
+        let (_folder, destination) = Destination::start();
         let left = migrate_out(&mut guest, &destination.uri, &MigrationSetup::new().channels(channels));
         let report = left.outcome.unwrap();
         let arrived = destination.join();

@@ -19,9 +19,8 @@ const PAGES: u64 = 2048;
 #[test]
 fn a_verified_migration_compares_every_page() {
     for (channels, codec) in [(1, "none"), (3, "zstd:1")] {
-        let folder = TempFolder::new();
         let mut guest = Guest::running(PAGES);
-        let destination = Destination::at(&folder.unix("socket"));
+        let (_folder, destination) = Destination::start();
         let left =
             migrate_out(&mut guest, &destination.uri, &MigrationSetup::new().channels(channels).codec(codec).verify());
         assert!(left.outcome.unwrap().verify_ms.is_some());
@@ -40,9 +39,8 @@ fn a_verified_migration_compares_every_page() {
 
 #[test]
 fn verification_fails_a_migration_whose_dirty_source_misses_writes() {
-    let folder = TempFolder::new();
     let mut guest = Guest::running(PAGES).with_fault(GuestFault::LogOff);
-    let destination = Destination::at(&folder.unix("socket"));
+    let (_folder, destination) = Destination::start();
     let failure = migrate_out(&mut guest, &destination.uri, &MigrationSetup::new().channels(2).verify()).failure();
     assert!(matches!(&failure.error, MigrateError::Destination(words) if words.contains("differ")), "{failure}");
     assert!(matches!(destination.join().expect_failure(), MigrateError::MemoryDiffers { .. }));

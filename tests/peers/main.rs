@@ -46,3 +46,5 @@ mod saved;
 mod served;
 mod testpmd;
 mod uml;
+#[path = "../kit/wait.rs"]
+mod wait;

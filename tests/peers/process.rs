@@ -4,26 +4,12 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-/// Time limit of every wait. It is generous, because it only determines how late a failure is seen.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
-
-/// Looks again and again until `look` sees something.
-pub(crate) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(seen) = look() {
-            return seen;
-        }
-        assert!(start.elapsed() < DEADLINE, "{what}: not within {DEADLINE:?}");
-        thread::sleep(Duration::from_millis(2));
-    }
-}
+pub(crate) use crate::wait::{PATIENCE as DEADLINE, wait_for};
 
 /// The folders of one test: sockets and logs, guest memory (in memory itself), and disk images (on a real disk).
 pub(crate) struct Lab {
