@@ -48,11 +48,9 @@ fn add_all(harness: &mut Harness, parts: &[(u64, Buffer)], request_type: u32) ->
 
 /// Reads all parts.
 fn read_all(target: &Target, parts: &[(u64, Buffer)]) -> Result<Vec<Vec<u8>>, CheckAbort> {
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     add_all(&mut harness, parts, VIRTIO_BLK_T_IN)?;
-    harness.publish();
-    harness.finish()?;
+    harness.serve()?;
     let mut read = Vec::new();
     for (_, data) in parts {
         let mut bytes = vec![0; data.len as usize];
@@ -115,8 +113,7 @@ fn with_restore(
 }
 
 fn overwrite(target: &Target, parts: &[(u64, Buffer)]) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     let contents = contents(parts, 0);
     prepare(&mut harness, parts, &contents)?;
     harness.publish();
@@ -152,19 +149,16 @@ fn overwrite_after_death(target: &mut Target, parts: &[(u64, Buffer)]) -> Result
     let (mut open, mut round) = (0, 0);
     while round < MIN_KILLS || open == 0 && round < MAX_KILLS {
         round += 1;
-        let mut harness = target.harness(VirtioFeatures::empty())?;
-        harness.start()?;
+        let mut harness = target.started(VirtioFeatures::empty())?;
         prepare(&mut harness, parts, &contents(parts, 2 * round))?;
         harness.publish();
         target.replace()?;
         harness.pop_all()?;
         open += u64::from(harness.outstanding());
-        let mut harness = target.harness(VirtioFeatures::empty())?;
-        harness.start()?;
+        let mut harness = target.started(VirtioFeatures::empty())?;
         let written = contents(parts, 2 * round + 1);
         prepare(&mut harness, parts, &written)?;
-        harness.publish();
-        harness.finish()?;
+        harness.serve()?;
         harness.wait_quiet();
         drop(harness);
         let found = read_all(target, parts)?;
@@ -188,11 +182,9 @@ fn no_late_write(kills: u64, open: u64) -> Outcome {
 }
 
 fn restore(target: &Target, parts: &[(u64, Buffer)], before: &[Vec<u8>]) -> Result<(), CheckAbort> {
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     prepare(&mut harness, parts, before)?;
-    harness.publish();
-    harness.finish()?;
+    harness.serve()?;
     // Many back-ends serve one front-end at a time.
     drop(harness);
     match read_all(target, parts)? == before {

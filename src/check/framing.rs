@@ -174,8 +174,7 @@ pub(super) fn padded_memory_table(target: &mut Target) -> Result<Outcome, CheckA
 }
 
 pub(super) fn socket_as_call_fd(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     let (ours, theirs) = UnixStream::pair()?;
     harness.send_acked(Code::SET_VRING_CALL, u64::from(harness.ring.index).as_bytes(), &[theirs.as_fd()])?;
     drop(theirs);

@@ -63,8 +63,7 @@ impl HostileTally {
 
 /// Fails if the next front-end is not served.
 pub(super) fn serves(target: &Target) -> Result<(), CheckAbort> {
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     harness.run_batch(2, RequestSize::Mixed)
 }
 
@@ -78,8 +77,7 @@ pub(super) fn attack<T>(
     let mut tally = HostileTally::default();
     for thing in all {
         let what = name(&thing);
-        let mut harness = target.harness(VirtioFeatures::empty())?;
-        harness.start()?;
+        let mut harness = target.started(VirtioFeatures::empty())?;
         match attempt(&mut harness, &thing) {
             Ok(0) => tally.accepted.push(what),
             Ok(_) | Err(CheckAbort::Refused { .. }) => tally.refused += 1,

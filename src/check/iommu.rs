@@ -40,8 +40,7 @@ fn expected_data(target: &Target, sizes: &[RequestSize]) -> Result<Vec<(u64, u64
     if !target.device.is_stable() {
         return Ok(Vec::new());
     }
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     run_batches(&mut harness, sizes)?;
     data_hashes(&harness)
 }
@@ -282,8 +281,7 @@ pub(super) fn moved_data(target: &mut Target) -> Result<Outcome, CheckAbort> {
         }
         let at_acknowledgement = harness.hashes_of(&old)?;
         add_first_halves(&mut harness)?;
-        harness.publish();
-        harness.finish()?;
+        harness.serve()?;
         harness.connection.barrier()?;
         let stale = changed(&at_acknowledgement, &harness.hashes_of(&old)?).len();
         if stale > 0 {
@@ -377,8 +375,7 @@ pub(super) fn guest_physical_marks(target: &mut Target) -> Result<Outcome, Check
     if !lost.is_empty() {
         return Ok(Outcome::fail(format!("{lost} not marked at their translated addresses")));
     }
-    let Outcome(verdict, found) =
-        MarkComparison::of(&harness, &before, marked)?.allow(harness.device_pages()).allow(logged).outcome();
+    let Outcome(verdict, found) = MarkComparison::of(&harness, &before, marked)?.allow(logged).outcome();
     let ring = if packed { "used descriptors and events" } else { "the used ring" };
     Ok(match verdict {
         Verdict::Fail => Outcome::fail(found),

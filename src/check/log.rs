@@ -39,7 +39,8 @@ impl MarkComparison {
         let (own, used) = (harness.driver_pages(), harness.device_pages());
         let mut changed = changed(before, &harness.hashes()?);
         changed.retain(|page| !own.contains(page) && !used.contains(page));
-        Ok(MarkComparison { changed, allowed: harness.writable_pages.clone(), marked })
+        let allowed = &harness.writable_pages | &used;
+        Ok(MarkComparison { changed, allowed, marked })
     }
 
     pub(super) fn allow(mut self, pages: impl IntoIterator<Item = u64>) -> MarkComparison {
@@ -70,8 +71,7 @@ impl MarkComparison {
 
 /// Returns a running ring with a log installed. Logging is off.
 pub(super) fn harness_with_log(target: &Target, features: VirtioFeatures) -> Result<(Harness, Log), CheckAbort> {
-    let harness = target.harness(features)?;
-    harness.start()?;
+    let harness = target.started(features)?;
     let log = harness.install_log()?;
     Ok((harness, log))
 }
@@ -103,10 +103,9 @@ pub(super) fn data_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
         harness.writable_pages.clear();
         harness.add(MAX_REQUESTS, if round % 2 == 0 { RequestSize::Mixed } else { RequestSize::Large })?;
         let before = harness.hashes()?;
-        harness.publish();
-        harness.finish()?;
+        harness.serve()?;
         harness.connection.barrier()?;
-        let found = MarkComparison::of(&harness, &before, harvest(&log))?.allow(harness.device_pages()).outcome();
+        let found = MarkComparison::of(&harness, &before, harvest(&log))?.outcome();
         if found.0 >= worst.0 {
             worst = found;
         }
@@ -125,8 +124,7 @@ fn log_file(bytes: u64) -> Result<(OwnedFd, Memory), CheckAbort> {
 }
 
 pub(super) fn log_at_offset(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     let at = 2 * LOG_PAGE;
     // The last needed page has its bit in the last byte. The file continues behind the log.
     let size = (harness.memory.end() / LOG_PAGE - 1) / 8 + 1;
@@ -136,16 +134,14 @@ pub(super) fn log_at_offset(target: &mut Target) -> Result<Outcome, CheckAbort> 
     harness.enable_logging(harness.ring.device_area())?;
     harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
     let before = harness.hashes()?;
-    harness.publish();
-    harness.finish()?;
+    harness.serve()?;
     harness.connection.barrier()?;
     let mut bytes = vec![0; seen.size() as usize];
     seen.read(0, &mut bytes)?;
     let inside = |byte: &u64| (at..at + odd).contains(byte);
     let outside = (0..).zip(&bytes).filter(|(place, byte)| **byte != 0 && !inside(place)).count();
     let log = Log::map(fd.as_fd(), odd, at)?;
-    let Outcome(verdict, found) =
-        MarkComparison::of(&harness, &before, harvest(&log))?.allow(harness.device_pages()).outcome();
+    let Outcome(verdict, found) = MarkComparison::of(&harness, &before, harvest(&log))?.outcome();
     Ok(match outside {
         0 => Outcome(verdict, format!("{odd} bytes at offset {at}: {found}")),
         bytes => Outcome::fail(format!("{odd} bytes at offset {at}: {bytes} bytes outside were written; {found}")),
@@ -337,8 +333,7 @@ pub(super) fn reconnect_while_logging(target: &mut Target) -> Result<Outcome, Ch
     let marked = harvest(&log);
     let ring = &changed(&before, &harness.hashes()?) & &harness.ring.device_pages();
     let unmarked = ring.difference(&marked).count();
-    let Outcome(verdict, found) =
-        MarkComparison::of(&harness, &before, marked)?.allow(harness.device_pages()).outcome();
+    let Outcome(verdict, found) = MarkComparison::of(&harness, &before, marked)?.outcome();
     if early == 0 && unmarked > 0 {
         return Ok(Outcome::fail(format!("{unmarked} written pages of the ring are not marked; {found}")));
     }
@@ -371,8 +366,7 @@ pub(super) fn replaced_log(target: &mut Target) -> Result<Outcome, CheckAbort> {
         }
         marked.extend(harvest(&next));
         log = next;
-        let Outcome(verdict, found) =
-            MarkComparison::of(&harness, &before, marked)?.allow(harness.device_pages()).outcome();
+        let Outcome(verdict, found) = MarkComparison::of(&harness, &before, marked)?.outcome();
         let found = Outcome(verdict, format!("round {round} of {ROUNDS}: {found}, {first} of them in the old log"));
         if found.0 >= worst.0 {
             worst = found;
@@ -421,8 +415,7 @@ pub(super) fn log_fd_signals(target: &mut Target) -> Result<Outcome, CheckAbort>
 }
 
 pub(super) fn log_too_small(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     // Bits for the lower region only; data is beyond it.
     let size = LOW_BYTES / LOG_PAGE / 8;
     // The file has room for all bits, but the log does not.

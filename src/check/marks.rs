@@ -77,8 +77,7 @@ pub(super) fn concurrent_marks(target: &mut Target) -> Result<Outcome, CheckAbor
         }
         marked.extend(harvest(&log));
         marked.retain(|page| !ours.contains(page));
-        let Outcome(verdict, found) =
-            MarkComparison::of(&harness, &before, marked)?.allow(harness.device_pages()).outcome();
+        let Outcome(verdict, found) = MarkComparison::of(&harness, &before, marked)?.outcome();
         if verdict >= worst.0 {
             worst = Outcome(verdict, format!("{turns} concurrent harvests: {found}"));
         }

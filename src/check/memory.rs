@@ -29,8 +29,7 @@ pub(super) fn slot_count(target: &mut Target) -> Result<Outcome, CheckAbort> {
 
 pub(super) fn added_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(ProtocolFeatures::CONFIGURE_MEM_SLOTS)?;
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     let (log, fd) = Log::create(ADDED + ADDED_BYTES)?;
     harness.send_log(&fd, log.size(), 0)?;
     harness.enable_logging(harness.ring.device_area())?;
@@ -51,11 +50,9 @@ pub(super) fn added_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
         harness.add_at(slot as usize, ADDED + slot * room, room)?;
     }
     let before = harness.hashes()?;
-    harness.publish();
-    harness.finish()?;
+    harness.serve()?;
     harness.connection.barrier()?;
-    let Outcome(verdict, found) =
-        MarkComparison::of(&harness, &before, harvest(&log))?.allow(harness.device_pages()).outcome();
+    let Outcome(verdict, found) = MarkComparison::of(&harness, &before, harvest(&log))?.outcome();
     harness.memory = without;
     harness.add(MAX_REQUESTS, RequestSize::Large)?;
     harness.publish();
@@ -74,17 +71,15 @@ pub(super) fn repeated_memory_table(target: &mut Target) -> Result<Outcome, Chec
     harness.send_memory()?;
     harness.finish()?;
     harness.connection.barrier()?;
-    let during = MarkComparison::of(&harness, &before, harvest(&log))?.allow(harness.device_pages()).outcome();
+    let during = MarkComparison::of(&harness, &before, harvest(&log))?.outcome();
     if during.0 == Verdict::Fail {
         return Ok(during);
     }
     harness.writable_pages.clear();
     harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
     let before = harness.hashes()?;
-    harness.publish();
-    harness.finish()?;
+    harness.serve()?;
     harness.connection.barrier()?;
-    let Outcome(verdict, after) =
-        MarkComparison::of(&harness, &before, harvest(&log))?.allow(harness.device_pages()).outcome();
+    let Outcome(verdict, after) = MarkComparison::of(&harness, &before, harvest(&log))?.outcome();
     Ok(Outcome(verdict.max(during.0), format!("{}; afterwards {after}", during.1)))
 }

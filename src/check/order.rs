@@ -114,8 +114,7 @@ fn disabled_outcome(target: &Target, served: u64) -> Outcome {
 }
 
 pub(super) fn reset_owner(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     harness.run_batch(4, RequestSize::Mixed)?;
     harness.connection.send(Code::RESET_OWNER, Header::FLAG_VERSION, &[], &[])?;
     harness.connection.barrier()?;
@@ -146,8 +145,7 @@ pub(super) fn reset_status(target: &mut Target) -> Result<Outcome, CheckAbort> {
 }
 
 fn reset(target: &mut Target, send: impl FnOnce(&Harness) -> Result<(), CheckAbort>) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     harness.run_batch(4, RequestSize::Mixed)?;
     send(&harness)?;
     harness.connection.barrier()?;

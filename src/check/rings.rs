@@ -102,8 +102,7 @@ pub(super) fn drain(target: &mut Target) -> Result<Outcome, CheckAbort> {
     }
     let mut in_flight = 0;
     for round in 1..=DRAINS {
-        let mut harness = target.harness(VirtioFeatures::empty())?;
-        harness.start()?;
+        let mut harness = target.started(VirtioFeatures::empty())?;
         harness.add(MAX_REQUESTS, RequestSize::Large)?;
         harness.publish();
         if round % 2 == 0 {
@@ -152,12 +151,10 @@ pub(super) fn drain(target: &mut Target) -> Result<Outcome, CheckAbort> {
 /// Checks a ring that is stopped with free buffers, for frames that arrive after it. Returns a description of a
 /// violation.
 fn late_frames(target: &Target) -> Result<Option<String>, CheckAbort> {
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     // A received frame shows that the ring runs: GET_VRING_BASE may be processed before the first kick.
     harness.add(1, RequestSize::Large)?;
-    harness.publish();
-    harness.finish()?;
+    harness.serve()?;
     harness.add(MAX_REQUESTS, RequestSize::Large)?;
     harness.ring.publish();
     // Frames of earlier connections use the first buffers.
@@ -201,8 +198,7 @@ pub(super) fn drain_all_rings(target: &mut Target) -> Result<Outcome, CheckAbort
     }
     harness.add(MAX_REQUESTS, RequestSize::Large)?;
     let before = harness.hashes()?;
-    harness.publish();
-    harness.finish()?;
+    harness.serve()?;
     // The last mark of a used ring may follow the last completion, but precedes this reply (rule R3.2).
     harness.stop()?;
     let found = match &log {
@@ -211,7 +207,7 @@ pub(super) fn drain_all_rings(target: &mut Target) -> Result<Outcome, CheckAbort
             let marked = harvest(log);
             let ring = &changed(&before, &harness.hashes()?) & &harness.request_device_pages();
             match ring.difference(&marked).count() {
-                0 => MarkComparison::of(&harness, &before, marked)?.allow(harness.device_pages()).outcome(),
+                0 => MarkComparison::of(&harness, &before, marked)?.outcome(),
                 missed => Outcome::fail(format!("{missed} written pages of the rings are not marked")),
             }
         }
@@ -259,8 +255,7 @@ pub(super) fn continue_at_base(target: &mut Target) -> Result<Outcome, CheckAbor
 }
 
 pub(super) fn set_vring_addr(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     let rounds = 5;
     for _ in 0..rounds {
         harness.add(MAX_REQUESTS, RequestSize::Mixed)?;
@@ -278,8 +273,7 @@ pub(super) fn set_vring_addr(target: &mut Target) -> Result<Outcome, CheckAbort>
 pub(super) fn next_front_end(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let mut seen = Vec::new();
     for _ in 0..3 {
-        let mut harness = target.harness(VirtioFeatures::empty())?;
-        harness.start()?;
+        let mut harness = target.started(VirtioFeatures::empty())?;
         harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
         let data: Vec<(u64, u64)> =
             harness.hashes()?.into_iter().filter(|(page, _)| harness.writable_pages.contains(page)).collect();

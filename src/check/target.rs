@@ -100,6 +100,13 @@ impl Target {
         self.harness_with_rings(features, 1)
     }
 
+    /// Like [`harness`](Target::harness), with the ring started.
+    pub(super) fn started(&self, features: VirtioFeatures) -> Result<Harness, CheckAbort> {
+        let harness = self.harness(features)?;
+        harness.start()?;
+        Ok(harness)
+    }
+
     /// Like [`harness`](Target::harness), with several rings for requests.
     pub(super) fn harness_with_rings(&self, features: VirtioFeatures, rings: usize) -> Result<Harness, CheckAbort> {
         self.build_harness(features, rings, None)
@@ -396,8 +403,7 @@ pub(super) fn start(socket: &Path, options: &CheckOptions) -> Result<Option<Back
 
 /// Returns a receive ring with one buffer.
 fn receive_harness(target: &Target) -> Result<Harness, CheckAbort> {
-    let mut harness = target.harness(VirtioFeatures::empty())?;
-    harness.start()?;
+    let mut harness = target.started(VirtioFeatures::empty())?;
     harness.add(1, RequestSize::Mixed)?;
     harness.publish();
     Ok(harness)

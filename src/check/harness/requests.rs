@@ -337,6 +337,11 @@ impl Harness {
     /// Runs a batch of requests until all are complete.
     pub(in crate::check) fn run_batch(&mut self, count: u64, size: RequestSize) -> Result<(), CheckAbort> {
         self.add(count, size)?;
+        self.serve()
+    }
+
+    /// Publishes requests, and waits until none is in flight.
+    pub(in crate::check) fn serve(&mut self) -> Result<(), CheckAbort> {
         self.publish();
         self.finish()
     }
