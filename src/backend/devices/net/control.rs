@@ -3,7 +3,6 @@
 //! A command is a class, a number and readable data, and one writable byte for its result. QEMU does not forward the
 //! control queue.
 
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use tracing::debug;
@@ -20,7 +19,7 @@ use crate::abi::virtio::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_GUEST_ANNOUNCE,
     VIRTIO_NET_F_MQ, VIRTIO_NET_OK, VirtioFeatures,
 };
-use crate::backend::{Queue, Request};
+use crate::backend::Request;
 
 /// Maximum size of a command in bytes: two tables of some thousand addresses.
 const MAX_COMMAND: u64 = 64 << 10;
@@ -30,13 +29,27 @@ pub(super) struct ControlQueue {
     /// Number of pairs of the device.
     pairs: u16,
     features: VirtioFeatures,
-    done: Vec<Request>,
 }
 
 impl ControlQueue {
     pub(super) fn new(shared: Arc<SharedNetState>, pairs: u16, features: VirtioFeatures) -> ControlQueue {
         shared.update(|state| state.control_queue_ran = true);
-        ControlQueue { shared, pairs, features, done: Vec::new() }
+        ControlQueue { shared, pairs, features }
+    }
+
+    /// Executes a command, and writes its result.
+    pub(super) fn serve(&self, request: &mut Request) {
+        let answer = match self.execute(request) {
+            Some(()) => VIRTIO_NET_OK,
+            None => {
+                debug!("control queue: a command of {} bytes is refused", request.readable_len());
+                VIRTIO_NET_ERR
+            }
+        };
+        match request.writable_len().checked_sub(1).map(|last| request.write(last, &[answer])) {
+            Some(Ok(())) => {}
+            _ => debug!("control queue: a command without room for its answer"),
+        }
     }
 
     /// Executes a command. Returns `None` if it fails.
@@ -100,29 +113,4 @@ fn split_table(data: &[u8]) -> Option<(AddressTable, &[u8])> {
     let (macs, rest) = rest.split_at_checked(bytes)?;
     let (macs, _) = macs.as_chunks();
     Some((AddressTable::new(macs), rest))
-}
-
-impl Queue for ControlQueue {
-    fn submit(&mut self, mut request: Request) {
-        let answer = match self.execute(&request) {
-            Some(()) => VIRTIO_NET_OK,
-            None => {
-                debug!("control queue: a command of {} bytes is refused", request.readable_len());
-                VIRTIO_NET_ERR
-            }
-        };
-        match request.writable_len().checked_sub(1).map(|last| request.write(last, &[answer])) {
-            Some(Ok(())) => {}
-            _ => debug!("control queue: a command without room for its answer"),
-        }
-        self.done.push(request);
-    }
-
-    fn completions(&mut self, done: &mut Vec<Request>) {
-        done.append(&mut self.done);
-    }
-
-    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
 }

@@ -54,7 +54,7 @@ use crate::abi::virtio::{
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
     VirtioFeatures,
 };
-use crate::backend::{BackendError, FrontendHandle, Queue, RING_FEATURES, VirtioDevice};
+use crate::backend::{BackendError, FrontendHandle, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice};
 use crate::sys::log_limit::limited;
 
 /// Maximum number of queue pairs: a vhost-user message addresses 256 rings.
@@ -390,8 +390,14 @@ impl VirtioDevice for NetDevice {
         let shared = self.shared.clone();
         Ok(match self.queue_role(index, features) {
             Some(QueueRole::Receive(pair)) => Box::new(ReceiveQueue::new(shared, pair, size, header, mergeable)?),
-            Some(QueueRole::Transmit(pair)) => Box::new(TransmitQueue::new(shared, pair, header)),
-            Some(QueueRole::Control) => Box::new(ControlQueue::new(shared, self.options.pairs, features)),
+            Some(QueueRole::Transmit(pair)) => {
+                let mut queue = TransmitQueue::new(shared, pair, header);
+                Box::new(SyncQueue::new(move |request: &mut Request| queue.send(request)))
+            }
+            Some(QueueRole::Control) => {
+                let queue = ControlQueue::new(shared, self.options.pairs, features);
+                Box::new(SyncQueue::new(move |request: &mut Request| queue.serve(request)))
+            }
             None => return Err(io::Error::other("a control queue that the driver has not negotiated")),
         })
     }

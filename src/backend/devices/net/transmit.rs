@@ -1,12 +1,11 @@
 //! The transmit queue: sends each packet on the port of its pair immediately, or drops it.
 
-use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use tracing::debug;
 
 use super::state::{HEADER, MAX_FRAME, NetStateCache, SharedNetState, count};
-use crate::backend::{Queue, Request};
+use crate::backend::Request;
 use crate::sys::with_causes::with_causes;
 
 pub(super) struct TransmitQueue {
@@ -15,15 +14,15 @@ pub(super) struct TransmitQueue {
     header: usize,
     net_state: NetStateCache,
     buffer: Vec<u8>,
-    done: Vec<Request>,
 }
 
 impl TransmitQueue {
     pub(super) fn new(shared: Arc<SharedNetState>, pair: u16, header: usize) -> TransmitQueue {
-        TransmitQueue { pair, header, net_state: NetStateCache::new(shared), buffer: Vec::new(), done: Vec::new() }
+        TransmitQueue { pair, header, net_state: NetStateCache::new(shared), buffer: Vec::new() }
     }
 
-    fn send(&mut self, request: &Request) {
+    pub(super) fn send(&mut self, request: &Request) {
+        self.net_state.refresh();
         let counters = &self.net_state.shared.counters;
         let frame = request.readable_len().checked_sub(self.header as u64).and_then(|len| usize::try_from(len).ok());
         let Some(frame) = frame.filter(|len| *len <= MAX_FRAME) else {
@@ -42,21 +41,5 @@ impl TransmitQueue {
             true => count(&counters.sent),
             false => count(&counters.sent_dropped),
         }
-    }
-}
-
-impl Queue for TransmitQueue {
-    fn submit(&mut self, request: Request) {
-        self.net_state.refresh();
-        self.send(&request);
-        self.done.push(request);
-    }
-
-    fn completions(&mut self, done: &mut Vec<Request>) {
-        done.append(&mut self.done);
-    }
-
-    fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        None
     }
 }
