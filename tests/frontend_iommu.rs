@@ -180,8 +180,7 @@ impl IommuSetup {
     fn reads(&self, ring: &mut Ring, slot: &Slot) {
         let memory = self.view(slot.at(), Slot::BYTES);
         slot.add(ring, &memory, VIRTIO_BLK_T_IN, 1, 1024, false);
-        ring.kick();
-        ring.completion();
+        ring.serve_one();
         assert_eq!(bytes(&memory, slot.data(), 1024), contents(1, 1024));
     }
 }

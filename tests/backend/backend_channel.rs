@@ -66,6 +66,14 @@ fn negotiate(client: &RawFrontend, guest: &Guest, features: VirtioFeatures, prot
     guest.send_table(client);
 }
 
+/// A disk and its guest, with a back-end channel and in-band notifications.
+fn in_band(features: VirtioFeatures) -> (Server, Guest, RawFrontend, BackendChannel) {
+    let (server, guest, client) = Server::disk(1 << 20, |_| {}).connected();
+    negotiate(&client, &guest, features, IN_BAND);
+    let channel = BackendChannel::open(&client);
+    (server, guest, client, channel)
+}
+
 /// A running ring whose kicks, calls and errors are messages.
 fn start_in_band_ring(client: &RawFrontend, guest: &Guest, index: u32, features: VirtioFeatures) -> Ring {
     let ring = Ring::new(guest, index, 256, features);
@@ -105,9 +113,7 @@ fn read_in_band(client: &RawFrontend, guest: &Guest, ring: &mut Ring) {
 /// Rule B3.2.
 #[rstest]
 fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (_server, guest, client) = Server::disk(1 << 20, |_| {}).connected();
-    negotiate(&client, &guest, features, IN_BAND);
-    let mut channel = BackendChannel::open(&client);
+    let (_server, guest, client, mut channel) = in_band(features);
     let mut rings = [0, 1].map(|index| start_in_band_ring(&client, &guest, index, features));
     for round in 0..50 {
         let ring = &mut rings[round % 2];
@@ -125,9 +131,7 @@ fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: V
 /// Rules B1.1 and F8.3.
 #[rstest]
 fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (_server, guest, client) = Server::disk(1 << 20, |_| {}).connected();
-    negotiate(&client, &guest, features, IN_BAND);
-    let mut channel = BackendChannel::open(&client);
+    let (_server, guest, client, mut channel) = in_band(features);
     let mut ring = start_in_band_ring(&client, &guest, 0, features);
     let file = tempfile::tempfile().unwrap();
     let (file, socket) = (file.as_fd(), client.as_fd());
@@ -153,9 +157,7 @@ fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPL
 /// Rules B3.3, B3.4: User-mode Linux sends neither SET_VRING_KICK nor SET_VRING_CALL, and begins packed rings at 0 too (rule R4.4).
 #[rstest]
 fn the_first_in_band_kick_starts_a_ring_without_kick_and_call_fds(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (_server, guest, client) = Server::disk(1 << 20, |_| {}).connected();
-    negotiate(&client, &guest, features, IN_BAND);
-    let mut channel = BackendChannel::open(&client);
+    let (_server, guest, client, mut channel) = in_band(features);
     let mut ring = Ring::new(&guest, 0, 256, features);
     client.send_body(Code::SET_VRING_NUM, &VringState { index: 0, num: ring.layout.size.into() });
     client.send_body(Code::SET_VRING_BASE, &VringState { index: 0, num: 0 });
@@ -223,9 +225,7 @@ fn a_ring_without_a_kick_fd_is_polled_unless_kicks_are_in_band() {
 
 #[rstest]
 fn a_broken_ring_sends_vring_err_and_other_rings_continue(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (_server, guest, client) = Server::disk(1 << 20, |_| {}).connected();
-    negotiate(&client, &guest, features, IN_BAND);
-    let mut channel = BackendChannel::open(&client);
+    let (_server, guest, client, mut channel) = in_band(features);
     let [broken, mut good] = [0, 1].map(|index| start_in_band_ring(&client, &guest, index, features));
     break_ring(&client, &guest, &broken);
     assert_eq!(channel.receive(), (BackendRequest::VRING_ERR, Some(0)));
@@ -289,8 +289,7 @@ impl Queue for ConfigChangingQueue {
 fn serve_requests(ring: &mut Ring, count: usize) {
     for _ in 0..count {
         ring.driver.add(&[], &[Buffer { gpa: HIGH, len: 8 }], None).unwrap().unwrap();
-        ring.kick();
-        ring.completion();
+        ring.serve_one();
     }
 }
 

@@ -214,8 +214,7 @@ fn a_new_memory_table_waits_for_requests_in_flight(#[values(SPLIT, PACKED)] feat
     assert_eq!(client.reply(Code::SET_MEM_TABLE), 0u64.as_bytes());
     assert_eq!(ring.completions(5).len(), 5);
     ring.driver.add(&[], &[page(9)], None).unwrap().unwrap();
-    ring.kick();
-    ring.completion();
+    ring.serve_one();
     assert_eq!(client.ring_base(0), ring.drained_base());
     let marked = harvest(&log);
     for slot in [0, 1, 2, 3, 4, 9] {
@@ -336,8 +335,7 @@ fn an_added_memory_region_is_usable_immediately_and_a_removed_one_is_not(
     assert_eq!(add_region(&client, &region), 0);
     assert_eq!(add_region(&client, &region), 1, "an overlapping region was taken");
     ring.driver.add(&[], &[Buffer { gpa: 2 << 30, len: 1 }], None).unwrap().unwrap();
-    ring.kick();
-    ring.completion();
+    ring.serve_one();
     let mut byte = [0u8];
     region.slice(0, 1).unwrap().copy_to(&mut byte);
     assert_eq!(byte, [0x5a]);
@@ -413,8 +411,7 @@ fn a_request_dropped_by_the_device_is_logged_and_returned_to_the_driver(
     for slot in 0..20 {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
     }
-    ring.kick();
-    ring.completions(20);
+    ring.serve(20);
     let marked = harvest(&log);
     assert!((0..20).all(|slot| marked.contains(&(page(slot).gpa / LOG_PAGE))), "a page was not logged");
     for slot in 20..40 {

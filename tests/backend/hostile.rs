@@ -212,8 +212,7 @@ pub(crate) fn start_ring(client: &RawFrontend, guest: &Guest, features: VirtioFe
 
 pub(crate) fn assert_ring_works(guest: &Guest, ring: &mut Ring) {
     ring.read(guest, 0, 1, 512);
-    ring.kick();
-    ring.completion();
+    ring.serve_one();
     assert_eq!((status(guest, 0), guest.bytes(request_addresses(0).2, 8)), (0, 1u64.to_le_bytes().to_vec()));
 }
 

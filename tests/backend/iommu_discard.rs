@@ -21,8 +21,7 @@ fn server() -> Server {
 fn assert_read(space: &IommuGuest, ring: &mut Ring, sector: u64) {
     let memory = space.driver_memory(Slot(0).at(), Slot::BYTES);
     Slot(0).add(ring, &memory, VIRTIO_BLK_T_IN, sector, 1024, false);
-    ring.kick();
-    ring.completion();
+    ring.serve_one();
     assert_eq!(bytes(&memory, Slot(0).data(), 1024), contents(sector, 1024));
 }
 
@@ -108,8 +107,7 @@ fn a_new_memory_table_discards_translations_to_old_addresses() {
         assert_eq!(space.client.acknowledged(Code::SET_MEM_TABLE, &table, &space.guest.fds()), 0);
         // It still leads to the same pages of the guest.
         Slot(0).add(&mut ring, &memory, VIRTIO_BLK_T_IN, 7, 1024, false);
-        ring.kick();
-        ring.completion();
+        ring.serve_one();
         assert_eq!(bytes(&memory, Slot(0).data(), 1024), contents(7, 1024));
     }
 }

@@ -113,6 +113,15 @@ fn event(guest: &Guest, ring: &Ring) -> Vec<u8> {
     }
 }
 
+/// A disk whose writes are logged: with its guest, front-end, ring and log, and what the log must hold.
+fn logging(features: VirtioFeatures) -> (Server, Guest, RawFrontend, Ring, Log, Oracle) {
+    let (server, guest, client, mut ring) = disk().running(512, features);
+    let log = install_log(&client, &guest);
+    start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
+    let oracle = Oracle::new(&guest, &ring);
+    (server, guest, client, ring, log, oracle)
+}
+
 /// Reads, writes and requests that must fail, 30 of them in slots from `first` on, while `meanwhile` happens.
 fn load(guest: &Guest, ring: &mut Ring, first: u64, oracle: &mut Oracle, meanwhile: impl FnOnce()) {
     for slot in first..first + 30 {
@@ -152,10 +161,7 @@ pub(crate) fn running(client: &RawFrontend, guest: &Guest, features: VirtioFeatu
 #[rstest]
 fn the_log_holds_exactly_what_the_device_wrote(#[values(SPLIT, PACKED)] basic: VirtioFeatures) {
     for features in [basic, basic | EVENT_IDX] {
-        let (_server, guest, client, mut ring) = disk().running(512, features);
-        let log = install_log(&client, &guest);
-        start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
-        let mut oracle = Oracle::new(&guest, &ring);
+        let (_server, guest, client, mut ring, log, mut oracle) = logging(features);
         for round in 0..8 {
             load(&guest, &mut ring, round * 30 % 120, &mut oracle, || {});
             oracle.used_ring(&guest, &ring, LOG_AT);
@@ -170,18 +176,14 @@ fn the_log_holds_exactly_what_the_device_wrote(#[values(SPLIT, PACKED)] basic: V
 /// Rule L1.3.
 #[rstest]
 fn a_buffer_across_pages_and_regions_is_logged_exactly(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (_server, guest, client, mut ring) = disk().running(512, features);
-    let log = install_log(&client, &guest);
-    start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
-    let mut oracle = Oracle::new(&guest, &ring);
+    let (_server, guest, client, mut ring, log, mut oracle) = logging(features);
     let (head, _, _) = request_addresses(0);
     let head = header(&guest, head, 0, 0);
     // 512 bytes that end with the first byte of a page; status in the middle of another.
     let writable =
         [Buffer { gpa: 0x70_0e01, len: 512 }, Buffer { gpa: 0x71_0800, len: 512 }, Buffer { gpa: 0x72_0fff, len: 1 }];
     ring.driver.add(&[head], &writable, None).unwrap().unwrap();
-    ring.kick();
-    ring.completion();
+    ring.serve_one();
     client.ring_base(0);
     oracle.wrote(0x70_0e01, 512);
     oracle.wrote(0x71_0800, 512);
@@ -260,10 +262,7 @@ fn changing_the_log_under_load_loses_no_page_and_stops_writes_to_the_old_log(
 /// Rule L9.2.
 #[rstest]
 fn changing_the_memory_table_under_load_keeps_the_log_exact(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
-    let (_server, guest, client, mut ring) = disk().running(512, features);
-    let log = install_log(&client, &guest);
-    start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
-    let mut oracle = Oracle::new(&guest, &ring);
+    let (_server, guest, client, mut ring, log, mut oracle) = logging(features);
     for round in 0..10u64 {
         load(&guest, &mut ring, round * 20, &mut oracle, || match round % 2 {
             0 => guest.send_table(&client),
@@ -352,8 +351,7 @@ fn a_log_of_any_size_and_offset_is_used_exactly_within_its_bounds(#[values(SPLIT
     for slot in 0..20 {
         ring.read(&guest, slot, 0, 512);
     }
-    ring.kick();
-    ring.completions(20);
+    ring.serve(20);
     assert_eq!(client.ring_base(0), ring.drained_base(), "a log that is too small must not stop the ring");
     let mut bytes = vec![0; 0x4000];
     file.slice(0, 0x4000).unwrap().copy_to(&mut bytes);
@@ -444,8 +442,7 @@ fn a_successor_with_a_new_log_logs_all_guest_memory(#[values(SPLIT, PACKED)] fea
     ring.set_up(&client, &guest, base);
     ring.enable(&client, true);
     ring.read(&guest, 2, 7, 512);
-    ring.kick();
-    ring.completion();
+    ring.serve_one();
     client.ring_base(0);
     assert!(harvest(&log).len() < 8, "memory was logged although nothing was lost");
 }

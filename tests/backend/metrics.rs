@@ -53,8 +53,7 @@ fn writes_outside_the_log_and_requests_of_a_predecessor_are_counted() {
     client.reply(Code::SET_LOG_BASE);
     start_logging(&client, &guest, BASIC, &mut [&mut ring], 0);
     ring.enable(&client, true);
-    ring.kick();
-    ring.completions(3);
+    ring.serve(3);
     assert_eq!(counted(&address, "vhost_resubmitted_total"), 3);
     wait_until("unlogged pages are counted", || counted(&address, "vhost_unlogged_pages_total") > 0);
 }

@@ -724,8 +724,7 @@ fn a_packet_larger_than_a_full_ring_of_buffers_is_dropped(#[values(SPLIT, PACKED
         let buffer = Buffer { gpa: BUFFERS + number * 12, len: 12 };
         net.rx[0].driver.add(&[], &[buffer], None).unwrap().unwrap();
     }
-    net.rx[0].kick();
-    net.rx[0].completions(256);
+    net.rx[0].serve(256);
     assert_eq!(net.guest.bytes(BUFFERS + 12, 255 * 12), frame(255 * 12, 2));
     assert_eq!(net.device.packet_counts().received_dropped, 1);
 }
@@ -829,8 +828,7 @@ impl NetClient {
         self.guest.memory.write(SENT, &[&[0; HEADER], frame].concat()).unwrap();
         let message = Buffer { gpa: SENT, len: (HEADER + frame.len()) as u32 };
         self.tx.driver.add(&[message], &[], None).unwrap().unwrap();
-        self.tx.kick();
-        self.tx.completion();
+        self.tx.serve_one();
     }
 
     fn received(&mut self) -> Option<Vec<u8>> {

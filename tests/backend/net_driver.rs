@@ -62,8 +62,7 @@ impl LoopbackNetGuest {
         let tx = &mut self.rings[2 * pair + 1];
         let len = (HEADER + packet.len()) as u32;
         tx.driver.add(&[Buffer { gpa: SENT, len }], &[], None).unwrap().unwrap();
-        tx.kick();
-        tx.completion();
+        tx.serve_one();
         packet
     }
 
@@ -88,8 +87,7 @@ impl LoopbackNetGuest {
         let len = command.len() as u32;
         let (command, answer) = (Buffer { gpa: SENT, len }, Buffer { gpa: RECEIVED, len: 1 });
         control.driver.add(&[command], &[answer], None).unwrap().unwrap();
-        control.kick();
-        control.completion();
+        control.serve_one();
         assert_eq!(self.guest.bytes(RECEIVED, 1), [0]);
     }
 }

@@ -372,8 +372,7 @@ fn assert_served(server: &Server) {
     ring.set_up(&client, &guest, 0);
     ring.enable(&client, true);
     ring.read(&guest, 0, 0, 512);
-    ring.kick();
-    ring.completion();
+    ring.serve_one();
     client.ring_base(0);
 }
 

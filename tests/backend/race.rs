@@ -184,8 +184,7 @@ fn race_on_a_disk(features: VirtioFeatures) {
     fresh.enable(&client, true);
     // The guest before this one wrote to the disk too.
     fresh.read(&guest, 0, 1, 512);
-    fresh.kick();
-    fresh.completion();
+    fresh.serve_one();
     assert_eq!(status(&guest, 0), 0);
 }
 
@@ -209,8 +208,7 @@ fn race_on_an_interface(features: VirtioFeatures) {
     guest.memory.write(BUFFERS.start, &sent).unwrap();
     loop {
         tx.driver.add(&[Buffer { gpa: BUFFERS.start, len: sent.len() as u32 }], &[], None).unwrap().unwrap();
-        tx.kick();
-        tx.completion();
+        tx.serve_one();
         rx.driver.add(&[], &[Buffer { gpa: HIGH, len: 0x2_0000 }], None).unwrap().unwrap();
         rx.kick();
         let (_, len) = rx.completion();

@@ -32,8 +32,7 @@ fn a_driver_that_starts_with_empty_rings_is_served_with_a_used_inflight_region(
         ring.start(client, &guest);
         for slot in slots {
             ring.read(&guest, slot, slot, 512);
-            ring.kick();
-            ring.completion();
+            ring.serve_one();
             assert_eq!(status(&guest, slot), 0);
         }
         assert_eq!(client.ring_base(0), ring.drained_base());

@@ -314,8 +314,7 @@ fn reset_owner_disables_all_rings(#[values(SPLIT, PACKED)] features: VirtioFeatu
 fn the_next_front_end_inherits_only_the_disk_contents(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest, client, mut ring) = disk().running(256, features);
     ring.write(&guest, 1, 9, &[0x77; 512]);
-    ring.kick();
-    ring.completion();
+    ring.serve_one();
     // A second front-end waits until the first is gone.
     let next = server.connect();
     drop(client);
@@ -326,8 +325,7 @@ fn the_next_front_end_inherits_only_the_disk_contents(#[values(SPLIT, PACKED)] f
     ring.set_up(&next, &guest, ring.initial_base());
     ring.enable(&next, true);
     ring.read(&guest, 0, 9, 512);
-    ring.kick();
-    ring.completion();
+    ring.serve_one();
     assert_eq!(guest.bytes(request_addresses(0).2, 512), [0x77; 512]);
 }
 

@@ -132,12 +132,10 @@ fn assert_disk_works(socket: &str, features: VirtioFeatures) {
         guest.memory.write(request_addresses(3).1, &[0xff]).unwrap();
         let flush = header(&guest, request_addresses(3).0, VIRTIO_BLK_T_FLUSH, 0);
         ring.driver.add(&[flush], &[Buffer { gpa: request_addresses(3).1, len: 1 }], None).unwrap().unwrap();
-        ring.kick();
-        ring.completions(4);
+        ring.serve(4);
         ring.read(&guest, 4, 64, 8192);
         ring.read(&guest, 5, 136, 4096);
-        ring.kick();
-        ring.completions(2);
+        ring.serve(2);
         assert_eq!([0, 1, 2, 3, 4, 5].map(|slot| status(&guest, slot)), [0; 6]);
         assert!(
             guest.bytes(request_addresses(4).2, 8192) == data && guest.bytes(request_addresses(5).2, 4096) == [0; 4096]

@@ -57,8 +57,7 @@ fn restored(host: &mut Host, backend: &Path, name: &str, more: &[&str]) {
 
 #[test]
 fn a_restore_onto_a_changed_disk_needs_ignore_disk_generation() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let file = saved(&host, &source, &[]);
     let found = inspected(&host);
     let generation = found["disks"][0]["generation"].as_str().unwrap_or_default();
@@ -84,8 +83,7 @@ fn a_restore_onto_a_changed_disk_needs_ignore_disk_generation() {
 
 #[test]
 fn a_snapshot_is_restored_onto_the_disk_copy_made_with_it_and_refused_on_the_live_disk() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let file = saved(&host, &source, &["--continue"]);
     copy(&host, "disk", "copy", &["--preserve=xattr"]);
     let bare = copy(&host, "disk", "bare", &[]);
@@ -156,8 +154,7 @@ fn arriving_on(host: &mut Host, backend: &Path, name: &str, more: &[&str]) -> (P
 
 #[test]
 fn a_migration_to_another_disk_needs_ignore_disk_generation() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     // A disk of the same size with a copy of the contents.
     let other = copy(&host, "disk", "other", &[]);
     let backend = host.backend_on(&other, "other.vhost", &[]);
@@ -181,8 +178,7 @@ fn a_migration_to_another_disk_needs_ignore_disk_generation() {
 /// Rule G1.1.
 #[test]
 fn a_migration_to_a_disk_of_the_same_or_unknown_identity_succeeds() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     expect_ok(&source, "pause");
     let copy = copy(&host, "disk", "copy", &["--preserve=xattr"]);
     let backend = host.backend_on(&copy, "copy.vhost", &[]);

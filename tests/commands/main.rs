@@ -53,6 +53,13 @@ impl Host {
         Host { folder, running: Vec::new(), _serial: serial_guard() }
     }
 
+    /// A host with a running guest. Returns the guest's control socket too.
+    fn with_source() -> (Host, PathBuf) {
+        let mut host = Host::new();
+        let source = host.source();
+        (host, source)
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
@@ -340,8 +347,7 @@ fn a_guest_overwrites_foreign_disk_contents_only_with_overwrite() {
 
 #[test]
 fn a_guest_migrates_over_a_bidirectional_command() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let incoming = host.path("incoming");
     let unix = format!("unix:{}", incoming.display());
     let destination = host.waiting("destination", &unix);
@@ -371,8 +377,7 @@ threading.Event().wait(60)";
 
 #[test]
 fn a_command_that_holds_the_migrated_guest_is_not_killed() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let (backend, control) = (host.backend("home.vhost"), host.path("home.control"));
     let program = env!("CARGO_BIN_EXE_vhost-migrate");
     let (backend, home) = (backend.display(), control.display());
@@ -385,8 +390,7 @@ fn a_command_that_holds_the_migrated_guest_is_not_killed() {
 
 #[test]
 fn a_guest_runs_after_a_failed_migration_and_the_next_one_succeeds() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let nobody = host.unix("nobody");
     let output = migrate(&source, &nobody, &[]);
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
@@ -411,8 +415,7 @@ fn a_guest_runs_after_a_failed_migration_and_the_next_one_succeeds() {
 
 #[test]
 fn a_killed_destination_leaves_the_guest_at_its_source_for_another_destination() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let unix = host.unix("incoming");
     wait_for_state(&host.destination("killed", &unix), "absent");
     let (mut slow, _events) = slow_migration(&source, &unix);
@@ -428,8 +431,7 @@ fn a_killed_destination_leaves_the_guest_at_its_source_for_another_destination()
 
 #[test]
 fn dirty_rate_reports_cpus_and_disks_and_a_forecast() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (_host, source) = Host::with_source();
     let output = run(&["dirty-rate", "--control", source.to_str().unwrap(), "--seconds", "1", "--json"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let found: Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -449,8 +451,7 @@ fn dirty_rate_reports_cpus_and_disks_and_a_forecast() {
 /// Only a disk handles SIGHUP, by reading its image's size.
 #[test]
 fn guest_and_backend_net_ignore_sighup() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let (net, mut command) = (host.path("net"), program());
     command.args(["backend", "net", "--loopback", "--socket"]).arg(&net);
     host.start(&mut command);
@@ -574,8 +575,7 @@ fn watch_reports_a_lost_and_a_restored_back_end() {
 
 #[test]
 fn a_paused_guest_makes_no_progress_and_quit_ends_its_process() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     assert_eq!(send_command(&source, &json!({"command": "pause"})).unwrap()[0]["event"], "ok");
     let (first, second) = (status(&source).unwrap(), status(&source).unwrap());
     assert_eq!((&first["state"], &first["pages"]), (&json!("paused"), &second["pages"]));
@@ -700,8 +700,7 @@ fn cancel_at_an_idle_destination_reports_that_no_migration_has_come() {
 
 #[test]
 fn a_snapshot_runs_on_a_disk_copy_while_its_guest_goes_on() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     assert_eq!(send_command(&source, &json!({"command": "pause"})).unwrap().last().unwrap()["event"], "ok");
     let folder = host.path("elsewhere");
     std::fs::create_dir(&folder).unwrap();
@@ -901,8 +900,7 @@ fn status_and_cancel_reply_while_a_disk_hangs_at_the_switchover() {
 
 #[test]
 fn a_migration_cancelled_while_a_hanging_disk_starts_logging_reports_cancelled() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (host, source) = Host::with_source();
     let [.., backend, _] = &host.running[..] else { panic!() };
     let backend = Pid::from_raw(backend.0.id() as i32);
     kill(backend, Signal::SIGSTOP).unwrap();

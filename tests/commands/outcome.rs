@@ -201,8 +201,7 @@ fn a_destination_killed_after_ready_leaves_an_unknown_outcome() {
 
 #[test]
 fn a_commit_read_after_the_switchover_timeout_has_no_effect() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let destination = host.guest("destination", &["--incoming", &host.unix("incoming"), "--switchover-timeout", "1s"]);
     wait_for_state(&destination, "absent");
     let there: Uri = host.unix("incoming").parse().unwrap();
@@ -243,8 +242,7 @@ fn a_migration_to_an_occupied_destination_is_refused_at_once() {
 
 #[test]
 fn a_paused_guest_is_migrated_saved_and_restored_paused() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     expect_ok(&source, "pause");
     let second = host.waiting("second", &host.unix("incoming"));
     assert_completed(&migrate(&source, &host.unix("incoming"), &[]));
@@ -357,8 +355,7 @@ fn migrate_polls_the_status_when_its_event_stream_breaks() {
 
 #[test]
 fn one_way_is_opt_in_and_leaves_the_outcome_unknown() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let saved = host.path("saved");
     let output = migrate(&source, &format!("exec:cat >{}", saved.display()), &["--one-way"]);
     assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));

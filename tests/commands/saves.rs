@@ -54,8 +54,7 @@ fn a_guest_process_ended_during_a_save_leaves_no_partial_file(
 
 #[test]
 fn a_save_is_refused_onto_own_descriptors_and_onto_a_disk_image() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (host, source) = Host::with_source();
     let guest = host.running.last().unwrap().0.id();
     let mut own = 0;
     for entry in std::fs::read_dir(format!("/proc/{guest}/fd")).unwrap() {
@@ -78,8 +77,7 @@ fn a_save_is_refused_onto_own_descriptors_and_onto_a_disk_image() {
 
 #[test]
 fn a_file_size_limit_fails_a_save_and_the_guest_keeps_running() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (host, source) = Host::with_source();
     let guest = host.running.last().unwrap().0.id().to_string();
     // 4 MB; the limit does not apply to the memory of a running guest.
     assert!(Command::new("prlimit").args(["--pid", &guest, "--fsize=4000000"]).status().unwrap().success());

@@ -33,8 +33,7 @@ fn with_command_under_way<T>(
 
 #[test]
 fn a_wrong_byte_found_by_verify_fails_the_guest() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     expect_ok(&source, "pause");
     // The guest does not read its disk now.
     File::options().write(true).open(host.path("disk")).unwrap().write_all(&vec![0xff; 16 << 20]).unwrap();
@@ -51,8 +50,7 @@ fn a_wrong_byte_found_by_verify_fails_the_guest() {
 
 #[test]
 fn cancel_ends_waits_for_a_hanging_back_end_and_the_guest_goes_on() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (host, source) = Host::with_source();
     let rate = json!({"command": "dirty_rate", "seconds": 1.0, "bandwidth": 1 << 30, "downtime_ms": 300});
     for (command, busy, words) in [
         (json!({"command": "verify"}), "a verification", "was interrupted before its end"),
@@ -69,8 +67,7 @@ fn cancel_ends_waits_for_a_hanging_back_end_and_the_guest_goes_on() {
 
 #[test]
 fn quit_ends_a_verifying_and_a_booting_guest_whose_back_end_hangs() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     signal(&host.running[0], Signal::SIGSTOP);
     with_command_under_way(&source, json!({"command": "verify"}), "a verification", || expect_ok(&source, "quit"));
     assert_eq!(host.running.last_mut().unwrap().0.wait().unwrap().code(), Some(0));

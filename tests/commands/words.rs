@@ -60,8 +60,7 @@ fn the_guest_process_logs_start_departure_arrival_and_end() {
 /// On a busy machine a message may be late: the connection is closed half a second after the cancellation.
 #[test]
 fn each_side_reports_a_cancellation_by_the_other() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let uri = host.unix("incoming");
     let (destination, log) = writing(&mut host, "destination", &["--incoming", &uri]);
     wait_for_state(&destination, "absent");
@@ -89,8 +88,7 @@ fn each_side_reports_a_cancellation_by_the_other() {
 
 #[test]
 fn a_source_warns_within_seconds_that_its_destination_reads_nothing() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let uri = host.unix("incoming");
     host.waiting("destination", &uri);
     let (mut migration, mut events) = migrating(&source, &uri);
@@ -105,8 +103,7 @@ fn a_source_warns_within_seconds_that_its_destination_reads_nothing() {
 
 #[test]
 fn a_snapshot_of_a_running_guest_gives_a_warning() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let file = format!("file:{}", host.path("guest.vhm").display());
     let output = migrate(&source, &file, &["--continue"]);
     assert_completed(&output);
@@ -120,8 +117,7 @@ fn a_snapshot_of_a_running_guest_gives_a_warning() {
 
 #[test]
 fn status_reports_starting_while_an_arrived_guest_starts() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let there = host.unix("incoming");
     let destination = host.waiting("destination", &there);
     let slowly = Fault::new(
@@ -151,8 +147,7 @@ fn status_reports_starting_while_an_arrived_guest_starts() {
 
 #[test]
 fn a_restore_onto_an_unusable_disk_names_the_disk_and_the_reason() {
-    let mut host = Host::new();
-    let source = host.source();
+    let (mut host, source) = Host::with_source();
     let file = format!("file:{}", host.path("guest.vhm").display());
     assert_completed(&migrate(&source, &file, &[]));
     let image = host.path("disk");

@@ -267,6 +267,17 @@ impl Ring {
         }
     }
 
+    /// Makes what was added visible, and waits for the completion of one request.
+    pub(crate) fn serve_one(&mut self) {
+        self.serve(1);
+    }
+
+    /// Makes what was added visible, and waits for this many completions.
+    pub(crate) fn serve(&mut self, count: usize) {
+        self.kick();
+        self.completions(count);
+    }
+
     pub(crate) fn completions(&mut self, count: usize) -> BTreeSet<u16> {
         (0..count).map(|_| self.completion().0).collect()
     }
