@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollTimeout;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tempfile::TempDir;
 use vhost_migrate::abi::vhost_user::{
@@ -40,6 +40,7 @@ mod wait;
 use forward::forward;
 use guest_work::wait_for;
 use served::Served;
+use wait::is_readable;
 
 const MIB: u64 = 1 << 20;
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -96,14 +97,10 @@ impl Backend {
     }
 }
 
-fn is_readable(fd: &impl AsFd, timeout: PollTimeout) -> bool {
-    poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) == Ok(1)
-}
-
 /// Waits for events by polling.
 fn events(device: &mut UserDevice) -> Vec<DeviceEvent> {
     let fd = device.events_fd().unwrap().unwrap();
-    assert!(is_readable(&fd, 60_000u16.into()), "no event came");
+    assert!(is_readable(&fd, 60_000u16), "no event came");
     device.take_events()
 }
 
@@ -203,7 +200,7 @@ fn a_broken_ring_signals_its_error_fd_in_band_and_out_of_band() {
         assert!(!is_readable(&error, PollTimeout::ZERO));
         memory.write(0x2002, &9999u16.to_le_bytes()).unwrap();
         nix::unistd::write(&setup.kick, &1u64.to_ne_bytes()).unwrap();
-        assert!(is_readable(&error, 60_000u16.into()), "in-band: {in_band:#x}");
+        assert!(is_readable(&error, 60_000u16), "in-band: {in_band:#x}");
         if in_band != ProtocolFeatures::empty() {
             assert_eq!(events(&mut device), [DeviceEvent::RingBroken(0)]);
         }
@@ -448,11 +445,11 @@ fn no_in_band_kick_follows_the_message_that_stops_its_ring() {
         let stops = std::thread::spawn(move || (stop(&mut device), device));
         backend.receive_until(code);
         kick();
-        assert!(!is_readable(&backend.connection, 300u16.into()), "a kick comes after {code}");
+        assert!(!is_readable(&backend.connection, 300u16), "a kick comes after {code}");
         backend.reply(code, &VringState { index: 0, num: 1 }, &[]);
         let (base, _device) = stops.join().unwrap();
         assert_eq!(base.unwrap(), RingBase::split(1));
-        assert!(!is_readable(&backend.connection, 100u16.into()), "a kick comes after the answer to {code}");
+        assert!(!is_readable(&backend.connection, 100u16), "a kick comes after the answer to {code}");
         assert!(is_readable(&setup.kick, PollTimeout::ZERO), "the kick is there for whoever starts the ring next");
     }
 }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollTimeout;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rstest::rstest;
 use vhost_migrate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE};
@@ -48,11 +48,14 @@ mod server;
 #[path = "kit/tracked_ring.rs"]
 #[allow(dead_code)]
 mod tracked_ring;
+#[path = "kit/wait.rs"]
+mod wait;
 
 use guest::{Guest, HIGH, REGION, Ring, harvest};
 use iommu_guest::{BASE, DATA, Random};
 use iommu_load::{DiskLoad, Slot, bytes, contents};
 use server::{Process, Server};
+use wait::is_readable;
 
 const DISK: u64 = 4 << 20;
 const SIZE: u16 = 1024;
@@ -191,13 +194,9 @@ fn server() -> (Server, PathBuf) {
     (server, socket)
 }
 
-fn is_readable(fd: &impl AsFd, timeout: PollTimeout) -> bool {
-    poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) == Ok(1)
-}
-
 /// Waits for one event.
 fn event(device: &mut UserDevice) -> Vec<DeviceEvent> {
-    assert!(is_readable(&device.events_fd().unwrap().unwrap(), 60_000u16.into()), "no event came");
+    assert!(is_readable(&device.events_fd().unwrap().unwrap(), 60_000u16), "no event came");
     device.take_events()
 }
 
@@ -304,7 +303,7 @@ fn an_access_that_the_iommu_denies_breaks_its_ring_and_is_an_event(#[values(fals
     let before = setup.guest.bytes(gpa, LOG_PAGE as usize);
     Slot(1).add(&mut bad, &memory, VIRTIO_BLK_T_IN, 77, 1024, false);
     bad.kick();
-    assert!(is_readable(&error, 60_000u16.into()), "the ring did not break");
+    assert!(is_readable(&error, 60_000u16), "the ring did not break");
     assert_eq!(event(&mut setup.device), [DeviceEvent::AccessFailed(Slot(1).data())]);
     assert_eq!(setup.guest.bytes(gpa, LOG_PAGE as usize), before, "it was written");
     setup.table.set(page, Some((gpa, Access::ReadWrite)));
@@ -536,7 +535,7 @@ fn a_translation_found_before_an_invalidation_is_not_sent_after_it() {
         device.invalidate(0x7000..=0x7fff).unwrap();
         device
     });
-    assert!(!is_readable(&backend.connection, 300u16.into()), "the invalidation overtakes the translation");
+    assert!(!is_readable(&backend.connection, 300u16), "the invalidation overtakes the translation");
     go_on.send(()).unwrap();
     let told = backend.receive_iotlb_message();
     assert_eq!((told.kind, told.uaddr), (VHOST_IOTLB_UPDATE, guest.user(0x1000)));
@@ -562,7 +561,7 @@ fn misses_may_arrive_faster_than_their_acknowledgements_are_read() {
     });
     // Translations sent before the channel is full. No acknowledgement is read.
     let mut told = 0;
-    while is_readable(&backend.connection, 500u16.into()) {
+    while is_readable(&backend.connection, 500u16) {
         backend.receive_iotlb_message();
         told += 1;
     }

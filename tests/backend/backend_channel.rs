@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollTimeout;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt::SndBuf};
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{BackendRequest, Header, ProtocolFeatures, Request as Code, VringState};
@@ -22,6 +22,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use crate::guest::{BASIC, Guest, HIGH, PACKED, PROTOCOL, Ring, SPLIT, status};
 use crate::raw::{DEADLINE, RawFrontend, VERSION};
 use crate::server::Server;
+use crate::wait::is_readable;
 
 const IN_BAND: ProtocolFeatures =
     PROTOCOL.union(ProtocolFeatures::BACKEND_REQ).union(ProtocolFeatures::INBAND_NOTIFICATIONS);
@@ -54,8 +55,7 @@ impl BackendChannel {
     }
 
     fn is_silent(&self) -> bool {
-        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO) == Ok(0)
+        !is_readable(&self.0, PollTimeout::ZERO)
     }
 }
 

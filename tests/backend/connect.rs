@@ -5,7 +5,6 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Stdio};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
@@ -13,6 +12,7 @@ use vhost_migrate::abi::vhost_user::Request as Code;
 
 use crate::raw::{DEADLINE, RawFrontend, VERSION};
 use crate::server::{Process, disk_options};
+use crate::wait::is_readable;
 
 fn start(socket: &Path, device: &[&str]) -> Process {
     let mut command = match device {
@@ -30,8 +30,7 @@ fn start(socket: &Path, device: &[&str]) -> Process {
 
 /// The back-end's next connection.
 fn accepted(listener: &UnixListener) -> RawFrontend {
-    let mut ready = [PollFd::new(std::os::fd::AsFd::as_fd(listener), PollFlags::POLLIN)];
-    assert_eq!(poll(&mut ready, PollTimeout::try_from(DEADLINE).unwrap()), Ok(1), "nobody connects");
+    assert!(is_readable(listener, DEADLINE.as_millis() as u16), "nobody connects");
     let socket = listener.accept().unwrap().0;
     socket.set_read_timeout(Some(DEADLINE)).unwrap();
     RawFrontend { socket }

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
@@ -25,7 +24,7 @@ use crate::guest::{
 };
 use crate::raw::{NEED_REPLY, RawFrontend, VERSION, ring_message};
 use crate::server::{Process, disk_options};
-use crate::wait::wait_until;
+use crate::wait::{is_readable, wait_until};
 
 const SLOTS: u64 = 20;
 const BLOCK: usize = 32 << 10;
@@ -143,8 +142,7 @@ impl VerifyingGuest {
                 self.next(slot);
             }
             if !self.ring.driver.enable_notifications() {
-                let mut fds = [PollFd::new(self.ring.call.as_fd(), PollFlags::POLLIN)];
-                poll(&mut fds, PollTimeout::from(1u8)).unwrap();
+                is_readable(&self.ring.call, 1u8);
                 let _ = self.ring.call.read();
             }
         }
@@ -157,8 +155,7 @@ impl VerifyingGuest {
                 Some(_) => {}
                 None if self.ring.driver.enable_notifications() => {}
                 None => {
-                    let mut fds = [PollFd::new(self.ring.call.as_fd(), PollFlags::POLLIN)];
-                    assert_eq!(poll(&mut fds, PollTimeout::from(20_000u16)), Ok(1), "a request was lost");
+                    assert!(is_readable(&self.ring.call, 20_000u16), "a request was lost");
                     let _ = self.ring.call.read();
                 }
             }

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
 use vhost_migrate::abi::virtio::{
@@ -19,6 +18,7 @@ use vhost_migrate::ring::{Buffer, RingBase};
 use crate::guest::{BASIC, Guest, HIGH, Ring, negotiate, status};
 use crate::raw::DEADLINE;
 use crate::server::Server;
+use crate::wait::is_readable;
 
 const SIZE: u16 = 64;
 /// Headers that the device reads, indirect tables, and what it may write.
@@ -158,8 +158,7 @@ fn race(server: &Server, features: VirtioFeatures, count: u32) {
             }
             // Until each breaks, or for a while; a guest may also be harmless by chance.
             for error in &errors {
-                let mut waiting = [PollFd::new(error.as_fd(), PollFlags::POLLIN)];
-                poll(&mut waiting, 1 + round % 20).unwrap();
+                is_readable(error, 1 + round % 20);
             }
             round += 1;
             for (number, ring) in rings.iter().enumerate() {

@@ -3,7 +3,6 @@
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use nix::poll::{PollFd, PollFlags, poll};
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{
     ConfigHeader, Header, InflightDescription, LogDescription, MemoryHeader, ProtocolFeatures, Request as Code,
@@ -24,6 +23,7 @@ use crate::guest::{
 };
 use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::Server;
+use crate::wait::is_readable;
 
 const DISK: u64 = 1 << 20;
 
@@ -502,6 +502,5 @@ fn a_notification_without_a_call_fd_is_signalled_after_the_ring_restarts(
         guest.send_table(&client);
         call(&client);
     }
-    let mut fds = [PollFd::new(ring.call.as_fd(), PollFlags::POLLIN)];
-    assert_eq!(poll(&mut fds, DEADLINE.as_millis() as u16), Ok(1), "the driver was never notified");
+    assert!(is_readable(&ring.call, DEADLINE.as_millis() as u16), "the driver was never notified");
 }

@@ -1,13 +1,15 @@
 //! Faults of the back-end channel and of in-band notifications (rules B1, B3).
 
 use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollTimeout;
 use vhost_migrate::abi::vhost::{VHOST_ACCESS_RO, VHOST_IOTLB_MISS};
 use vhost_migrate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, VringState};
 use zerocopy::{FromZeros, IntoBytes};
+
+use crate::wait::is_readable;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum ChannelFault {
@@ -37,8 +39,7 @@ impl ChannelSocket {
 
     /// Returns true if the channel is closed or data has arrived.
     pub(crate) fn is_over(&self) -> bool {
-        let mut polled = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        poll(&mut polled, PollTimeout::ZERO) == Ok(1)
+        is_readable(&self.0, PollTimeout::ZERO)
     }
 
     /// Sends misses until the channel is closed.

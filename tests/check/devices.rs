@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use nix::poll::PollTimeout;
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::backend::{Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice};
 use vhost_migrate::check::Rule::{self, *};
@@ -17,6 +18,7 @@ use vhost_migrate::inflight::RingKind;
 
 use crate::fault::Fault;
 use crate::faulty_backend::Backend;
+use crate::wait::is_readable;
 
 /// Size of the file in the file system.
 const FILE: usize = 1 << 20;
@@ -179,13 +181,8 @@ impl Readable for Stream {
     }
 
     fn has_more(&mut self) -> bool {
-        is_readable(&self.0)
+        is_readable(&self.0, PollTimeout::ZERO)
     }
-}
-
-fn is_readable(fd: &impl AsFd) -> bool {
-    let mut polled = [nix::poll::PollFd::new(fd.as_fd(), nix::poll::PollFlags::POLLIN)];
-    nix::poll::poll(&mut polled, nix::poll::PollTimeout::ZERO) == Ok(1)
 }
 
 impl<T: Readable> Queue for Incoming<T> {
@@ -278,7 +275,7 @@ impl Readable for Keyboard {
                 self.typed = Some(stream);
                 continue;
             };
-            match is_readable(typed).then(|| typed.peek(&mut [0])) {
+            match is_readable(typed, PollTimeout::ZERO).then(|| typed.peek(&mut [0])) {
                 None => return false,
                 Some(Ok(1)) => return true,
                 // The connection was closed.

@@ -1,16 +1,16 @@
 //! Socket messages of the faulty back-ends.
 
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg};
 use vhost_migrate::abi::vhost_user::{Header, Request as Code};
 use vhost_migrate::unstable::backend::VhostUserMessage;
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::fault::Fault;
+use crate::wait::is_readable;
 
 /// Returns true if the flags have the only defined version.
 pub(crate) fn is_known(flags: u32) -> bool {
@@ -19,8 +19,7 @@ pub(crate) fn is_known(flags: u32) -> bool {
 
 /// Returns true if another message is available or arrives soon.
 pub(crate) fn more_follows(socket: &UnixStream) -> bool {
-    let mut polled = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-    poll(&mut polled, PollTimeout::from(50u8)) == Ok(1)
+    is_readable(socket, 50u8)
 }
 
 /// Errors of a closed connection show at the next read.

@@ -5,7 +5,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::abi::vhost_user::{
     InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, ProtocolFeatures, Request as Code,
@@ -24,6 +23,7 @@ use zerocopy::IntoBytes;
 
 use crate::raw::{DEADLINE, RawFrontend, VERSION};
 use crate::tracked_ring::TrackedRing;
+use crate::wait::is_readable;
 
 pub(crate) const LOG_ALL: VirtioFeatures = VHOST_F_LOG_ALL;
 pub(crate) const PROTOCOL_FEATURES_BIT: VirtioFeatures = VHOST_USER_F_PROTOCOL_FEATURES;
@@ -259,9 +259,8 @@ impl Ring {
                 return (used.head, used.len);
             }
             if !self.driver.enable_notifications() {
-                let mut fds = [PollFd::new(self.call.as_fd(), PollFlags::POLLIN)];
                 let left = end.checked_duration_since(Instant::now()).expect("the back-end doesn't answer");
-                poll(&mut fds, u16::try_from(left.as_millis()).unwrap_or(u16::MAX)).unwrap();
+                is_readable(&self.call, u16::try_from(left.as_millis()).unwrap_or(u16::MAX));
                 let _ = self.call.read();
             }
         }
@@ -318,8 +317,7 @@ impl PreviousBackend {
 
 /// Waits until a ring says over its error fd that it is broken.
 pub(crate) fn wait_for_error(error: &EventFd, what: &str) {
-    let mut fds = [PollFd::new(error.as_fd(), PollFlags::POLLIN)];
-    assert_eq!(poll(&mut fds, DEADLINE.as_millis() as u16), Ok(1), "the ring did not break: {what}");
+    assert!(is_readable(error, DEADLINE.as_millis() as u16), "the ring did not break: {what}");
 }
 
 /// Connects far enough for rings to be set up: protocol features, owner, features, memory.
