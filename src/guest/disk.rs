@@ -4,7 +4,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,8 +16,8 @@ use crate::abi::virtio::SECTOR_BYTES;
 use crate::frontend::{Device, DeviceEvent, FrontendError, Interrupt, RingSetup, SharedDevice};
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::log_limit::limited;
-use crate::sys::nonblocking;
 use crate::sys::with_causes::with_causes;
+use crate::sys::{lock, nonblocking};
 
 /// Time limit of one attempt to reconnect.
 const CONNECT_ATTEMPT: Duration = Duration::from_secs(2);
@@ -485,10 +485,6 @@ impl SharedDevice for Arc<Disk> {
             done => done,
         }
     }
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns true if a reconnection may succeed.

@@ -1,7 +1,7 @@
 //! [`SourceVm`] and [`IncomingVm`] for the built-in guest.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use super::{
@@ -15,6 +15,7 @@ use crate::memory::Memory;
 use crate::migrate::{IncomingVm, RegionLayout, SourceVm, VmError};
 use crate::record::{self, MAX_STATE};
 use crate::stream::{CancelCallback, CancelToken, StreamError};
+use crate::sys::lock;
 
 /// Version of the record with a [`GuestState`], used in live migrations.
 const STATE_VERSION: u16 = 1;
@@ -119,10 +120,6 @@ impl<'a> GuestSourceVm<'a> {
         let guest = guest.as_mut().ok_or("the guest has ended")?;
         Ok(ask(guest)?)
     }
-}
-
-fn lock(guest: &Mutex<Option<Guest>>) -> MutexGuard<'_, Option<Guest>> {
-    guest.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns the dirty sources of a built-in guest: its CPUs and drivers in this process, and each of its devices.

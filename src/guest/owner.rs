@@ -13,7 +13,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,7 @@ use crate::migrate::{
 use crate::stream::{
     CancelToken, MigrationId, Started, StreamError, StreamOptions, ToSource, Uri, connect, query_outcome,
 };
+use crate::sys::lock;
 use crate::sys::with_causes::with_causes;
 
 /// Time limit of the outcome query before a resume.
@@ -259,10 +260,6 @@ pub struct GuestOwner {
     guest: Mutex<Option<Guest>>,
     /// Outcomes of incoming migrations.
     outcomes: Outcomes,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Ends the operation under way when it is dropped, also if the operation panicked.

@@ -3,13 +3,15 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::StreamError;
+
+use crate::sys::lock;
 
 /// Cancels a migration from any thread: every wait ends. It cannot be reset. Clones share one state.
 #[derive(Clone)]
@@ -184,11 +186,6 @@ pub(super) fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> R
             Ok(ready) => return Ok(ready > 0),
         }
     }
-}
-
-/// Locks a mutex and ignores poisoning.
-pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::StreamError;
-use super::cancel::{CancelToken, lock};
+use super::cancel::CancelToken;
+use crate::sys::lock;
 
 /// A bandwidth limit shared by all channels of a migration. Clones share one limit.
 #[derive(Clone)]

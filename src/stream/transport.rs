@@ -20,13 +20,14 @@ use nix::sys::socket::{self, MsgFlags, Shutdown, setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
 
-use super::cancel::{CancelTarget, CancelToken, lock, poll_until};
+use super::cancel::{CancelTarget, CancelToken, poll_until};
 use super::frame::{
     ChannelId, ConnectionHeader, FRAME_HEADER_BYTES, FrameReader, FrameWriter, HEADER_BYTES, MigrationId,
 };
 use super::limiter::RateLimiter;
 use super::sys::{ReadMemory, ReceiveWindow};
 use super::{StreamError, ToSource};
+use crate::sys::lock;
 
 mod accept;
 mod connect;

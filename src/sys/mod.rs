@@ -4,6 +4,8 @@
 //! Each is behind a safe function. System calls that one module alone needs stay in that module. Beside them: waiting
 //! for threads, the limit of log lines, counters, and the text of an error with its causes.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 pub(crate) mod counters;
 pub(crate) mod join;
 pub(crate) mod listen;
@@ -15,3 +17,8 @@ pub(crate) mod socket;
 pub(crate) mod with_causes;
 pub(crate) mod write_back;
 pub(crate) mod xattr;
+
+/// Locks a mutex. Ignores poisoning: no code that can panic leaves the guarded data inconsistent.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

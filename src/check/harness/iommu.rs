@@ -9,7 +9,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -24,8 +24,8 @@ use crate::check::connection::BackendMessage;
 use crate::check::outcome::CheckAbort;
 use crate::check::queue::RING_SLOT_BYTES;
 use crate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory};
-use crate::sys::socket;
 use crate::sys::with_causes::with_causes;
+use crate::sys::{lock, socket};
 
 /// Pages that stay contiguous where rings must be: those of one ring.
 const BLOCK_PAGES: u64 = RING_SLOT_BYTES / LOG_PAGE;
@@ -281,11 +281,6 @@ fn shuffled(at: u64, bytes: u64, block: u64) -> impl Iterator<Item = (u64, u64)>
     let (first, blocks) = (at / LOG_PAGE, bytes / LOG_PAGE / block);
     let place = move |page: u64| (page / block * 1001 + 333) % blocks * block + page % block;
     (0..blocks * block).map(move |page| (first + page, first + place(page)))
-}
-
-/// Ignores poisoning: no code that can panic leaves the state inconsistent.
-fn lock(state: &Mutex<IommuState>) -> MutexGuard<'_, IommuState> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use nix::errno::Errno;
@@ -29,8 +29,8 @@ use super::translator::{MissResult, Translator};
 use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
 use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request, VRING_IDX_MASK, VringArea, VringState};
 use crate::memory::Access;
-use crate::sys::log_limit::limited;
 use crate::sys::{join::join, nonblocking, socket};
+use crate::sys::{lock, log_limit::limited};
 
 /// Maximum payload of a message, bytes; larger than any defined message.
 const MAX_PAYLOAD: usize = 4096;
@@ -366,9 +366,4 @@ impl ChannelState {
 fn eventfd() -> Result<EventFd, FrontendError> {
     let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
     EventFd::from_flags(flags).map_err(FrontendError::system("make an eventfd"))
-}
-
-/// Ignores poisoning: no code that can panic leaves the guarded data inconsistent.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -18,12 +18,13 @@ use super::{
     duplicate_inherited, kind_of,
 };
 use super::{open_error, set_nonblocking, spawn_command};
-use crate::stream::cancel::{CancelToken, lock, poll_until};
+use crate::stream::cancel::{CancelToken, poll_until};
 use crate::stream::frame::{
     ChannelId, ConnectionHeader, FrameWriter, HEADER_BYTES, MAX_CHANNELS, MigrationId, OLDEST_VERSION,
 };
 use crate::stream::{StreamError, ToSource};
 use crate::sys::listen::{SocketPathGuard, listen};
+use crate::sys::lock;
 use crate::sys::with_causes::with_causes;
 
 /// Maximum number of connections that are not part of a complete migration.

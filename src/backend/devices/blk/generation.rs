@@ -9,12 +9,12 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::image_lock::ImageLock;
 use crate::abi::vhost_user::DiskGeneration;
-use crate::sys::random::random;
 use crate::sys::xattr;
+use crate::sys::{lock, random::random};
 
 /// The attribute: two numbers of 32 hexadecimal digits, separated by a colon.
 const NAME: &CStr = c"user.vhost-migrate.generation";
@@ -140,10 +140,6 @@ impl Drop for RunningQueue {
             self.0.replaced.store(false, Ordering::Relaxed);
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The error for an image without a lock.

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
@@ -16,6 +16,7 @@ use tracing::warn;
 
 use super::filter::{Mac, ReceiveFilter};
 use crate::abi::virtio::NetHeader;
+use crate::sys::lock;
 
 /// Size of the header before each frame in bytes.
 pub(super) const HEADER: usize = size_of::<NetHeader>();
@@ -276,9 +277,4 @@ impl NetStateCache {
         (self.generation, self.state) = (generation, self.shared.state());
         true
     }
-}
-
-/// Locks a mutex. A panic of a lock holder leaves the state consistent, because changes are plain stores.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
