@@ -358,9 +358,7 @@ fn message(code: Code, num: u32) -> Vec<u8> {
 /// However the connection ends, what was done before is acknowledged.
 #[test]
 fn pending_replies_are_sent_before_the_connection_closes() {
-    let folder = tempfile::tempdir().unwrap();
-    let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
-    let _process = Process::start(&socket, &image, &[]);
+    let (_folder, socket, _process) = Process::disk(&[]);
     let wrong = Header { request: Code::SET_VRING_NUM.0, flags: NEED_REPLY, size: u32::MAX };
     for last in [vec![], wrong.as_bytes().to_vec(), wrong.as_bytes()[..5].to_vec()] {
         let client = RawFrontend::connect(&socket);

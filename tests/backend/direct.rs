@@ -89,9 +89,7 @@ fn written_data_is_on_stable_storage_when_the_last_ring_has_stopped() {
             options.aio = aio;
             disk.image(options);
         });
-        let other = Ring::new(&blk.guest, 1, 64, BASIC);
-        other.set_up(&blk.client, &blk.guest, other.initial_base());
-        other.enable(&blk.client, true);
+        let _other = Ring::started(&blk.client, &blk.guest, 1, 64, BASIC);
         assert_eq!(blk.simple(VIRTIO_BLK_T_OUT, 0, &[7; 0x8000], 0), (OK, 1));
         blk.client.ring_base(1);
         blk.client.ring_base(0);

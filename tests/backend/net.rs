@@ -78,8 +78,7 @@ impl NetGuest {
         let (provided, device) = (HashMap::new(), device.clone());
         let net = NetGuest { device, _server: None, client, guest, features, rx, tx, provided, next: BUFFERS };
         for ring in net.rx.iter().chain(&net.tx) {
-            ring.set_up(&net.client, &net.guest, ring.initial_base());
-            ring.enable(&net.client, true);
+            ring.start(&net.client, &net.guest);
         }
         net
     }
@@ -498,9 +497,7 @@ struct ControlQueueDriver(Ring);
 
 impl ControlQueueDriver {
     fn new(net: &NetGuest, index: u32) -> ControlQueueDriver {
-        let ring = Ring::new(&net.guest, index, 64, net.features);
-        ring.set_up(&net.client, &net.guest, ring.initial_base());
-        ring.enable(&net.client, true);
+        let ring = Ring::started(&net.client, &net.guest, index, 64, net.features);
         ControlQueueDriver(ring)
     }
 

@@ -321,9 +321,7 @@ fn the_next_front_end_inherits_only_the_disk_contents(#[values(SPLIT, PACKED)] f
     negotiate(&next, &guest, features);
     next.send_body(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     assert_eq!(next.ring_base_reply(0), 0);
-    let mut ring = Ring::new(&guest, 0, 256, features);
-    ring.set_up(&next, &guest, ring.initial_base());
-    ring.enable(&next, true);
+    let mut ring = Ring::started(&next, &guest, 0, 256, features);
     ring.read(&guest, 0, 9, 512);
     ring.serve_one();
     assert_eq!(guest.bytes(request_addresses(0).2, 512), [0x77; 512]);

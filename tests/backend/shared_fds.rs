@@ -19,7 +19,7 @@ use zerocopy::IntoBytes;
 use crate::guest::{BASIC, Guest, PACKED, Ring, SPLIT, negotiate, negotiate_with};
 use crate::hostile::assert_ring_works;
 use crate::raw::{DEADLINE, RawFrontend};
-use crate::server::{Process, disk_options};
+use crate::server::Process;
 
 /// A back-end process with a disk of two queues.
 struct BackendProcess {
@@ -31,10 +31,7 @@ struct BackendProcess {
 
 impl BackendProcess {
     fn new(more: &[&str]) -> BackendProcess {
-        let folder = tempfile::tempdir().unwrap();
-        let image = disk_options(folder.path(), 1 << 20, |_| {}).image;
-        let socket = folder.path().join("socket");
-        let process = Process::start(&socket, &image, &[&["--queues", "2"], more].concat());
+        let (folder, socket, process) = Process::disk(&[&["--queues", "2"], more].concat());
         BackendProcess { _folder: folder, socket, process, guest: Guest::new() }
     }
 
@@ -52,10 +49,7 @@ impl BackendProcess {
     }
 
     fn ring(&self, client: &RawFrontend, index: u32, features: VirtioFeatures) -> Ring {
-        let ring = Ring::new(&self.guest, index, 256, features);
-        ring.set_up(client, &self.guest, ring.initial_base());
-        ring.enable(client, true);
-        ring
+        Ring::started(client, &self.guest, index, 256, features)
     }
 
     /// The front-end that has behaved so hangs up; the next one is served, and the process ends when told to.
@@ -154,8 +148,7 @@ fn a_full_blocking_error_fd_stops_no_ring(
     let ring = Ring::new(&backend.guest, 0, 256, SPLIT);
     // An index that ran away.
     backend.guest.memory.write(ring.layout.avail, [0u16, 9999].as_bytes()).unwrap();
-    ring.set_up(&client, &backend.guest, ring.initial_base());
-    ring.enable(&client, true);
+    ring.start(&client, &backend.guest);
     client.ring_base(0);
     backend.assert_serves_next_front_end(client);
 }
