@@ -1,6 +1,5 @@
 //! The block device as its driver sees it.
 
-use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
@@ -24,6 +23,7 @@ use crate::guest::{
     BASIC, Guest, HIGH, PACKED, REGION, Ring, SPLIT, add_region, header, negotiate, request_addresses, status,
 };
 use crate::page_cache::unwritten;
+use crate::prometheus::fetch_metrics;
 use crate::raw::RawFrontend;
 use crate::server::{Process, Server, disk_options};
 
@@ -585,10 +585,7 @@ fn requests_with_unmapped_buffers_fail_and_are_counted_without_error_lines() {
         assert_eq!(ring.completion().1, 0);
         assert_eq!(crate::guest::status(&guest, slot), IOERR);
     }
-    let mut socket = std::os::unix::net::UnixStream::connect(&metrics).unwrap();
-    socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
-    let mut counted = String::new();
-    socket.read_to_string(&mut counted).unwrap();
+    let counted = fetch_metrics(std::os::unix::net::UnixStream::connect(&metrics).unwrap());
     assert!(counted.contains("vhost_failed_requests_total{ring=\"0\"} 200"), "{counted}");
     process.child.kill().unwrap();
     let said = process.stderr();
@@ -598,9 +595,7 @@ fn requests_with_unmapped_buffers_fail_and_are_counted_without_error_lines() {
 /// Neither does a front-end: messages that are refused are a number of lines, and counted.
 #[test]
 fn repeated_refused_messages_are_limited_in_the_log() {
-    let folder = tempfile::tempdir().unwrap();
-    let (socket, image) = (folder.path().join("socket"), disk_options(folder.path(), 1 << 20, |_| {}).image);
-    let mut process = Process::start(&socket, &image, &[]);
+    let (_folder, socket, mut process) = Process::disk(&[]);
     let client = RawFrontend::connect(&socket);
     for _ in 0..5000 {
         client.send_body(Code(4711), &0u64);

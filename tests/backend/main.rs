@@ -28,6 +28,8 @@ mod net_driver;
 #[path = "../kit/page_cache.rs"]
 mod page_cache;
 mod postcopy;
+#[path = "../kit/metrics.rs"]
+mod prometheus;
 mod race;
 #[path = "../kit/raw.rs"]
 mod raw;

@@ -1,6 +1,5 @@
 //! Metrics of writes outside the log and of resubmitted requests.
 
-use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -12,18 +11,14 @@ use zerocopy::IntoBytes;
 
 use crate::guest::{BASIC, Guest, Ring, inflight_region, negotiate, start_logging};
 use crate::hostile::assert_ring_works;
+use crate::prometheus::{counter_value, fetch_metrics};
 use crate::raw::{RawFrontend, VERSION};
 use crate::server::{Process, disk_options};
 use crate::wait::wait_until;
 
 /// The sum of a counter's series, as fetched over TCP.
 fn counted(address: &str, name: &str) -> u64 {
-    let mut socket = TcpStream::connect(address).unwrap();
-    socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    socket.read_to_string(&mut answer).unwrap();
-    let lines = answer.lines().filter(|line| line.starts_with(name));
-    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+    counter_value(&fetch_metrics(TcpStream::connect(address).unwrap()), name, "")
 }
 
 #[test]

@@ -5,6 +5,8 @@ mod disks;
 mod flood;
 #[path = "../kit/message.rs"]
 mod message;
+#[path = "../kit/metrics.rs"]
+mod metrics;
 mod outcome;
 #[path = "../kit/process.rs"]
 mod process;
@@ -31,6 +33,7 @@ use nix::unistd::Pid;
 use rstest::rstest;
 use serde_json::{Value, json};
 
+use metrics::{counter_value, fetch_metrics};
 use process::{ChildProcess, PATIENCE, file_disk, program, run, text, wait_for, wait_until};
 
 /// Serializes the tests, which start many busy processes.
@@ -465,21 +468,6 @@ fn guest_and_backend_net_ignore_sighup() {
     for process in &mut host.running {
         assert_eq!(process.0.try_wait().unwrap(), None);
     }
-}
-
-/// Fetches metrics like a Prometheus server.
-fn fetch_metrics(mut at: impl Read + Write) -> String {
-    at.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    at.read_to_string(&mut answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    answer
-}
-
-/// Returns the sum of a counter's series whose line contains `label`.
-fn counter_value(metrics: &str, name: &str, label: &str) -> u64 {
-    let lines = metrics.lines().filter(|line| line.starts_with(name) && line.contains(label));
-    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
 }
 
 #[test]
