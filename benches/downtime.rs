@@ -42,6 +42,10 @@ fn timed<T>(times: &mut Times, part: &'static str, work: impl FnOnce() -> T) -> 
 struct TimedSourceVm<'a>(GuestSourceVm<'a>, Times);
 
 impl SourceVm for TimedSourceVm<'_> {
+    fn set_cancel(&mut self, cancel: &CancelToken) {
+        self.0.set_cancel(cancel);
+    }
+
     fn memory(&self) -> Memory {
         self.0.memory()
     }
@@ -75,6 +79,10 @@ impl SourceVm for TimedSourceVm<'_> {
 struct TimedIncomingVm(GuestIncomingVm, Times);
 
 impl IncomingVm for TimedIncomingVm {
+    fn set_cancel(&mut self, cancel: &CancelToken) {
+        self.0.set_cancel(cancel);
+    }
+
     fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, VmError> {
         self.0.prepare(regions)
     }
@@ -174,7 +182,7 @@ fn migrate_to_side(guest: Guest, backends: &BackendProcesses, to: usize) -> (Gue
             arrival
         });
         let connection = stream::connect(&uri, &options).unwrap();
-        let mut machine = TimedSourceVm(GuestSourceVm::new(&guest).unwrap().with_cancel(&options.cancel), Times::new());
+        let mut machine = TimedSourceVm(GuestSourceVm::new(&guest).unwrap(), Times::new());
         let report = migrate(&mut machine, connection, &parameters, &mut |_| {}).unwrap();
         let TimedIncomingVm(arrival, mut times) = destination.join().unwrap();
         times.append(&mut machine.1);

@@ -295,7 +295,8 @@ fn a_switchover_cancelled_while_a_disk_hangs_resumes_cpus_and_other_disks_at_onc
     run_for(&guest, 100);
     signal(&backends[hung], Signal::SIGSTOP);
     let (guest, cancel) = (Mutex::new(Some(guest)), CancelToken::new().unwrap());
-    let mut machine = GuestSourceVm::new(&guest).unwrap().with_cancel(&cancel);
+    let mut machine = GuestSourceVm::new(&guest).unwrap();
+    machine.set_cancel(&cancel);
     std::thread::scope(|scope| {
         let paused = scope.spawn(|| machine.pause());
         if !early {
@@ -641,6 +642,10 @@ impl StallingIncomingVm<'_> {
 }
 
 impl IncomingVm for StallingIncomingVm<'_> {
+    fn set_cancel(&mut self, cancel: &CancelToken) {
+        self.arrival.set_cancel(cancel);
+    }
+
     fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, VmError> {
         self.arrival.prepare(regions)
     }
@@ -671,7 +676,7 @@ fn stalling_vm<'a>(
     cancel: impl FnOnce(&CancelToken, &Outcomes) -> bool + Send,
 ) -> (Result<MigrationReport, MigrationFailure>, Result<IncomingReport, MigrateError>, StallingIncomingVm<'a>) {
     let (theirs, outcomes, (stopped, is_stopped)) = (migration_parameters(), Outcomes::default(), channel());
-    let arrival = GuestIncomingVm::new(vec![backend.socket()]).unwrap().with_cancel(&theirs.cancel);
+    let arrival = GuestIncomingVm::new(vec![backend.socket()]).unwrap();
     // It has another disk.
     let arrival = arrival.with_disk_checks(false, true);
     let mut arrival = StallingIncomingVm { arrival, backend, before, stopped, starts: 0 };

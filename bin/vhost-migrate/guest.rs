@@ -216,7 +216,7 @@ fn wait_for_arrival(
     while let Some(connection) = incoming.next()? {
         let id = connection.id;
         let (was_saved, any_disks) = (connection.one_way, arguments.ignore_disk_generation);
-        let arrival = GuestIncomingVm::new(arguments.backend.clone())?.with_cancel(connection.cancel_token());
+        let arrival = GuestIncomingVm::new(arguments.backend.clone())?;
         let mut arrival = arrival.with_disk_checks(was_saved, any_disks);
         match receive(&mut arrival, connection, owner.outcomes(), arguments.switchover_timeout) {
             Ok(received) => {

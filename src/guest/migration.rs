@@ -102,13 +102,6 @@ impl<'a> GuestSourceVm<'a> {
         })
     }
 
-    /// Lets `cancel` also end waits for the guest's devices: a disk that hangs while its queues are stopped does not
-    /// block the guest's CPUs and other devices. The disk continues when its back-end replies.
-    pub fn with_cancel(mut self, cancel: &CancelToken) -> GuestSourceVm<'a> {
-        self.cancel = Some((cancel.clone(), InterruptOnCancel::new(self.interrupts.clone(), cancel)));
-        self
-    }
-
     /// Includes the identity and generation of each disk in the state, for a guest that is restored later.
     pub fn with_disk_generations(mut self, to_save: bool) -> GuestSourceVm<'a> {
         self.record_generations = to_save;
@@ -129,6 +122,14 @@ pub fn dirty_sources(guest: &Guest) -> Vec<Box<dyn DirtySource>> {
 }
 
 impl SourceVm for GuestSourceVm<'_> {
+    /// Lets `cancel` end waits for the guest's devices: a disk that hangs while its queues are stopped does not block the
+    /// guest's CPUs and other devices. The disk continues when its back-end replies.
+    fn set_cancel(&mut self, cancel: &CancelToken) {
+        // The end of an earlier registration clears the interrupts.
+        self.cancel = None;
+        self.cancel = Some((cancel.clone(), InterruptOnCancel::new(self.interrupts.clone(), cancel)));
+    }
+
     fn memory(&self) -> Memory {
         self.memory.clone()
     }
@@ -276,12 +277,6 @@ impl GuestIncomingVm {
         Ok(devices)
     }
 
-    /// Lets `cancel`, the connection's token, also end waits for back-ends.
-    pub fn with_cancel(mut self, cancel: &CancelToken) -> GuestIncomingVm {
-        self.cancel = Some(self.interrupt_on_cancel(cancel));
-        self
-    }
-
     fn interrupt_on_cancel(&self, cancel: &CancelToken) -> CancelCallback {
         let interrupt = self.interrupt.clone();
         cancel.on_cancel(move || interrupt.set())
@@ -333,6 +328,11 @@ pub fn connect_backends(
 }
 
 impl IncomingVm for GuestIncomingVm {
+    /// Lets `cancel` end waits for back-ends.
+    fn set_cancel(&mut self, cancel: &CancelToken) {
+        self.cancel = Some(self.interrupt_on_cancel(cancel));
+    }
+
     fn prepare(&mut self, regions: &[RegionLayout]) -> Result<Memory, VmError> {
         let memory = make_memory(regions.iter().map(|region| (region.gpa, region.size)), false)?;
         self.memory = Some(memory.clone());

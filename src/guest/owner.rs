@@ -400,7 +400,7 @@ impl GuestOwner {
             let vm = GuestSourceVm::new(&self.guest).ok_or(OwnerError::Refused("there is no guest here"))?;
             let connection = connect(uri, options)?;
             // A one-way stream may be kept and restored at any time.
-            let mut vm = vm.with_cancel(connection.cancel_token()).with_disk_generations(connection.one_way);
+            let mut vm = vm.with_disk_generations(connection.one_way);
             let id = connection.id;
             if parameters.continue_here && state == OwnerState::Running && connection.is_to_file() {
                 on_event(MigrationEvent::Warning { message: NOT_PAUSED_WARNING.into() });

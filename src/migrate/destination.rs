@@ -76,6 +76,7 @@ pub fn receive(
     let mut readers = connection.readers();
     let id = connection.id;
     let cancel = connection.cancel_token().clone();
+    vm.set_cancel(&cancel);
     outcomes.begin(connection.id, connection.one_way, &connection.channels, &cancel)?;
     let start_time_limit = || {
         let (outcomes, why) = (outcomes.clone(), format!("the switchover took longer than {switchover_timeout:?}"));

@@ -131,6 +131,7 @@ pub fn migrate(
     on_event: &mut dyn FnMut(MigrationEvent),
 ) -> Result<MigrationReport, MigrationFailure> {
     let begun = Instant::now();
+    vm.set_cancel(connection.cancel_token());
     let memory = vm.memory();
     let run = vm.is_running();
     if parameters.continue_here && !connection.is_to_file() {

@@ -9,12 +9,17 @@ pub type VmError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A guest at the source.
 ///
-/// Order of the calls: [`memory`](SourceVm::memory), [`is_running`](SourceVm::is_running),
-/// [`dirty_source`](SourceVm::dirty_source), then [`pause`](SourceVm::pause), which is called again only after
+/// Order of the calls: [`set_cancel`](SourceVm::set_cancel), [`memory`](SourceVm::memory),
+/// [`is_running`](SourceVm::is_running), [`dirty_source`](SourceVm::dirty_source), then [`pause`](SourceVm::pause), which is called again only after
 /// [`resume`](SourceVm::resume). A migration that fails before its commit ends with [`resume`](SourceVm::resume), a
 /// migration whose destination confirms that it runs the guest with [`release`](SourceVm::release). If the outcome of
 /// the commit is unknown, neither is called: the guest stays paused, and its owner decides.
 pub trait SourceVm {
+    /// Receives the connection's token. When it is cancelled, all calls must return even if a device hangs.
+    fn set_cancel(&mut self, cancel: &CancelToken) {
+        let _ = cancel;
+    }
+
     /// Returns the guest's memory. Its regions must not change until the migration has ended.
     ///
     /// Holes are detected in regions made by [`Region::share`](crate::memory::Region::share). Other regions are read
@@ -49,7 +54,7 @@ pub trait SourceVm {
     }
 
     /// Stops everything that can write guest memory: CPUs and drivers first, then every ring of every device, drained
-    /// (rule R3.1). It must return after cancellation even if a device hangs.
+    /// (rule R3.1).
     ///
     /// # Errors
     /// If something cannot be stopped; [`resume`](SourceVm::resume) is called then. If there is a
@@ -84,11 +89,17 @@ pub use crate::stream::record::RegionLayout;
 
 /// A guest at the destination.
 ///
-/// Order of the calls: [`prepare`](IncomingVm::prepare), [`prepare_devices`](IncomingVm::prepare_devices) if the source
-/// has described its devices, [`restore`](IncomingVm::restore), [`start`](IncomingVm::start). Until `start` everything
-/// can be dropped, and the source resumes the guest. From then on the guest belongs to this side. All of them must
-/// return after cancellation even if a device hangs.
+/// Order of the calls: [`set_cancel`](IncomingVm::set_cancel), [`prepare`](IncomingVm::prepare),
+/// [`prepare_devices`](IncomingVm::prepare_devices) if the source has described its devices,
+/// [`restore`](IncomingVm::restore), [`start`](IncomingVm::start). Until `start` everything can be dropped, and the
+/// source resumes the guest. From then on the guest belongs to this side.
 pub trait IncomingVm {
+    /// Receives the connection's token. When it is cancelled, all calls before [`start`](IncomingVm::start) must return
+    /// even if a device hangs.
+    fn set_cancel(&mut self, cancel: &CancelToken) {
+        let _ = cancel;
+    }
+
     /// Creates the guest's memory, zeroed, with exactly these regions.
     ///
     /// # Errors
