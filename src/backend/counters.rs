@@ -43,7 +43,7 @@ impl RingCounters {
             read += request.readable_len();
             request.for_each_written(|gpa, len| {
                 written += len;
-                pages += gpa.saturating_add(len - 1) / LOG_PAGE - gpa / LOG_PAGE + 1;
+                pages += gpa.0.saturating_add(len - 1) / LOG_PAGE - gpa.0 / LOG_PAGE + 1;
             });
         }
         self.requests.increment(requests.len() as u64);

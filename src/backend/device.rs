@@ -18,7 +18,7 @@ use crate::abi::virtio::{
     VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
 };
 use crate::backend::{BackendError, FrontendHandle};
-use crate::memory::{Memory, MemoryError};
+use crate::memory::{Address, GuestAddress, Memory, MemoryError};
 use crate::ring::{Buffer, Chain};
 
 /// The ring features of every device: VERSION_1, indirect descriptors, event indexes, packed rings.
@@ -370,7 +370,8 @@ impl Request {
     /// Copies readable bytes starting at `offset` into `buf`, across buffer boundaries.
     ///
     /// # Errors
-    /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory.
+    /// [`MemoryError::OutsideRequest`] if there are fewer bytes, [`MemoryError::NotMapped`] if a buffer is outside guest
+    /// memory.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
         let mut rest = &mut buf[..];
         let (end, memory) = (offset.saturating_add(rest.len() as u64), &self.memory);
@@ -393,7 +394,8 @@ impl Request {
     /// Copies `data` to the writable bytes starting at `offset`, across buffer boundaries.
     ///
     /// # Errors
-    /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory. Nothing is written
+    /// [`MemoryError::OutsideRequest`] if there are fewer bytes, [`MemoryError::NotMapped`] if a buffer is outside guest
+    /// memory. Nothing is written
     /// then.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), MemoryError> {
         let mut rest = data;
@@ -418,7 +420,8 @@ impl Request {
     /// are valid until the request is handed back or dropped; all accesses must have ended by then.
     ///
     /// # Errors
-    /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory.
+    /// [`MemoryError::OutsideRequest`] if there are fewer bytes, [`MemoryError::NotMapped`] if a buffer is outside guest
+    /// memory.
     pub fn lend_readable(&self, range: Range<u64>, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
         for_each_piece(&self.chain.readable, range, |gpa, len| self.memory.iovecs(gpa, len, out))
     }
@@ -428,7 +431,8 @@ impl Request {
     /// counts as written and is logged with the request.
     ///
     /// # Errors
-    /// [`MemoryError::NotMapped`] if there are fewer bytes, or a buffer is outside guest memory. Nothing is lent then.
+    /// [`MemoryError::OutsideRequest`] if there are fewer bytes, [`MemoryError::NotMapped`] if a buffer is outside guest
+    /// memory. Nothing is lent then.
     pub fn lend_writable(&mut self, range: Range<u64>, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
         for_each_piece(&self.chain.writable, range.clone(), |gpa, len| self.memory.iovecs(gpa, len, out))?;
         if !self.written.iter().any(|lent| lent.start <= range.start && range.end <= lent.end) {
@@ -458,7 +462,7 @@ impl Request {
     }
 
     /// Calls `each` with the guest-physical ranges that were written.
-    pub(super) fn for_each_written(&self, mut each: impl FnMut(u64, u64)) {
+    pub(super) fn for_each_written(&self, mut each: impl FnMut(GuestAddress, u64)) {
         for range in &self.written {
             let _ = for_each_piece(&self.chain.writable, range.clone(), |gpa, len| {
                 each(gpa, len);
@@ -472,14 +476,14 @@ impl Request {
 fn for_each_piece(
     buffers: &[Buffer],
     range: Range<u64>,
-    mut each: impl FnMut(u64, u64) -> Result<(), MemoryError>,
+    mut each: impl FnMut(GuestAddress, u64) -> Result<(), MemoryError>,
 ) -> Result<(), MemoryError> {
     let mut at = 0;
     for buffer in buffers {
         let end = at + u64::from(buffer.len);
         let (from, to) = (range.start.max(at), range.end.min(end));
         if from < to {
-            let outside = MemoryError::NotMapped { addr: buffer.gpa, len: to - at, space: "guest-physical" };
+            let outside = MemoryError::NotMapped { gpa: buffer.gpa, len: to - at };
             each(buffer.gpa.checked_add(from - at).ok_or(outside)?, to - from)?;
         }
         at = end;
@@ -487,20 +491,20 @@ fn for_each_piece(
     if range.end <= at {
         return Ok(());
     }
-    Err(MemoryError::NotMapped { addr: range.start, len: range.end - range.start, space: "request" })
+    Err(MemoryError::OutsideRequest { offset: range.start, len: range.end - range.start })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{Region, sealed_memfd};
+    use crate::memory::{Region, UserAddress, sealed_memfd};
     use std::os::fd::AsFd;
 
     fn request(readable: &[(u64, u32)], writable: &[(u64, u32)]) -> Request {
         let fd = sealed_memfd("request-test", 0x4000).unwrap();
-        let region = Region::map(fd.as_fd(), 0x1000, 0x4000, 0, 0).unwrap();
+        let region = Region::map(fd.as_fd(), GuestAddress(0x1000), 0x4000, UserAddress(0), 0).unwrap();
         let mut request = Request::new(Memory::new([Arc::new(region)]).unwrap(), None);
-        let buffers = |of: &[(u64, u32)]| of.iter().map(|&(gpa, len)| Buffer { gpa, len }).collect();
+        let buffers = |of: &[(u64, u32)]| of.iter().map(|&(gpa, len)| Buffer { gpa: GuestAddress(gpa), len }).collect();
         let chain = request.reset();
         (chain.readable, chain.writable) = (buffers(readable), buffers(writable));
         request
@@ -525,7 +529,7 @@ mod tests {
         request.lend_writable(12..20, &mut Vec::new()).unwrap();
         request.write(31, b"s").unwrap();
         let mut pieces = Vec::new();
-        request.for_each_written(|gpa, len| pieces.push((gpa, len)));
+        request.for_each_written(|gpa, len| pieces.push((gpa.0, len)));
         assert_eq!(pieces, [(0x1008, 8), (0x3000, 4), (0x300f, 1)]);
         assert_eq!(request.used_len(), 0, "the first byte was not written");
         request.lend_writable(0..8, &mut Vec::new()).unwrap();

@@ -9,7 +9,9 @@ use crate::abi::vhost_user::{ProtocolFeatures, Request as Code};
 use crate::abi::virtio::VirtioFeatures;
 use crate::dirty::LogError;
 use crate::inflight::InflightError;
-use crate::memory::{Access, IotlbError, MemoryError, TranslationError, UserfaultError};
+use crate::memory::{
+    Access, GuestAddress, IotlbError, Iova, MemoryError, TranslationError, UserAddress, UserfaultError,
+};
 use crate::ring::RingError;
 
 /// The reason for which a message was refused, a ring stopped, or a connection closed.
@@ -94,15 +96,23 @@ pub enum BackendError {
         /// The ring.
         index: u16,
     },
-    /// Features were acknowledged that were not offered.
-    #[error("{code} acknowledges features that were not offered: {} (rule R1.3)", feature_list(*code, *unknown))]
+    /// Virtio features were acknowledged that were not offered.
+    #[error(
+        "SET_FEATURES acknowledges features that were not offered: {} (rule R1.3)",
+        feature_names(*unknown, None)
+    )]
     UnofferedFeatures {
-        /// SET_FEATURES or SET_PROTOCOL_FEATURES.
-        code: Code,
-        /// All bits acknowledged.
-        bits: u64,
-        /// Those that were not offered.
-        unknown: u64,
+        /// The features that were not offered.
+        unknown: VirtioFeatures,
+    },
+    /// Protocol features were acknowledged that were not offered.
+    #[error(
+        "SET_PROTOCOL_FEATURES acknowledges features that were not offered: {} (rule R1.3)",
+        protocol_feature_names(*unknown)
+    )]
+    UnofferedProtocolFeatures {
+        /// The features that were not offered.
+        unknown: ProtocolFeatures,
     },
     /// A message names a ring that the device does not have.
     #[error("{code} names ring {index}, but the device has {queues} (rule R2.6)")]
@@ -170,25 +180,25 @@ pub enum BackendError {
         source: MemoryError,
     },
     /// A used ring cannot be logged at this address.
-    #[error("ring {index} asks to be logged at {addr:#x}, which is not aligned to 4 or wraps around (rule L3.4)")]
+    #[error("ring {index} asks to be logged at {:#x}, which is not aligned to 4 or wraps around (rule L3.4)", gpa.0)]
     LogAddress {
         /// The ring.
         index: u16,
         /// `log_guest_addr`.
-        addr: u64,
+        gpa: GuestAddress,
     },
     /// The memory table is invalid.
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// REM_MEM_REG names an unknown region.
-    #[error("no region at {gpa:#x} with size {size:#x} and user address {user_addr:#x} to remove (rule M1.2)")]
+    #[error("no region at {:#x} with size {size:#x} and user address {user_addr:#x} to remove (rule M1.2)", gpa.0)]
     NoSuchRegion {
         /// Guest-physical address.
-        gpa: u64,
+        gpa: GuestAddress,
         /// Bytes.
         size: u64,
         /// Front-end address.
-        user_addr: u64,
+        user_addr: UserAddress,
     },
     /// There are more regions than memory slots.
     #[error("all {slots} memory slots are in use (rule M1.3)")]
@@ -231,7 +241,7 @@ pub enum BackendError {
         /// The ring.
         index: u16,
         /// I/O virtual address.
-        iova: u64,
+        iova: Iova,
         /// The required access.
         access: Access,
     },
@@ -354,13 +364,5 @@ pub enum BackendError {
 impl BackendError {
     pub(super) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> BackendError {
         move |source| BackendError::System { what, source: source.into() }
-    }
-}
-
-/// Returns the names of the bits of SET_FEATURES or SET_PROTOCOL_FEATURES.
-fn feature_list(code: Code, bits: u64) -> String {
-    match code {
-        Code::SET_PROTOCOL_FEATURES => protocol_feature_names(ProtocolFeatures::from_bits_retain(bits)),
-        _ => feature_names(VirtioFeatures::from_bits_retain(bits), None),
     }
 }

@@ -17,6 +17,7 @@ use crate::abi::vhost_user::ProtocolFeatures;
 use crate::abi::virtio::{
     BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_RO, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VirtioFeatures,
 };
+use crate::memory::Address;
 use crate::ring::Buffer;
 use crate::sys::with_causes::with_causes;
 use nix::unistd::mkstemp;
@@ -34,7 +35,9 @@ fn tail_parts(disk: BlkGeometry) -> Vec<(u64, Buffer)> {
     let sectors = sectors / disk.block_sectors * disk.block_sectors;
     let first = disk.sectors - sectors * MAX_REQUESTS;
     let len = (sectors * SECTOR_BYTES) as u32;
-    (0..MAX_REQUESTS).map(|slot| (first + slot * sectors, Buffer { gpa: HIGH + slot * SLOT_BYTES, len })).collect()
+    (0..MAX_REQUESTS)
+        .map(|slot| (first + slot * sectors, Buffer { gpa: HIGH.unchecked_add(slot * SLOT_BYTES), len }))
+        .collect()
 }
 
 /// Adds one request for each part of the last MiB.

@@ -22,7 +22,7 @@ use crate::abi::virtio::{
     DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, PACKED_DESC_F_AVAIL, PackedDesc, VirtioFeatures,
 };
 use crate::inflight::RingKind;
-use crate::memory::sealed_memfd;
+use crate::memory::{Address, sealed_memfd};
 use crate::sys::with_causes::with_causes;
 
 const MIB: u64 = 1 << 20;
@@ -233,7 +233,12 @@ pub(super) fn memory_tables(target: &mut Target) -> Result<Outcome, CheckAbort> 
             message("an added region without an fd", Code::ADD_MEM_REG, &add(far), 0),
             message("an added region with two fds", Code::ADD_MEM_REG, &add(far), 2),
             message("an added region larger than its file", Code::ADD_MEM_REG, &add(region(1 << 40, 2 * MIB, 0, 0)), 1),
-            message("an added region that overlaps another", Code::ADD_MEM_REG, &add(region(HIGH, MIB, 1 << 40, 0)), 1),
+            message(
+                "an added region that overlaps another",
+                Code::ADD_MEM_REG,
+                &add(region(HIGH.0, MIB, 1 << 40, 0)),
+                1,
+            ),
             message("the removal of a missing region", Code::REM_MEM_REG, &add(far), 0),
         ]);
     }
@@ -399,23 +404,23 @@ pub(super) fn invalid_descriptors(target: &mut Target) -> Result<Outcome, CheckA
             PackedDesc { addr: addr.into(), len: len.into(), id: next.into(), flags: flags.into() }.as_bytes().to_vec()
         }
     };
-    let whole: Vec<_> = (0..1024).map(|id| desc(HIGH, 16, NEXT, id)).collect();
+    let whole: Vec<_> = (0..1024).map(|id| desc(HIGH.0, 16, NEXT, id)).collect();
     // Descriptors, head of the available chain, and avail index.
     let all = [
-        ("a loop", vec![desc(HIGH, 16, NEXT, 1), desc(HIGH, 16, NEXT, 0)], 0u16, 1u16),
-        ("a loop of one", vec![desc(HIGH, 16, NEXT, 0)], 0, 1),
+        ("a loop", vec![desc(HIGH.0, 16, NEXT, 1), desc(HIGH.0, 16, NEXT, 0)], 0u16, 1u16),
+        ("a loop of one", vec![desc(HIGH.0, 16, NEXT, 0)], 0, 1),
         ("a chain longer than the ring", whole, 0, 1),
-        ("a next outside the table", vec![desc(HIGH, 16, NEXT, 60000)], 0, 1),
-        ("a head outside the table", vec![desc(HIGH, 16, 0, 60000)], 60000, 1),
-        ("an avail index far ahead", vec![desc(HIGH, 16, 0, 0)], 0, 30000),
+        ("a next outside the table", vec![desc(HIGH.0, 16, NEXT, 60000)], 0, 1),
+        ("a head outside the table", vec![desc(HIGH.0, 16, 0, 60000)], 60000, 1),
+        ("an avail index far ahead", vec![desc(HIGH.0, 16, 0, 0)], 0, 30000),
         ("a buffer outside memory", vec![desc(1 << 50, 512, WRITE, 0)], 0, 1),
         ("a buffer that wraps", vec![desc(u64::MAX - 15, 512, WRITE, 0)], 0, 1),
-        ("buffers of 4 GiB", vec![desc(HIGH, u32::MAX, NEXT, 1), desc(HIGH, u32::MAX, WRITE, 0)], 0, 1),
-        ("no readable descriptor", vec![desc(HIGH, 512, WRITE, 0)], 0, 1),
-        ("no writable descriptor", vec![desc(HIGH, 16, 0, 0)], 0, 1),
-        ("a buffer of no bytes", vec![desc(HIGH, 0, 0, 0)], 0, 1),
-        ("readable after writable descriptors", vec![desc(HIGH, 16, NEXT | WRITE, 1), desc(HIGH, 16, 0, 0)], 0, 1),
-        ("an indirect table of 7 bytes", vec![desc(HIGH, 7, DESC_F_INDIRECT, 0)], 0, 1),
+        ("buffers of 4 GiB", vec![desc(HIGH.0, u32::MAX, NEXT, 1), desc(HIGH.0, u32::MAX, WRITE, 0)], 0, 1),
+        ("no readable descriptor", vec![desc(HIGH.0, 512, WRITE, 0)], 0, 1),
+        ("no writable descriptor", vec![desc(HIGH.0, 16, 0, 0)], 0, 1),
+        ("a buffer of no bytes", vec![desc(HIGH.0, 0, 0, 0)], 0, 1),
+        ("readable after writable descriptors", vec![desc(HIGH.0, 16, NEXT | WRITE, 1), desc(HIGH.0, 16, 0, 0)], 0, 1),
+        ("an indirect table of 7 bytes", vec![desc(HIGH.0, 7, DESC_F_INDIRECT, 0)], 0, 1),
         ("an indirect table outside memory", vec![desc(1 << 50, 32, DESC_F_INDIRECT, 0)], 0, 1),
     ];
     attack_rings(
@@ -427,8 +432,8 @@ pub(super) fn invalid_descriptors(target: &mut Target) -> Result<Outcome, CheckA
             let room = usize::from(harness.ring.layout.size());
             harness.memory.write(desc, &descs.iter().take(room).flatten().copied().collect::<Vec<u8>>())?;
             if !harness.ring.is_packed() {
-                harness.memory.write(driver + 4, &head.to_le_bytes())?;
-                harness.memory.write(driver + 2, &index.to_le_bytes())?;
+                harness.memory.write(driver.unchecked_add(4), &head.to_le_bytes())?;
+                harness.memory.write(driver.unchecked_add(2), &index.to_le_bytes())?;
             }
             Ok(1)
         },

@@ -21,7 +21,7 @@ use crate::abi::vhost_user::{
 };
 use crate::abi::virtio::VirtioFeatures;
 use crate::inflight::RingKind;
-use crate::memory::{Memory, Region};
+use crate::memory::{GuestAddress, Memory, Region, UserAddress};
 use crate::ring::RingBase;
 use crate::sys::with_causes::with_causes;
 
@@ -78,7 +78,7 @@ impl TrackedRegion {
          {needed}"
             )));
         }
-        let region = Region::map(fd.as_fd(), 0, mmap_size, 0, mmap_offset)?;
+        let region = Region::map(fd.as_fd(), GuestAddress(0), mmap_size, UserAddress(0), mmap_offset)?;
         let (at, memory) = (part * (number - 1), Memory::new([Arc::new(region)])?);
         Ok(TrackedRegion { fd, description, memory, kind, at })
     }
@@ -90,7 +90,7 @@ impl TrackedRegion {
 
     fn read(&self) -> Result<RegionContents, CheckAbort> {
         let mut bytes = vec![0; self.kind.queue_bytes(self.description.queue_size) as usize];
-        self.memory.read(self.at, &mut bytes)?;
+        self.memory.read(GuestAddress(self.at), &mut bytes)?;
         let contents = match self.kind {
             RingKind::Split => split(&bytes, self.description.queue_size),
             RingKind::Packed => packed(&bytes, self.description.queue_size),

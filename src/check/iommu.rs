@@ -20,7 +20,7 @@ use crate::abi::vhost::{
 };
 use crate::abi::vhost_user::{IotlbMsg, ProtocolFeatures, Request as Code};
 use crate::abi::virtio::{VIRTIO_RING_F_EVENT_IDX, VirtioFeatures};
-use crate::memory::LOG_PAGE;
+use crate::memory::{Address, GuestAddress, Iova, LOG_PAGE};
 use crate::sys::with_causes::with_causes;
 
 /// Number of moves of data under load.
@@ -47,7 +47,7 @@ fn expected_data(target: &Target, sizes: &[RequestSize]) -> Result<Vec<(u64, u64
 
 /// Returns hashes of all data pages, by I/O virtual page.
 fn data_hashes(harness: &Harness) -> Result<Vec<(u64, u64)>, CheckAbort> {
-    Ok(harness.driver_view_hashes()?.into_iter().filter(|(page, _)| *page >= HIGH / LOG_PAGE).collect())
+    Ok(harness.driver_view_hashes()?.into_iter().filter(|(page, _)| *page >= HIGH.0 / LOG_PAGE).collect())
 }
 
 /// Returns the number of pages with unexpected contents.
@@ -95,15 +95,15 @@ fn served(target: &Target, scatter: Scatter) -> Result<Outcome, CheckAbort> {
 }
 
 /// Returns a data page of a slot that no batch uses, as I/O virtual address.
-fn unused_page(slot: u64, number: u64) -> u64 {
-    HIGH + slot * SLOT_BYTES + SLOT_BYTES / 2 + number * LOG_PAGE
+fn unused_page(slot: u64, number: u64) -> GuestAddress {
+    HIGH.unchecked_add(slot * SLOT_BYTES + SLOT_BYTES / 2 + number * LOG_PAGE)
 }
 
 /// Waits until the device has requested a translation of the page.
-fn wait_for_miss(harness: &mut Harness, iova: u64) -> Result<bool, CheckAbort> {
+fn wait_for_miss(harness: &mut Harness, iova: Iova) -> Result<bool, CheckAbort> {
     wait_until(&harness.deadline(harness.timeout), || {
         harness.inject_frames()?;
-        Ok(harness.iommu()?.asked(iova / LOG_PAGE) > 0)
+        Ok(harness.iommu()?.asked(iova.0 / LOG_PAGE) > 0)
     })
 }
 
@@ -116,10 +116,11 @@ pub(super) fn denied_pages(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     let too_little = if target.variant.flow == Flow::Transmit { VHOST_ACCESS_WO } else { VHOST_ACCESS_RO };
     for (number, permission) in (0..).zip([0, too_little]) {
-        let iova = unused_page(0, number);
-        let page = iova / LOG_PAGE;
+        let buffer = unused_page(0, number);
+        let iova = Iova(buffer.0);
+        let page = iova.0 / LOG_PAGE;
         harness.iommu()?.permit(page, permission);
-        harness.add_at(0, iova, LOG_PAGE)?;
+        harness.add_at(0, buffer, LOG_PAGE)?;
         let others = rings as u16 - 1;
         if others > 0 {
             harness.add_at(1, unused_page(1, number), LOG_PAGE)?;
@@ -161,9 +162,10 @@ pub(super) fn outstanding_translation(target: &mut Target) -> Result<Outcome, Ch
     let mut harness = target.harness_behind_iommu(VirtioFeatures::empty(), Scatter::Rings, 1)?;
     harness.start()?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
-    let iova = unused_page(0, 0);
-    harness.iommu()?.hold_answers([iova / LOG_PAGE]);
-    harness.add_at(0, iova, LOG_PAGE)?;
+    let buffer = unused_page(0, 0);
+    let iova = Iova(buffer.0);
+    harness.iommu()?.hold_answers([iova.0 / LOG_PAGE]);
+    harness.add_at(0, buffer, LOG_PAGE)?;
     harness.publish();
     if !wait_for_miss(&mut harness, iova)? {
         return Ok(Outcome::fail(format!("no translation miss for the page at {iova:#x}")));
@@ -182,11 +184,11 @@ pub(super) fn outstanding_translation(target: &mut Target) -> Result<Outcome, Ch
 
 /// Returns invalid messages about addresses in use.
 fn invalid_messages(harness: &Harness) -> Vec<(String, IotlbMsg)> {
-    let in_use = IotlbMsg { iova: HIGH, size: SLOT_BYTES, perm: VHOST_ACCESS_RW, ..IotlbMsg::new_zeroed() };
-    let user = harness.memory.regions().first().map_or(0, |region| region.user_addr());
+    let in_use = IotlbMsg { iova: HIGH.0, size: SLOT_BYTES, perm: VHOST_ACCESS_RW, ..IotlbMsg::new_zeroed() };
+    let user = harness.memory.regions().first().map_or(0, |region| region.user_addr().0);
     // Regions may be adjacent in this address space.
     let end =
-        harness.memory.regions().iter().map(|region| region.user_addr() + region.size()).max().unwrap_or_default();
+        harness.memory.regions().iter().map(|region| region.user_addr().0 + region.size()).max().unwrap_or_default();
     let (update, invalidate) = (VHOST_IOTLB_UPDATE, VHOST_IOTLB_INVALIDATE);
     let mut messages: Vec<_> = [0, VHOST_IOTLB_MISS, VHOST_IOTLB_ACCESS_FAIL, u8::MAX]
         .map(|kind| (format!("kind {kind}"), IotlbMsg { uaddr: user, kind, ..in_use }))
@@ -238,13 +240,14 @@ pub(super) fn invalid_iotlb_messages(target: &mut Target) -> Result<Outcome, Che
 /// Returns the pages of the first half of every slot, each with a page of the second half to swap with.
 fn first_halves() -> Vec<(u64, u64)> {
     let half = SLOT_BYTES / 2 / LOG_PAGE;
-    let firsts = (0..MAX_REQUESTS).flat_map(|slot| pages(HIGH + slot * SLOT_BYTES, SLOT_BYTES / 2));
+    let firsts = (0..MAX_REQUESTS).flat_map(|slot| pages(HIGH.unchecked_add(slot * SLOT_BYTES), SLOT_BYTES / 2));
     firsts.map(|page| (page, page + half)).collect()
 }
 
 /// Adds one request per slot, in its first half.
 fn add_first_halves(harness: &mut Harness) -> Result<(), CheckAbort> {
-    (0..MAX_REQUESTS).try_for_each(|slot| harness.add_at(slot as usize, HIGH + slot * SLOT_BYTES, SLOT_BYTES / 2))
+    (0..MAX_REQUESTS)
+        .try_for_each(|slot| harness.add_at(slot as usize, HIGH.unchecked_add(slot * SLOT_BYTES), SLOT_BYTES / 2))
 }
 
 pub(super) fn moved_data(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -266,7 +269,7 @@ pub(super) fn moved_data(target: &mut Target) -> Result<Outcome, CheckAbort> {
         open += u64::from(harness.outstanding());
         let old: Pages = harness.guest_pages(halves.iter().map(|(page, _)| *page)).collect();
         harness.swap_pages(halves.iter().copied())?;
-        harness.invalidate(HIGH, MAX_REQUESTS * SLOT_BYTES)?;
+        harness.invalidate(Iova(HIGH.0), MAX_REQUESTS * SLOT_BYTES)?;
         // The old pages must not change: they hold data of completed requests, or the initial contents of the buffers.
         let at_acknowledgement = harness.hashes_of(&old)?;
         harness.refresh_view()?;
@@ -277,7 +280,7 @@ pub(super) fn moved_data(target: &mut Target) -> Result<Outcome, CheckAbort> {
             return Ok(Outcome::fail(format!("round {round}: {late} pages were written at their old place")));
         }
         for page in &old {
-            harness.memory.write(page * LOG_PAGE, &noise(round * 1_000_000 + page, LOG_PAGE as u32))?;
+            harness.memory.write(GuestAddress(page * LOG_PAGE), &noise(round * 1_000_000 + page, LOG_PAGE as u32))?;
         }
         let at_acknowledgement = harness.hashes_of(&old)?;
         add_first_halves(&mut harness)?;
@@ -308,7 +311,7 @@ pub(super) fn moved_ring(target: &mut Target) -> Result<Outcome, CheckAbort> {
         // The ring has not been copied to its new pages yet.
         harness.iommu()?.hold_answers(there.iter().map(|(page, _)| *page));
         harness.swap_pages(there)?;
-        harness.invalidate(room, RING_SLOT_BYTES)?;
+        harness.invalidate(Iova(room.0), RING_SLOT_BYTES)?;
         harness.refresh_view()?;
         let mut contents = vec![0; RING_SLOT_BYTES as usize];
         harness.view().read(UNUSED_AREA, &mut contents)?;
@@ -346,7 +349,7 @@ pub(super) fn guest_physical_marks(target: &mut Target) -> Result<Outcome, Check
     harness.start()?;
     let log = harness.install_log()?;
     // As in the check of rule L3.3, the device area is logged at another address.
-    let at = UNUSED_AREA + LOG_PAGE - 4;
+    let at = UNUSED_AREA.unchecked_add(LOG_PAGE - 4);
     harness.enable_logging(at)?;
     let [_, _, device_bytes] = harness.ring.area_sizes();
     let logged: Pages = harness.guest_pages(pages(at, device_bytes)).collect();

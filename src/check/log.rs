@@ -18,7 +18,7 @@ use crate::abi::virtio::{
     RING_ELEMENTS_OFFSET, RING_IDX_OFFSET, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures, avail_event_offset, used_ring_bytes,
 };
 use crate::dirty::Log;
-use crate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use crate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, UserAddress, sealed_memfd};
 use crate::sys::nonblocking;
 use crate::sys::with_causes::with_causes;
 
@@ -119,7 +119,7 @@ pub(super) fn data_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
 /// Creates a file for a log, and maps it as memory.
 fn log_file(bytes: u64) -> Result<(OwnedFd, Memory), CheckAbort> {
     let fd = sealed_memfd("log", bytes)?;
-    let region = Region::map(fd.as_fd(), 0, bytes, 0, 0)?;
+    let region = Region::map(fd.as_fd(), GuestAddress(0), bytes, UserAddress(0), 0)?;
     Ok((fd, Memory::new([Arc::new(region)])?))
 }
 
@@ -127,7 +127,7 @@ pub(super) fn log_at_offset(target: &mut Target) -> Result<Outcome, CheckAbort> 
     let mut harness = target.started(VirtioFeatures::empty())?;
     let at = 2 * LOG_PAGE;
     // The last needed page has its bit in the last byte. The file continues behind the log.
-    let size = (harness.memory.end() / LOG_PAGE - 1) / 8 + 1;
+    let size = (harness.memory.end().0 / LOG_PAGE - 1) / 8 + 1;
     let odd = size | 1;
     let (fd, seen) = log_file((at + odd).next_multiple_of(LOG_PAGE) + LOG_PAGE)?;
     harness.send_log(&fd, odd, at)?;
@@ -137,7 +137,7 @@ pub(super) fn log_at_offset(target: &mut Target) -> Result<Outcome, CheckAbort> 
     harness.serve()?;
     harness.connection.barrier()?;
     let mut bytes = vec![0; seen.size() as usize];
-    seen.read(0, &mut bytes)?;
+    seen.read(GuestAddress(0), &mut bytes)?;
     let inside = |byte: &u64| (at..at + odd).contains(byte);
     let outside = (0..).zip(&bytes).filter(|(place, byte)| **byte != 0 && !inside(place)).count();
     let log = Log::map(fd.as_fd(), odd, at)?;
@@ -151,14 +151,14 @@ pub(super) fn log_at_offset(target: &mut Target) -> Result<Outcome, CheckAbort> 
 pub(super) fn used_ring_marks(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = harness_with_log(target, VirtioFeatures::empty())?;
     // Flags and index of the used ring are alone on their page; the elements are on later ones.
-    let at = UNUSED_AREA + LOG_PAGE - 4;
+    let at = UNUSED_AREA.unchecked_add(LOG_PAGE - 4);
     harness.enable_logging(at)?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     // The index may be marked after it was seen, but before the ring is stopped (rule R3.2).
     harness.stop()?;
     let marked = harvest(&log);
     let missed = missing_marks(&marked, at, |page| page);
-    let at_ring = harness.ring.device_pages().intersection(&marked).count();
+    let (GuestAddress(at), at_ring) = (at, harness.ring.device_pages().intersection(&marked).count());
     Ok(match (missed.is_empty(), at_ring) {
         (true, 0) => Outcome::pass(format!("index and elements at {at:#x}")),
         (true, _) => Outcome::warning(format!("index and elements at {at:#x}, and also at the ring's own address")),
@@ -169,16 +169,17 @@ pub(super) fn used_ring_marks(target: &mut Target) -> Result<Outcome, CheckAbort
 
 /// Returns the parts of a used ring that are not marked at `at`, after one batch from index 0. `place` maps a page to
 /// its page in the log.
-pub(super) fn missing_marks(marked: &Pages, at: u64, place: impl Fn(u64) -> u64) -> String {
+pub(super) fn missing_marks(marked: &Pages, at: GuestAddress, place: impl Fn(u64) -> u64) -> String {
     let parts = [("index", RING_IDX_OFFSET, 2), ("elements", RING_ELEMENTS_OFFSET, 8 * MAX_REQUESTS)];
-    let lost =
-        |(_, offset, len): &(&str, u64, u64)| pages(at + offset, *len).any(|page| !marked.contains(&place(page)));
+    let lost = |(_, offset, len): &(&str, u64, u64)| {
+        pages(at.unchecked_add(*offset), *len).any(|page| !marked.contains(&place(page)))
+    };
     parts.into_iter().filter(lost).map(|(name, ..)| name).collect::<Vec<_>>().join(" and ")
 }
 
 pub(super) fn logging_switches(target: &mut Target) -> Result<Outcome, CheckAbort> {
     let (mut harness, log) = harness_with_log(target, VirtioFeatures::empty())?;
-    let at = UNUSED_AREA + LOG_PAGE - 4;
+    let at = UNUSED_AREA.unchecked_add(LOG_PAGE - 4);
     let ring: Pages = pages(at, used_ring_bytes(harness.ring.layout.size().into())).collect();
     harness.set_ring_logging(Some(at))?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
@@ -217,11 +218,11 @@ pub(super) fn avail_event_marks(target: &mut Target) -> Result<Outcome, CheckAbo
     let (mut harness, log) = harness_with_log(target, VIRTIO_RING_F_EVENT_IDX)?;
     // Everything before the event word is on earlier pages.
     let word = avail_event_offset(harness.ring.layout.size().into());
-    let at = UNUSED_AREA + 4 * LOG_PAGE - word;
+    let at = UNUSED_AREA.unchecked_add(4 * LOG_PAGE - word);
     harness.enable_logging(at)?;
     let read = |harness: &Harness| {
         let mut event = [0; 2];
-        harness.memory.read(harness.ring.device_area() + word, &mut event).map(|()| event)
+        harness.memory.read(harness.ring.device_area().unchecked_add(word), &mut event).map(|()| event)
     };
     let before = read(&harness)?;
     for _ in 0..ROUNDS {
@@ -230,7 +231,7 @@ pub(super) fn avail_event_marks(target: &mut Target) -> Result<Outcome, CheckAbo
     // The word may be written after the last notification, and marked after that.
     wait_until(&harness.deadline(harness.short_wait()), || Ok(read(&harness)? != before))?;
     harness.stop()?;
-    let (after, marked) = (read(&harness)?, harvest(&log).contains(&((at + word) / LOG_PAGE)));
+    let (after, marked) = (read(&harness)?, harvest(&log).contains(&((at.0 + word) / LOG_PAGE)));
     let (before, after) = (u16::from_le_bytes(before), u16::from_le_bytes(after));
     Ok(match (before == after, marked) {
         (true, _) => Outcome::not_tested("the device did not write the word"),
@@ -285,7 +286,7 @@ pub(super) fn event_area_marks(target: &mut Target) -> Result<Outcome, CheckAbor
     // The area may be written after the last notification, and marked after that.
     wait_until(&harness.deadline(harness.short_wait()), || Ok(read(&harness)? != before))?;
     harness.stop()?;
-    let (after, marked) = (read(&harness)?, harvest(&log).contains(&(UNUSED_AREA / LOG_PAGE)));
+    let (after, marked) = (read(&harness)?, harvest(&log).contains(&(UNUSED_AREA.0 / LOG_PAGE)));
     let seen = format!("the area changed from {before:#x} to {after:#x}");
     Ok(match (before == after, marked) {
         (true, _) => Outcome::not_tested("the device did not write the area"),
@@ -419,13 +420,13 @@ pub(super) fn log_too_small(target: &mut Target) -> Result<Outcome, CheckAbort> 
     // Bits for the lower region only; data is beyond it.
     let size = LOW_BYTES / LOG_PAGE / 8;
     // The file has room for all bits, but the log does not.
-    let (fd, seen) = log_file((harness.memory.end() / LOG_PAGE / 8).next_multiple_of(LOG_PAGE))?;
+    let (fd, seen) = log_file((harness.memory.end().0 / LOG_PAGE / 8).next_multiple_of(LOG_PAGE))?;
     harness.send_log(&fd, size, 0)?;
     harness.enable_logging(harness.ring.device_area())?;
     harness.run_batch(MAX_REQUESTS, RequestSize::Mixed)?;
     harness.stop()?;
     let mut bytes = vec![0; seen.size() as usize];
-    seen.read(0, &mut bytes)?;
+    seen.read(GuestAddress(0), &mut bytes)?;
     let outside = bytes.iter().skip(size as usize).filter(|byte| **byte != 0).count();
     Ok(match outside {
         0 => Outcome::pass(format!("{MAX_REQUESTS} reads into pages outside a log of {size} bytes")),

@@ -12,7 +12,7 @@ use super::target::Target;
 use crate::abi::vhost_user::ProtocolFeatures;
 use crate::abi::virtio::VirtioFeatures;
 use crate::dirty::Log;
-use crate::memory::LOG_PAGE;
+use crate::memory::{Address, GuestAddress, LOG_PAGE};
 
 const ROUNDS: u32 = 8;
 
@@ -35,7 +35,7 @@ pub(super) fn mark_order(target: &mut Target) -> Result<Outcome, CheckAbort> {
             }
             for page in pages(harness.last_data.gpa, harness.last_data.len.into()) {
                 early += 1;
-                if !log.is_marked(page * LOG_PAGE) {
+                if !log.is_marked(GuestAddress(page * LOG_PAGE)) {
                     unmarked.insert(page);
                 }
             }
@@ -54,8 +54,9 @@ pub(super) fn concurrent_marks(target: &mut Target) -> Result<Outcome, CheckAbor
     let (mut harness, log) = harness_with_log(target, VirtioFeatures::empty())?;
     harness.enable_logging(harness.ring.device_area())?;
     // Pages that no batch of mixed sizes uses, with bits in the same words.
-    let ours: Pages =
-        (0..MAX_REQUESTS).flat_map(|slot| pages(HIGH + slot * SLOT_BYTES + (48 << 10), 16 << 10)).collect();
+    let ours: Pages = (0..MAX_REQUESTS)
+        .flat_map(|slot| pages(HIGH.unchecked_add(slot * SLOT_BYTES + (48 << 10)), 16 << 10))
+        .collect();
     let mut worst = Outcome::not_tested("no round was run");
     for _ in 0..ROUNDS {
         harness.writable_pages.clear();
@@ -93,7 +94,7 @@ pub(super) fn concurrent_marks(target: &mut Target) -> Result<Outcome, CheckAbor
 fn mark_and_harvest(log: &Log, ours: &Pages, over: &AtomicBool) -> (Pages, usize, u32) {
     let (mut taken, mut lost, mut turns) = (Pages::new(), 0, 0);
     while !over.load(Ordering::Relaxed) {
-        ours.iter().for_each(|page| log.mark(page * LOG_PAGE, 1));
+        ours.iter().for_each(|page| log.mark(GuestAddress(page * LOG_PAGE), 1));
         let marked = harvest(log);
         lost += ours.difference(&marked).count();
         taken.extend(marked);

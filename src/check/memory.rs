@@ -12,10 +12,10 @@ use super::target::Target;
 use crate::abi::vhost_user::{MemRegMsg, ProtocolFeatures, Request as Code, VHOST_USER_MAX_RAM_SLOTS};
 use crate::abi::virtio::VirtioFeatures;
 use crate::dirty::Log;
-use crate::memory::{Memory, Region, sealed_memfd};
+use crate::memory::{Address, GuestAddress, Memory, Region, sealed_memfd};
 
 /// Address and size of the added region, with room for one request per slot.
-const ADDED: u64 = HIGH + (1 << 30);
+const ADDED: GuestAddress = GuestAddress(HIGH.0 + (1 << 30));
 const ADDED_BYTES: u64 = 2 << 20;
 
 pub(super) fn slot_count(target: &mut Target) -> Result<Outcome, CheckAbort> {
@@ -30,7 +30,7 @@ pub(super) fn slot_count(target: &mut Target) -> Result<Outcome, CheckAbort> {
 pub(super) fn added_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
     target.offered.require_protocol(ProtocolFeatures::CONFIGURE_MEM_SLOTS)?;
     let mut harness = target.started(VirtioFeatures::empty())?;
-    let (log, fd) = Log::create(ADDED + ADDED_BYTES)?;
+    let (log, fd) = Log::create(ADDED.unchecked_add(ADDED_BYTES))?;
     harness.send_log(&fd, log.size(), 0)?;
     harness.enable_logging(harness.ring.device_area())?;
     harness.add(MAX_REQUESTS, RequestSize::Large)?;
@@ -47,7 +47,7 @@ pub(super) fn added_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.writable_pages.clear();
     let room = ADDED_BYTES / MAX_REQUESTS;
     for slot in 0..MAX_REQUESTS {
-        harness.add_at(slot as usize, ADDED + slot * room, room)?;
+        harness.add_at(slot as usize, ADDED.unchecked_add(slot * room), room)?;
     }
     let before = harness.hashes()?;
     harness.serve()?;

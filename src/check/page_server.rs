@@ -15,14 +15,14 @@ use super::outcome::CheckAbort;
 use super::pages::Pages;
 use super::stop::StopToken;
 use crate::abi::vhost_user::MemoryRegion;
-use crate::memory::{LOG_PAGE, Memory, Userfault};
+use crate::memory::{Address, FaultAddress, GuestAddress, LOG_PAGE, Memory, Userfault};
 
 /// Upper limit of one wait for faults.
 const POLL_INTERVAL: Duration = Duration::from_secs(60);
 
 /// All bytes of a guest's memory, by region.
 #[derive(Clone)]
-pub(super) struct MemoryContents(Vec<(u64, Vec<u8>)>);
+pub(super) struct MemoryContents(Vec<(GuestAddress, Vec<u8>)>);
 
 impl MemoryContents {
     pub(super) fn of(memory: &Memory) -> Result<MemoryContents, CheckAbort> {
@@ -45,21 +45,22 @@ impl MemoryContents {
     }
 
     /// Returns the page that contains `gpa`.
-    pub(super) fn page(&self, gpa: u64) -> Option<&[u8]> {
-        self.pages().find(|(page, _)| *page == gpa / LOG_PAGE).map(|(_, bytes)| bytes)
+    pub(super) fn page(&self, gpa: GuestAddress) -> Option<&[u8]> {
+        self.pages().find(|(page, _)| *page == gpa.0 / LOG_PAGE).map(|(_, bytes)| bytes)
     }
 
     /// Returns all pages with their numbers.
     pub(super) fn pages(&self) -> impl Iterator<Item = (u64, &[u8])> {
-        self.0.iter().flat_map(|(gpa, bytes)| (gpa / LOG_PAGE..).zip(bytes.chunks(LOG_PAGE as usize)))
+        self.0.iter().flat_map(|(gpa, bytes)| (gpa.0 / LOG_PAGE..).zip(bytes.chunks(LOG_PAGE as usize)))
     }
 
     /// Changes bytes at `gpa`, if they are part of a region.
-    pub(super) fn put(&mut self, gpa: u64, bytes: &[u8]) {
-        let within = |(start, held): &&mut (u64, Vec<u8>)| gpa.wrapping_sub(*start) < held.len() as u64;
-        let Some((start, held)) = self.0.iter_mut().find(within) else { return };
-        let offset = (gpa - *start) as usize;
-        if let Some(place) = held.get_mut(offset..offset + bytes.len()) {
+    pub(super) fn put(&mut self, gpa: GuestAddress, bytes: &[u8]) {
+        let place = self.0.iter_mut().find_map(|(start, held)| {
+            let offset = gpa.checked_offset_from(*start)? as usize;
+            held.get_mut(offset..offset + bytes.len())
+        });
+        if let Some(place) = place {
             place.copy_from_slice(bytes);
         }
     }
@@ -72,7 +73,7 @@ pub(super) struct PageServer {
     regions: Vec<MemoryRegion>,
     contents: MemoryContents,
     /// Pages from this guest-physical address on are not placed on faults.
-    withhold_from: u64,
+    withhold_from: GuestAddress,
     /// Signalled at a fault on a withheld page.
     pub(super) withheld: EventFd,
     stop: EventFd,
@@ -83,7 +84,7 @@ impl PageServer {
         userfault: Userfault,
         regions: Vec<MemoryRegion>,
         contents: MemoryContents,
-        withhold_from: u64,
+        withhold_from: GuestAddress,
     ) -> Result<PageServer, CheckAbort> {
         let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
         Ok(PageServer { userfault, regions, contents, withhold_from, withheld: eventfd()?, stop: eventfd()? })
@@ -100,7 +101,7 @@ impl PageServer {
                         "a page fault at {address:#x}, which is outside the regions of the reply"
                     )));
                 };
-                asked.insert(gpa / LOG_PAGE);
+                asked.insert(gpa.0 / LOG_PAGE);
                 if gpa < self.withhold_from {
                     self.place_page(gpa)?;
                 } else {
@@ -126,16 +127,16 @@ impl PageServer {
 
     /// Places all pages.
     pub(super) fn place_all(&self) -> Result<(), CheckAbort> {
-        self.contents.pages().try_for_each(|(page, bytes)| self.place(page * LOG_PAGE, bytes))
+        self.contents.pages().try_for_each(|(page, bytes)| self.place(GuestAddress(page * LOG_PAGE), bytes))
     }
 
     /// Places the page that contains `gpa`.
-    pub(super) fn place_page(&self, gpa: u64) -> Result<(), CheckAbort> {
-        self.contents.page(gpa).map_or(Ok(()), |bytes| self.place(gpa / LOG_PAGE * LOG_PAGE, bytes))
+    pub(super) fn place_page(&self, gpa: GuestAddress) -> Result<(), CheckAbort> {
+        self.contents.page(gpa).map_or(Ok(()), |bytes| self.place(GuestAddress(gpa.0 / LOG_PAGE * LOG_PAGE), bytes))
     }
 
     /// Places a page and wakes its waiters.
-    fn place(&self, gpa: u64, bytes: &[u8]) -> Result<(), CheckAbort> {
+    fn place(&self, gpa: GuestAddress, bytes: &[u8]) -> Result<(), CheckAbort> {
         let Some(address) = self.address(gpa) else { return Ok(()) };
         let placed = self.userfault.place_at(address, bytes).and_then(|placed| match placed {
             true => Ok(()),
@@ -146,24 +147,24 @@ impl PageServer {
     }
 
     /// Converts a back-end address to a guest-physical address.
-    fn gpa(&self, address: u64) -> Option<u64> {
+    fn gpa(&self, address: FaultAddress) -> Option<GuestAddress> {
         self.regions.iter().find_map(|region| {
-            let offset = address.checked_sub(region.userspace_addr)?;
-            (offset < region.memory_size).then(|| region.guest_phys_addr + offset)
+            let offset = address.0.checked_sub(region.userspace_addr)?;
+            (offset < region.memory_size).then(|| GuestAddress(region.guest_phys_addr + offset))
         })
     }
 
     /// Converts a guest-physical address to a back-end address.
-    fn address(&self, gpa: u64) -> Option<u64> {
+    fn address(&self, gpa: GuestAddress) -> Option<FaultAddress> {
         self.regions.iter().find_map(|region| {
-            let offset = gpa.checked_sub(region.guest_phys_addr)?;
-            (offset < region.memory_size).then(|| region.userspace_addr.wrapping_add(offset))
+            let offset = gpa.0.checked_sub(region.guest_phys_addr)?;
+            (offset < region.memory_size).then(|| FaultAddress(region.userspace_addr.wrapping_add(offset)))
         })
     }
 }
 
 /// Returns the error for a page that cannot be placed. An invalid address is an error of the back-end.
-fn place_error(error: io::Error, gpa: u64, address: u64) -> CheckAbort {
+fn place_error(error: io::Error, GuestAddress(gpa): GuestAddress, address: FaultAddress) -> CheckAbort {
     match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ENOENT | Errno::EINVAL | Errno::EFAULT) => CheckAbort::Violation(format!(
             "the page {gpa:#x} cannot be placed at the reported address {address:#x} ({error})"

@@ -6,7 +6,7 @@ use twox_hash::XxHash3_64;
 
 use super::outcome::CheckAbort;
 use crate::dirty::{Log, PageSet};
-use crate::memory::{LOG_PAGE, Memory};
+use crate::memory::{GuestAddress, LOG_PAGE, Memory};
 
 /// Numbers of pages.
 pub(super) type Pages = BTreeSet<u64>;
@@ -15,15 +15,15 @@ pub(super) type Pages = BTreeSet<u64>;
 pub(super) fn hashes(memory: &Memory, pages: impl Iterator<Item = u64>) -> Result<Vec<(u64, u64)>, CheckAbort> {
     let mut bytes = [0; LOG_PAGE as usize];
     let mut hash = |page| {
-        memory.read(page * LOG_PAGE, &mut bytes)?;
+        memory.read(GuestAddress(page * LOG_PAGE), &mut bytes)?;
         Ok((page, XxHash3_64::oneshot(&bytes)))
     };
     pages.map(&mut hash).collect()
 }
 
 /// Returns the pages of a non-empty range.
-pub(super) fn pages(gpa: u64, len: u64) -> impl Iterator<Item = u64> {
-    gpa / LOG_PAGE..=(gpa + len - 1) / LOG_PAGE
+pub(super) fn pages(gpa: GuestAddress, len: u64) -> impl Iterator<Item = u64> {
+    gpa.0 / LOG_PAGE..=(gpa.0 + len - 1) / LOG_PAGE
 }
 
 /// Returns the pages whose hashes differ.

@@ -20,7 +20,7 @@ use super::ring_variant::Flow;
 use super::target::Target;
 use crate::abi::vhost_user::{Header, MemoryHeader, MemoryRegion, ProtocolFeatures, Request as Code};
 use crate::abi::virtio::VirtioFeatures;
-use crate::memory::{LOG_PAGE, Userfault};
+use crate::memory::{GuestAddress, LOG_PAGE, Userfault};
 use crate::ring::Buffer;
 use crate::sys::with_causes::with_causes;
 
@@ -201,7 +201,7 @@ pub(super) fn memory_table_addresses(target: &mut Target) -> Result<Outcome, Che
     let (count, ours) = (regions.len(), self::regions(&harness.memory_table()));
     let address = |region: &MemoryRegion| region.userspace_addr;
     let echoed = regions.iter().map(address).eq(ours.iter().map(address));
-    let page_server = PageServer::new(userfault, regions, contents.clone(), u64::MAX)?;
+    let page_server = PageServer::new(userfault, regions, contents.clone(), GuestAddress(u64::MAX))?;
     page_server.place_all().map_err(|abort| match abort {
         CheckAbort::Violation(what) if echoed => {
             CheckAbort::Violation(format!("{what}: it is the front-end's address"))
@@ -230,7 +230,7 @@ pub(super) fn requests_in_missing_memory(target: &mut Target) -> Result<Outcome,
     let userfault = listen(&harness, PLAIN)?;
     let contents = MemoryContents::punch_out(&harness)?;
     let regions = send_table(&harness, PLAIN)?;
-    let page_server = PageServer::new(userfault, regions, contents, u64::MAX)?;
+    let page_server = PageServer::new(userfault, regions, contents, GuestAddress(u64::MAX))?;
     let (outcome, asked) = thread::scope(|scope| {
         let serving = scope.spawn(|| page_server.serve());
         let outcome = serve(&mut harness, &page_server, known);
@@ -272,7 +272,10 @@ fn serve(
 ) -> Result<Option<String>, CheckAbort> {
     acknowledge(harness, PLAIN)?;
     // The driver writes these pages meanwhile. If pages cannot be placed, no thread waits for them.
-    harness.frame_source_pages().into_iter().try_for_each(|page| page_server.place_page(page * LOG_PAGE))?;
+    harness
+        .frame_source_pages()
+        .into_iter()
+        .try_for_each(|page| page_server.place_page(GuestAddress(page * LOG_PAGE)))?;
     harness.start()?;
     let filled = complete(harness)?;
     page_server.place_all()?;

@@ -7,7 +7,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::outcome::CheckAbort;
 use super::pages::{Pages, pages};
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VirtioFeatures};
-use crate::memory::{LOG_PAGE, Memory};
+use crate::memory::{Address, GuestAddress, LOG_PAGE, Memory};
 use crate::ring::{DriverRing, DriverRingState, PackedDriverState, Position, RingBase, RingLayout, SplitDriverState};
 use crate::sys::nonblocking;
 
@@ -48,8 +48,8 @@ impl DriverQueue {
     ) -> Result<DriverQueue, CheckAbort> {
         let at = FIRST_RING + place as u64 * RING_SLOT_BYTES;
         let [desc, driver, device] = if features.contains(VIRTIO_F_ACCESS_PLATFORM) { IOMMU_OFFSETS } else { [0; 3] };
-        let layout =
-            RingLayout::new(features, size, at + desc, at + DRIVER_OFFSET + driver, at + DEVICE_OFFSET + device);
+        let areas = [at + desc, at + DRIVER_OFFSET + driver, at + DEVICE_OFFSET + device].map(GuestAddress);
+        let layout = RingLayout::new(features, size, areas);
         let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC);
         Ok(DriverQueue {
             index,
@@ -74,9 +74,9 @@ impl DriverQueue {
     }
 
     /// Returns the address of the ring's area.
-    pub(super) fn slot_address(&self) -> u64 {
-        let [desc, ..] = self.layout.areas();
-        desc - desc % RING_SLOT_BYTES
+    pub(super) fn slot_address(&self) -> GuestAddress {
+        let [GuestAddress(desc), ..] = self.layout.areas();
+        GuestAddress(desc - desc % RING_SLOT_BYTES)
     }
 
     /// Restarts the driver: a split ring at index `at`, a packed ring at that descriptor.
@@ -95,7 +95,7 @@ impl DriverQueue {
         } else {
             let [_, avail, used] = self.layout.areas();
             for area in [avail, used] {
-                memory.write(area + 2, &at.to_le_bytes())?;
+                memory.write(area.unchecked_add(2), &at.to_le_bytes())?;
             }
             DriverRingState::Split(SplitDriverState { avail: at, published: at, used: at, ..Default::default() })
         };
@@ -162,14 +162,14 @@ impl DriverQueue {
     /// on a packed ring.
     pub(super) fn has_excess_completions(&self, memory: &Memory) -> Result<bool, CheckAbort> {
         let mut index = [0; 2];
-        memory.read(self.device_area() + 2, &mut index)?;
+        memory.read(self.device_area().unchecked_add(2), &mut index)?;
         Ok(!self.is_packed() && u16::from_le_bytes(index) != self.end_base().split_index())
     }
 
     /// Returns the pages of a packed ring with completions from `from` to the driver's position. A completion is in the
     /// first descriptor of its request; batches are taken as a whole.
     pub(super) fn completed_pages(&self, from: Position) -> impl Iterator<Item = u64> {
-        let ([desc, ..], size) = (self.layout.areas(), self.layout.size());
+        let ([GuestAddress(desc), ..], size) = (self.layout.areas(), self.layout.size());
         let to = self.current_base().packed_used();
         let count = from.until(to, size).unwrap_or_default();
         (0..count).map(move |step| (desc + u64::from(from.after(step, size).index) * 16) / LOG_PAGE)
@@ -195,7 +195,7 @@ impl DriverQueue {
     }
 
     /// Returns the address of the device area: the used ring or the event area.
-    pub(super) fn device_area(&self) -> u64 {
+    pub(super) fn device_area(&self) -> GuestAddress {
         let [_, _, device] = self.layout.areas();
         device
     }

@@ -10,22 +10,23 @@ use nix::errno::Errno;
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
 use super::log::{Log, LogError};
+use crate::memory::{Address, GuestAddress};
 
 /// Marks pages by guest-physical address.
 pub trait PageMarker: std::fmt::Debug {
     /// Marks the pages of the bytes `gpa..gpa + len`. Call it after they are written.
-    fn mark(&self, gpa: u64, len: u64);
+    fn mark(&self, gpa: GuestAddress, len: u64);
     /// Returns true if the page of `gpa` is marked.
-    fn is_marked(&self, gpa: u64) -> bool;
+    fn is_marked(&self, gpa: GuestAddress) -> bool;
 }
 
 impl PageMarker for Log {
     #[inline]
-    fn mark(&self, gpa: u64, len: u64) {
+    fn mark(&self, gpa: GuestAddress, len: u64) {
         Log::mark(self, gpa, len);
     }
 
-    fn is_marked(&self, gpa: u64) -> bool {
+    fn is_marked(&self, gpa: GuestAddress) -> bool {
         Log::is_marked(self, gpa)
     }
 }
@@ -76,7 +77,7 @@ impl LogSwitch {
     }
 
     #[cold]
-    fn mark_in_log(&self, gpa: u64, len: u64) {
+    fn mark_in_log(&self, gpa: GuestAddress, len: u64) {
         if let Some(log) = &*self.log.read().unwrap_or_else(PoisonError::into_inner) {
             log.mark(gpa, len);
         }
@@ -85,13 +86,13 @@ impl LogSwitch {
 
 impl PageMarker for LogSwitch {
     #[inline]
-    fn mark(&self, gpa: u64, len: u64) {
+    fn mark(&self, gpa: GuestAddress, len: u64) {
         if self.installed.load(Ordering::Relaxed) {
             self.mark_in_log(gpa, len);
         }
     }
 
-    fn is_marked(&self, gpa: u64) -> bool {
+    fn is_marked(&self, gpa: GuestAddress) -> bool {
         self.log().is_some_and(|log| log.is_marked(gpa))
     }
 }
@@ -108,23 +109,24 @@ fn membarrier(command: i32) -> Result<(), LogError> {
 /// use std::sync::Arc;
 ///
 /// use vhost_migrate::dirty::{Log, LogBitmap};
+/// use vhost_migrate::memory::GuestAddress;
 /// use vm_memory::bitmap::Bitmap;
 ///
-/// let log = Arc::new(Log::create(1 << 20)?.0);
-/// let bitmap = LogBitmap::new(Arc::clone(&log), 0x8000);
+/// let log = Arc::new(Log::create(GuestAddress(1 << 20))?.0);
+/// let bitmap = LogBitmap::new(Arc::clone(&log), GuestAddress(0x8000));
 /// bitmap.mark_dirty(0x10, 4);
-/// assert!(log.is_marked(0x8010));
+/// assert!(log.is_marked(GuestAddress(0x8010)));
 /// # Ok::<(), vhost_migrate::dirty::LogError>(())
 /// ```
 #[derive(Debug)]
 pub struct LogBitmap<M = Log> {
     marker: Arc<M>,
-    base: u64,
+    base: GuestAddress,
 }
 
 impl<M> LogBitmap<M> {
     /// The bitmap of a region that starts at guest-physical `base`.
-    pub fn new(marker: Arc<M>, base: u64) -> LogBitmap<M> {
+    pub fn new(marker: Arc<M>, base: GuestAddress) -> LogBitmap<M> {
         LogBitmap { marker, base }
     }
 }
@@ -151,7 +153,7 @@ impl<M: PageMarker + 'static> Bitmap for LogBitmap<M> {
 
     #[inline]
     fn slice_at(&self, offset: usize) -> LogSlice<'_, M> {
-        LogSlice { marker: &self.marker, base: self.base.wrapping_add(offset as u64) }
+        LogSlice { marker: &self.marker, base: GuestAddress(self.base.0.wrapping_add(offset as u64)) }
     }
 }
 
@@ -159,7 +161,7 @@ impl<M: PageMarker + 'static> Bitmap for LogBitmap<M> {
 #[derive(Debug)]
 pub struct LogSlice<'a, M> {
     marker: &'a M,
-    base: u64,
+    base: GuestAddress,
 }
 
 impl<M> Clone for LogSlice<'_, M> {
@@ -180,7 +182,7 @@ impl<M: PageMarker> Bitmap for LogSlice<'_, M> {
     fn mark_dirty(&self, offset: usize, len: usize) {
         // Saturating: a wrapped address would mark an unrelated page. The highest address is outside every log, which
         // counts the write there.
-        self.marker.mark(self.base.saturating_add(offset as u64), len as u64);
+        self.marker.mark(GuestAddress(self.base.0.saturating_add(offset as u64)), len as u64);
     }
 
     fn dirty_at(&self, offset: usize) -> bool {
@@ -189,7 +191,7 @@ impl<M: PageMarker> Bitmap for LogSlice<'_, M> {
 
     #[inline]
     fn slice_at(&self, offset: usize) -> Self {
-        LogSlice { marker: self.marker, base: self.base.saturating_add(offset as u64) }
+        LogSlice { marker: self.marker, base: GuestAddress(self.base.0.saturating_add(offset as u64)) }
     }
 }
 
@@ -207,7 +209,7 @@ mod tests {
 
     fn memory<M: PageMarker + 'static>(marker: &Arc<M>) -> GuestMemoryMmap<LogBitmap<M>> {
         let region = |base| {
-            let bitmap = LogBitmap::new(Arc::clone(marker), base);
+            let bitmap = LogBitmap::new(Arc::clone(marker), GuestAddress(base));
             let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
             let builder = MmapRegionBuilder::new_with_bitmap(1 << 20, bitmap).with_mmap_flags(flags);
             let mapping = builder.with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE).build().unwrap();
@@ -224,7 +226,7 @@ mod tests {
 
     #[test]
     fn every_write_through_vm_memory_is_marked_in_the_log() {
-        let log = Arc::new(Log::create(5 << 30).unwrap().0);
+        let log = Arc::new(Log::create(GuestAddress(5 << 30)).unwrap().0);
         let memory = memory(&log);
         let high = BASES[1] >> 12;
         memory.write_slice(&[1; 5000], GuestAddress(4090)).unwrap();
@@ -243,8 +245,8 @@ mod tests {
 
     #[test]
     fn a_bitmap_and_its_slices_report_the_marks_at_their_offsets() {
-        let log = Arc::new(Log::create(5 << 30).unwrap().0);
-        let bitmap = LogBitmap::new(Arc::clone(&log), BASES[1]);
+        let log = Arc::new(Log::create(GuestAddress(5 << 30)).unwrap().0);
+        let bitmap = LogBitmap::new(Arc::clone(&log), GuestAddress(BASES[1]));
         bitmap.mark_dirty(0x3000, 1);
         bitmap.slice_at(0x4000).slice_at(0x1000).mark_dirty(0xfff, 2);
         let high = BASES[1] >> 12;
@@ -258,15 +260,15 @@ mod tests {
     #[test]
     fn a_switch_marks_only_in_the_installed_log() {
         let switch = Arc::new(LogSwitch::new().unwrap());
-        let logs = [(); 2].map(|()| Arc::new(Log::create(5 << 30).unwrap().0));
+        let logs = [(); 2].map(|()| Arc::new(Log::create(GuestAddress(5 << 30)).unwrap().0));
         let memory = memory(&switch);
         let write = || memory.write_obj(7u64, GuestAddress(0x3000)).unwrap();
         write();
-        assert!(!switch.is_marked(0x3000));
+        assert!(!switch.is_marked(GuestAddress(0x3000)));
         for log in [&logs[0], &logs[1], &logs[0]] {
             switch.set(Some(Arc::clone(log))).unwrap();
             write();
-            assert!(switch.is_marked(0x3000));
+            assert!(switch.is_marked(GuestAddress(0x3000)));
             assert_eq!(logs.each_ref().map(|log| harvested(log)).concat(), [3]);
         }
         switch.set(None).unwrap();
@@ -290,19 +292,22 @@ mod tests {
             });
             let mut old: Option<(Arc<Log>, u64)> = None;
             for _ in 0..300 {
-                let log = Arc::new(Log::create(5 << 30).unwrap().0);
+                let log = Arc::new(Log::create(GuestAddress(5 << 30)).unwrap().0);
                 switch.set(Some(Arc::clone(&log))).unwrap();
                 // From here on every write must be marked in the new log, and in it alone.
                 let copy: u64 = memory.read_obj(GuestAddress(0x3000)).unwrap();
                 if let Some((old, before)) = old {
-                    assert!(copy == before || old.is_marked(0x3000));
+                    assert!(copy == before || old.is_marked(GuestAddress(0x3000)));
                     old.harvest(&mut PageSet::default());
-                    assert!(!old.is_marked(0x3000), "a write after the switch is marked in the former log");
+                    assert!(
+                        !old.is_marked(GuestAddress(0x3000)),
+                        "a write after the switch is marked in the former log"
+                    );
                 }
                 while memory.read_obj::<u64>(GuestAddress(0x3000)).unwrap() < copy + 2 {
                     std::hint::spin_loop();
                 }
-                assert!(log.is_marked(0x3000), "a write after the switch is not marked");
+                assert!(log.is_marked(GuestAddress(0x3000)), "a write after the switch is not marked");
                 old = Some((log, copy));
             }
             stop.store(true, Ordering::Relaxed);

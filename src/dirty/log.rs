@@ -17,7 +17,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::harvest::{self, Harvest};
 use super::page_set::{PageSet, word_masks};
-use crate::memory::{LOG_PAGE, Memory, sealed_memfd};
+use crate::memory::{GuestAddress, LOG_PAGE, Memory, sealed_memfd};
 use crate::sys::log_limit::limited;
 use crate::sys::nonblocking;
 
@@ -124,8 +124,8 @@ impl Log {
     ///
     /// # Errors
     /// [`LogError::Empty`] if `memory_end` is 0, [`LogError::System`] if the system refuses.
-    pub fn create(memory_end: u64) -> Result<(Log, OwnedFd), LogError> {
-        let last = memory_end.checked_sub(1).ok_or(LogError::Empty)?;
+    pub fn create(memory_end: GuestAddress) -> Result<(Log, OwnedFd), LogError> {
+        let last = memory_end.0.checked_sub(1).ok_or(LogError::Empty)?;
         let size = (last / (64 * LOG_PAGE) + 1) * 8;
         let fd = sealed_memfd("vhost-dirty-log", size).map_err(LogError::system("create its memfd"))?;
         Ok((Log::map(fd.as_fd(), size, 0)?, fd))
@@ -147,7 +147,7 @@ impl Log {
     /// It executes one unconditional atomic or per word, which is also the barrier between the data and the bit. Pages
     /// outside the log, and ranges that wrap around, are only counted (rules L6.1, L6.2).
     #[inline]
-    pub fn mark(&self, gpa: u64, len: u64) {
+    pub fn mark(&self, gpa: GuestAddress, len: u64) {
         self.set::<false>(gpa, len);
     }
 
@@ -164,12 +164,12 @@ impl Log {
     /// Marks pages again that were harvested and could not be sent (rule L14.1).
     pub fn put_back(&self, pages: &PageSet) {
         let burst = self.burst();
-        pages.runs().for_each(|run| burst.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE));
+        pages.runs().for_each(|run| burst.mark(GuestAddress(run.start * LOG_PAGE), (run.end - run.start) * LOG_PAGE));
     }
 
     /// Returns true if the page of `gpa` is marked.
-    pub fn is_marked(&self, gpa: u64) -> bool {
-        let page = gpa / LOG_PAGE;
+    pub fn is_marked(&self, gpa: GuestAddress) -> bool {
+        let page = gpa.0 / LOG_PAGE;
         let word = match self.words().get((page / 64) as usize) {
             Some(word) => u64::from_le(word.load(Ordering::Acquire)),
             None if page < self.pages() => self.tail_bits(),
@@ -179,10 +179,10 @@ impl Log {
     }
 
     /// Returns true if every page of the guest-physical bytes `gpa..gpa + len` is marked, or if `len` is 0.
-    pub fn are_marked(&self, gpa: u64, len: u64) -> bool {
+    pub fn are_marked(&self, gpa: GuestAddress, len: u64) -> bool {
         let Some(last) = len.checked_sub(1) else { return true };
-        let Some(end) = gpa.checked_add(last) else { return false };
-        (gpa / LOG_PAGE..=end / LOG_PAGE).all(|page| self.is_marked(page * LOG_PAGE))
+        let Some(end) = gpa.0.checked_add(last) else { return false };
+        (gpa.0 / LOG_PAGE..=end / LOG_PAGE).all(|page| self.is_marked(GuestAddress(page * LOG_PAGE)))
     }
 
     /// Marks all guest memory. Use it if the written pages are not known.
@@ -199,7 +199,8 @@ impl Log {
             while bits != 0 {
                 let first = bits.trailing_zeros();
                 let count = (bits >> first).trailing_ones();
-                burst.mark((index as u64 * 64 + u64::from(first)) * LOG_PAGE, u64::from(count) * LOG_PAGE);
+                let page = index as u64 * 64 + u64::from(first);
+                burst.mark(GuestAddress(page * LOG_PAGE), u64::from(count) * LOG_PAGE);
                 bits &= u64::MAX.checked_shl(first + count).unwrap_or(0);
             }
         };
@@ -298,7 +299,7 @@ impl Log {
 
     /// Sets the bits of a range and returns true if it wrote to the log. `TEST` skips words whose bits are set already.
     #[inline]
-    fn set<const TEST: bool>(&self, gpa: u64, len: u64) -> bool {
+    fn set<const TEST: bool>(&self, GuestAddress(gpa): GuestAddress, len: u64) -> bool {
         let page = gpa / LOG_PAGE;
         // The fast path: nearly every mark is inside one page. A length of 0 wraps around to a large one here.
         if len.wrapping_sub(1) < LOG_PAGE - gpa % LOG_PAGE
@@ -373,14 +374,15 @@ impl Log {
 /// Marks for data written before the burst began, see [`Log::burst`].
 ///
 /// ```
-/// # let (log, _fd) = vhost_migrate::dirty::Log::create(1 << 20)?;
+/// # use vhost_migrate::memory::GuestAddress;
+/// # let (log, _fd) = vhost_migrate::dirty::Log::create(GuestAddress(1 << 20))?;
 /// let mut burst = log.burst();
-/// for completed in [0x3000, 0x5000, 0x7000] {
-///     burst.mark(completed, 512);
+/// for gpa in [0x3000, 0x5000, 0x7000] {
+///     burst.mark(GuestAddress(gpa), 512);
 /// }
 /// drop(burst);
 /// // From here on the completions may be published.
-/// assert!(log.is_marked(0x5000));
+/// assert!(log.is_marked(GuestAddress(0x5000)));
 /// # Ok::<(), vhost_migrate::dirty::LogError>(())
 /// ```
 #[derive(Debug)]
@@ -394,7 +396,7 @@ impl Burst<'_> {
     ///
     /// Addresses are treated as in [`Log::mark`].
     #[inline]
-    pub fn mark(&self, gpa: u64, len: u64) {
+    pub fn mark(&self, gpa: GuestAddress, len: u64) {
         if self.log.set::<true>(gpa, len) {
             self.changed.set(true);
         }
@@ -512,20 +514,20 @@ mod tests {
         assert!(matches!(Log::map(fd.as_fd(), u64::MAX - 7, 0), Err(LogError::ShortFile { .. })));
         assert!(error(101, 0).contains("101 bytes at offset 0") && error(101, 0).contains("L2.2"));
         assert!(Log::map(fd.as_fd(), 92, 8).is_ok());
-        assert!(matches!(Log::create(0), Err(LogError::Empty)));
+        assert!(matches!(Log::create(GuestAddress(0)), Err(LogError::Empty)));
     }
 
     #[test]
     fn a_created_log_has_the_size_that_qemu_computes_and_cannot_be_resized() {
         for (end, size) in [(1, 8), (0x4_0000, 8), (0x4_0001, 16), (1 << 30, 32 << 10), ((5 << 30) + 4096, 163_848)] {
-            let (log, fd) = Log::create(end).unwrap();
+            let (log, fd) = Log::create(GuestAddress(end)).unwrap();
             assert_eq!(log.size(), size, "memory end {end:#x}");
             assert!(log.pages() * LOG_PAGE >= end);
             assert!(nix::unistd::ftruncate(&fd, 0).is_err());
             // A peer's mapping shares the bits.
             let peer = Log::map(fd.as_fd(), size, 0).unwrap();
-            peer.mark(end - 1, 1);
-            assert!(log.is_marked(end - 1));
+            peer.mark(GuestAddress(end - 1), 1);
+            assert!(log.is_marked(GuestAddress(end - 1)));
         }
     }
 
@@ -556,13 +558,13 @@ mod tests {
             let mut outside = 0;
             for ((gpa, len), burst) in ranges {
                 outside += oracle(&mut expected[from..to], gpa, len);
-                if burst { log.burst().mark(gpa, len) } else { log.mark(gpa, len) }
+                if burst { log.burst().mark(GuestAddress(gpa), len) } else { log.mark(GuestAddress(gpa), len) }
             }
             prop_assert_eq!(&bytes(&fd), &expected);
             prop_assert_eq!(u128::from(log.out_of_range()), outside);
             for page in 0..size * 8 + 9 {
                 let set = page < size * 8 && expected[from + (page / 8) as usize] >> (page % 8) & 1 != 0;
-                prop_assert_eq!(log.is_marked(page * 4096 + 17), set);
+                prop_assert_eq!(log.is_marked(GuestAddress(page * 4096 + 17)), set);
             }
 
             let pages = expected[from..to].iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>();
@@ -578,14 +580,14 @@ mod tests {
 
     #[test]
     fn a_range_that_wraps_around_is_counted_and_marks_nothing() {
-        let (log, fd) = Log::create(1 << 30).unwrap();
+        let (log, fd) = Log::create(GuestAddress(1 << 30)).unwrap();
         for mark in [|log: &Log, gpa, len| log.mark(gpa, len), |log: &Log, gpa, len| log.burst().mark(gpa, len)] {
             let before = log.out_of_range();
-            mark(&log, u64::MAX, 2);
-            mark(&log, 4096, u64::MAX);
+            mark(&log, GuestAddress(u64::MAX), 2);
+            mark(&log, GuestAddress(4096), u64::MAX);
             assert_eq!(log.out_of_range() - before, 1 + (u64::MAX - 1) / 4096 + 1);
-            mark(&log, u64::MAX, 1);
-            mark(&log, 1 << 30, 4097);
+            mark(&log, GuestAddress(u64::MAX), 1);
+            mark(&log, GuestAddress(1 << 30), 4097);
             assert_eq!(log.out_of_range() - before, 1 + (1 << 52) + 1 + 2);
         }
         assert!(bytes(&fd).iter().all(|byte| *byte == 0));
@@ -593,21 +595,21 @@ mod tests {
 
     #[test]
     fn a_range_is_marked_if_all_of_its_pages_are() {
-        let (log, _) = Log::create(1 << 20).unwrap();
-        log.mark(2 * LOG_PAGE, 2 * LOG_PAGE);
-        assert!(log.are_marked(2 * LOG_PAGE, 2 * LOG_PAGE));
-        assert!(log.are_marked(3 * LOG_PAGE - 1, 2));
-        assert!(log.are_marked(0, 0), "an empty range");
-        assert!(!log.are_marked(2 * LOG_PAGE - 1, 2), "the page before");
-        assert!(!log.are_marked(2 * LOG_PAGE, 2 * LOG_PAGE + 1), "the page after");
-        assert!(!log.are_marked(u64::MAX, 2), "a range that wraps around");
+        let (log, _) = Log::create(GuestAddress(1 << 20)).unwrap();
+        log.mark(GuestAddress(2 * LOG_PAGE), 2 * LOG_PAGE);
+        assert!(log.are_marked(GuestAddress(2 * LOG_PAGE), 2 * LOG_PAGE));
+        assert!(log.are_marked(GuestAddress(3 * LOG_PAGE - 1), 2));
+        assert!(log.are_marked(GuestAddress(0), 0), "an empty range");
+        assert!(!log.are_marked(GuestAddress(2 * LOG_PAGE - 1), 2), "the page before");
+        assert!(!log.are_marked(GuestAddress(2 * LOG_PAGE), 2 * LOG_PAGE + 1), "the page after");
+        assert!(!log.are_marked(GuestAddress(u64::MAX), 2), "a range that wraps around");
     }
 
     #[test]
     fn mark_memory_marks_every_page_of_every_region() {
         let region = |gpa, pages| {
             let fd = sealed_memfd("test", pages * LOG_PAGE).unwrap();
-            Arc::new(crate::memory::Region::share(fd, gpa, pages * LOG_PAGE, 0).unwrap())
+            Arc::new(crate::memory::Region::share(fd, GuestAddress(gpa), pages * LOG_PAGE, 0).unwrap())
         };
         let memory = Memory::new([region(LOG_PAGE, 3), region(1 << 30, 2)]).unwrap();
         let (log, _) = Log::create(memory.end()).unwrap();
@@ -628,8 +630,8 @@ mod tests {
             let [old_fd, new_fd] = [memfd(size), memfd(size + 8)];
             let [old, new] =
                 [(&old_fd, size), (&new_fd, size + 8)].map(|(fd, size)| Log::map(fd.as_fd(), size, 0).unwrap());
-            runs.iter().for_each(|run| old.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE));
-            new.mark(9 * LOG_PAGE, 1);
+            runs.iter().for_each(|run| old.mark(GuestAddress(run.start * LOG_PAGE), (run.end - run.start) * LOG_PAGE));
+            new.mark(GuestAddress(9 * LOG_PAGE), 1);
             let before = bytes(&old_fd);
             old.copy_to(&new);
             assert_eq!(bytes(&old_fd), before, "{size} bytes");
@@ -666,24 +668,24 @@ mod tests {
             let (log, _guard) =
                 kept.last().filter(|pair| adjacent(pair)).expect("a log directly before its guard page");
             let mut set = PageSet::default();
-            log.mark(0, u64::MAX);
-            log.burst().mark(0, 1 << 40);
+            log.mark(GuestAddress(0), u64::MAX);
+            log.burst().mark(GuestAddress(0), 1 << 40);
             assert_eq!(log.harvest(&mut set).pages, size * 8);
-            log.burst().mark(0, 1 << 40);
+            log.burst().mark(GuestAddress(0), 1 << 40);
             assert_eq!(log.harvest_stopped(&mut set).pages, size * 8);
         }
     }
 
     #[test]
     fn a_harvest_of_a_sparse_log_does_not_populate_its_holes() {
-        let (log, fd) = Log::create(1 << 40).unwrap();
+        let (log, fd) = Log::create(GuestAddress(1 << 40)).unwrap();
         let mut set = PageSet::default();
         assert_eq!(log.harvest(&mut set).pages, 0);
         let gpas = [0, 1 << 30, (1 << 30) + 4096, 77 << 32, (1 << 40) - 1];
-        gpas.iter().for_each(|gpa| log.mark(*gpa, 1));
+        gpas.iter().for_each(|gpa| log.mark(GuestAddress(*gpa), 1));
         assert_eq!(log.harvest(&mut set), Harvest { pages: 5, added: 5 });
         assert!(set.iter().eq(gpas.iter().map(|gpa| gpa / 4096)));
-        gpas.iter().for_each(|gpa| log.mark(*gpa, 1));
+        gpas.iter().for_each(|gpa| log.mark(GuestAddress(*gpa), 1));
         assert_eq!(log.harvest_stopped(&mut set), Harvest { pages: 5, added: 0 });
         assert!(fstat(&fd).unwrap().st_blocks * 512 <= 4 * 4096, "the holes were filled");
     }
@@ -700,7 +702,7 @@ mod tests {
             let pages: std::collections::BTreeSet<u64> = gpas.iter().map(|gpa| gpa / LOG_PAGE).collect();
             for harvest in [Log::harvest, Log::harvest_stopped] {
                 let mut set = PageSet::default();
-                gpas.iter().for_each(|gpa| log.mark(*gpa, 1));
+                gpas.iter().for_each(|gpa| log.mark(GuestAddress(*gpa), 1));
                 assert_eq!(harvest(&log, &mut set).pages, pages.len() as u64);
                 assert!(set.iter().eq(pages.iter().copied()));
                 assert_eq!(harvest(&log, &mut set).pages, 0);
@@ -710,18 +712,18 @@ mod tests {
 
     #[test]
     fn a_burst_signals_once_and_only_if_it_marked_a_clean_page() {
-        let (log, _) = Log::create(1 << 30).unwrap();
+        let (log, _) = Log::create(GuestAddress(1 << 30)).unwrap();
         let eventfd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
         let signal = LogSignal::new(eventfd.as_fd().try_clone_to_owned().unwrap());
         let burst = log.burst();
-        burst.mark(0, 4096);
-        burst.mark(1 << 20, 1 << 20);
+        burst.mark(GuestAddress(0), 4096);
+        burst.mark(GuestAddress(1 << 20), 1 << 20);
         burst.signal(&signal).unwrap();
         assert_eq!(eventfd.read().unwrap(), 1);
 
         let burst = log.burst();
-        burst.mark(0, 4096);
-        burst.mark(1 << 30, 4096);
+        burst.mark(GuestAddress(0), 4096);
+        burst.mark(GuestAddress(1 << 30), 4096);
         burst.signal(&signal).unwrap();
         assert_eq!(eventfd.read(), Err(Errno::EAGAIN), "nothing in the log changed");
     }
@@ -744,7 +746,7 @@ mod tests {
     #[test]
     fn marks_of_many_threads_are_all_harvested() {
         const PAGES: u64 = 1 << 14;
-        let log = Arc::new(Log::create(PAGES * LOG_PAGE).unwrap().0);
+        let log = Arc::new(Log::create(GuestAddress(PAGES * LOG_PAGE)).unwrap().0);
         let marked = AtomicU64::new(0);
         let mut set = PageSet::default();
         std::thread::scope(|scope| {
@@ -752,7 +754,11 @@ mod tests {
                 let (log, marked) = (&log, &marked);
                 scope.spawn(move || {
                     for page in (0..PAGES).filter(|page| page % 4 == thread) {
-                        if page % 8 < 4 { log.mark(page * LOG_PAGE, 1) } else { log.burst().mark(page * LOG_PAGE, 1) }
+                        if page % 8 < 4 {
+                            log.mark(GuestAddress(page * LOG_PAGE), 1)
+                        } else {
+                            log.burst().mark(GuestAddress(page * LOG_PAGE), 1)
+                        }
                     }
                     marked.fetch_add(1, Ordering::Release);
                 });

@@ -18,7 +18,7 @@ use crate::abi::linux::{
     UFFDIO_REGISTER_MODE_WP, UFFDIO_WRITEPROTECT_MODE_WP, UffdioRange, UffdioRegister, UffdioWriteprotect,
 };
 use crate::memory::userfault::{self, Refusal};
-use crate::memory::{LOG_PAGE, Memory, Region};
+use crate::memory::{GuestAddress, LOG_PAGE, Memory, Region};
 
 /// Maximum number of page ranges that the kernel reports with one call.
 const BATCH: usize = 4096;
@@ -42,10 +42,10 @@ pub enum PagemapError {
     #[error("this kernel can't track writes (use Linux 6.7 or later with CONFIG_PTE_MARKER_UFFD_WP)")]
     Kernel(#[source] io::Error),
     /// A region whose pages cannot be write-protected.
-    #[error("region at {gpa:#x} ({size:#x} bytes): cannot track writes")]
+    #[error("region at {:#x} ({size:#x} bytes): cannot track writes", gpa.0)]
     Region {
         /// Guest-physical start of the region.
-        gpa: u64,
+        gpa: GuestAddress,
         /// Size of the region, bytes.
         size: u64,
         /// Error of the system.
@@ -100,7 +100,7 @@ impl Pagemap {
     fn scan(&mut self, into: &mut PageSet) -> Result<Harvest, PagemapError> {
         let WriteTracking { pagemap, found, .. } = self.tracking.as_mut().ok_or(PagemapError::NotStarted)?;
         let mut all = Harvest::default();
-        into.grow(self.memory.end().div_ceil(LOG_PAGE));
+        into.grow(self.memory.end().0.div_ceil(LOG_PAGE));
         into.union(&self.returned);
         self.returned.clear();
         for region in self.memory.regions() {
@@ -113,8 +113,8 @@ impl Pagemap {
                 })?;
                 for part in regions {
                     // Host pages may be larger than a page of the log, and regions may begin and end inside one.
-                    let start = part.start.max(base) - base + region.gpa();
-                    let stop = (part.end - base).min(region.size()) + region.gpa();
+                    let start = part.start.max(base) - base + region.gpa().0;
+                    let stop = (part.end - base).min(region.size()) + region.gpa().0;
                     let pages = start / LOG_PAGE..stop.div_ceil(LOG_PAGE);
                     all += Harvest { pages: pages.end - pages.start, added: into.insert_range(pages) };
                 }
@@ -248,7 +248,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::memory::sealed_memfd;
+    use crate::memory::{UserAddress, sealed_memfd};
     use crate::sys::with_causes::with_causes;
 
     const MIB: u64 = 1 << 20;
@@ -256,9 +256,11 @@ mod tests {
     /// Two regions of one file, the second above 4 GiB.
     fn started() -> (Memory, Pagemap) {
         let fd = sealed_memfd("guest", 5 * MIB).unwrap();
-        let region = |gpa, size, offset| Arc::new(Region::map(fd.as_fd(), gpa, size, gpa, offset).unwrap());
+        let region = |gpa, size, offset| {
+            Arc::new(Region::map(fd.as_fd(), GuestAddress(gpa), size, UserAddress(gpa), offset).unwrap())
+        };
         let memory = Memory::new([region(0, 4 * MIB, 0), region(4 << 30, MIB, 4 * MIB)]).unwrap();
-        memory.write(0x2000, &[1; 0x10000]).unwrap();
+        memory.write(GuestAddress(0x2000), &[1; 0x10000]).unwrap();
         let mut source = Pagemap::new("cpu", memory.clone());
         source.start().unwrap();
         (memory, source)
@@ -278,11 +280,11 @@ mod tests {
         let high = (4 << 30) / LOG_PAGE;
         // A page populated before the start, one that was not, the last and the first page of a region.
         for page in [3, 600, 1023, high] {
-            memory.write(page * LOG_PAGE + 5, &[2]).unwrap();
+            memory.write(GuestAddress(page * LOG_PAGE + 5), &[2]).unwrap();
         }
         assert_eq!(harvested(&mut source), [3, 600, 1023, high]);
         assert!(harvested(&mut source).is_empty(), "reported already");
-        memory.write(3 * LOG_PAGE, &[3]).unwrap();
+        memory.write(GuestAddress(3 * LOG_PAGE), &[3]).unwrap();
         assert_eq!(harvested(&mut source), [3], "written again");
         let mut unsent = PageSet::new(10);
         unsent.insert(7);
@@ -291,7 +293,7 @@ mod tests {
         source.harvest(&mut set).unwrap();
         assert!(set.iter().eq([7]), "put back");
         let mut read = [0; 8];
-        memory.read(700 * LOG_PAGE, &mut read).unwrap();
+        memory.read(GuestAddress(700 * LOG_PAGE), &mut read).unwrap();
         assert!(harvested(&mut source).is_empty(), "a read is not reported");
         source.stop().unwrap();
     }
@@ -301,7 +303,7 @@ mod tests {
         let (memory, mut source) = started();
         source.tracking.as_mut().unwrap().found.truncate(7);
         let pages: Vec<u64> = (0..1024).filter(|page| page % 3 == 0).collect();
-        pages.iter().for_each(|page| memory.write(page * LOG_PAGE, &[1]).unwrap());
+        pages.iter().for_each(|page| memory.write(GuestAddress(page * LOG_PAGE), &[1]).unwrap());
         assert_eq!(harvested(&mut source), pages);
         assert!(harvested(&mut source).is_empty());
     }
@@ -310,7 +312,7 @@ mod tests {
     fn writes_by_system_calls_of_this_process_are_reported() {
         let (memory, mut source) = started();
         let mut iov = Vec::new();
-        memory.iovecs(0x5000, 8, &mut iov).unwrap();
+        memory.iovecs(GuestAddress(0x5000), 8, &mut iov).unwrap();
         let zero = File::open("/dev/zero").unwrap();
         // SAFETY: the iovec is one of `memory`, which is alive.
         let read = unsafe { libc::readv(zero.as_raw_fd(), iov.as_ptr(), 1) };
@@ -323,18 +325,18 @@ mod tests {
         let (memory, mut source) = started();
         source.stop().unwrap();
         source.stop().unwrap();
-        memory.write(0x3000, &[1]).unwrap();
+        memory.write(GuestAddress(0x3000), &[1]).unwrap();
         let error = source.harvest(&mut PageSet::default()).unwrap_err();
         assert!(with_causes(&error).to_string().contains("start the source"), "{error}");
         source.start().unwrap();
         assert!(harvested(&mut source).is_empty());
-        memory.write(0x3000, &[1]).unwrap();
+        memory.write(GuestAddress(0x3000), &[1]).unwrap();
         assert_eq!(harvested(&mut source), [3]);
         // The kernel refuses a second source for the same memory, and the first continues.
         let mut second = Pagemap::new("second", memory.clone());
         let error = second.start().unwrap_err();
         assert!(with_causes(&error).to_string().contains("region at 0x0"), "{error}");
-        memory.write(0x4000, &[1]).unwrap();
+        memory.write(GuestAddress(0x4000), &[1]).unwrap();
         assert_eq!(harvested(&mut source), [4]);
     }
 }

@@ -252,6 +252,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
+    use crate::memory::GuestAddress;
 
     /// A source that reports `pages`, records its calls, and fails the call named `fails`.
     struct ScriptedSource {
@@ -322,7 +323,7 @@ mod tests {
         let mut unsent = PageSet::new(200);
         unsent.insert_range(60..70);
         unsent.insert(199);
-        let log = Arc::new(Log::create(200 * crate::memory::LOG_PAGE).unwrap().0);
+        let log = Arc::new(Log::create(GuestAddress(200 * crate::memory::LOG_PAGE)).unwrap().0);
         let log: Box<dyn DirtySource> = Box::new(LogSource::new("disk", log));
         let union: Box<dyn DirtySource> = Box::new(UnionSource::default());
         for mut source in [log, union] {
@@ -360,13 +361,13 @@ mod tests {
 
     #[test]
     fn a_log_source_reports_the_marks_of_its_log() {
-        let log = Arc::new(Log::create(1 << 30).unwrap().0);
+        let log = Arc::new(Log::create(GuestAddress(1 << 30)).unwrap().0);
         let mut source = LogSource::new("disk", Arc::clone(&log));
-        log.mark(4096, 1);
+        log.mark(GuestAddress(4096), 1);
         source.start().unwrap();
         let mut set = PageSet::default();
         assert_eq!(source.harvest(&mut set).unwrap().pages, 1, "marked before the start and kept");
-        log.mark(4096, 1);
+        log.mark(GuestAddress(4096), 1);
         assert_eq!(source.harvest_stopped(&mut set).unwrap(), Harvest { pages: 1, added: 0 });
         assert_eq!((source.name(), source.log().size()), ("disk", 32 << 10));
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::abi::vhost_user::Request;
-use crate::memory::MemoryError;
+use crate::memory::{GuestAddress, Iova, MemoryError};
 
 /// Error of a call on a [`Device`](super::Device).
 #[derive(Debug, thiserror::Error)]
@@ -104,10 +104,10 @@ pub enum FrontendError {
         reason: String,
     },
     /// A region has no file descriptor, so no device can map it.
-    #[error("the region at {gpa:#x} has no file descriptor. Create guest memory with Region::share (rule M1.1)")]
+    #[error("the region at {:#x} has no file descriptor. Create guest memory with Region::share (rule M1.1)", gpa.0)]
     NotShared {
         /// Guest-physical address of the region.
-        gpa: u64,
+        gpa: GuestAddress,
     },
     /// Requests are outstanding, and the restarted back-end has no record of them.
     #[error(
@@ -138,7 +138,7 @@ pub enum FrontendError {
     #[error("address {iova:#x} of a running ring has no translation. Stop the ring, or reset the device (rule T1.8)")]
     Untranslated {
         /// I/O virtual address.
-        iova: u64,
+        iova: Iova,
     },
     /// The transfer of the device state failed.
     #[error("cannot {operation} the device state ({})", state_advice(source.kind()))]

@@ -1,7 +1,7 @@
 //! The VMM's interface for a device with VIRTIO_F_ACCESS_PLATFORM (rule T1.1).
 #![forbid(unsafe_code)]
 
-use crate::memory::Access;
+use crate::memory::{Access, GuestAddress, Iova};
 
 /// The IOMMU of a VMM, queried for translations by the device behind it.
 ///
@@ -15,18 +15,18 @@ pub trait Iommu: Send + Sync {
     ///
     /// The device's threads call it for each address without a known translation, and during a reconnection. It must
     /// not call the device or wait for a thread that does.
-    fn translate(&self, iova: u64, access: Access) -> Option<Mapping>;
+    fn translate(&self, iova: Iova, access: Access) -> Option<Mapping>;
 }
 
 /// A range of I/O virtual addresses that is contiguous in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
     /// First I/O virtual address. The range contains the requested address.
-    pub iova: u64,
+    pub iova: Iova,
     /// Size in bytes.
     pub size: u64,
     /// Guest-physical address of the first byte.
-    pub gpa: u64,
+    pub gpa: GuestAddress,
     /// Accesses that the device may make.
     pub permission: Access,
 }

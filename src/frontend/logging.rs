@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Device, FrontendError, counters};
 use crate::dirty::{DirtyError, DirtySource, Harvest, Log, PageSet};
+use crate::memory::GuestAddress;
 
 /// A device shared between threads, none of which is on a data path.
 pub trait SharedDevice: Send {
@@ -36,14 +37,18 @@ impl SharedDevice for Arc<Mutex<Box<dyn Device>>> {
 pub struct DeviceDirtySource {
     device: Box<dyn SharedDevice>,
     name: String,
-    memory_end: u64,
+    memory_end: GuestAddress,
     log: Option<(Arc<Log>, OwnedFd)>,
 }
 
 impl DeviceDirtySource {
     /// Creates the source for `device`, named `name` in reports, whose guest memory ends at `memory_end`. Logging
     /// begins with [`start`](DirtySource::start).
-    pub fn new(device: impl SharedDevice + 'static, name: impl Into<String>, memory_end: u64) -> DeviceDirtySource {
+    pub fn new(
+        device: impl SharedDevice + 'static,
+        name: impl Into<String>,
+        memory_end: GuestAddress,
+    ) -> DeviceDirtySource {
         DeviceDirtySource { device: Box::new(device), name: name.into(), memory_end, log: None }
     }
 

@@ -64,7 +64,7 @@ use serde::{Deserialize, Serialize};
 use crate::abi::vhost_user::{BackendRequest, DiskGeneration};
 use crate::abi::virtio::VirtioFeatures;
 use crate::dirty::Log;
-use crate::memory::Memory;
+use crate::memory::{GuestAddress, Iova, Memory};
 use crate::ring::RingBase;
 
 /// Parameters of a ring to be started. Addresses are guest-physical, or I/O virtual if ACCESS_PLATFORM was acknowledged
@@ -74,11 +74,11 @@ pub struct RingSetup {
     /// Number of entries.
     pub size: u16,
     /// Descriptor table (packed: the descriptor ring).
-    pub desc: u64,
+    pub desc: GuestAddress,
     /// Available ring (packed: the driver's event area).
-    pub avail: u64,
+    pub avail: GuestAddress,
     /// Used ring (packed: the device's event area). While logging is on, writes to it are logged at this address.
-    pub used: u64,
+    pub used: GuestAddress,
     /// Eventfd that the driver writes when buffers are available.
     pub kick: Arc<OwnedFd>,
     /// Eventfd that the device writes when buffers were used.
@@ -101,7 +101,7 @@ pub enum DeviceEvent {
     RingBroken(u16),
     /// The device may not access this I/O virtual address as requested: the [`Iommu`] has no mapping, or one with less
     /// permission. The ring that needed it is stalled (rule T1.4).
-    AccessFailed(u64),
+    AccessFailed(Iova),
     /// The device offered a host notifier for this ring, which was refused (rule B4.2).
     HostNotifierRefused(u16),
     /// The device sent an unknown request, which was refused.

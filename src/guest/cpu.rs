@@ -12,7 +12,7 @@ use super::error::{ByteLocation, GuestError};
 use super::layout::Area;
 use super::pattern::{PAGE_WORDS, Pattern, mix};
 use super::state::CpuState;
-use crate::memory::Memory;
+use crate::memory::{Address, GuestAddress, Memory};
 
 pub(super) struct Cpu {
     memory: Memory,
@@ -50,7 +50,7 @@ impl Cpu {
         let pages = self.area.pages();
         let gpa = self.area.page(self.permutation.page(self.steps % pages));
         let mut page = [0; PAGE_WORDS];
-        self.pattern.fill(gpa, (self.steps / pages).wrapping_add(1), &mut page);
+        self.pattern.fill(gpa.0, (self.steps / pages).wrapping_add(1), &mut page);
         self.memory.write(gpa, page.as_bytes())?;
         self.steps = self.steps.wrapping_add(1);
         self.counter.store(self.steps, Ordering::Relaxed);
@@ -81,16 +81,22 @@ impl Cpu {
 pub(super) fn fill(memory: &Memory, pattern: &Pattern, area: &Area) -> Result<(), GuestError> {
     let mut page = [0; PAGE_WORDS];
     area.iter().try_for_each(|gpa| {
-        pattern.fill(gpa, 0, &mut page);
+        pattern.fill(gpa.0, 0, &mut page);
         Ok(memory.write(gpa, page.as_bytes())?)
     })
 }
 
 /// Checks the page at `gpa`. A `blank` page is zero at version 0.
-pub(super) fn check(memory: &Memory, pattern: &Pattern, gpa: u64, version: u64, blank: bool) -> Result<(), GuestError> {
+pub(super) fn check(
+    memory: &Memory,
+    pattern: &Pattern,
+    gpa: GuestAddress,
+    version: u64,
+    blank: bool,
+) -> Result<(), GuestError> {
     let mut page = [0; PAGE_WORDS];
     memory.read(gpa, page.as_mut_bytes())?;
-    Ok(pattern.check(gpa, version, blank, &page, |offset| ByteLocation::Memory(gpa + offset))?)
+    Ok(pattern.check(gpa.0, version, blank, &page, |offset| ByteLocation::Memory(gpa.unchecked_add(offset)))?)
 }
 
 /// A permutation of `0..pages`, of the form `a * turn + b`.

@@ -551,11 +551,14 @@ fn watch(disk: &Disk, stop: &StopEvent) -> Result<(), GuestError> {
 mod tests {
     use super::*;
     use crate::abi::virtio::VirtioFeatures;
+    use crate::memory::GuestAddress;
 
     /// The back-end has every descriptor of a queue too.
     #[test]
     fn doorbells_made_blocking_by_the_back_end_do_not_block_the_guest() {
-        let doorbells = QueueDoorbells::new(RingLayout::new(VirtioFeatures::empty(), 64, 0, 0x1000, 0x2000)).unwrap();
+        let doorbells =
+            QueueDoorbells::new(RingLayout::new(VirtioFeatures::empty(), 64, [0, 0x1000, 0x2000].map(GuestAddress)))
+                .unwrap();
         for fd in [&doorbells.kick, &doorbells.call, &doorbells.error] {
             nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).unwrap();
         }

@@ -18,7 +18,7 @@ use crate::abi::virtio::{
     BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
 };
-use crate::memory::Memory;
+use crate::memory::{Address, GuestAddress, Memory};
 use crate::ring::{Buffer, DriverRing, RingError};
 
 /// Sizes of requests in sectors. Half of all requests have 4 KiB.
@@ -302,9 +302,9 @@ impl Driver {
     /// Checks all buffers that still hold data of a read.
     pub(super) fn verify_retained(&self) -> Result<(), GuestError> {
         let slots = self.slots.iter().zip(&self.layout.slots);
-        slots
-            .filter_map(|(state, layout)| Some((state.retained.as_ref()?, layout)))
-            .try_for_each(|(held, layout)| self.check(layout.data + held.offset, held.sector, &held.versions))
+        slots.filter_map(|(state, layout)| Some((state.retained.as_ref()?, layout))).try_for_each(|(held, layout)| {
+            self.check(layout.data.unchecked_add(held.offset), held.sector, &held.versions)
+        })
     }
 
     /// Chooses a random range that no outstanding request overlaps.
@@ -333,7 +333,7 @@ impl Driver {
     fn add(&mut self, slot: usize, kind: RequestKind, sector: u64, sectors: u64) -> Result<(), GuestError> {
         let Some(&SlotLayout { header, table, status, data }) = self.layout.slots.get(slot) else { return Ok(()) };
         if let Some(held) = self.slots.get_mut(slot).and_then(|state| state.retained.take()) {
-            self.check(data + held.offset, held.sector, &held.versions)?;
+            self.check(data.unchecked_add(held.offset), held.sector, &held.versions)?;
         }
         let bytes = sectors * SECTOR_BYTES;
         let offset = self.random.below((BUFFER_BYTES - bytes) / SECTOR_BYTES + 1) * SECTOR_BYTES;
@@ -348,12 +348,12 @@ impl Driver {
         self.memory.write(header, head.as_bytes())?;
         self.memory.write(status, &[NO_STATUS])?;
         if kind == RequestKind::Write {
-            self.write_sectors(data + offset, sector, sectors)?;
+            self.write_sectors(data.unchecked_add(offset), sector, sectors)?;
         }
         let mut readable = vec![Buffer { gpa: header, len: 16 }];
         let mut writable = Vec::new();
         let side = if kind == RequestKind::Read { &mut writable } else { &mut readable };
-        self.split(data + offset, bytes, side);
+        self.split(data.unchecked_add(offset), bytes, side);
         writable.push(Buffer { gpa: status, len: 1 });
         let indirect = self.geometry.features.contains(VIRTIO_RING_F_INDIRECT_DESC) && self.random.below(2) == 0;
         let added = self.ring.add(&readable, &writable, indirect.then_some(table));
@@ -371,26 +371,26 @@ impl Driver {
     }
 
     /// Divides `bytes` at `gpa` into one to four segments.
-    fn split(&mut self, mut gpa: u64, mut bytes: u64, out: &mut Vec<Buffer>) {
+    fn split(&mut self, mut gpa: GuestAddress, mut bytes: u64, out: &mut Vec<Buffer>) {
         let most = u64::from(self.geometry.segments.clamp(1, u32::from(MAX_CHAIN) - 2));
         let mut parts = 1 + self.random.below(most);
         while bytes > 0 {
             parts -= 1;
             let here = if parts == 0 { bytes } else { (1 + self.random.below(bytes / SECTOR_BYTES)) * SECTOR_BYTES };
             out.push(Buffer { gpa, len: here as u32 });
-            (gpa, bytes) = (gpa + here, bytes - here);
+            (gpa, bytes) = (gpa.unchecked_add(here), bytes - here);
         }
     }
 
     /// Assigns sectors a new version and writes their contents to `gpa`.
-    fn write_sectors(&mut self, gpa: u64, sector: u64, sectors: u64) -> Result<(), GuestError> {
+    fn write_sectors(&mut self, gpa: GuestAddress, sector: u64, sectors: u64) -> Result<(), GuestError> {
         let version = self.next_version;
         // Wraps after 2^32 - 1 writes; 0 stays "never written".
         self.next_version = self.next_version.checked_add(1).unwrap_or(1);
         let mut words = [0; SECTOR_WORDS];
         for at in 0..sectors {
             self.pattern.fill(self.disk_offset(sector + at), version.into(), &mut words);
-            self.memory.write(gpa + at * SECTOR_BYTES, words.as_bytes())?;
+            self.memory.write(gpa.unchecked_add(at * SECTOR_BYTES), words.as_bytes())?;
             if let Some(known) = self.versions.get_mut((sector + at) as usize) {
                 *known = version;
             }
@@ -419,7 +419,7 @@ impl Driver {
         }
         let range = request.sector as usize..request.sector as usize + sectors as usize;
         let versions = self.versions.get(range).unwrap_or_default().to_vec();
-        let gpa = layout.data + request.offset;
+        let gpa = layout.data.unchecked_add(request.offset);
         if self.prior.is_some() {
             return self.record_contents(gpa, request.sector, sectors);
         }
@@ -431,10 +431,10 @@ impl Driver {
     }
 
     /// Records the contents of the sectors from `sector` on, which were read to `gpa`.
-    fn record_contents(&mut self, gpa: u64, sector: u64, sectors: u32) -> Result<(), GuestError> {
+    fn record_contents(&mut self, gpa: GuestAddress, sector: u64, sectors: u32) -> Result<(), GuestError> {
         let mut words = [0; SECTOR_WORDS];
         for at in 0..sectors.into() {
-            self.memory.read(gpa + at * SECTOR_BYTES, words.as_mut_bytes())?;
+            self.memory.read(gpa.unchecked_add(at * SECTOR_BYTES), words.as_mut_bytes())?;
             let own = self.pattern.has_written(self.disk_offset(sector + at), &words);
             let Some(survey) = self.prior.as_mut().filter(|_| words != [0; SECTOR_WORDS]) else { continue };
             match own {
@@ -446,15 +446,15 @@ impl Driver {
     }
 
     /// Checks that the sectors at `gpa` have these versions.
-    fn check(&self, gpa: u64, sector: u64, versions: &[u32]) -> Result<(), GuestError> {
+    fn check(&self, gpa: GuestAddress, sector: u64, versions: &[u32]) -> Result<(), GuestError> {
         let mut words = [0; SECTOR_WORDS];
         for (at, &version) in (0..).zip(versions) {
             if version == 0 && !self.zero_initialized {
                 continue;
             }
-            let (gpa, offset) = (gpa + at * SECTOR_BYTES, self.disk_offset(sector + at));
+            let (gpa, offset) = (gpa.unchecked_add(at * SECTOR_BYTES), self.disk_offset(sector + at));
             self.memory.read(gpa, words.as_mut_bytes())?;
-            let place = |byte| ByteLocation::Buffer(gpa + byte, offset + byte);
+            let place = |byte| ByteLocation::Buffer(gpa.unchecked_add(byte), offset + byte);
             self.pattern.check(offset, version.into(), self.zero_initialized, &words, place)?;
         }
         Ok(())

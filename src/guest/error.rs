@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::frontend::FrontendError;
-use crate::memory::MemoryError;
+use crate::memory::{GuestAddress, MemoryError};
 use crate::ring::RingError;
 
 /// An error that prevents a guest from running.
@@ -134,17 +134,17 @@ impl GuestError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ByteLocation {
     /// Guest-physical address of memory written by CPUs.
-    Memory(u64),
+    Memory(GuestAddress),
     /// Guest-physical address of a read buffer, and the byte offset on the disk.
-    Buffer(u64, u64),
+    Buffer(GuestAddress, u64),
 }
 
 impl fmt::Display for ByteLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            ByteLocation::Memory(gpa) => write!(f, "guest memory at {gpa:#x}"),
+            ByteLocation::Memory(gpa) => write!(f, "guest memory at {:#x}", gpa.0),
             ByteLocation::Buffer(gpa, offset) => {
-                write!(f, "disk offset {offset:#x}, as read to guest memory at {gpa:#x}")
+                write!(f, "disk offset {offset:#x}, as read to guest memory at {:#x}", gpa.0)
             }
         }
     }

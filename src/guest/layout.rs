@@ -5,7 +5,7 @@
 
 use super::error::GuestError;
 use crate::abi::virtio::{VIRTIO_F_RING_PACKED, VirtioFeatures};
-use crate::memory::LOG_PAGE;
+use crate::memory::{Address, GuestAddress, LOG_PAGE};
 use crate::ring::RingLayout;
 
 /// Start of the second region.
@@ -121,10 +121,10 @@ impl GuestConfig {
     }
 
     /// Returns guest-physical address and size of each region, bytes.
-    pub fn regions(&self) -> Vec<(u64, u64)> {
+    pub fn regions(&self) -> Vec<(GuestAddress, u64)> {
         let low = self.memory.saturating_sub(self.high).min(LOW_MEMORY_END);
         let both = [(0, low), (HIGH_MEMORY_START, self.memory.saturating_sub(low))];
-        both.into_iter().filter(|(_, size)| *size > 0).collect()
+        both.into_iter().filter(|(_, size)| *size > 0).map(|(gpa, size)| (GuestAddress(gpa), size)).collect()
     }
 
     setters! {
@@ -154,7 +154,7 @@ impl GuestConfig {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Area {
     /// Guest-physical address and pages of each piece.
-    pieces: Vec<(u64, u64)>,
+    pieces: Vec<(GuestAddress, u64)>,
 }
 
 impl Area {
@@ -163,18 +163,18 @@ impl Area {
     }
 
     /// Returns the guest-physical address of page `index`, counted across all pieces.
-    pub(super) fn page(&self, mut index: u64) -> u64 {
+    pub(super) fn page(&self, mut index: u64) -> GuestAddress {
         for (gpa, pages) in &self.pieces {
             match index.checked_sub(*pages) {
                 Some(rest) => index = rest,
-                None => return gpa + index * LOG_PAGE,
+                None => return gpa.unchecked_add(index * LOG_PAGE),
             }
         }
-        0
+        GuestAddress(0)
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = u64> {
-        self.pieces.iter().flat_map(|(gpa, pages)| (0..*pages).map(move |page| gpa + page * LOG_PAGE))
+    pub(super) fn iter(&self) -> impl Iterator<Item = GuestAddress> {
+        self.pieces.iter().flat_map(|(gpa, pages)| (0..*pages).map(move |page| gpa.unchecked_add(page * LOG_PAGE)))
     }
 }
 
@@ -188,10 +188,10 @@ pub(super) struct QueueLayout {
 /// Memory of one request slot.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SlotLayout {
-    pub(super) header: u64,
-    pub(super) table: u64,
-    pub(super) status: u64,
-    pub(super) data: u64,
+    pub(super) header: GuestAddress,
+    pub(super) table: GuestAddress,
+    pub(super) status: GuestAddress,
+    pub(super) data: GuestAddress,
 }
 
 /// Layout of a guest's memory.
@@ -273,12 +273,12 @@ fn too_little_memory(config: &GuestConfig) -> String {
 
 /// Unassigned memory: address and bytes left of each region.
 struct FreeMemory {
-    pieces: Vec<(u64, u64)>,
+    pieces: Vec<(GuestAddress, u64)>,
 }
 
 impl FreeMemory {
     /// Allocates whole pages for `bytes` from the region `prefer` (modulo their number), or from another.
-    fn take(&mut self, prefer: usize, bytes: u64) -> Option<u64> {
+    fn take(&mut self, prefer: usize, bytes: u64) -> Option<GuestAddress> {
         let bytes = bytes.next_multiple_of(LOG_PAGE);
         let regions = self.pieces.len();
         let from = (0..regions).map(|other| (prefer + other) % regions);
@@ -287,7 +287,7 @@ impl FreeMemory {
                 && *left >= bytes
             {
                 let taken = *gpa;
-                (*gpa, *left) = (*gpa + bytes, *left - bytes);
+                (*gpa, *left) = (gpa.unchecked_add(bytes), *left - bytes);
                 return Some(taken);
             }
         }
@@ -309,7 +309,7 @@ impl FreeMemory {
             if part > 0 {
                 area.pieces.push((*gpa, part));
             }
-            (*gpa, *left) = (*gpa + part * LOG_PAGE, *left - part * LOG_PAGE);
+            (*gpa, *left) = (gpa.unchecked_add(part * LOG_PAGE), *left - part * LOG_PAGE);
         }
         Some(area)
     }
@@ -317,18 +317,22 @@ impl FreeMemory {
     fn queue(&mut self, queue: usize, config: &GuestConfig) -> Option<QueueLayout> {
         let features = config.ring_features();
         let [desc, driver, device] = RingLayout::area_bytes(features, config.queue_size);
-        let (desc, driver, device) =
-            (self.take(queue, desc)?, self.take(queue, driver)?, self.take(queue + 1, device)?);
-        let ring = RingLayout::new(features, config.queue_size, desc, driver, device);
+        let areas = [self.take(queue, desc)?, self.take(queue, driver)?, self.take(queue + 1, device)?];
+        let ring = RingLayout::new(features, config.queue_size, areas);
         // Twice the queue depth, so that read data stays for a while and is checked again.
         let slots = 2 * u64::from(config.depth);
         let (header, table) = (16, 16 * u64::from(MAX_CHAIN));
         let heads = self.take(queue + 1, slots * (header + table))?;
         let statuses = self.take(queue, slots)?;
         let slot = |slot: u64| {
-            let head = heads + slot * (header + table);
+            let head = heads.unchecked_add(slot * (header + table));
             let data = self.take(queue + slot as usize, BUFFER_BYTES)?;
-            Some(SlotLayout { table: head, header: head + table, status: statuses + slot, data })
+            Some(SlotLayout {
+                table: head,
+                header: head.unchecked_add(table),
+                status: statuses.unchecked_add(slot),
+                data,
+            })
         };
         Some(QueueLayout { ring, slots: (0..slots).map(slot).collect::<Option<_>>()? })
     }
@@ -342,10 +346,10 @@ mod tests {
     fn a_layout_uses_every_page_once_and_all_regions() {
         let config = GuestConfig { cpus: 3, disks: 2, ..GuestConfig::new(64 << 20) };
         let layout = GuestLayout::new(&config).unwrap();
-        let mut pages: Vec<u64> = Vec::new();
+        let mut pages: Vec<GuestAddress> = Vec::new();
         for area in layout.cpus.iter().chain([&layout.cold, &layout.zero]) {
             assert!(
-                area.iter().any(|gpa| gpa < HIGH_MEMORY_START) && area.iter().any(|gpa| gpa >= HIGH_MEMORY_START),
+                area.iter().any(|gpa| gpa.0 < HIGH_MEMORY_START) && area.iter().any(|gpa| gpa.0 >= HIGH_MEMORY_START),
                 "{area:x?}"
             );
             assert!((0..area.pages()).map(|index| area.page(index)).eq(area.iter()));
@@ -353,7 +357,9 @@ mod tests {
         }
         for queue in &layout.queues {
             pages.extend(queue.ring.areas());
-            pages.extend(queue.slots.iter().flat_map(|slot| (0..16).map(|page| slot.data + page * LOG_PAGE)));
+            pages.extend(
+                queue.slots.iter().flat_map(|slot| (0..16).map(|page| slot.data.unchecked_add(page * LOG_PAGE))),
+            );
             pages.push(queue.slots[0].status);
             pages.push(queue.slots[0].table);
         }
@@ -363,7 +369,10 @@ mod tests {
         assert_eq!(pages.len(), all, "some page has two purposes");
         let known: u64 = config.regions().iter().map(|(_, size)| size / LOG_PAGE).sum();
         assert!((all as u64) < known && known - (all as u64) < 16, "{all} of {known} pages");
-        assert!(pages.iter().all(|gpa| config.regions().iter().any(|(at, size)| (*at..at + size).contains(gpa))));
+        let in_region = |gpa: &GuestAddress, (start, size): &(GuestAddress, u64)| {
+            gpa.checked_offset_from(*start).is_some_and(|offset| offset < *size)
+        };
+        assert!(pages.iter().all(|gpa| config.regions().iter().any(|region| in_region(gpa, region))));
     }
 
     #[test]
@@ -396,8 +405,8 @@ mod tests {
     #[test]
     fn memory_beyond_3_gib_lies_above_4_gib() {
         let config = GuestConfig { high: 0, ..GuestConfig::new(5 << 30) };
-        assert_eq!(config.regions(), [(0, 3 << 30), (4 << 30, 2 << 30)]);
+        assert_eq!(config.regions(), [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 2 << 30)]);
         let config = GuestConfig { high: 0, ..GuestConfig::new(1 << 30) };
-        assert_eq!(config.regions(), [(0, 1 << 30)]);
+        assert_eq!(config.regions(), [(GuestAddress(0), 1 << 30)]);
     }
 }

@@ -75,7 +75,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::abi::virtio::SECTOR_BYTES;
 use crate::frontend::{Device, DeviceDirtySource, FrontendError, Interrupt};
-use crate::memory::{ExtentFinder, LOG_PAGE, Memory, Region, sealed_memfd};
+use crate::memory::{ExtentFinder, GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
 use crate::ring::RingBase;
 use cpu::Cpu;
 use disk::{Disk, Reconnector};
@@ -152,7 +152,10 @@ pub struct Verified {
 ///
 /// # Errors
 /// Errors of the system, and overlapping regions.
-pub fn make_memory(regions: impl IntoIterator<Item = (u64, u64)>, prefault: bool) -> Result<Memory, GuestError> {
+pub fn make_memory(
+    regions: impl IntoIterator<Item = (GuestAddress, u64)>,
+    prefault: bool,
+) -> Result<Memory, GuestError> {
     let make = |(gpa, size)| {
         let fd = sealed_memfd("guest-memory", size).map_err(GuestError::system("make guest memory"))?;
         if prefault {
@@ -664,7 +667,7 @@ impl Guest {
                 // A hole is zero; reading it would allocate it.
                 let mut extents = ExtentFinder::new();
                 pages.map(|page| area.page(page)).try_for_each(|gpa| {
-                    let right = blank && extents.is_hole(memory, gpa / LOG_PAGE);
+                    let right = blank && extents.is_hole(memory, gpa.0 / LOG_PAGE);
                     if right { Ok(()) } else { cpu::check(memory, pattern, gpa, 0, blank) }
                 })
             })?;
@@ -697,8 +700,8 @@ impl Drop for Guest {
 }
 
 /// Formats regions by guest-physical address and size.
-fn describe_regions(regions: &[(u64, u64)]) -> String {
-    let regions: Vec<_> = regions.iter().map(|(gpa, size)| format!("{size:#x} bytes at {gpa:#x}")).collect();
+fn describe_regions(regions: &[(GuestAddress, u64)]) -> String {
+    let regions: Vec<_> = regions.iter().map(|(gpa, size)| format!("{size:#x} bytes at {:#x}", gpa.0)).collect();
     regions.join(", ")
 }
 

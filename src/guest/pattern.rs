@@ -122,20 +122,25 @@ impl Random {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::GuestAddress;
 
     const PATTERN: Pattern = Pattern { seed: 7, repeated: 4 };
+
+    fn place(offset: u64) -> ByteLocation {
+        ByteLocation::Memory(GuestAddress(offset))
+    }
 
     #[test]
     fn every_flipped_byte_is_found_and_located() {
         let mut page = [0; PAGE_WORDS];
         PATTERN.fill(0x5000, 3, &mut page);
-        PATTERN.check(0x5000, 3, false, &page, ByteLocation::Memory).unwrap();
+        PATTERN.check(0x5000, 3, false, &page, place).unwrap();
         for byte in 0..4096 {
             let mut bad = page;
             bad.as_mut_bytes()[byte] ^= 0x10;
-            let at = |offset| ByteLocation::Memory(0x5000 + offset);
+            let at = |offset| place(0x5000 + offset);
             let wrong = PATTERN.check(0x5000, 3, false, &bad, at).unwrap_err();
-            assert_eq!(wrong.location, ByteLocation::Memory(0x5000 + byte as u64));
+            assert_eq!(wrong.location, place(0x5000 + byte as u64));
             assert_eq!(wrong.expected ^ wrong.found, 0x10);
         }
     }
@@ -144,12 +149,12 @@ mod tests {
     fn a_stale_or_foreign_block_is_identified() {
         let mut page = [0; PAGE_WORDS];
         PATTERN.fill(0x5000, 2, &mut page);
-        let wrong = PATTERN.check(0x5000, 3, false, &page, ByteLocation::Memory).unwrap_err();
+        let wrong = PATTERN.check(0x5000, 3, false, &page, place).unwrap_err();
         assert!(wrong.to_string().contains("version 2 of 0x5000"), "{wrong}");
-        let zero = PATTERN.check(0x5000, 3, false, &[0; PAGE_WORDS], ByteLocation::Memory).unwrap_err();
+        let zero = PATTERN.check(0x5000, 3, false, &[0; PAGE_WORDS], place).unwrap_err();
         assert!(zero.to_string().contains("zero"), "{zero}");
         page[100] += 1;
-        let torn = PATTERN.check(0x5000, 2, false, &page, ByteLocation::Memory).unwrap_err();
+        let torn = PATTERN.check(0x5000, 2, false, &page, place).unwrap_err();
         assert!(torn.to_string().contains("mix"), "{torn}");
     }
 
@@ -167,8 +172,8 @@ mod tests {
 
     #[test]
     fn a_blank_block_is_zero_at_version_0() {
-        PATTERN.check(0x200, 0, true, &[0; SECTOR_WORDS], ByteLocation::Memory).unwrap();
-        assert!(PATTERN.check(0x200, 0, false, &[0; SECTOR_WORDS], ByteLocation::Memory).is_err());
-        assert!(PATTERN.check(0x200, 1, true, &[0; SECTOR_WORDS], ByteLocation::Memory).is_err());
+        PATTERN.check(0x200, 0, true, &[0; SECTOR_WORDS], place).unwrap();
+        assert!(PATTERN.check(0x200, 0, false, &[0; SECTOR_WORDS], place).is_err());
+        assert!(PATTERN.check(0x200, 1, true, &[0; SECTOR_WORDS], place).is_err());
     }
 }

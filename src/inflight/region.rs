@@ -12,7 +12,7 @@ use vm_memory::VolatileSlice;
 
 use crate::abi::inflight::{PackedHeader, packed_queue_bytes, split_queue_bytes};
 use crate::abi::virtio::MAX_QUEUE_SIZE;
-use crate::memory::{self, sealed_memfd};
+use crate::memory::{self, GuestAddress, UserAddress, sealed_memfd};
 use crate::ring::RingBase;
 
 use super::packed::{PackedInflight, PackedRecovery, recover_packed};
@@ -96,7 +96,7 @@ impl InflightRegion {
         if !offset.is_multiple_of(8) {
             return Err(InflightError::Misaligned { offset });
         }
-        let mapping = Arc::new(memory::Region::map(fd, 0, needed, 0, offset)?);
+        let mapping = Arc::new(memory::Region::map(fd, GuestAddress(0), needed, UserAddress(0), offset)?);
         Ok(InflightRegion { kind, mapping, queues, queue_size })
     }
 

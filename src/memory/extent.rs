@@ -12,7 +12,7 @@ use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, HUGETLBFS_MA
 use nix::sys::uio::pread;
 use nix::unistd::{Whence, lseek};
 
-use super::{LOG_PAGE, Memory, Region};
+use super::{GuestAddress, LOG_PAGE, Memory, Region};
 
 /// A range of bytes that begins at a given offset of a region and is all data or all hole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,7 +149,7 @@ impl ExtentFinder {
     /// data (false).
     pub fn first(&mut self, region: &Region, pages: &Range<u64>) -> (Range<u64>, bool) {
         if !self.last.contains(&pages.start) {
-            let extent = region.extent(pages.start * LOG_PAGE - region.gpa());
+            let extent = region.extent(pages.start * LOG_PAGE - region.gpa().0);
             // At least 1: a region may end inside a page, and `pages` are whole ones.
             let count = (extent.len / LOG_PAGE).max(1);
             (self.last, self.hole) = (pages.start..pages.start + count, extent.hole);
@@ -160,7 +160,7 @@ impl ExtentFinder {
     /// Returns true if `page` is a hole of `memory`.
     pub fn is_hole(&mut self, memory: &Memory, page: u64) -> bool {
         let pages = page..page + 1;
-        memory.region_at(page * LOG_PAGE).is_some_and(|region| self.first(region, &pages).1)
+        memory.region_at(GuestAddress(page * LOG_PAGE)).is_some_and(|(region, _)| self.first(region, &pages).1)
     }
 }
 
@@ -170,7 +170,8 @@ impl Memory {
     pub fn data(&self, mut each: impl FnMut(Range<u64>) -> bool) {
         let mut extents = ExtentFinder::new();
         for region in self.regions() {
-            let mut pages = region.gpa().div_ceil(LOG_PAGE)..(region.gpa() + region.size()) / LOG_PAGE;
+            let all = region.range();
+            let mut pages = all.start.div_ceil(LOG_PAGE)..all.end / LOG_PAGE;
             while !pages.is_empty() {
                 let (part, hole) = extents.first(region, &pages);
                 pages.start = part.end;
@@ -191,7 +192,7 @@ mod tests {
     use nix::sys::stat::fstat;
 
     use super::*;
-    use crate::memory::sealed_memfd;
+    use crate::memory::{UserAddress, sealed_memfd};
 
     const PAGES: u64 = 1024;
 
@@ -200,7 +201,8 @@ mod tests {
         let skip = if unaligned { 8 } else { 0 };
         let fd = sealed_memfd("extent-test", (PAGES + 1) * LOG_PAGE).unwrap();
         let half = PAGES / 2 * LOG_PAGE;
-        let share = |gpa, offset| Region::share(fd.try_clone().unwrap(), gpa, half, offset + skip).unwrap();
+        let share =
+            |gpa, offset| Region::share(fd.try_clone().unwrap(), GuestAddress(gpa), half, offset + skip).unwrap();
         let memory = Memory::new([share(0, 0), share(4 << 30, half)].map(Arc::new)).unwrap();
         (fd, memory)
     }
@@ -224,7 +226,7 @@ mod tests {
         let (fd, memory) = memory(false);
         assert_eq!(data(&memory), []);
         for page in [0, 3, 4, 511, HIGH, HIGH + 511] {
-            memory.write(page * LOG_PAGE + 77, &[1]).unwrap();
+            memory.write(GuestAddress(page * LOG_PAGE + 77), &[1]).unwrap();
         }
         assert_eq!(data(&memory), [0..1, 3..5, 511..512, HIGH..HIGH + 1, HIGH + 511..HIGH + 512]);
         assert_eq!(pages_of(&fd), 6);
@@ -244,16 +246,16 @@ mod tests {
     fn a_page_is_data_if_any_byte_of_it_is() {
         let (_, memory) = memory(true);
         // The last 8 bytes of the page are in the next page of the file, which the following page of memory shares.
-        memory.write(2 * LOG_PAGE - 8, &[1]).unwrap();
+        memory.write(GuestAddress(2 * LOG_PAGE - 8), &[1]).unwrap();
         assert_eq!(data(&memory), [1..3]);
-        memory.write(5 * LOG_PAGE, &[1]).unwrap();
+        memory.write(GuestAddress(5 * LOG_PAGE), &[1]).unwrap();
         assert_eq!(data(&memory), [1..3, 4..6]);
     }
 
     #[test]
     fn a_region_that_does_not_keep_its_file_is_all_data() {
         let fd = sealed_memfd("extent-test", PAGES * LOG_PAGE).unwrap();
-        let region = Region::map(fd.as_fd(), 0, PAGES * LOG_PAGE, 0, 0).unwrap();
+        let region = Region::map(fd.as_fd(), GuestAddress(0), PAGES * LOG_PAGE, UserAddress(0), 0).unwrap();
         assert_eq!(region.extent(LOG_PAGE), Extent { len: (PAGES - 1) * LOG_PAGE, hole: false });
         assert_eq!(HoleSearch::of(std::fs::File::open("/proc/self/maps").unwrap().as_fd()), HoleSearch::None);
     }
@@ -263,7 +265,7 @@ mod tests {
         let (fd, memory) = memory(false);
         let search = |from: u64| HoleSearch::Read.extent(fd.as_fd(), from..PAGES * LOG_PAGE);
         assert_eq!(search(0), Extent { len: 64 << 10, hole: true });
-        memory.write(20 * LOG_PAGE - 1, &[1]).unwrap();
+        memory.write(GuestAddress(20 * LOG_PAGE - 1), &[1]).unwrap();
         assert!(
             search(0).hole && !search(16 * LOG_PAGE).hole && !search(19 * LOG_PAGE).hole && search(20 * LOG_PAGE).hole
         );

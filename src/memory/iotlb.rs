@@ -9,7 +9,7 @@ use std::ops::Bound::{Excluded, Unbounded};
 use std::ops::RangeInclusive;
 use std::sync::{PoisonError, RwLock};
 
-use super::{Memory, MemoryError};
+use super::{GuestAddress, Iova, Memory, MemoryError, UserAddress};
 use crate::abi::vhost::{VHOST_ACCESS_RO, VHOST_ACCESS_RW, VHOST_ACCESS_WO};
 
 /// Maximum number of entries. The back-end asks again for an evicted translation.
@@ -40,13 +40,18 @@ impl Access {
     pub fn from_permission(permission: u8) -> Option<Access> {
         [Access::Read, Access::Write, Access::ReadWrite].into_iter().find(|access| access.permission() == permission)
     }
+
+    /// Returns true if this access as a permission permits `access`.
+    pub fn permits(self, access: Access) -> bool {
+        access.permission() & !self.permission() == 0
+    }
 }
 
 /// A missing translation, for which the front-end must be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IotlbMiss {
     /// The first I/O virtual address without a translation.
-    pub iova: u64,
+    pub iova: Iova,
     /// The access that was attempted.
     pub access: Access,
     /// True if there is a translation that does not permit this access.
@@ -73,11 +78,11 @@ pub enum IotlbError {
     #[error("translation of {size:#x} bytes at {iova:#x} to {user:#x}: the range is empty or wraps around (rule T2.2)")]
     Range {
         /// I/O virtual address.
-        iova: u64,
+        iova: Iova,
         /// Length, bytes.
         size: u64,
         /// Address of the front-end.
-        user: u64,
+        user: UserAddress,
     },
     /// The permission has unknown bits.
     #[error(
@@ -86,7 +91,7 @@ pub enum IotlbError {
     )]
     Permission {
         /// I/O virtual address.
-        iova: u64,
+        iova: Iova,
         /// Permission in the message.
         permission: u8,
     },
@@ -104,7 +109,7 @@ pub enum IotlbError {
 ///
 /// // The front-end permits reads of one page, which is at 0x8000 of the guest.
 /// let iotlb = Iotlb::default();
-/// iotlb.update(0xfff0_0000, 4096, user_addr + 0x8000, Access::Read.permission())?;
+/// iotlb.update(0xfff0_0000, 4096, user_addr + 0x8000, Some(Access::Read))?;
 ///
 /// let mut pieces = Vec::new();
 /// iotlb.translate(&memory, 0xfff0_0010, 16, Access::Read, |gpa, len| pieces.push((gpa, len)))?;
@@ -128,35 +133,44 @@ struct IotlbEntries {
 #[derive(Clone, Copy, Debug)]
 struct IotlbEntry {
     last: u64,
-    user: u64,
-    permission: u8,
+    user: UserAddress,
+    permitted: Option<Access>,
 }
 
 impl Iotlb {
     /// Adds the translation of `size` bytes at `iova` to `user` in the front-end, and replaces older translations of
-    /// these bytes (rule T2.3). A permission of 0 is kept too: with it a front-end denies every access.
+    /// these bytes (rule T2.3). A translation that permits no access is kept too: with it a front-end denies every
+    /// access.
     ///
     /// # Errors
-    /// [`IotlbError`] for an invalid range or permission. The cache is unchanged then.
-    pub fn update(&self, iova: u64, size: u64, user: u64, permission: u8) -> Result<(), IotlbError> {
-        if permission & !VHOST_ACCESS_RW != 0 {
-            return Err(IotlbError::Permission { iova, permission });
-        }
+    /// [`IotlbError::Range`] for an invalid range. The cache is unchanged then.
+    pub fn update(
+        &self,
+        iova: Iova,
+        size: u64,
+        user: UserAddress,
+        permitted: Option<Access>,
+    ) -> Result<(), IotlbError> {
         let bad = IotlbError::Range { iova, size, user };
         let Some(more) = size.checked_sub(1) else { return Err(bad) };
         let (Some(last), Some(_)) = (iova.checked_add(more), user.checked_add(more)) else { return Err(bad) };
         let mut cache = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        cache.remove(iova, last);
+        cache.remove(iova.0, last.0);
         while cache.entries.len() >= MAX_ENTRIES {
             cache.evict_one();
         }
-        cache.entries.insert(iova, IotlbEntry { last, user, permission });
+        cache.entries.insert(iova.0, IotlbEntry { last: last.0, user, permitted });
         Ok(())
     }
 
     /// Removes the translations of these addresses. It does not wait for accesses that use them already.
-    pub fn invalidate(&self, iovas: &RangeInclusive<u64>) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(*iovas.start(), *iovas.end());
+    pub fn invalidate(&self, iovas: &RangeInclusive<Iova>) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(iovas.start().0, iovas.end().0);
+    }
+
+    /// Removes all translations. It does not wait for accesses that use them already.
+    pub fn clear(&self) {
+        self.invalidate(&(Iova(0)..=Iova(u64::MAX)));
     }
 
     /// The number of translations.
@@ -178,26 +192,26 @@ impl Iotlb {
     pub fn translate(
         &self,
         memory: &Memory,
-        iova: u64,
+        iova: Iova,
         len: u64,
         access: Access,
-        mut each: impl FnMut(u64, u64),
+        mut each: impl FnMut(GuestAddress, u64),
     ) -> Result<(), TranslationError> {
         let cache = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let (mut at, mut left) = (iova, len);
+        let (mut at, mut left) = (iova.0, len);
         while left > 0 {
-            let missing = |denied| TranslationError::Missing(IotlbMiss { iova: at, access, denied });
+            let missing = |denied| TranslationError::Missing(IotlbMiss { iova: Iova(at), access, denied });
             let (start, entry) = cache.entry_at(at).ok_or(missing(false))?;
-            if access.permission() & !entry.permission != 0 {
+            if !entry.permitted.is_some_and(|permitted| permitted.permits(access)) {
                 return Err(missing(true));
             }
             let here = left.min((entry.last - at).saturating_add(1));
-            memory.pieces_of_user(entry.user + (at - start), here, &mut each)?;
+            memory.pieces_of_user(UserAddress(entry.user.0 + (at - start)), here, &mut each)?;
             left -= here;
             at = match at.checked_add(here) {
                 Some(next) => next,
                 None if left == 0 => break,
-                None => return Err(MemoryError::NotMapped { addr: iova, len, space: "I/O virtual" }.into()),
+                None => return Err(MemoryError::IovaWraps { iova, len }.into()),
             };
         }
         Ok(())
@@ -216,7 +230,7 @@ impl IotlbEntries {
         while let Some((&start, &entry)) = self.entries.range(..=last).next_back().filter(|(_, e)| e.last >= first) {
             self.entries.remove(&start);
             if entry.last > last {
-                let user = entry.user + (last + 1 - start);
+                let user = UserAddress(entry.user.0 + (last + 1 - start));
                 self.entries.insert(last + 1, IotlbEntry { user, ..entry });
             }
             if start < first {
@@ -241,12 +255,12 @@ impl IotlbEntries {
 ///
 /// # Errors
 /// [`IotlbError::Range`] for an empty range elsewhere and for one that wraps around.
-pub fn invalidated(iova: u64, size: u64) -> Result<RangeInclusive<u64>, IotlbError> {
+pub fn invalidated(iova: Iova, size: u64) -> Result<RangeInclusive<Iova>, IotlbError> {
     match (iova, size) {
-        (0, 0) => Ok(0..=u64::MAX),
+        (Iova(0), 0) => Ok(Iova(0)..=Iova(u64::MAX)),
         _ => {
             let last = size.checked_sub(1).and_then(|more| iova.checked_add(more));
-            last.map(|last| iova..=last).ok_or(IotlbError::Range { iova, size, user: 0 })
+            last.map(|last| iova..=last).ok_or(IotlbError::Range { iova, size, user: UserAddress(0) })
         }
     }
 }
@@ -263,13 +277,20 @@ mod tests {
     /// Two regions that are adjacent in the front-end's address space and far apart in the guest's.
     fn memory() -> Memory {
         let fd = sealed_memfd("iotlb-test", 0x8000).unwrap();
-        let map = |gpa, user, offset| Arc::new(Region::map(fd.as_fd(), gpa, 0x4000, user, offset).unwrap());
+        let map = |gpa, user, offset| {
+            Arc::new(Region::map(fd.as_fd(), GuestAddress(gpa), 0x4000, UserAddress(user), offset).unwrap())
+        };
         Memory::new([map(0x10_0000, USER, 0), map(0x90_0000, USER + 0x4000, 0x4000)]).unwrap()
+    }
+
+    /// Adds a translation with the permission bits of a message.
+    fn update(iotlb: &Iotlb, iova: u64, size: u64, user: u64, permission: u8) -> Result<(), IotlbError> {
+        iotlb.update(Iova(iova), size, UserAddress(user), Access::from_permission(permission))
     }
 
     fn found(iotlb: &Iotlb, iova: u64, len: u64, access: Access) -> Result<Vec<(u64, u64)>, IotlbMiss> {
         let mut pieces = Vec::new();
-        match iotlb.translate(&memory(), iova, len, access, |gpa, len| pieces.push((gpa, len))) {
+        match iotlb.translate(&memory(), Iova(iova), len, access, |gpa, len| pieces.push((gpa.0, len))) {
             Ok(()) => Ok(pieces),
             Err(TranslationError::Missing(miss)) => Err(miss),
             Err(error) => panic!("{error}"),
@@ -279,24 +300,24 @@ mod tests {
     #[test]
     fn a_range_is_split_at_the_ends_of_translations_and_regions() {
         let iotlb = Iotlb::default();
-        iotlb.update(0x1000, 0x1000, USER + 0x2000, 3).unwrap();
-        iotlb.update(0x2000, 0x2000, USER + 0x3000, 3).unwrap();
+        update(&iotlb, 0x1000, 0x1000, USER + 0x2000, 3).unwrap();
+        update(&iotlb, 0x2000, 0x2000, USER + 0x3000, 3).unwrap();
         let pieces = found(&iotlb, 0x1800, 0x1900, Access::Write).unwrap();
         assert_eq!(pieces, [(0x10_2800, 0x800), (0x10_3000, 0x1000), (0x90_0000, 0x100)]);
         let miss = found(&iotlb, 0x3f00, 0x101, Access::Read).unwrap_err();
-        assert_eq!(miss, IotlbMiss { iova: 0x4000, access: Access::Read, denied: false });
+        assert_eq!(miss, IotlbMiss { iova: Iova(0x4000), access: Access::Read, denied: false });
     }
 
     #[test]
     fn an_access_needs_its_permission() {
         let iotlb = Iotlb::default();
         for (permission, read, write) in [(0, false, false), (1, true, false), (2, false, true), (3, true, true)] {
-            iotlb.update(0, 0x1000, USER, permission).unwrap();
+            update(&iotlb, 0, 0x1000, USER, permission).unwrap();
             assert_eq!(found(&iotlb, 0, 1, Access::Read).is_ok(), read, "{permission}");
             assert_eq!(found(&iotlb, 0, 1, Access::Write).is_ok(), write, "{permission}");
             assert_eq!(found(&iotlb, 0, 1, Access::ReadWrite).is_ok(), read && write, "{permission}");
         }
-        iotlb.update(0, 0x1000, USER, 1).unwrap();
+        update(&iotlb, 0, 0x1000, USER, 1).unwrap();
         assert!(found(&iotlb, 0, 1, Access::Write).unwrap_err().denied);
     }
 
@@ -304,18 +325,18 @@ mod tests {
     #[test]
     fn an_invalidation_removes_its_addresses_and_no_others() {
         let iotlb = Iotlb::default();
-        iotlb.update(0x1000, 0x4000, USER, 3).unwrap();
-        iotlb.invalidate(&(0x2000..=0x2fff));
+        update(&iotlb, 0x1000, 0x4000, USER, 3).unwrap();
+        iotlb.invalidate(&(Iova(0x2000)..=Iova(0x2fff)));
         assert_eq!(found(&iotlb, 0x1000, 0x1000, Access::Read).unwrap(), [(0x10_0000, 0x1000)]);
-        assert_eq!(found(&iotlb, 0x2fff, 1, Access::Read).unwrap_err().iova, 0x2fff);
+        assert_eq!(found(&iotlb, 0x2fff, 1, Access::Read).unwrap_err().iova, Iova(0x2fff));
         assert_eq!(found(&iotlb, 0x3000, 0x2000, Access::Read).unwrap(), [(0x10_2000, 0x2000)]);
-        iotlb.update(0x1800, 0x2000, USER + 0x100, 3).unwrap();
+        update(&iotlb, 0x1800, 0x2000, USER + 0x100, 3).unwrap();
         assert_eq!(
             found(&iotlb, 0x1000, 0x4000, Access::Read).unwrap(),
             [(0x10_0000, 0x800), (0x10_0100, 0x2000), (0x10_2800, 0x1800)],
             "a new translation replaces the old one"
         );
-        iotlb.invalidate(&(0..=u64::MAX));
+        iotlb.clear();
         assert!(iotlb.is_empty());
     }
 
@@ -325,14 +346,14 @@ mod tests {
         let iotlb = Iotlb::default();
         for number in 0..200_000u64 {
             let iova = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) << 12;
-            iotlb.update(iova, 0x1000, USER, 3).unwrap();
+            update(&iotlb, iova, 0x1000, USER, 3).unwrap();
             assert!(found(&iotlb, iova, 1, Access::Read).is_ok());
         }
         assert!((MAX_ENTRIES / 2..=MAX_ENTRIES + 1).contains(&iotlb.len()), "{}", iotlb.len());
         // One entry that updates split into many.
-        iotlb.invalidate(&(0..=u64::MAX));
-        iotlb.update(0, 1 << 40, USER, 3).unwrap();
-        (0..200_000u64).for_each(|page| iotlb.update(page << 13, 0x1000, USER, 3).unwrap());
+        iotlb.clear();
+        update(&iotlb, 0, 1 << 40, USER, 3).unwrap();
+        (0..200_000u64).for_each(|page| update(&iotlb, page << 13, 0x1000, USER, 3).unwrap());
         assert!(iotlb.len() <= MAX_ENTRIES + 1, "{}", iotlb.len());
     }
 
@@ -340,23 +361,26 @@ mod tests {
     fn an_invalid_translation_is_refused() {
         let iotlb = Iotlb::default();
         for (iova, size, user) in [(0x1000, 0, USER), (u64::MAX, 2, USER), (0, 2, u64::MAX), (1, u64::MAX, USER)] {
-            assert!(matches!(iotlb.update(iova, size, user, 3), Err(IotlbError::Range { .. })), "{iova:#x} {size:#x}");
+            assert!(
+                matches!(update(&iotlb, iova, size, user, 3), Err(IotlbError::Range { .. })),
+                "{iova:#x} {size:#x}"
+            );
         }
-        assert!(matches!(iotlb.update(0, 1, USER, 4), Err(IotlbError::Permission { permission: 4, .. })));
+        assert_eq!(Access::from_permission(4), None);
         assert!(iotlb.is_empty());
-        iotlb.update(u64::MAX, 1, USER, 3).unwrap();
+        update(&iotlb, u64::MAX, 1, USER, 3).unwrap();
         assert_eq!(found(&iotlb, u64::MAX, 1, Access::Read).unwrap(), [(0x10_0000, 1)]);
-        assert!(iotlb.translate(&memory(), u64::MAX, 2, Access::Read, |_, _| {}).is_err());
-        assert_eq!(invalidated(0, 0).unwrap(), 0..=u64::MAX);
-        assert_eq!(invalidated(u64::MAX, 1).unwrap(), u64::MAX..=u64::MAX);
-        assert!(invalidated(4096, 0).is_err() && invalidated(2, u64::MAX).is_err());
+        assert!(iotlb.translate(&memory(), Iova(u64::MAX), 2, Access::Read, |_, _| {}).is_err());
+        assert_eq!(invalidated(Iova(0), 0).unwrap(), Iova(0)..=Iova(u64::MAX));
+        assert_eq!(invalidated(Iova(u64::MAX), 1).unwrap(), Iova(u64::MAX)..=Iova(u64::MAX));
+        assert!(invalidated(Iova(4096), 0).is_err() && invalidated(Iova(2), u64::MAX).is_err());
     }
 
     #[test]
     fn a_translation_that_leads_outside_memory_is_an_error_and_not_a_miss() {
         let iotlb = Iotlb::default();
-        iotlb.update(0, 0x1000, USER + 0x7800, 3).unwrap();
-        let found = iotlb.translate(&memory(), 0x700, 0x101, Access::Read, |_, _| {});
-        assert!(matches!(found, Err(TranslationError::Memory(MemoryError::NotMapped { .. }))));
+        update(&iotlb, 0, 0x1000, USER + 0x7800, 3).unwrap();
+        let found = iotlb.translate(&memory(), Iova(0x700), 0x101, Access::Read, |_, _| {});
+        assert!(matches!(found, Err(TranslationError::Memory(MemoryError::UserNotMapped { .. }))));
     }
 }

@@ -12,28 +12,31 @@
 //! use std::os::fd::AsFd;
 //! use std::sync::Arc;
 //!
-//! use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+//! use vhost_migrate::memory::{GuestAddress, Memory, Region, UserAddress, sealed_memfd};
 //!
 //! // 1 MiB, at 1 MiB of the guest, and at this address of the front-end.
-//! let user_addr = 0x7f00_0000_0000;
+//! let user_addr = UserAddress(0x7f00_0000_0000);
 //! let fd = sealed_memfd("guest", 1 << 20)?;
-//! let memory = Memory::new([Arc::new(Region::map(fd.as_fd(), 1 << 20, 1 << 20, user_addr, 0)?)])?;
+//! let region = Region::map(fd.as_fd(), GuestAddress(1 << 20), 1 << 20, user_addr, 0)?;
+//! let memory = Memory::new([Arc::new(region)])?;
 //!
-//! let gpa = memory.gpa_of_user(user_addr + 0x1000, 5)?;
-//! assert_eq!(gpa, (1 << 20) + 0x1000);
+//! let gpa = memory.gpa_of_user(UserAddress(user_addr.0 + 0x1000), 5)?;
+//! assert_eq!(gpa, GuestAddress((1 << 20) + 0x1000));
 //! memory.write(gpa, b"hello")?;
 //!
 //! // A range that leaves the region is an error.
-//! assert!(memory.slice((2 << 20) - 1, 2).is_err());
+//! assert!(memory.slice(GuestAddress((2 << 20) - 1), 2).is_err());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod address;
 mod extent;
 mod iotlb;
 mod iova_window;
 mod region;
 pub(crate) mod userfault;
 
+pub use address::{Address, FaultAddress, GuestAddress, Iova, UserAddress};
 pub use extent::{Extent, ExtentFinder};
 pub use iotlb::{Access, Iotlb, IotlbError, IotlbMiss, TranslationError, invalidated};
 pub use iova_window::{IovaWindow, RingArea, overlap};
@@ -60,12 +63,13 @@ pub const LOG_PAGE: u64 = 4096;
 pub enum MemoryError {
     /// The mapping is outside the file (rule M1.5).
     #[error(
-        "region at {gpa:#x}: needs bytes {offset:#x}..{end:#x} of a file of {file_size:#x} bytes: \
-         pass an fd of the region's full size (rule M1.5)"
+        "region at {:#x}: needs bytes {offset:#x}..{end:#x} of a file of {file_size:#x} bytes: \
+         pass an fd of the region's full size (rule M1.5)",
+        gpa.0
     )]
     FileTooSmall {
         /// Guest-physical start of the region.
-        gpa: u64,
+        gpa: GuestAddress,
         /// Offset into the file, bytes.
         offset: u64,
         /// End of the mapping in the file, bytes.
@@ -74,28 +78,28 @@ pub enum MemoryError {
         file_size: u64,
     },
     /// A region of 0 bytes, or one whose end exceeds the 64-bit address space (rule M1.4).
-    #[error("region at {gpa:#x}: size {size:#x} is 0 or wraps around the address space (rule M1.4)")]
+    #[error("region at {:#x}: size {size:#x} is 0 or wraps around the address space (rule M1.4)", gpa.0)]
     BadRange {
         /// Guest-physical start of the region.
-        gpa: u64,
+        gpa: GuestAddress,
         /// Size, bytes.
         size: u64,
     },
     /// Two regions have addresses in common (rule M1.4).
-    #[error("regions at {first:#x} and {second:#x} overlap in {space} addresses (rule M1.4)")]
+    #[error("regions at {:#x} and {:#x} overlap in {space} addresses (rule M1.4)", first.0, second.0)]
     Overlap {
         /// Guest-physical start of the first region.
-        first: u64,
+        first: GuestAddress,
         /// Guest-physical start of the second region.
-        second: u64,
+        second: GuestAddress,
         /// Address space: "guest-physical" or "front-end".
         space: &'static str,
     },
     /// The operating system refused the mapping.
-    #[error("region at {gpa:#x}: cannot map {size:#x} bytes")]
+    #[error("region at {:#x}: cannot map {size:#x} bytes", gpa.0)]
     Map {
         /// Guest-physical start of the region.
-        gpa: u64,
+        gpa: GuestAddress,
         /// Size, bytes.
         size: u64,
         /// Error of the system.
@@ -103,24 +107,46 @@ pub enum MemoryError {
     },
     /// A part of a ring behind an IOMMU that cannot be mapped contiguously.
     #[error(
-        "ring area of {len:#x} bytes at I/O virtual address {addr:#x}: it is scattered over guest memory in pieces \
+        "ring area of {len:#x} bytes at I/O virtual address {iova:#x}: it is scattered over guest memory in pieces \
          other than pages of 4 KiB: translate whole pages (rule T4.1)"
     )]
     Scattered {
         /// I/O virtual address.
-        addr: u64,
+        iova: Iova,
         /// Bytes.
         len: u64,
     },
-    /// A range that is not completely inside guest memory.
-    #[error("{space} range {addr:#x} + {len:#x} is not inside guest memory")]
+    /// A guest-physical range that is not completely inside guest memory.
+    #[error("guest-physical range {:#x} + {len:#x} is not inside guest memory", gpa.0)]
     NotMapped {
         /// Start of the range.
-        addr: u64,
+        gpa: GuestAddress,
         /// Length, bytes.
         len: u64,
-        /// Address space: "guest-physical", "front-end" or "I/O virtual".
-        space: &'static str,
+    },
+    /// A range of the front-end's address space that is not completely inside guest memory.
+    #[error("front-end range {user_addr:#x} + {len:#x} is not inside guest memory")]
+    UserNotMapped {
+        /// Start of the range.
+        user_addr: UserAddress,
+        /// Length, bytes.
+        len: u64,
+    },
+    /// A range of the bytes of a request that its buffers do not have.
+    #[error("range {offset:#x} + {len:#x} of a request is not inside its buffers")]
+    OutsideRequest {
+        /// Start of the range, bytes from the first byte of the request.
+        offset: u64,
+        /// Length, bytes.
+        len: u64,
+    },
+    /// A range of I/O virtual addresses that exceeds the 64-bit address space.
+    #[error("I/O virtual range {iova:#x} + {len:#x} is not inside guest memory")]
+    IovaWraps {
+        /// Start of the range.
+        iova: Iova,
+        /// Length, bytes.
+        len: u64,
     },
 }
 
@@ -147,9 +173,9 @@ impl Memory {
             })
         };
         regions.sort_by_key(|region| region.user_addr());
-        overlap(&regions, Region::user_addr, "front-end")?;
+        overlap(&regions, |region| region.user_addr().0, "front-end")?;
         regions.sort_by_key(|region| region.gpa());
-        overlap(&regions, Region::gpa, "guest-physical")?;
+        overlap(&regions, |region| region.gpa().0, "guest-physical")?;
         Ok(Memory(regions.into()))
     }
 
@@ -159,8 +185,8 @@ impl Memory {
     }
 
     /// The guest-physical address after the last byte; 0 without regions.
-    pub fn end(&self) -> u64 {
-        self.0.last().map_or(0, |region| region.gpa() + region.size())
+    pub fn end(&self) -> GuestAddress {
+        GuestAddress(self.0.last().map_or(0, |region| region.range().end))
     }
 
     /// The total size of the regions, bytes, without the gaps between them.
@@ -173,10 +199,10 @@ impl Memory {
     /// # Errors
     /// [`MemoryError::NotMapped`] if the range is not completely inside one region.
     #[inline]
-    pub fn slice(&self, gpa: u64, len: u64) -> Result<VolatileSlice<'_>, MemoryError> {
-        let not_mapped = MemoryError::NotMapped { addr: gpa, len, space: "guest-physical" };
-        let Some(region) = self.region_at(gpa) else { return Err(not_mapped) };
-        region.slice(gpa - region.gpa(), len).ok_or(not_mapped)
+    pub fn slice(&self, gpa: GuestAddress, len: u64) -> Result<VolatileSlice<'_>, MemoryError> {
+        let not_mapped = MemoryError::NotMapped { gpa, len };
+        let Some((region, offset)) = self.region_at(gpa) else { return Err(not_mapped) };
+        region.slice(offset, len).ok_or(not_mapped)
     }
 
     /// Calls `each` with the views that make up `len` bytes at `gpa`, in order. The range may span adjacent regions.
@@ -186,16 +212,16 @@ impl Memory {
     #[inline]
     pub fn slices<'a>(
         &'a self,
-        gpa: u64,
+        gpa: GuestAddress,
         len: u64,
         mut each: impl FnMut(VolatileSlice<'a>),
     ) -> Result<(), MemoryError> {
         let (mut at, mut left) = (gpa, len);
         while left > 0 {
-            let not_mapped = MemoryError::NotMapped { addr: gpa, len, space: "guest-physical" };
-            let Some(region) = self.region_at(at) else { return Err(not_mapped) };
-            let here = left.min(region.size() - (at - region.gpa()));
-            let Some(slice) = region.slice(at - region.gpa(), here) else { return Err(not_mapped) };
+            let not_mapped = MemoryError::NotMapped { gpa, len };
+            let Some((region, offset)) = self.region_at(at) else { return Err(not_mapped) };
+            let here = left.min(region.size() - offset);
+            let Some(slice) = region.slice(offset, here) else { return Err(not_mapped) };
             each(slice);
             left -= here;
             at = match at.checked_add(here) {
@@ -214,7 +240,7 @@ impl Memory {
     /// # Errors
     /// [`MemoryError::NotMapped`] if any byte is in no region. `out` is unchanged then.
     #[inline]
-    pub fn iovecs(&self, gpa: u64, len: u64, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
+    pub fn iovecs(&self, gpa: GuestAddress, len: u64, out: &mut Vec<libc::iovec>) -> Result<(), MemoryError> {
         let before = out.len();
         let push = |slice: VolatileSlice<'_>| {
             out.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
@@ -226,14 +252,12 @@ impl Memory {
     ///
     /// # Errors
     /// [`MemoryError::NotMapped`] if the range is not completely inside one region.
-    pub fn gpa_of_user(&self, user_addr: u64, len: u64) -> Result<u64, MemoryError> {
-        let inside = |region: &&Arc<Region>| {
-            user_addr.checked_sub(region.user_addr()).is_some_and(|offset| region.holds(offset, len))
+    pub fn gpa_of_user(&self, user_addr: UserAddress, len: u64) -> Result<GuestAddress, MemoryError> {
+        let gpa_in = |region: &Arc<Region>| {
+            let offset = user_addr.checked_offset_from(region.user_addr())?;
+            region.holds(offset, len).then(|| region.gpa().unchecked_add(offset))
         };
-        match self.0.iter().find(inside) {
-            Some(region) => Ok(region.gpa() + (user_addr - region.user_addr())),
-            None => Err(MemoryError::NotMapped { addr: user_addr, len, space: "front-end" }),
-        }
+        self.0.iter().find_map(gpa_in).ok_or(MemoryError::UserNotMapped { user_addr, len })
     }
 
     /// Calls `each` with the guest-physical address and the length of every piece of `len` bytes at `user_addr` of the
@@ -241,14 +265,19 @@ impl Memory {
     ///
     /// # Errors
     /// [`MemoryError::NotMapped`] if any byte is in no region. `each` may have been called for the bytes before it.
-    pub fn pieces_of_user(&self, user_addr: u64, len: u64, mut each: impl FnMut(u64, u64)) -> Result<(), MemoryError> {
+    pub fn pieces_of_user(
+        &self,
+        user_addr: UserAddress,
+        len: u64,
+        mut each: impl FnMut(GuestAddress, u64),
+    ) -> Result<(), MemoryError> {
         let (mut at, mut left) = (user_addr, len);
         while left > 0 {
             let gpa = self.gpa_of_user(at, 1)?;
-            let Some(region) = self.region_at(gpa) else { break };
-            let here = left.min(region.size() - (gpa - region.gpa()));
+            let Some((region, offset)) = self.region_at(gpa) else { break };
+            let here = left.min(region.size() - offset);
             each(gpa, here);
-            (at, left) = (at.wrapping_add(here), left - here);
+            (at, left) = (UserAddress(at.0.wrapping_add(here)), left - here);
         }
         Ok(())
     }
@@ -257,7 +286,7 @@ impl Memory {
     ///
     /// # Errors
     /// [`MemoryError::NotMapped`] if any byte is in no region.
-    pub fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError> {
+    pub fn read(&self, gpa: GuestAddress, buf: &mut [u8]) -> Result<(), MemoryError> {
         let mut rest = &mut buf[..];
         let len = rest.len() as u64;
         self.slices(gpa, len, |slice| {
@@ -271,7 +300,7 @@ impl Memory {
     ///
     /// # Errors
     /// [`MemoryError::NotMapped`] if any byte is in no region. The bytes before it may have been written.
-    pub fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), MemoryError> {
+    pub fn write(&self, gpa: GuestAddress, buf: &[u8]) -> Result<(), MemoryError> {
         let mut rest = buf;
         self.slices(gpa, buf.len() as u64, |slice| {
             let (here, after) = rest.split_at(slice.len());
@@ -302,7 +331,8 @@ impl Memory {
     /// The parts of `pages` (page numbers) that are inside regions, region by region.
     pub fn pages(&self, pages: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<'_> {
         self.parts(pages).filter_map(|(region, range)| {
-            let pages = (region.gpa() + range.start).div_ceil(LOG_PAGE)..(region.gpa() + range.end) / LOG_PAGE;
+            let base = region.gpa().0;
+            let pages = (base + range.start).div_ceil(LOG_PAGE)..(base + range.end) / LOG_PAGE;
             (!pages.is_empty()).then_some(pages)
         })
     }
@@ -311,20 +341,24 @@ impl Memory {
     fn parts(&self, pages: &Range<u64>) -> impl Iterator<Item = (&Region, Range<u64>)> + use<'_> {
         let (start, end) = (pages.start.saturating_mul(LOG_PAGE), pages.end.saturating_mul(LOG_PAGE));
         self.0.iter().filter_map(move |region| {
-            let here = start.max(region.gpa())..end.min(region.gpa() + region.size());
-            (!here.is_empty()).then(|| (region.as_ref(), here.start - region.gpa()..here.end - region.gpa()))
+            let all = region.range();
+            let here = start.max(all.start)..end.min(all.end);
+            (!here.is_empty()).then(|| (region.as_ref(), here.start - all.start..here.end - all.start))
         })
     }
 
+    /// The region that has the byte at `gpa`, and the byte's offset in it.
     #[inline]
-    fn region_at(&self, gpa: u64) -> Option<&Region> {
+    fn region_at(&self, gpa: GuestAddress) -> Option<(&Region, u64)> {
         // Almost every guest has one or two regions. Binary search is faster only for more.
         let regions = &self.0;
         let index = match regions.len() {
             0..=2 => regions.iter().rposition(|region| region.gpa() <= gpa)?,
             _ => regions.partition_point(|region| region.gpa() <= gpa).checked_sub(1)?,
         };
-        regions.get(index).map(Arc::as_ref).filter(|region| region.holds(gpa - region.gpa(), 1))
+        let region = regions.get(index)?;
+        let offset = gpa.checked_offset_from(region.gpa())?;
+        region.holds(offset, 1).then_some((region, offset))
     }
 }
 
@@ -341,7 +375,7 @@ impl<B: Bitmap + Send + Sync + 'static> TryFrom<&GuestMemoryMmap<B>> for Memory 
     /// [`MemoryError::Map`] with the error of the system.
     fn try_from(memory: &GuestMemoryMmap<B>) -> Result<Memory, MemoryError> {
         let region =
-            |region: &GuestRegionMmap<B>| Region::of_mapping(region.start_addr().0, region.get_mmap()).map(Arc::new);
+            |region: &GuestRegionMmap<B>| Region::of_mapping(region.start_addr(), region.get_mmap()).map(Arc::new);
         Memory::new(memory.iter().map(region).collect::<Result<Vec<_>, _>>()?)
     }
 }
@@ -357,14 +391,16 @@ mod tests {
     use super::*;
     use std::os::fd::AsFd;
 
-    use vm_memory::{Bytes, FileOffset, GuestAddress};
+    use vm_memory::{Bytes, FileOffset};
 
     const HIGH: u64 = 1 << 32;
 
     /// Two adjacent regions from one memfd, a gap, and one region above 4 GiB.
     fn memory() -> Memory {
         let fd = sealed_memfd("memory-test", 0x6000).unwrap();
-        let map = |gpa, size, user, offset| Arc::new(Region::map(fd.as_fd(), gpa, size, user, offset).unwrap());
+        let map = |gpa, size, user, offset| {
+            Arc::new(Region::map(fd.as_fd(), GuestAddress(gpa), size, UserAddress(user), offset).unwrap())
+        };
         Memory::new([
             map(HIGH, 0x2000, 0x7000_0000, 0x4000),
             map(0, 0x1000, 0x5000_0000, 0),
@@ -377,45 +413,46 @@ mod tests {
     fn a_copy_spans_adjacent_regions_in_order() {
         let memory = memory();
         let data: Vec<u8> = (0..0x3000u32).map(|i| (i / 7) as u8).collect();
-        memory.write(0x800, &data).unwrap();
+        memory.write(GuestAddress(0x800), &data).unwrap();
         let mut back = vec![0; data.len()];
-        memory.read(0x800, &mut back).unwrap();
+        memory.read(GuestAddress(0x800), &mut back).unwrap();
         assert_eq!(back, data);
         let mut iovecs = Vec::new();
-        memory.iovecs(0x800, 0x3000, &mut iovecs).unwrap();
+        memory.iovecs(GuestAddress(0x800), 0x3000, &mut iovecs).unwrap();
         assert_eq!(iovecs.iter().map(|v| v.iov_len).collect::<Vec<_>>(), [0x800, 0x2800]);
     }
 
     #[test]
     fn a_range_that_leaves_its_region_is_refused() {
         let memory = memory();
-        assert!(memory.slice(0xfff, 1).is_ok());
-        assert!(memory.slice(0xfff, 2).is_err(), "one view never crosses a region");
+        assert!(memory.slice(GuestAddress(0xfff), 1).is_ok());
+        assert!(memory.slice(GuestAddress(0xfff), 2).is_err(), "one view never crosses a region");
         for (gpa, len) in [(0x3fff, 2), (0x4000, 1), (HIGH - 1, 2), (HIGH + 0x1fff, 2), (u64::MAX, 1), (0, u64::MAX)] {
-            assert!(memory.slice(gpa, len).is_err(), "{gpa:#x}+{len:#x}");
+            assert!(memory.slice(GuestAddress(gpa), len).is_err(), "{gpa:#x}+{len:#x}");
             let mut iovecs = Vec::new();
-            assert!(memory.iovecs(gpa, len, &mut iovecs).is_err(), "{gpa:#x}+{len:#x}");
+            assert!(memory.iovecs(GuestAddress(gpa), len, &mut iovecs).is_err(), "{gpa:#x}+{len:#x}");
             assert!(iovecs.is_empty());
         }
-        assert!(memory.slice(HIGH + 1, u64::MAX).is_err());
-        assert_eq!(memory.end(), HIGH + 0x2000);
+        assert!(memory.slice(GuestAddress(HIGH + 1), u64::MAX).is_err());
+        assert_eq!(memory.end(), GuestAddress(HIGH + 0x2000));
         assert_eq!(memory.size(), 0x6000);
     }
 
     #[test]
     fn a_front_end_range_translates_only_inside_one_region() {
         let memory = memory();
-        assert_eq!(memory.gpa_of_user(0x6000_0010, 0x10).unwrap(), 0x1010);
-        assert_eq!(memory.gpa_of_user(0x7000_1fff, 1).unwrap(), HIGH + 0x1fff);
-        assert!(memory.gpa_of_user(0x7000_1fff, 2).is_err());
-        assert!(memory.gpa_of_user(u64::MAX, u64::MAX).is_err());
-        assert!(memory.gpa_of_user(0x1010, 1).is_err());
+        assert_eq!(memory.gpa_of_user(UserAddress(0x6000_0010), 0x10).unwrap(), GuestAddress(0x1010));
+        assert_eq!(memory.gpa_of_user(UserAddress(0x7000_1fff), 1).unwrap(), GuestAddress(HIGH + 0x1fff));
+        assert!(memory.gpa_of_user(UserAddress(0x7000_1fff), 2).is_err());
+        assert!(memory.gpa_of_user(UserAddress(u64::MAX), u64::MAX).is_err());
+        assert!(memory.gpa_of_user(UserAddress(0x1010), 1).is_err());
     }
 
     #[test]
     fn overlapping_regions_are_refused_in_either_address_space() {
         let fd = sealed_memfd("memory-test", 0x4000).unwrap();
-        let map = |gpa, user| Arc::new(Region::map(fd.as_fd(), gpa, 0x2000, user, 0).unwrap());
+        let map =
+            |gpa, user| Arc::new(Region::map(fd.as_fd(), GuestAddress(gpa), 0x2000, UserAddress(user), 0).unwrap());
         let gpa = Memory::new([map(0, 0x10000), map(0x1fff, 0x20000)]).unwrap_err();
         assert!(matches!(gpa, MemoryError::Overlap { space: "guest-physical", .. }), "{gpa}");
         let user = Memory::new([map(0, 0x10000), map(0x2000, 0x11000)]).unwrap_err();
@@ -426,20 +463,26 @@ mod tests {
     fn a_region_beyond_its_file_is_refused_before_it_is_mapped() {
         let fd = sealed_memfd("memory-test", 0x2000).unwrap();
         for (size, offset) in [(0x2001, 0), (0x1001, 0x1000), (0x1000, u64::MAX), (u64::MAX, 1), (0, 0)] {
-            assert!(Region::map(fd.as_fd(), 0, size, 0, offset).is_err(), "{size:#x} at {offset:#x}");
+            assert!(
+                Region::map(fd.as_fd(), GuestAddress(0), size, UserAddress(0), offset).is_err(),
+                "{size:#x} at {offset:#x}"
+            );
         }
-        assert!(Region::map(fd.as_fd(), u64::MAX - 0xfff, 0x1001, 0, 0).is_err());
-        assert!(Region::map(fd.as_fd(), 0, 0x1001, u64::MAX - 0xfff, 0).is_err());
+        assert!(Region::map(fd.as_fd(), GuestAddress(u64::MAX - 0xfff), 0x1001, UserAddress(0), 0).is_err());
+        assert!(Region::map(fd.as_fd(), GuestAddress(0), 0x1001, UserAddress(u64::MAX - 0xfff), 0).is_err());
     }
 
     #[test]
     fn a_region_may_start_at_an_unaligned_file_offset() {
         let fd = sealed_memfd("memory-test", 0x3000).unwrap();
-        let all = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x3000, 0, 0).unwrap())]).unwrap();
-        all.write(0x1234, b"here").unwrap();
-        let part = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x800, 0, 0x1230).unwrap())]).unwrap();
+        let all = Memory::new([Arc::new(Region::map(fd.as_fd(), GuestAddress(0), 0x3000, UserAddress(0), 0).unwrap())])
+            .unwrap();
+        all.write(GuestAddress(0x1234), b"here").unwrap();
+        let part =
+            Memory::new([Arc::new(Region::map(fd.as_fd(), GuestAddress(0), 0x800, UserAddress(0), 0x1230).unwrap())])
+                .unwrap();
         let mut found = [0; 4];
-        part.read(4, &mut found).unwrap();
+        part.read(GuestAddress(4), &mut found).unwrap();
         assert_eq!(&found, b"here");
     }
 
@@ -470,23 +513,26 @@ mod tests {
         assert_eq!(data(&ours), [3..4, last..last + 1, high..high + 1, high + 7..high + 8]);
         for gpa in written {
             let mut byte = [0];
-            ours.read(gpa, &mut byte).unwrap();
+            ours.read(GuestAddress(gpa), &mut byte).unwrap();
             assert_eq!(byte, [7], "{gpa:#x}");
         }
         let shared = ours.regions().iter().map(|region| region.shared().map(|(_, offset)| offset));
         assert!(shared.eq([None, Some(0x4000)]));
-        ours.write(HIGH + 0x1000, b"here").unwrap();
-        let file = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x6000, 0, 0).unwrap())]).unwrap();
+        ours.write(GuestAddress(HIGH + 0x1000), b"here").unwrap();
+        let file =
+            Memory::new([Arc::new(Region::map(fd.as_fd(), GuestAddress(0), 0x6000, UserAddress(0), 0).unwrap())])
+                .unwrap();
         let mut found = [0; 4];
-        file.read(0x5000, &mut found).unwrap();
+        file.read(GuestAddress(0x5000), &mut found).unwrap();
         assert_eq!(&found, b"here", "both map the same memory");
-        assert_eq!(ours.gpa_of_user(ours.regions()[1].host_ptr() as u64 + 5, 1).unwrap(), HIGH + 5);
+        let user_addr = UserAddress(ours.regions()[1].host_ptr() as u64 + 5);
+        assert_eq!(ours.gpa_of_user(user_addr, 1).unwrap(), GuestAddress(HIGH + 5));
     }
 
     #[test]
     fn memory_that_vm_memory_has_not_mapped_itself_is_all_data() {
         let fd = sealed_memfd("memory-test", 0x4000).unwrap();
-        let region = Region::map(fd.as_fd(), 0, 0x4000, 0, 0).unwrap();
+        let region = Region::map(fd.as_fd(), GuestAddress(0), 0x4000, UserAddress(0), 0).unwrap();
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE;
         // SAFETY: the mapping is `region`'s, which outlives it.

@@ -16,19 +16,19 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{SFlag, fstat};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{MmapRegion, VolatileSlice};
+use vm_memory::{Address, MmapRegion, VolatileSlice};
 
 use super::extent::{Extent, HoleSearch, OwnPageTable};
-use super::{LOG_PAGE, MemoryError};
+use super::{GuestAddress, Iova, LOG_PAGE, MemoryError, UserAddress};
 
 /// A shared, writable mapping of guest memory.
 ///
 /// If the file is truncated after [`Region::map`] has checked its size, accesses raise SIGBUS. Sealed memfds cannot be
 /// truncated.
 pub struct Region {
-    gpa: u64,
+    gpa: GuestAddress,
     size: u64,
-    user_addr: u64,
+    user_addr: UserAddress,
     /// Address of the first byte in this process. The mapping consists of whole pages and may begin before it.
     host: *mut u8,
     mapping: Arc<Mapping>,
@@ -102,9 +102,9 @@ impl Region {
     /// the system refuses (rule M1.5).
     pub fn map(
         fd: BorrowedFd<'_>,
-        gpa: u64,
+        gpa: GuestAddress,
         size: u64,
-        user_addr: u64,
+        user_addr: UserAddress,
         mmap_offset: u64,
     ) -> Result<Region, MemoryError> {
         let bad = MemoryError::BadRange { gpa, size };
@@ -140,15 +140,15 @@ impl Region {
 
     /// The region at address `at`, of guest and front-end, that consists of `size` bytes of this one from `offset`.
     /// Both share the mapping.
-    pub(super) fn part(&self, at: u64, offset: u64, size: u64) -> Result<Region, MemoryError> {
+    pub(super) fn part(&self, at: Iova, offset: u64, size: u64) -> Result<Region, MemoryError> {
         if size == 0 || !self.holds(offset, size) || at.checked_add(size).is_none() {
-            return Err(MemoryError::BadRange { gpa: at, size });
+            return Err(MemoryError::BadRange { gpa: GuestAddress(at.0), size });
         }
         let host = self.host.wrapping_add(offset as usize);
         Ok(Region {
-            gpa: at,
+            gpa: GuestAddress(at.0),
             size,
-            user_addr: at,
+            user_addr: UserAddress(at.0),
             host,
             mapping: self.mapping.clone(),
             page: self.page,
@@ -162,17 +162,17 @@ impl Region {
     /// # Errors
     /// [`MemoryError::Scattered`] if parts do not join at page boundaries, [`MemoryError::BadRange`],
     /// [`MemoryError::Map`].
-    pub(super) fn join(at: u64, size: u64, parts: &[(&Region, u64, u64)]) -> Result<Region, MemoryError> {
-        let scattered = MemoryError::Scattered { addr: at, len: size };
-        let bad = MemoryError::BadRange { gpa: at, size };
+    pub(super) fn join(at: Iova, size: u64, parts: &[(&Region, u64, u64)]) -> Result<Region, MemoryError> {
+        let scattered = MemoryError::Scattered { iova: at, len: size };
+        let bad = MemoryError::BadRange { gpa: GuestAddress(at.0), size };
         let page = LOG_PAGE as usize;
-        let skip = at as usize % page;
+        let skip = at.0 as usize % page;
         let (Ok(size_here), Some(_)) = (usize::try_from(size), at.checked_add(size)) else { return Err(bad) };
         let Some(len) = size_here.checked_add(skip).and_then(|end| end.checked_next_multiple_of(page)) else {
             return Err(bad);
         };
         let end = skip + size_here;
-        let refused = |source| MemoryError::Map { gpa: at, size, source };
+        let refused = |source| MemoryError::Map { gpa: GuestAddress(at.0), size, source };
         let mapping = MmapRaw::from(MmapOptions::new().len(len).map_anon().map_err(refused)?);
         let mut from = skip;
         for &(region, offset, bytes) in parts {
@@ -200,9 +200,9 @@ impl Region {
         }
         let host = mapping.as_mut_ptr().wrapping_add(skip);
         Ok(Region {
-            gpa: at,
+            gpa: GuestAddress(at.0),
             size,
-            user_addr: at,
+            user_addr: UserAddress(at.0),
             host,
             mapping: Arc::new(Mapping::Own(mapping)),
             page: LOG_PAGE,
@@ -215,9 +215,9 @@ impl Region {
     ///
     /// # Errors
     /// As [`Region::map`].
-    pub fn share(fd: OwnedFd, gpa: u64, size: u64, mmap_offset: u64) -> Result<Region, MemoryError> {
-        let mut region = Region::map(fd.as_fd(), gpa, size, 0, mmap_offset)?;
-        region.user_addr = region.host_ptr() as u64;
+    pub fn share(fd: OwnedFd, gpa: GuestAddress, size: u64, mmap_offset: u64) -> Result<Region, MemoryError> {
+        let mut region = Region::map(fd.as_fd(), gpa, size, UserAddress(0), mmap_offset)?;
+        region.user_addr = UserAddress(region.host_ptr() as u64);
         region.backing = Backing::Shared(SharedFile { holes: HoleSearch::of(fd.as_fd()), fd, offset: mmap_offset });
         Ok(region)
     }
@@ -250,7 +250,7 @@ impl Region {
     /// The region of a mapping of rust-vmm's `vm-memory`, at `gpa` of the guest. Its front-end address is its address
     /// in this process. A shared mapping of a file can be shared with devices.
     pub(super) fn of_mapping<B: Bitmap + Send + Sync + 'static>(
-        gpa: u64,
+        gpa: GuestAddress,
         other: Arc<MmapRegion<B>>,
     ) -> Result<Region, MemoryError> {
         let (start, len) = (other.as_ptr(), other.size());
@@ -273,11 +273,11 @@ impl Region {
             _ => Backing::Unknown,
         };
         let mapping = Arc::new(Mapping::Other { start, len, _owner: other });
-        Ok(Region { gpa, size, user_addr: start.addr() as u64, host: start, mapping, page, backing })
+        Ok(Region { gpa, size, user_addr: UserAddress(start.addr() as u64), host: start, mapping, page, backing })
     }
 
     /// Guest-physical address of the first byte.
-    pub fn gpa(&self) -> u64 {
+    pub fn gpa(&self) -> GuestAddress {
         self.gpa
     }
 
@@ -286,8 +286,13 @@ impl Region {
         self.size
     }
 
+    /// The guest-physical addresses.
+    pub(super) fn range(&self) -> Range<u64> {
+        self.gpa.0..self.gpa.0 + self.size
+    }
+
     /// Address of the first byte in the front-end's address space.
-    pub fn user_addr(&self) -> u64 {
+    pub fn user_addr(&self) -> UserAddress {
         self.user_addr
     }
 
@@ -377,7 +382,7 @@ impl Region {
 
 impl fmt::Debug for Region {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "gpa {:#x} size {:#x} user {:#x}", self.gpa, self.size, self.user_addr)
+        write!(f, "gpa {:#x} size {:#x} user {:#x}", self.gpa.0, self.size, self.user_addr)
     }
 }
 

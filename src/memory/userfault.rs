@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 
-use super::Region;
+use super::{FaultAddress, GuestAddress, Region};
 use crate::abi::linux::{
     UFFD_API, UFFD_FEATURE_MISSING_HUGETLBFS, UFFD_FEATURE_MISSING_SHMEM, UFFDIO_REGISTER_MODE_MISSING, UffdioApi,
     UffdioCopy, UffdioRange, UffdioRegister,
@@ -30,10 +30,10 @@ pub enum UserfaultError {
     #[error("userfaultfd for shared memory is not supported by this kernel (use Linux 4.11 or later)")]
     Kernel(#[source] io::Error),
     /// A region that cannot be registered.
-    #[error("region at {gpa:#x}: cannot be registered with userfaultfd (use a memfd, /dev/shm or hugetlbfs)")]
+    #[error("region at {:#x}: cannot be registered with userfaultfd (use a memfd, /dev/shm or hugetlbfs)", gpa.0)]
     Region {
         /// Guest-physical start of the region.
-        gpa: u64,
+        gpa: GuestAddress,
         /// Error of the system.
         #[source]
         cause: io::Error,
@@ -94,9 +94,9 @@ impl Userfault {
     ///
     /// # Errors
     /// The error of the system.
-    pub fn wake(&self, start: u64, len: u64) -> io::Result<()> {
+    pub fn wake(&self, start: FaultAddress, len: u64) -> io::Result<()> {
         // SAFETY: the struct is the one this ioctl reads; no memory is changed.
-        unsafe { ioctls::wake(self.0.as_raw_fd(), &mut UffdioRange { start, len }) }?;
+        unsafe { ioctls::wake(self.0.as_raw_fd(), &mut UffdioRange { start: start.0, len }) }?;
         Ok(())
     }
 
@@ -110,17 +110,17 @@ impl Userfault {
         if !region.holds(offset, len) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        self.place_at(region.host_ptr().addr() as u64 + offset, page)
+        self.place_at(FaultAddress(region.host_ptr().addr() as u64 + offset), page)
     }
 
     /// As [`Userfault::place`], at `address` of the process that made the userfaultfd, which may be another process.
     ///
     /// # Errors
     /// `NotFound` where no registered memory is, otherwise the error of the system.
-    pub(crate) fn place_at(&self, address: u64, page: &[u8]) -> io::Result<bool> {
+    pub(crate) fn place_at(&self, address: FaultAddress, page: &[u8]) -> io::Result<bool> {
         let (src, len) = (page.as_ptr().addr() as u64, page.len() as u64);
         loop {
-            let mut copy = UffdioCopy { dst: address, src, len, mode: 0, copied: 0 };
+            let mut copy = UffdioCopy { dst: address.0, src, len, mode: 0, copied: 0 };
             // SAFETY: the struct is the one this ioctl reads and writes. The source is a slice of `len` bytes. The
             // destination is registered, so it is guest memory, which is accessed through volatile views alone.
             match unsafe { ioctls::copy(self.0.as_raw_fd(), &mut copy) } {
@@ -137,14 +137,14 @@ impl Userfault {
     ///
     /// # Errors
     /// The error of the system.
-    pub fn fault(&self) -> io::Result<Option<u64>> {
+    pub fn fault(&self) -> io::Result<Option<FaultAddress>> {
         const EVENT_PAGEFAULT: u8 = 0x12;
         let mut message = [0; 32];
         loop {
             match nonblocking::read(self.0.as_fd(), &mut message) {
                 Ok(_) if message.first() == Some(&EVENT_PAGEFAULT) => {
                     let address = message.get(16..24).and_then(|bytes| bytes.try_into().ok());
-                    return Ok(address.map(u64::from_ne_bytes));
+                    return Ok(address.map(|bytes| FaultAddress(u64::from_ne_bytes(bytes))));
                 }
                 Ok(0) | Err(Errno::EAGAIN) => return Ok(None),
                 Ok(_) | Err(Errno::EINTR) => {}

@@ -106,13 +106,13 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::memory::{Memory, Region, sealed_memfd};
+    use crate::memory::{GuestAddress, Memory, Region, UserAddress, sealed_memfd};
 
     const PAGES: u64 = 8 << 10;
 
     fn target(pages: u64) -> (IncomingMemory, OwnedFd) {
         let fd = sealed_memfd("populate-test", pages * LOG_PAGE).unwrap();
-        let region = Region::map(fd.as_fd(), 0, pages * LOG_PAGE, 0, 0).unwrap();
+        let region = Region::map(fd.as_fd(), GuestAddress(0), pages * LOG_PAGE, UserAddress(0), 0).unwrap();
         (IncomingMemory::zeroed(Memory::new([Arc::new(region)]).unwrap()), fd)
     }
 

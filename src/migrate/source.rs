@@ -153,9 +153,9 @@ pub fn migrate(
         on_event(MigrationEvent::Failed { message: with_causes(&error).to_string(), location });
         MigrationFailure { error, location }
     })?;
-    let mut pending = PageSet::new(memory.end() / LOG_PAGE);
+    let mut pending = PageSet::new(memory.end().0 / LOG_PAGE);
     for region in memory.regions() {
-        pending.insert_range(region.gpa() / LOG_PAGE..(region.gpa() + region.size()) / LOG_PAGE);
+        pending.insert_range(region.gpa().0 / LOG_PAGE..(region.gpa().0 + region.size()) / LOG_PAGE);
     }
     on_event(MigrationEvent::Started {
         guest_bytes: memory.size(),
@@ -546,7 +546,7 @@ impl OutgoingMigration<'_> {
                 let done = done.clone();
                 scope.spawn(move || {
                     let runs = runs_of_channel(pending.runs(), number as u16, channels);
-                    let hashed = verify.then_some(0..memory.end() / LOG_PAGE);
+                    let hashed = verify.then_some(0..memory.end().0 / LOG_PAGE);
                     let hashed = runs_of_channel(hashed, number as u16, channels);
                     let result = channel.send_round(memory, runs, hashed, round, last);
                     // The receiver outlives all senders.

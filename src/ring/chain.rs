@@ -6,7 +6,7 @@
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::memory::{Access, Memory};
+use crate::memory::{Access, GuestAddress, Memory};
 
 use super::{RingError, RingIommu};
 
@@ -23,7 +23,7 @@ const DESC_BYTES: u32 = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
     /// Guest-physical address. The driver of a ring behind an IOMMU adds buffers with I/O virtual addresses.
-    pub gpa: u64,
+    pub gpa: GuestAddress,
     /// Length, bytes. It is never 0 in a [`Chain`].
     pub len: u32,
 }
@@ -122,7 +122,7 @@ pub(super) fn copy_table<T: FromBytes + IntoBytes + Clone>(
     memory: &Memory,
     iommu: Option<&RingIommu>,
     head: u16,
-    addr: u64,
+    addr: GuestAddress,
     len: u32,
     table: &mut Vec<T>,
 ) -> Result<(), RingError> {

@@ -6,7 +6,7 @@ use crate::abi::virtio::{
     PackedEvent, VIRTIO_F_RING_PACKED, VirtioFeatures, avail_ring_bytes, desc_table_bytes, used_ring_bytes,
 };
 use crate::dirty::Log;
-use crate::memory::Memory;
+use crate::memory::{GuestAddress, Memory};
 
 use super::{Chain, PackedDevice, PackedLayout, RingBase, RingError, RingIommu, SplitDevice, SplitLayout};
 
@@ -17,12 +17,11 @@ pub struct RingLog {
     pub log: Arc<Log>,
     /// Guest-physical address at which writes to the used ring are logged. It may differ from the address of the used
     /// ring. On a packed ring, the same for the device event area.
-    pub used_gpa: u64,
+    pub used_gpa: GuestAddress,
 }
 
 /// Size and guest-physical addresses of a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum RingLayout {
     /// A split ring.
     Split(SplitLayout),
@@ -33,7 +32,7 @@ pub enum RingLayout {
 impl RingLayout {
     /// The layout of a ring, packed or split by the negotiated `features`. `driver` is the address of the avail ring or
     /// of the driver event area, `device` that of the used ring or of the device event area.
-    pub fn new(features: VirtioFeatures, size: u16, desc: u64, driver: u64, device: u64) -> RingLayout {
+    pub fn new(features: VirtioFeatures, size: u16, [desc, driver, device]: [GuestAddress; 3]) -> RingLayout {
         match features.contains(VIRTIO_F_RING_PACKED) {
             false => RingLayout::Split(SplitLayout { size, desc, avail: driver, used: device }),
             true => RingLayout::Packed(PackedLayout { size, desc, driver, device }),
@@ -52,7 +51,7 @@ impl RingLayout {
     }
 
     /// Guest-physical addresses of the descriptor area, the driver area and the device area.
-    pub fn areas(&self) -> [u64; 3] {
+    pub fn areas(&self) -> [GuestAddress; 3] {
         match self {
             RingLayout::Split(layout) => [layout.desc, layout.avail, layout.used],
             RingLayout::Packed(layout) => [layout.desc, layout.driver, layout.device],

@@ -1,7 +1,7 @@
 //! The driver side of a ring of either kind. The work is done in `split` and `packed`.
 
 use crate::abi::virtio::{DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_IN_ORDER, VirtioFeatures};
-use crate::memory::Memory;
+use crate::memory::{GuestAddress, Memory};
 
 use super::chain::MAX_BUFFERS;
 use super::{
@@ -25,7 +25,7 @@ pub struct UsedBuffer {
 pub(super) fn needed_descriptors(
     readable: &[Buffer],
     writable: &[Buffer],
-    table: Option<u64>,
+    table: Option<GuestAddress>,
     size: u16,
 ) -> Result<u16, RingError> {
     let buffers = readable.len() + writable.len();
@@ -139,7 +139,7 @@ impl DriverRing {
         &mut self,
         readable: &[Buffer],
         writable: &[Buffer],
-        table: Option<u64>,
+        table: Option<GuestAddress>,
     ) -> Result<Option<u16>, RingError> {
         either!(self, ring => ring.add(readable, writable, table))
     }

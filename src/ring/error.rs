@@ -1,6 +1,6 @@
 //! Errors of a ring. Each of them ends the service of that ring alone, never the process.
 
-use crate::memory::{IotlbMiss, MemoryError, TranslationError};
+use crate::memory::{GuestAddress, IotlbMiss, MemoryError, TranslationError};
 
 use super::Position;
 
@@ -34,12 +34,12 @@ pub enum RingError {
         size: u16,
     },
     /// The address of an area is not aligned.
-    #[error("{area} at {gpa:#x} is not aligned to {align} bytes in guest and host (virtio 1.2, \"Virtqueues\")")]
+    #[error("{area} at {:#x} is not aligned to {align} bytes in guest and host (virtio 1.2, \"Virtqueues\")", gpa.0)]
     Misaligned {
         /// Name of the area.
         area: &'static str,
         /// Guest-physical address.
-        gpa: u64,
+        gpa: GuestAddress,
         /// Required alignment, bytes.
         align: u64,
     },

@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use crate::dirty::{Burst, Log};
-use crate::memory::{Access, Iotlb, IotlbMiss, IovaWindow, Memory, TranslationError};
+
+use crate::memory::{Access, Address, GuestAddress, Iotlb, IotlbMiss, Iova, IovaWindow, Memory, TranslationError};
 
 use super::{Buffer, RingError};
 
@@ -34,10 +35,10 @@ impl RingIommu {
         buffers: &mut Vec<Buffer>,
     ) -> Result<(), RingError> {
         let first = buffers.len();
-        let found = self.iotlb.translate(&self.memory, buffer.gpa, buffer.len.into(), access, |gpa, len| {
+        let found = self.iotlb.translate(&self.memory, iova(buffer.gpa), buffer.len.into(), access, |gpa, len| {
             let len = len as u32;
             if let Some(last) = buffers.get_mut(first..).and_then(<[_]>::last_mut)
-                && last.gpa + u64::from(last.len) == gpa
+                && last.gpa.checked_add(last.len.into()) == Some(gpa)
             {
                 last.len += len;
             } else if buffers.len() <= MAX_PIECES {
@@ -53,10 +54,11 @@ impl RingIommu {
     }
 
     /// Copies the indirect table of chain `head` at an I/O virtual address to `table`.
-    pub(super) fn read(&self, head: u16, iova: u64, table: &mut [u8]) -> Result<(), RingError> {
+    pub(super) fn read(&self, head: u16, address: GuestAddress, table: &mut [u8]) -> Result<(), RingError> {
         let mut pieces = Vec::new();
         let len = table.len() as u64;
-        let found = self.iotlb.translate(&self.memory, iova, len, Access::Read, |gpa, len| pieces.push((gpa, len)));
+        let found =
+            self.iotlb.translate(&self.memory, iova(address), len, Access::Read, |gpa, len| pieces.push((gpa, len)));
         found.map_err(|source| untranslated(head, source))?;
         let mut rest = table;
         for (gpa, len) in pieces {
@@ -68,17 +70,22 @@ impl RingIommu {
     }
 
     /// Marks the pages of a part of the ring, given by its I/O virtual address.
-    pub(super) fn mark(&self, burst: &Burst<'_>, iova: u64, len: u64) {
-        self.window.each(iova, len, |gpa, len| burst.mark(gpa, len));
+    pub(super) fn mark(&self, burst: &Burst<'_>, address: GuestAddress, len: u64) {
+        self.window.each(iova(address), len, |gpa, len| burst.mark(gpa, len));
     }
 }
 
 /// Returns true if all pages of a part of a ring are marked. `at` is I/O virtual if the ring is behind an IOMMU.
-pub(super) fn are_marked(log: &Log, iommu: Option<&RingIommu>, at: u64, len: u64) -> bool {
+pub(super) fn are_marked(log: &Log, iommu: Option<&RingIommu>, at: GuestAddress, len: u64) -> bool {
     let Some(iommu) = iommu else { return log.are_marked(at, len) };
-    let mut all = iommu.window.holds(at, len);
-    iommu.window.each(at, len, |gpa, len| all &= log.are_marked(gpa, len));
+    let mut all = iommu.window.holds(iova(at), len);
+    iommu.window.each(iova(at), len, |gpa, len| all &= log.are_marked(gpa, len));
     all
+}
+
+/// The I/O virtual address that a ring behind an IOMMU has in place of a guest-physical one.
+pub(crate) fn iova(address: GuestAddress) -> Iova {
+    Iova(address.0)
 }
 
 /// The error for a failed translation of chain `head`.

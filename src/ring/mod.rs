@@ -64,6 +64,8 @@ pub use driver::{DriverRing, DriverRingState, UsedBuffer};
 pub use error::RingError;
 pub use in_order::InOrderState;
 pub use iommu::RingIommu;
+#[cfg(any(feature = "backend", feature = "frontend"))]
+pub(crate) use iommu::iova;
 pub(crate) use packed::PositionBits;
 pub use packed::{PackedDevice, PackedDriver, PackedDriverRequest, PackedDriverState, PackedLayout, Position};
 pub use split::{SplitDevice, SplitDriver, SplitDriverState, SplitLayout};

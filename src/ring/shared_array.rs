@@ -5,7 +5,7 @@
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
 
-use crate::memory::Memory;
+use crate::memory::{GuestAddress, Memory};
 
 use super::RingError;
 
@@ -37,7 +37,12 @@ impl<T: SharedValue> SharedArray<T> {
     ///
     /// # Errors
     /// [`RingError::Outside`] or [`RingError::Misaligned`].
-    pub(super) fn new(memory: &Memory, area: &'static str, gpa: u64, count: u16) -> Result<SharedArray<T>, RingError> {
+    pub(super) fn new(
+        memory: &Memory,
+        area: &'static str,
+        gpa: GuestAddress,
+        count: u16,
+    ) -> Result<SharedArray<T>, RingError> {
         let bytes = u64::from(count) * size_of::<T>() as u64;
         let slice = memory.slice(gpa, bytes).map_err(|source| RingError::Outside { area, source })?;
         let misaligned = RingError::Misaligned { area, gpa, align: align_of::<T>() as u64 };

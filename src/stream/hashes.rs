@@ -39,7 +39,7 @@ use super::StreamError;
 use super::frame::{FrameBody, FrameHeader, FrameKind, FrameReader, FrameWriter};
 use super::pages::{ENTRY_BYTES, MAX_ENTRIES, PAGE_BYTES, PageDecoder, PageRun, push_page};
 use super::sys::copy_page;
-use crate::memory::{ExtentFinder, LOG_PAGE, Memory};
+use crate::memory::{ExtentFinder, GuestAddress, LOG_PAGE, Memory};
 
 /// Maximum number of hashes in one frame, for 64 MiB of memory.
 pub const MAX_HASHES: usize = 16 << 10;
@@ -186,7 +186,7 @@ impl<'m> PageHasher<'m> {
         if self.extents.is_hole(self.memory, page) {
             return Ok(None);
         }
-        let slice = self.memory.slice(page * LOG_PAGE, LOG_PAGE)?;
+        let slice = self.memory.slice(GuestAddress(page * LOG_PAGE), LOG_PAGE)?;
         let zero = copy_page(&slice, &mut self.copy, false);
         Ok((!zero).then(|| XxHash3_64::oneshot(&self.copy)))
     }

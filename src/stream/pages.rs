@@ -29,7 +29,7 @@ use super::data_bitmap::DataBitmap;
 use super::frame::{FrameBody, FrameHeader, FrameKind, FrameReader, FrameWriter};
 use super::sys::{ReadMemory, ReceiveWindow, copy_page};
 use super::{Codec, StreamError};
-use crate::memory::{ExtentFinder, LOG_PAGE, Memory, Region};
+use crate::memory::{ExtentFinder, GuestAddress, LOG_PAGE, Memory, Region};
 
 /// Number of consecutive pages that belong to one channel: 1 MiB.
 pub const CHUNK_PAGES: u64 = 256;
@@ -189,7 +189,7 @@ impl PageEncoder {
         stats: &mut PageStats,
     ) -> Result<(), StreamError> {
         let (start, length) = (pages.start * LOG_PAGE, (pages.end - pages.start) * LOG_PAGE);
-        let slice = region.slice(start - region.gpa(), length).ok_or_else(|| outside(&pages))?;
+        let slice = region.slice(start - region.gpa().0, length).ok_or_else(|| outside(&pages))?;
         let mut offset = 0;
         for page in pages.clone() {
             if self.used == BATCH_BYTES || self.entries.len() == MAX_ENTRIES {
@@ -361,7 +361,7 @@ impl IncomingMemory {
             word.fetch_and(!dirty, Ordering::Relaxed);
             while dirty != 0 && result.is_ok() {
                 let page = first + u64::from(dirty.trailing_zeros());
-                result = self.memory.write(page * LOG_PAGE, &[0; PAGE_BYTES]);
+                result = self.memory.write(GuestAddress(page * LOG_PAGE), &[0; PAGE_BYTES]);
                 dirty &= dirty - 1;
             }
         });
@@ -413,13 +413,13 @@ impl PageDecoder {
             let mut pages = self.decompressor.decompress(&self.buffer, batch.data_pages() as usize * PAGE_BYTES)?;
             for entry in data() {
                 let (now, rest) = pages.split_at_checked(entry.count() as usize * PAGE_BYTES).unwrap_or_default();
-                target.memory.write(entry.pages.start * LOG_PAGE, now)?;
+                target.memory.write(GuestAddress(entry.pages.start * LOG_PAGE), now)?;
                 pages = rest;
             }
         } else {
             let mut window = ReceiveWindow::default();
             for entry in data() {
-                let gpa = entry.pages.start * LOG_PAGE;
+                let gpa = GuestAddress(entry.pages.start * LOG_PAGE);
                 target.memory.slices(gpa, entry.count() * LOG_PAGE, |slice| window.push(slice))?;
             }
             body.fill(&mut window)?;
@@ -596,8 +596,8 @@ fn regions_of_run<'m>(
 }
 
 /// Returns the pages that lie completely in `size` bytes at `gpa`.
-fn whole_pages(gpa: u64, size: u64) -> Range<u64> {
-    gpa.div_ceil(LOG_PAGE)..gpa.saturating_add(size) / LOG_PAGE
+fn whole_pages(gpa: GuestAddress, size: u64) -> Range<u64> {
+    gpa.0.div_ceil(LOG_PAGE)..gpa.0.saturating_add(size) / LOG_PAGE
 }
 
 fn outside(pages: &Range<u64>) -> StreamError {

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::frame::{FrameHeader, FrameKind, FrameReader, FrameWriter};
 use super::{PageStats, StreamError};
 use crate::abi::vhost_user::VHOST_USER_MAX_RAM_SLOTS;
-use crate::memory::{LOG_PAGE, Memory};
+use crate::memory::{GuestAddress, LOG_PAGE, Memory};
 
 use crate::record::{decode, encode};
 
@@ -37,9 +37,25 @@ pub const MAX_REGIONS: usize = VHOST_USER_MAX_RAM_SLOTS;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct RegionLayout {
     /// Guest-physical address of the first byte.
-    pub gpa: u64,
+    #[serde(with = "guest_address")]
+    pub gpa: GuestAddress,
     /// Size, bytes.
     pub size: u64,
+}
+
+/// A guest-physical address in a record: a 64-bit integer.
+mod guest_address {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use crate::memory::GuestAddress;
+
+    pub(super) fn serialize<S: Serializer>(gpa: &GuestAddress, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_u64(gpa.0)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<GuestAddress, D::Error> {
+        u64::deserialize(from).map(GuestAddress)
+    }
 }
 
 /// Memory layout of the source. The destination must have the same. Version 1.
@@ -68,9 +84,9 @@ impl MemoryLayout {
     pub fn from_memory(memory: &Memory) -> Result<MemoryLayout, StreamError> {
         let regions = memory.regions().iter().map(|region| RegionLayout { gpa: region.gpa(), size: region.size() });
         let regions: Vec<_> = regions.collect();
-        match regions.iter().find(|r| !r.gpa.is_multiple_of(LOG_PAGE) || !r.size.is_multiple_of(LOG_PAGE)) {
+        match regions.iter().find(|r| !r.gpa.0.is_multiple_of(LOG_PAGE) || !r.size.is_multiple_of(LOG_PAGE)) {
             Some(r) => {
-                Err(StreamError::Layout(format!("region {:#x}+{:#x} is not made of whole pages", r.gpa, r.size)))
+                Err(StreamError::Layout(format!("region {:#x}+{:#x} is not made of whole pages", r.gpa.0, r.size)))
             }
             None => Ok(MemoryLayout { regions }),
         }
@@ -101,12 +117,12 @@ impl MemoryLayout {
         let (Some(mut at), Some(end)) = (pages.start.checked_mul(LOG_PAGE), pages.end.checked_mul(LOG_PAGE)) else {
             return false;
         };
-        let first = self.regions.partition_point(|region| region.gpa.saturating_add(region.size) <= at);
+        let first = self.regions.partition_point(|region| region.gpa.0.saturating_add(region.size) <= at);
         for region in self.regions.get(first..).unwrap_or_default() {
-            if at >= end || region.gpa > at {
+            if at >= end || region.gpa.0 > at {
                 break;
             }
-            at = region.gpa.saturating_add(region.size);
+            at = region.gpa.0.saturating_add(region.size);
         }
         at >= end
     }
@@ -350,14 +366,15 @@ fn truncate_reason(text: &str) -> &str {
 fn merge_adjacent(regions: &[RegionLayout]) -> Result<Vec<(u64, u64)>, StreamError> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     for region in regions {
-        let end = region.gpa.checked_add(region.size).filter(|end| *end > region.gpa);
-        let end = end.ok_or_else(|| StreamError::Layout(format!("a region at {:#x} is impossible", region.gpa)))?;
+        let start = region.gpa.0;
+        let end = start.checked_add(region.size).filter(|end| *end > start);
+        let end = end.ok_or_else(|| StreamError::Layout(format!("a region at {start:#x} is impossible")))?;
         match ranges.last_mut() {
-            Some((_, last)) if *last == region.gpa => *last = end,
-            Some((_, last)) if *last > region.gpa => {
-                return Err(StreamError::Layout(format!("regions at {:#x} overlap or are out of order", region.gpa)));
+            Some((_, last)) if *last == start => *last = end,
+            Some((_, last)) if *last > start => {
+                return Err(StreamError::Layout(format!("regions at {start:#x} overlap or are out of order")));
             }
-            _ => ranges.push((region.gpa, end)),
+            _ => ranges.push((start, end)),
         }
     }
     Ok(ranges)
@@ -373,7 +390,7 @@ mod tests {
 
     #[test]
     fn a_layout_contains_runs_across_adjacent_regions_but_not_across_holes() {
-        let region = |gpa, pages| RegionLayout { gpa: gpa * LOG_PAGE, size: pages * LOG_PAGE };
+        let region = |gpa, pages| RegionLayout { gpa: GuestAddress(gpa * LOG_PAGE), size: pages * LOG_PAGE };
         let layout = MemoryLayout { regions: vec![region(1, 4), region(5, 5), region(20, 1)] };
         for inside in [1..2, 4..6, 1..10, 20..21, 9..10] {
             assert!(layout.contains(&inside), "{inside:?}");
@@ -385,7 +402,7 @@ mod tests {
 
     #[test]
     fn every_message_round_trips() {
-        let layout = MemoryLayout { regions: vec![RegionLayout { gpa: 0, size: 4096 }] };
+        let layout = MemoryLayout { regions: vec![RegionLayout { gpa: GuestAddress(0), size: 4096 }] };
         let end = RoundEnd { round: 2, last: true, data_pages: 5, zero_pages: 6 };
         let out = [
             ToDestination::Layout(layout),
@@ -442,14 +459,16 @@ mod tests {
     fn an_impossible_layout_is_an_error() {
         for regions in [vec![(0, 0)], vec![(u64::MAX, 4096)], vec![(4096, 4096), (0, 4096)], vec![(0, 8192), (4096, 1)]]
         {
-            let regions: Vec<_> = regions.into_iter().map(|(gpa, size)| RegionLayout { gpa, size }).collect();
+            let regions: Vec<_> =
+                regions.into_iter().map(|(gpa, size)| RegionLayout { gpa: GuestAddress(gpa), size }).collect();
             assert!(merge_adjacent(&regions).is_err());
         }
     }
 
     #[test]
     fn a_layout_of_more_regions_than_a_guest_has_is_refused() {
-        let layout = |count| MemoryLayout { regions: vec![RegionLayout { gpa: 0, size: LOG_PAGE }; count] };
+        let layout =
+            |count| MemoryLayout { regions: vec![RegionLayout { gpa: GuestAddress(0), size: LOG_PAGE }; count] };
         layout(MAX_REGIONS).check_regions().unwrap();
         let why = layout(MAX_REGIONS + 1).check_regions().unwrap_err().to_string();
         assert!(why.contains("510 regions"), "{why}");

@@ -253,7 +253,7 @@ mod tests {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
     use super::*;
-    use crate::memory::{Memory, Region, sealed_memfd};
+    use crate::memory::{GuestAddress, Memory, Region, UserAddress, sealed_memfd};
     use crate::ring::Buffer;
 
     /// A direct disk of 16 KiB, served in each way, and what it holds.
@@ -286,19 +286,19 @@ mod tests {
 
     fn memory() -> Memory {
         let fd = sealed_memfd("disk-io-test", 0x8000).unwrap();
-        Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x8000, 0, 0).unwrap())]).unwrap()
+        Memory::new([Arc::new(Region::map(fd.as_fd(), GuestAddress(0), 0x8000, UserAddress(0), 0).unwrap())]).unwrap()
     }
 
     fn io(memory: &Memory, op: DiskOp, gpa: u64, disk: Range<u64>) -> DiskIo {
         let mut request = Request::new(memory.clone(), None);
-        let (first, buffer) = (100, Buffer { gpa, len: (disk.end - disk.start) as u32 });
+        let (first, buffer) = (100, Buffer { gpa: GuestAddress(gpa), len: (disk.end - disk.start) as u32 });
         let chain = request.reset();
         let buffers = if op == DiskOp::Read { &mut chain.writable } else { &mut chain.readable };
         match gpa.is_multiple_of(4096) {
             true => buffers.push(buffer),
             false => buffers.extend([
                 Buffer { len: first, ..buffer },
-                Buffer { gpa: gpa + u64::from(first), len: buffer.len - first },
+                Buffer { gpa: GuestAddress(gpa + u64::from(first)), len: buffer.len - first },
             ]),
         }
         DiskIo { request, op, file_range: disk, request_offset: 0, path: IoPath::Direct }
@@ -313,7 +313,7 @@ mod tests {
                 let (at, len) = (disk.start as usize, (disk.end - disk.start) as usize);
                 let (io, count) = serve(io(&memory, DiskOp::Read, gpa, disk));
                 let mut bytes = vec![0; len];
-                memory.read(gpa, &mut bytes).unwrap();
+                memory.read(GuestAddress(gpa), &mut bytes).unwrap();
                 assert_eq!((io.path, count), (way, len as u64));
                 assert_eq!(io.request.used_len() as usize, len);
                 assert!(bytes == contents[at..at + len]);
@@ -330,7 +330,7 @@ mod tests {
                 (4096, 0x3200..0x3400, IoPath::Cached),
             ] {
                 let data = vec![0xa0 | gpa as u8; (disk.end - disk.start) as usize];
-                memory.write(gpa, &data).unwrap();
+                memory.write(GuestAddress(gpa), &data).unwrap();
                 contents[disk.start as usize..disk.end as usize].copy_from_slice(&data);
                 let (io, count) = serve(io(&memory, write, gpa, disk));
                 assert_eq!((io.path, count), (way, data.len() as u64));

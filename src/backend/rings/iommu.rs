@@ -17,8 +17,8 @@ use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
 use crate::abi::vhost_user::{BackendRequest, IotlbMsg};
 use crate::backend::session::VringConfig;
 use crate::backend::{BackendError, FrontendHandle};
-use crate::memory::{Access, Iotlb, IotlbMiss, IovaWindow, TranslationError, overlap};
-use crate::ring::{Buffer, RingIommu, RingLayout};
+use crate::memory::{Access, Iotlb, IotlbMiss, Iova, IovaWindow, RingArea, TranslationError, overlap};
+use crate::ring::{Buffer, RingIommu, RingLayout, iova};
 
 /// Interval at which a ring checks for the acknowledgement of a miss.
 const REPLY_POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -116,7 +116,7 @@ pub(super) struct MappedRing {
     /// Buffers of requests in flight, by head.
     in_flight: Vec<Vec<Buffer>>,
     /// Invalidated ranges that are still in use, with the channel to acknowledge them.
-    pending_invalidations: Vec<(RangeInclusive<u64>, Sender<()>)>,
+    pending_invalidations: Vec<(RangeInclusive<Iova>, Sender<()>)>,
 }
 
 impl MappedRing {
@@ -149,12 +149,12 @@ impl MappedRing {
     }
 
     /// Returns true if a request in flight uses these addresses.
-    pub(super) fn uses(&self, iovas: &RangeInclusive<u64>) -> bool {
-        self.in_flight.iter().flatten().any(|buffer| overlap(buffer.gpa, buffer.len.into(), iovas))
+    pub(super) fn uses(&self, iovas: &RangeInclusive<Iova>) -> bool {
+        self.in_flight.iter().flatten().any(|buffer| overlap(iova(buffer.gpa), buffer.len.into(), iovas))
     }
 
     /// Signals `done` as soon as no request in flight uses these addresses (rule T3.2).
-    pub(super) fn invalidate(&mut self, iovas: RangeInclusive<u64>, done: Sender<()>) {
+    pub(super) fn invalidate(&mut self, iovas: RangeInclusive<Iova>, done: Sender<()>) {
         self.pending_invalidations.push((iovas, done));
         self.acknowledge_invalidations();
     }
@@ -174,8 +174,8 @@ impl MappedRing {
 }
 
 /// Returns the areas of a ring with the access that the device needs.
-fn ring_areas(config: &VringConfig) -> [(u64, u64, Access); 3] {
-    let [desc, driver, device] = config.layout.areas();
+fn ring_areas(config: &VringConfig) -> [RingArea; 3] {
+    let [desc, driver, device] = config.layout.areas().map(iova);
     let [desc_bytes, driver_bytes, device_bytes] = RingLayout::area_bytes(config.features, config.layout.size());
     // Completions are written into a packed ring's descriptors; the device reads what it wrote in its own area.
     let on_descs = if let RingLayout::Packed(_) = config.layout { Access::ReadWrite } else { Access::Read };
@@ -183,11 +183,11 @@ fn ring_areas(config: &VringConfig) -> [(u64, u64, Access); 3] {
 }
 
 /// Returns the address range under which the device's area is logged (rule L5.1).
-pub(super) fn used_log_range(config: &VringConfig) -> Option<(u64, u64)> {
+pub(super) fn used_log_range(config: &VringConfig) -> Option<(Iova, u64)> {
     let [_, _, bytes] = RingLayout::area_bytes(config.features, config.layout.size());
-    config.logging.used.as_ref().map(|(_, at)| (*at, bytes))
+    config.logging.used.as_ref().map(|(_, used_gpa)| (iova(*used_gpa), bytes))
 }
 
 fn iotlb_msg(kind: u8, miss: &IotlbMiss) -> IotlbMsg {
-    IotlbMsg { iova: miss.iova, perm: miss.access.permission(), kind, ..IotlbMsg::new_zeroed() }
+    IotlbMsg { iova: miss.iova.0, perm: miss.access.permission(), kind, ..IotlbMsg::new_zeroed() }
 }

@@ -23,6 +23,7 @@ use crate::backend::rings::worker::WorkerCommand;
 use crate::backend::session::replies::PendingReplies;
 use crate::backend::session::{Logging, VringConfig, VringController};
 use crate::backend::{BackendError, Notifier, VirtioDevice};
+use crate::memory::Iova;
 use crate::ring::RingBase;
 use crate::sys::join::join;
 use crate::sys::log_limit::limited;
@@ -300,7 +301,7 @@ impl VringController for Workers {
         }
     }
 
-    fn invalidate(&mut self, iovas: &RangeInclusive<u64>) {
+    fn invalidate(&mut self, iovas: &RangeInclusive<Iova>) {
         let send = |handle: &WorkerHandle| {
             let (done, is_done) = bounded(1);
             handle.send(WorkerCommand::Invalidate(iovas.clone(), done));

@@ -9,7 +9,7 @@ use crate::abi::virtio::VirtioFeatures;
 use crate::backend::{BackendError, FrontendHandle, Kick, Notifier};
 use crate::dirty::{Log, LogSignal};
 use crate::inflight;
-use crate::memory::{Iotlb, Memory};
+use crate::memory::{GuestAddress, Iotlb, Iova, Memory};
 use crate::ring::{RingBase, RingLayout, RingLog};
 
 /// The configuration with which a ring starts.
@@ -56,7 +56,7 @@ pub struct Logging {
     /// The log for data, while LOG_ALL is acknowledged (rule L3.1).
     pub data: Option<Arc<Log>>,
     /// The log for used-ring writes with `log_guest_addr`, while VHOST_VRING_F_LOG is set (rule L3.2).
-    pub used: Option<(Arc<Log>, u64)>,
+    pub used: Option<(Arc<Log>, GuestAddress)>,
     /// Signalled after logging (rule L12.1).
     pub signal: Option<Arc<LogSignal>>,
     /// Number of pages outside the log that were reported, shared by all rings (rule L6.2).
@@ -111,7 +111,7 @@ pub trait VringController {
     fn set_logging(&mut self, index: u16, logging: Logging);
 
     /// Completes requests that use these addresses, whose translations are invalid (rule T3.2).
-    fn invalidate(&mut self, iovas: &RangeInclusive<u64>);
+    fn invalidate(&mut self, iovas: &RangeInclusive<Iova>);
 
     /// Makes a running ring look for requests (rule B3.2), or for translations that it lacked.
     fn kick(&mut self, index: u16);

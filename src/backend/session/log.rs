@@ -9,6 +9,7 @@ use super::{Logging, Session, VringController};
 use crate::abi::vhost_user::{LogDescription, VHOST_F_LOG_ALL};
 use crate::backend::BackendError;
 use crate::dirty::Log;
+use crate::memory::GuestAddress;
 use crate::sys::log_limit::limited;
 
 impl Session {
@@ -50,9 +51,9 @@ impl Session {
 
     pub(super) fn check_log_size(&self) {
         if let Some(log) = &self.log
-            && log.pages().saturating_mul(crate::memory::LOG_PAGE) < self.memory.end()
+            && log.pages().saturating_mul(crate::memory::LOG_PAGE) < self.memory.end().0
         {
-            let (pages, end) = (log.pages(), self.memory.end());
+            let (pages, end) = (log.pages(), self.memory.end().0);
             limited!(
                 warn,
                 "the log has {pages} pages, memory ends at {end:#x}: writes behind the log are lost (rule L6.2)"
@@ -77,7 +78,7 @@ impl Session {
         let used = ring.addr.filter(logs_used).zip(self.log.clone());
         Logging {
             data: self.log.clone().filter(|_| self.features.contains(VHOST_F_LOG_ALL)),
-            used: used.map(|(addr, log)| (log, addr.log_guest_addr)),
+            used: used.map(|(addr, log)| (log, GuestAddress(addr.log_guest_addr))),
             signal: self.log_signal.clone(),
             out_of_range_pages: self.out_of_range_pages.clone(),
         }

@@ -10,7 +10,7 @@ use super::{Session, VringController};
 use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use crate::abi::vhost_user::{IotlbMsg, MemoryHeader, MemoryRegion, Request as Code, VHOST_USER_MAX_RAM_SLOTS};
 use crate::backend::{BackendError, VhostUserMessage};
-use crate::memory::{Memory, Region, invalidated};
+use crate::memory::{Access, GuestAddress, IotlbError, Iova, Memory, Region, UserAddress, invalidated};
 
 impl Session {
     pub(super) fn add_region(
@@ -33,7 +33,8 @@ impl Session {
         rings: &mut dyn VringController,
     ) -> Result<(), BackendError> {
         let mut regions = self.memory.regions().to_vec();
-        let (gpa, size, user_addr) = (region.guest_phys_addr, region.memory_size, region.userspace_addr);
+        let (gpa, size) = (GuestAddress(region.guest_phys_addr), region.memory_size);
+        let user_addr = UserAddress(region.userspace_addr);
         let found = regions.iter().position(|r| (r.gpa(), r.size(), r.user_addr()) == (gpa, size, user_addr));
         regions.remove(found.ok_or(BackendError::NoSuchRegion { gpa, size, user_addr })?);
         self.replace_memory(Memory::new(regions)?, rings)
@@ -70,7 +71,7 @@ impl Session {
     /// Without a channel they are kept, because the front-end could not be asked again (rule T3.8).
     pub(super) fn clear_iotlb(&self) {
         if self.frontend.has_channel() {
-            self.iotlb.invalidate(&(0..=u64::MAX));
+            self.iotlb.clear();
         }
     }
 
@@ -80,13 +81,18 @@ impl Session {
         message: &IotlbMsg,
         rings: &mut dyn VringController,
     ) -> Result<(), BackendError> {
-        let IotlbMsg { iova, size, uaddr, perm, kind, .. } = *message;
+        let IotlbMsg { size, perm, kind, .. } = *message;
+        let (iova, user) = (Iova(message.iova), UserAddress(message.uaddr));
         match kind {
             VHOST_IOTLB_UPDATE => {
                 if perm != 0 {
-                    self.memory.pieces_of_user(uaddr, size, |_, _| {})?;
+                    self.memory.pieces_of_user(user, size, |_, _| {})?;
                 }
-                self.iotlb.update(iova, size, uaddr, perm)?;
+                let permitted = Access::from_permission(perm);
+                if permitted.is_none() && perm != 0 {
+                    return Err(IotlbError::Permission { iova, permission: perm }.into());
+                }
+                self.iotlb.update(iova, size, user, permitted)?;
                 // Rings may wait for this translation.
                 for (index, _) in (0..).zip(&self.rings).filter(|(_, ring)| ring.running) {
                     rings.kick(index);
@@ -127,6 +133,6 @@ pub(super) fn regions_of(message: &VhostUserMessage) -> Result<Vec<Arc<Region>>,
 }
 
 fn map_region(region: &MemoryRegion, fd: &OwnedFd) -> Result<Arc<Region>, BackendError> {
-    let MemoryRegion { guest_phys_addr, memory_size, userspace_addr, mmap_offset } = *region;
-    Ok(Arc::new(Region::map(fd.as_fd(), guest_phys_addr, memory_size, userspace_addr, mmap_offset)?))
+    let (gpa, user_addr) = (GuestAddress(region.guest_phys_addr), UserAddress(region.userspace_addr));
+    Ok(Arc::new(Region::map(fd.as_fd(), gpa, region.memory_size, user_addr, region.mmap_offset)?))
 }

@@ -222,7 +222,11 @@ impl Session {
             Code::SET_FEATURES => self.set_features(message.body()?, rings)?,
             Code::GET_PROTOCOL_FEATURES => return number(self.offered_protocol_features().bits()),
             Code::SET_PROTOCOL_FEATURES => {
-                let bits = check_offered(code, message.body()?, self.offered_protocol_features())?;
+                let bits: ProtocolFeatures = message.body()?;
+                let unknown = bits & !self.offered_protocol_features();
+                if !unknown.is_empty() {
+                    return Err(BackendError::UnofferedProtocolFeatures { unknown });
+                }
                 if bits.contains(ProtocolFeatures::INBAND_NOTIFICATIONS) && !bits.contains(INBAND_REQUIREMENTS) {
                     return Err(BackendError::InbandNotifications);
                 }
@@ -386,7 +390,10 @@ impl Session {
     }
 
     fn set_features(&mut self, bits: VirtioFeatures, rings: &mut dyn VringController) -> Result<(), BackendError> {
-        let bits = check_offered(Code::SET_FEATURES, bits, self.offered_features())?;
+        let unknown = bits & !self.offered_features();
+        if !unknown.is_empty() {
+            return Err(BackendError::UnofferedFeatures { unknown });
+        }
         // Running rings and queues use the features acknowledged at their start (rule R1.4).
         let changed = (bits ^ self.features) & !VHOST_F_LOG_ALL;
         if !changed.is_empty() && self.rings.iter().any(|ring| ring.running) {
@@ -423,7 +430,7 @@ impl Session {
         self.rings.iter_mut().for_each(SessionRing::reset);
         (self.features, self.status) = (VirtioFeatures::empty(), 0);
         self.stop_preparation = None;
-        self.iotlb.invalidate(&(0..=u64::MAX));
+        self.iotlb.clear();
         self.device.reset();
         if let Some(region) = &self.inflight {
             region.reset();
@@ -438,18 +445,6 @@ impl Session {
 
     fn is_packed(&self) -> bool {
         self.features.contains(VIRTIO_F_RING_PACKED)
-    }
-}
-
-/// Returns the acknowledged bits if all of them were offered (rule R1.3).
-fn check_offered<F: bitflags::Flags<Bits = u64> + Copy>(
-    code: Code,
-    features: F,
-    offered: F,
-) -> Result<F, BackendError> {
-    match features.bits() & !offered.bits() {
-        0 => Ok(features),
-        unknown => Err(BackendError::UnofferedFeatures { code, bits: features.bits(), unknown }),
     }
 }
 

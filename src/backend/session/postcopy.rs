@@ -12,7 +12,7 @@ use zerocopy::IntoBytes;
 
 use crate::abi::vhost_user::{MemoryHeader, MemoryRegion};
 use crate::backend::{BackendError, VhostUserMessage};
-use crate::memory::{Memory, Userfault};
+use crate::memory::{FaultAddress, Memory, Userfault};
 use crate::sys::log_limit::limited;
 use crate::sys::with_causes::with_causes;
 
@@ -106,10 +106,10 @@ impl Drop for Postcopy {
 fn abandon_memory(userfault: Option<&Userfault>, memory: &Memory) {
     let Some(userfault) = userfault else { return };
     for region in memory.regions() {
-        debug!("memory at {:#x} is abandoned: its pages will not arrive", region.gpa());
+        debug!("memory at {:#x} is abandoned: its pages will not arrive", region.gpa().0);
         let (start, len) = region.mapped();
-        if let Err(error) = region.blank().and_then(|()| userfault.wake(start, len)) {
-            limited!(warn, "can't abandon memory at {:#x}: {}", region.gpa(), with_causes(&error));
+        if let Err(error) = region.blank().and_then(|()| userfault.wake(FaultAddress(start), len)) {
+            limited!(warn, "can't abandon memory at {:#x}: {}", region.gpa().0, with_causes(&error));
         }
     }
 }
@@ -121,7 +121,7 @@ pub(super) fn reply_payload(payload: &[u8], memory: &Memory) -> Vec<u8> {
     let (descriptions, rest) = regions.as_chunks::<{ size_of::<MemoryRegion>() }>();
     for bytes in descriptions {
         let mut description: MemoryRegion = zerocopy::transmute!(*bytes);
-        if let Some(region) = memory.regions().iter().find(|region| region.gpa() == description.guest_phys_addr) {
+        if let Some(region) = memory.regions().iter().find(|region| region.gpa().0 == description.guest_phys_addr) {
             description.userspace_addr = region.host_ptr().addr() as u64;
         }
         answer.extend(description.as_bytes());

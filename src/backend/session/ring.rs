@@ -12,7 +12,7 @@ use crate::abi::vhost_user::{
 };
 use crate::abi::virtio::VirtioFeatures;
 use crate::backend::{BackendError, FrontendHandle, Kick, Notifier, VhostUserMessage};
-use crate::memory::Memory;
+use crate::memory::{GuestAddress, Memory, UserAddress};
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::log_limit::limited;
 use crate::sys::with_causes::with_causes;
@@ -94,7 +94,7 @@ impl Session {
             let [_, _, device] = RingLayout::area_bytes(features, size);
             let wraps = addr.log_guest_addr.checked_add(device).is_none();
             if wraps || !addr.log_guest_addr.is_multiple_of(4) {
-                return Err(BackendError::LogAddress { index, addr: addr.log_guest_addr });
+                return Err(BackendError::LogAddress { index, gpa: GuestAddress(addr.log_guest_addr) });
             }
         }
         if running {
@@ -152,8 +152,9 @@ impl Session {
         let layout = match &iotlb {
             None => layout(&self.memory, self.features, index, ring.size, addr)?,
             Some(_) => {
-                let VringAddr { desc_user_addr, avail_user_addr, used_user_addr, .. } = *addr;
-                RingLayout::new(self.features, ring.size, desc_user_addr, avail_user_addr, used_user_addr)
+                // These fields hold I/O virtual addresses then (rule T1.1).
+                let areas = [addr.desc_user_addr, addr.avail_user_addr, addr.used_user_addr];
+                RingLayout::new(self.features, ring.size, areas.map(GuestAddress))
             }
         };
         Ok(VringConfig {
@@ -295,13 +296,13 @@ fn layout(
     addr: &VringAddr,
 ) -> Result<RingLayout, BackendError> {
     let find = |part, user, len| {
-        memory.gpa_of_user(user, len).map_err(|source| BackendError::RingAddress { index, part, source })
+        memory.gpa_of_user(UserAddress(user), len).map_err(|source| BackendError::RingAddress { index, part, source })
     };
     let [desc_bytes, driver_bytes, device_bytes] = RingLayout::area_bytes(features, size);
     let desc = find("descriptor table", addr.desc_user_addr, desc_bytes)?;
     let driver = find("available ring or driver area", addr.avail_user_addr, driver_bytes)?;
     let device = find("used ring or device area", addr.used_user_addr, device_bytes)?;
-    Ok(RingLayout::new(features, size, desc, driver, device))
+    Ok(RingLayout::new(features, size, [desc, driver, device]))
 }
 
 pub(super) fn logs_used(addr: &VringAddr) -> bool {

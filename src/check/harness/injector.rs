@@ -13,7 +13,7 @@ use nix::sys::socket::{setsockopt, sockopt::BindToDevice};
 use super::{FRAMES, Harness};
 use crate::check::outcome::CheckAbort;
 use crate::check::queue::DriverQueue;
-use crate::memory::{LOG_PAGE, Memory};
+use crate::memory::{Address, LOG_PAGE, Memory};
 use crate::ring::Buffer;
 
 /// Maximum number of frames in flight towards a loopback.
@@ -49,7 +49,7 @@ pub(super) fn send(queue: &mut DriverQueue, memory: &Memory, number: u64, packet
     if u64::from(queue.driver.outstanding()) >= MAX_IN_FLIGHT {
         return Ok(false);
     }
-    let gpa = FRAMES + number % (2 * MAX_IN_FLIGHT) * LOG_PAGE;
+    let gpa = FRAMES.unchecked_add(number % (2 * MAX_IN_FLIGHT) * LOG_PAGE);
     memory.write(gpa, packet)?;
     let sent = queue.driver.add(&[Buffer { gpa, len: packet.len() as u32 }], &[], None)?.is_some();
     queue.publish();

@@ -23,7 +23,7 @@ use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request as Code};
 use crate::check::connection::BackendMessage;
 use crate::check::outcome::CheckAbort;
 use crate::check::queue::RING_SLOT_BYTES;
-use crate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory};
+use crate::memory::{Access, GuestAddress, Iotlb, Iova, IovaWindow, LOG_PAGE, Memory};
 use crate::sys::with_causes::with_causes;
 use crate::sys::{lock, socket};
 
@@ -80,7 +80,7 @@ impl Drop for MissThread {
 impl GuestIommu {
     pub(super) fn new(memory: &Memory, scatter: Scatter) -> Result<GuestIommu, CheckAbort> {
         let block = if scatter == Scatter::Rings { BLOCK_PAGES } else { 1 };
-        let (low, high) = (shuffled(0, LOW_BYTES, block), shuffled(HIGH, HIGH_BYTES, 1));
+        let (low, high) = (shuffled(0, LOW_BYTES, block), shuffled(HIGH.0, HIGH_BYTES, 1));
         let map = low.chain(high).map(|(page, place)| (page, (place, VHOST_ACCESS_RW))).collect();
         let (deferred_pages, deferred_misses, miss_counts) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
         let state =
@@ -157,8 +157,8 @@ impl Harness {
     }
 
     /// Sends an invalidation. When it returns, the old pages are no longer in use (rule T3.1).
-    pub(in crate::check) fn invalidate(&self, iova: u64, bytes: u64) -> Result<(), CheckAbort> {
-        let message = IotlbMsg { iova, size: bytes, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() };
+    pub(in crate::check) fn invalidate(&self, iova: Iova, bytes: u64) -> Result<(), CheckAbort> {
+        let message = IotlbMsg { iova: iova.0, size: bytes, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() };
         self.send_acked(Code::IOTLB_MSG, message.as_bytes(), &[])
     }
 
@@ -200,7 +200,7 @@ impl IommuState {
     /// Builds the translation of a page; without a mapping it has no permission.
     fn update(&self, page: u64) -> IotlbMsg {
         let (place, perm) = self.map.get(&page).copied().unwrap_or_default();
-        let uaddr = user_addr(&self.memory, place * LOG_PAGE);
+        let uaddr = user_addr(&self.memory, GuestAddress(place * LOG_PAGE)).0;
         let iova = page * LOG_PAGE;
         IotlbMsg { iova, size: LOG_PAGE, uaddr, perm, kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() }
     }
@@ -209,11 +209,11 @@ impl IommuState {
     fn view(&self) -> Result<Memory, CheckAbort> {
         let iotlb = Iotlb::default();
         for (page, (place, _)) in &self.map {
-            let user = user_addr(&self.memory, place * LOG_PAGE);
-            let known = iotlb.update(page * LOG_PAGE, LOG_PAGE, user, VHOST_ACCESS_RW);
+            let user = user_addr(&self.memory, GuestAddress(place * LOG_PAGE));
+            let known = iotlb.update(Iova(page * LOG_PAGE), LOG_PAGE, user, Some(Access::ReadWrite));
             known.map_err(|error| CheckAbort::System(std::io::Error::other(error)))?;
         }
-        let areas = [(0, LOW_BYTES, Access::ReadWrite), (HIGH, HIGH_BYTES, Access::ReadWrite)];
+        let areas = [(Iova(0), LOW_BYTES, Access::ReadWrite), (Iova(HIGH.0), HIGH_BYTES, Access::ReadWrite)];
         let window = IovaWindow::open(&self.memory, &iotlb, &areas, None);
         Ok(window.map_err(|error| CheckAbort::System(std::io::Error::other(error)))?.memory().clone())
     }
@@ -289,7 +289,7 @@ mod tests {
 
     #[test]
     fn shuffled_pages_are_a_permutation_without_fixed_points() {
-        for (at, bytes, block) in [(0, LOW_BYTES, BLOCK_PAGES), (0, LOW_BYTES, 1), (HIGH, HIGH_BYTES, 1)] {
+        for (at, bytes, block) in [(0, LOW_BYTES, BLOCK_PAGES), (0, LOW_BYTES, 1), (HIGH.0, HIGH_BYTES, 1)] {
             let pages: BTreeMap<u64, u64> = shuffled(at, bytes, block).collect();
             assert!(pages.iter().all(|(page, place)| page != place));
             let places: BTreeSet<u64> = pages.values().copied().collect();

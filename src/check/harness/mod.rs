@@ -39,7 +39,7 @@ use crate::abi::virtio::{
     VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MQ, VirtioFeatures,
 };
 use crate::dirty::Log;
-use crate::memory::{Memory, Region, sealed_memfd};
+use crate::memory::{Address, GuestAddress, Memory, Region, UserAddress, sealed_memfd};
 use crate::ring::{Buffer, RingBase};
 
 /// Maximum number of requests in flight. With three descriptors each they fill the smallest ring.
@@ -49,16 +49,16 @@ pub(super) const SLOT_BYTES: u64 = 512 << 10;
 /// Size of the lower region. The rings begin at 1 MiB.
 pub(super) const LOW_BYTES: u64 = 4 << 20;
 /// Address of the upper region.
-pub(super) const HIGH: u64 = 1 << 32;
+pub(super) const HIGH: GuestAddress = GuestAddress(1 << 32);
 const HIGH_BYTES: u64 = MAX_REQUESTS * SLOT_BYTES;
 /// Unused pages of the lower region, for logging a used ring at another address.
-pub(super) const UNUSED_AREA: u64 = 0x30_0000;
-const STATUSES: u64 = 0x38_0000;
-const HEADS: u64 = 0x3a_0000;
+pub(super) const UNUSED_AREA: GuestAddress = GuestAddress(0x30_0000);
+const STATUSES: GuestAddress = GuestAddress(0x38_0000);
+const HEADS: GuestAddress = GuestAddress(0x3a_0000);
 /// Size of a slot's request header, bytes.
 const HEAD: u64 = 128;
 /// Frames to be transmitted, which return as received ones.
-pub(super) const FRAMES: u64 = 0x3c_0000;
+pub(super) const FRAMES: GuestAddress = GuestAddress(0x3c_0000);
 const FRAMES_BYTES: u64 = 0x4_0000;
 /// Device status: ACKNOWLEDGE, DRIVER, FEATURES_OK and DRIVER_OK.
 const DRIVER_OK: u64 = 1 | 2 | 8 | 4;
@@ -136,7 +136,7 @@ impl Harness {
             let fd = sealed_memfd("check", bytes)?;
             Ok::<_, CheckAbort>(Arc::new(Region::share(fd, gpa, bytes, 0)?))
         };
-        let memory = Memory::new([share(0, LOW_BYTES)?, share(HIGH, HIGH_BYTES)?])?;
+        let memory = Memory::new([share(GuestAddress(0), LOW_BYTES)?, share(HIGH, HIGH_BYTES)?])?;
         let iommu = iommu.map(|scatter| GuestIommu::new(&memory, scatter)).transpose()?;
         let mut protocol = PROTOCOL;
         let mut wanted = VIRTIO_F_VERSION_1 | VHOST_USER_F_PROTOCOL_FEATURES | features;
@@ -191,7 +191,7 @@ impl Harness {
             frames_received: 0,
             long_frames: false,
             writable_pages: Pages::new(),
-            last_data: Buffer { gpa: 0, len: 0 },
+            last_data: Buffer { gpa: GuestAddress(0), len: 0 },
         };
         harness.set_up_device()?;
         Ok(harness)
@@ -307,12 +307,12 @@ impl Harness {
     }
 
     /// Converts a ring address for messages: user addresses, or I/O virtual ones behind an IOMMU.
-    fn ring_addr(&self, at: u64) -> u64 {
-        if self.iommu.is_some() { at } else { user_addr(&self.memory, at) }
+    fn ring_addr(&self, at: GuestAddress) -> u64 {
+        if self.iommu.is_some() { at.0 } else { user_addr(&self.memory, at).0 }
     }
 
     /// Builds the payload of SET_VRING_ADDR. `log_at` is `log_guest_addr`, and sets F_LOG.
-    pub(super) fn vring_addr(&self, queue: &DriverQueue, log_at: Option<u64>) -> VringAddr {
+    pub(super) fn vring_addr(&self, queue: &DriverQueue, log_at: Option<GuestAddress>) -> VringAddr {
         let [desc, driver, device] = queue.layout.areas();
         VringAddr {
             index: queue.index,
@@ -320,13 +320,13 @@ impl Harness {
             desc_user_addr: self.ring_addr(desc),
             used_user_addr: self.ring_addr(device),
             avail_user_addr: self.ring_addr(driver),
-            log_guest_addr: log_at.unwrap_or(device),
+            log_guest_addr: log_at.unwrap_or(device).0,
         }
     }
 
     /// Sends CALL, NUM, BASE, ADDR and KICK (rule R6.1): the rings are started but not enabled, if they can be
     /// disabled.
-    pub(super) fn start_disabled(&self, log_at: Option<u64>) -> Result<(), CheckAbort> {
+    pub(super) fn start_disabled(&self, log_at: Option<GuestAddress>) -> Result<(), CheckAbort> {
         for queue in self.all() {
             let index = u64::from(queue.index);
             self.send_acked(Code::SET_VRING_CALL, index.as_bytes(), &[queue.call.as_fd()])?;
@@ -336,7 +336,11 @@ impl Harness {
     }
 
     /// Sends NUM, BASE, ADDR and KICK of a ring.
-    pub(super) fn start_without_call(&self, queue: &DriverQueue, log_at: Option<u64>) -> Result<(), CheckAbort> {
+    pub(super) fn start_without_call(
+        &self,
+        queue: &DriverQueue,
+        log_at: Option<GuestAddress>,
+    ) -> Result<(), CheckAbort> {
         self.configure_ring(queue, log_at)?;
         self.send_acked(Code::SET_VRING_KICK, u64::from(queue.index).as_bytes(), &[queue.kick.as_fd()])
     }
@@ -348,7 +352,7 @@ impl Harness {
     }
 
     /// Sends NUM, BASE and ADDR of a ring.
-    pub(super) fn configure_ring(&self, queue: &DriverQueue, log_at: Option<u64>) -> Result<(), CheckAbort> {
+    pub(super) fn configure_ring(&self, queue: &DriverQueue, log_at: Option<GuestAddress>) -> Result<(), CheckAbort> {
         self.send_size(queue)?;
         let base = VringState { index: queue.index, num: queue.base.bits() };
         self.send_acked(Code::SET_VRING_BASE, base.as_bytes(), &[])?;
@@ -356,7 +360,7 @@ impl Harness {
     }
 
     /// Returns the log address of a ring. Only that of the first ring may differ from its address.
-    fn log_address(&self, queue: &DriverQueue, log_at: Option<u64>) -> Option<u64> {
+    fn log_address(&self, queue: &DriverQueue, log_at: Option<GuestAddress>) -> Option<GuestAddress> {
         log_at.map(|at| if queue.index == self.ring.index { at } else { queue.device_area() })
     }
 
@@ -381,7 +385,7 @@ impl Harness {
     }
 
     /// Like [`start`](Harness::start), with F_LOG and the first ring logged at `log_at`.
-    pub(super) fn start_logged(&self, log_at: Option<u64>) -> Result<(), CheckAbort> {
+    pub(super) fn start_logged(&self, log_at: Option<GuestAddress>) -> Result<(), CheckAbort> {
         self.start_disabled(log_at)?;
         self.enable(true)?;
         self.kick();
@@ -454,7 +458,7 @@ impl Harness {
     }
 
     /// Sets F_LOG of the rings, with the log address of the first, or clears it.
-    pub(super) fn set_ring_logging(&self, log_at: Option<u64>) -> Result<(), CheckAbort> {
+    pub(super) fn set_ring_logging(&self, log_at: Option<GuestAddress>) -> Result<(), CheckAbort> {
         for queue in self.all() {
             let addr = self.vring_addr(queue, self.log_address(queue, log_at));
             self.send_acked(Code::SET_VRING_ADDR, addr.as_bytes(), &[])?;
@@ -463,7 +467,7 @@ impl Harness {
     }
 
     /// Sets LOG_ALL, then F_LOG with the first ring at `log_at` (rule L7.1).
-    pub(super) fn enable_logging(&self, log_at: u64) -> Result<(), CheckAbort> {
+    pub(super) fn enable_logging(&self, log_at: GuestAddress) -> Result<(), CheckAbort> {
         self.set_log_all(true)?;
         self.set_ring_logging(Some(log_at))
     }
@@ -510,17 +514,20 @@ pub(super) fn wait_until(
 }
 
 /// Returns the front-end's address of a guest-physical address.
-fn user_addr(memory: &Memory, gpa: u64) -> u64 {
-    let region = memory.regions().iter().rev().find(|region| region.gpa() <= gpa);
-    region.map_or(0, |region| region.user_addr().wrapping_add(gpa - region.gpa()))
+fn user_addr(memory: &Memory, gpa: GuestAddress) -> UserAddress {
+    let in_region = |region: &Arc<Region>| {
+        let offset = gpa.checked_offset_from(region.gpa())?;
+        region.user_addr().checked_add(offset)
+    };
+    memory.regions().iter().rev().find_map(in_region).unwrap_or_default()
 }
 
 /// Describes a region as in messages.
 pub(super) fn describe(region: &Region) -> MemoryRegion {
     MemoryRegion {
-        guest_phys_addr: region.gpa(),
+        guest_phys_addr: region.gpa().0,
         memory_size: region.size(),
-        userspace_addr: region.user_addr(),
+        userspace_addr: region.user_addr().0,
         mmap_offset: region.shared().map_or(0, |(_, offset)| offset),
     }
 }

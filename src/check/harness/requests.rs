@@ -19,7 +19,7 @@ use crate::check::outcome::CheckAbort;
 use crate::check::pages::{noise, pages};
 use crate::check::queue::DriverQueue;
 use crate::check::ring_variant::Flow;
-use crate::memory::LOG_PAGE;
+use crate::memory::{Address, GuestAddress, LOG_PAGE};
 use crate::ring::Buffer;
 
 /// Interval after which a missing frame is sent again: a back-end may drop frames without a buffer.
@@ -63,13 +63,13 @@ impl Harness {
                 RequestSize::Large => SLOT_BYTES,
                 RequestSize::Mixed => 512 * (1 + self.submitted * 7 % 40),
             };
-            self.add_at(slot, HIGH + slot as u64 * SLOT_BYTES + offset, wanted)?;
+            self.add_at(slot, HIGH.unchecked_add(slot as u64 * SLOT_BYTES + offset), wanted)?;
         }
         Ok(())
     }
 
     /// Adds a request in `slot` with data at `gpa`: a read of up to `wanted` bytes, or a frame.
-    pub(in crate::check) fn add_at(&mut self, slot: usize, gpa: u64, wanted: u64) -> Result<(), CheckAbort> {
+    pub(in crate::check) fn add_at(&mut self, slot: usize, gpa: GuestAddress, wanted: u64) -> Result<(), CheckAbort> {
         match (self.flow, &self.device) {
             (Flow::Requests, TestedDevice::Blk(disk)) => {
                 let (head, len) = disk.read(self.submitted, wanted);
@@ -117,7 +117,7 @@ impl Harness {
         head: BlkRequestHeader,
         data: Buffer,
     ) -> Result<(), CheckAbort> {
-        let (head_at, status) = (HEADS + slot as u64 * HEAD, STATUSES + slot as u64 * LOG_PAGE);
+        let (head_at, status) = (head_at(slot), status_at(slot));
         self.view().write(head_at, head.as_bytes())?;
         self.view().write(status, &[NO_STATUS])?;
         let reads = head.request_type.get() == VIRTIO_BLK_T_IN;
@@ -133,7 +133,7 @@ impl Harness {
 
     /// Adds a FUSE request in `slot`, whose reply data goes to `data`.
     fn add_fuse(&mut self, slot: usize, head: &[u8], data: Buffer) -> Result<(), CheckAbort> {
-        let (head_at, status_at) = (HEADS + slot as u64 * HEAD, STATUSES + slot as u64 * LOG_PAGE);
+        let (head_at, status_at) = (head_at(slot), status_at(slot));
         self.view().write(head_at, head)?;
         let no_answer = [NO_STATUS; size_of::<OutHeader>()];
         self.view().write(status_at, &no_answer)?;
@@ -251,7 +251,7 @@ impl Harness {
             |request: &Option<InFlightRequest>| request.is_some_and(|it| (it.ring, it.head) == (ring, used.head));
         let Some(slot) = self.slots.iter().position(is_it) else { return Ok(true) };
         let request = self.slots.get_mut(slot).and_then(Option::take);
-        let data = request.map_or(Buffer { gpa: 0, len: 0 }, |request| request.data);
+        let data = request.map_or(Buffer { gpa: GuestAddress(0), len: 0 }, |request| request.data);
         self.last_data = if self.flow == Flow::Receive { Buffer { len: used.len, ..data } } else { data };
         match self.flow {
             Flow::Transmit => Ok(true),
@@ -281,7 +281,7 @@ impl Harness {
             }
             Flow::Requests if matches!(self.device, TestedDevice::Fs) => {
                 let mut answer = OutHeader::new_zeroed();
-                self.view().read(STATUSES + slot as u64 * LOG_PAGE, answer.as_mut_bytes())?;
+                self.view().read(status_at(slot), answer.as_mut_bytes())?;
                 match (answer.error.get().cast_signed(), answer.len.get()) {
                     (0, _) => Ok(true),
                     (-1, u32::MAX) => Err(CheckAbort::Violation("a request was completed without a reply".into())),
@@ -290,7 +290,7 @@ impl Harness {
             }
             Flow::Requests => {
                 let mut status = [NO_STATUS];
-                self.view().read(STATUSES + slot as u64 * LOG_PAGE, &mut status)?;
+                self.view().read(status_at(slot), &mut status)?;
                 match status {
                     [NO_STATUS] => Err(CheckAbort::Violation("a request was completed without a status".into())),
                     [status] if BlkGeometry::is_success(status) => Ok(true),
@@ -354,6 +354,16 @@ impl Harness {
         }
         Ok(count)
     }
+}
+
+/// Address of the request header of a slot.
+fn head_at(slot: usize) -> GuestAddress {
+    HEADS.unchecked_add(slot as u64 * HEAD)
+}
+
+/// Address of the status of a slot.
+fn status_at(slot: usize) -> GuestAddress {
+    STATUSES.unchecked_add(slot as u64 * LOG_PAGE)
 }
 
 /// Builds packet `number`.

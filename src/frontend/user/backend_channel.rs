@@ -28,7 +28,7 @@ use super::signal;
 use super::translator::{MissResult, Translator};
 use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
 use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request, VRING_IDX_MASK, VringArea, VringState};
-use crate::memory::Access;
+use crate::memory::{Access, Iova};
 use crate::sys::{join::join, nonblocking, socket};
 use crate::sys::{lock, log_limit::limited};
 
@@ -82,7 +82,7 @@ struct ReadState {
     partial: Vec<u8>,
     /// Acknowledged misses, address and permission, whose translations are not sent yet. They are looked up again
     /// before they are sent, because the mapping may have changed.
-    deferred: BTreeSet<(u64, u8)>,
+    deferred: BTreeSet<(Iova, u8)>,
     /// Acknowledgements that did not fit into the socket. The channel is not read before they are sent, so a back-end
     /// that sends without reading is not served.
     acks: Vec<u8>,
@@ -266,7 +266,7 @@ impl ChannelState {
     }
 
     /// Handles a message. Returns false if it is refused.
-    fn handle(&self, code: BackendRequest, payload: &[u8], deferred: &mut BTreeSet<(u64, u8)>) -> bool {
+    fn handle(&self, code: BackendRequest, payload: &[u8], deferred: &mut BTreeSet<(Iova, u8)>) -> bool {
         debug!("{code}: {} bytes", payload.len());
         let ring = || {
             let (state, _) = VringState::read_from_prefix(payload).ok()?;
@@ -294,6 +294,7 @@ impl ChannelState {
             BackendRequest::IOTLB_MSG if self.translator.is_set() => {
                 let asked = IotlbMsg::read_from_prefix(payload).map(|(asked, _)| asked);
                 let Ok(IotlbMsg { iova, perm, kind, .. }) = asked else { return false };
+                let iova = Iova(iova);
                 match kind {
                     VHOST_IOTLB_MISS if self.answer_miss(iova, perm, false, deferred) != MissResult::NotMapped => {}
                     VHOST_IOTLB_MISS => {
@@ -334,10 +335,10 @@ impl ChannelState {
     /// Answers a miss with a translation, now or when there is room.
     fn answer_miss(
         &self,
-        iova: u64,
+        iova: Iova,
         permission: u8,
         acknowledged: bool,
-        deferred: &mut BTreeSet<(u64, u8)>,
+        deferred: &mut BTreeSet<(Iova, u8)>,
     ) -> MissResult {
         let Some(access) = Access::from_permission(permission) else { return MissResult::NotMapped };
         let result = self.translator.send_update(iova, access, acknowledged, &self.connection);

@@ -12,7 +12,7 @@ use super::{UserDevice, UserOptions, device_state, signal};
 use crate::abi::features::{feature_names, protocol_feature_names};
 use crate::abi::vhost_user::{ProtocolFeatures, Request, own};
 use crate::abi::virtio;
-use crate::memory::Memory;
+use crate::memory::{GuestAddress, Memory};
 use crate::ring::RingBase;
 
 impl UserDevice {
@@ -33,10 +33,10 @@ impl UserDevice {
         Ok(RingBase::split(used))
     }
 
-    fn ring_index(&self, ring: u64) -> Result<u16, FrontendError> {
+    fn ring_index(&self, ring: GuestAddress) -> Result<u16, FrontendError> {
         let mut bytes = [0; 2];
         let mut rest = &mut bytes[..];
-        for (gpa, len) in self.guest_ranges(ring.saturating_add(virtio::RING_IDX_OFFSET), 2)? {
+        for (gpa, len) in self.guest_ranges(GuestAddress(ring.0.saturating_add(virtio::RING_IDX_OFFSET)), 2)? {
             let (here, after) = std::mem::take(&mut rest).split_at_mut(len as usize);
             self.memory.read(gpa, here)?;
             rest = after;

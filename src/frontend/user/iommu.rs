@@ -12,7 +12,8 @@ use super::backend_channel::BackendChannel;
 use crate::abi::vhost::VHOST_IOTLB_INVALIDATE;
 use crate::abi::vhost_user::{IotlbMsg, Request};
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VirtioFeatures};
-use crate::memory::Memory;
+use crate::memory::{GuestAddress, Iova, Memory};
+use crate::ring::iova;
 
 impl UserDevice {
     /// Puts the device behind the VMM's IOMMU. Call it before ACCESS_PLATFORM is acknowledged. From then on all
@@ -31,7 +32,7 @@ impl UserDevice {
     ///
     /// # Errors
     /// [`FrontendError::Refused`]; errors of the connection.
-    pub fn invalidate(&mut self, iovas: RangeInclusive<u64>) -> Result<(), FrontendError> {
+    pub fn invalidate(&mut self, iovas: RangeInclusive<Iova>) -> Result<(), FrontendError> {
         if iovas.is_empty() || !self.is_translated() {
             return Ok(());
         }
@@ -40,9 +41,9 @@ impl UserDevice {
     }
 
     /// Sends an invalidation of `iovas`.
-    pub(super) fn send_invalidation(&mut self, iovas: RangeInclusive<u64>) -> Result<(), FrontendError> {
+    pub(super) fn send_invalidation(&mut self, iovas: RangeInclusive<Iova>) -> Result<(), FrontendError> {
         // The size of the whole address space does not fit into 64 bits: its last byte is a message of its own.
-        let (first, last) = iovas.into_inner();
+        let (Iova(first), Iova(last)) = iovas.into_inner();
         let ranges = match last - first {
             u64::MAX => vec![(first, u64::MAX), (last, 1)],
             more => vec![(first, more + 1)],
@@ -86,7 +87,7 @@ impl UserDevice {
     }
 
     /// Returns the guest-physical address and length of each part of a range of the driver's addresses.
-    pub(super) fn guest_ranges(&self, addr: u64, len: u64) -> Result<Vec<(u64, u64)>, FrontendError> {
-        if self.is_translated() { self.translator.guest_ranges(addr, len) } else { Ok(vec![(addr, len)]) }
+    pub(super) fn guest_ranges(&self, addr: GuestAddress, len: u64) -> Result<Vec<(GuestAddress, u64)>, FrontendError> {
+        if self.is_translated() { self.translator.guest_ranges(iova(addr), len) } else { Ok(vec![(addr, len)]) }
     }
 }

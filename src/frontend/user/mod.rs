@@ -38,7 +38,7 @@ use crate::abi::vhost_user::{
 };
 use crate::abi::virtio::{VIRTIO_F_RING_PACKED, VirtioFeatures};
 use crate::dirty::Log;
-use crate::memory::{Memory, MemoryError, Region};
+use crate::memory::{GuestAddress, Iova, Memory, MemoryError, Region};
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::log_limit::limited;
 use crate::sys::nonblocking;
@@ -69,7 +69,7 @@ struct SentRing {
 }
 
 /// Descriptor, driver and device area of a ring, and its base.
-type RingPlacement = ([u64; 3], RingBase);
+type RingPlacement = ([GuestAddress; 3], RingBase);
 
 /// A device behind a vhost-user socket.
 pub struct UserDevice {
@@ -211,7 +211,11 @@ impl UserDevice {
 
     /// Builds SET_VRING_ADDR. On a running ring only the log flag has an effect (rule R5.1).
     fn vring_addr(&self, index: u16, setup: &RingSetup) -> Result<VringAddr, MemoryError> {
-        let place = |area: (u64, u64)| if self.is_translated() { Ok(area.0) } else { user_addr(&self.memory, area) };
+        let place = |(gpa, len): (GuestAddress, u64)| match self.is_translated() {
+            // The fields hold I/O virtual addresses then (rule T1.1).
+            true => Ok(gpa.0),
+            false => user_addr(&self.memory, gpa, len).map(|addr| addr.0),
+        };
         let [desc, avail, used] = self.layout(setup).map(place);
         Ok(VringAddr {
             index: index.into(),
@@ -219,7 +223,7 @@ impl UserDevice {
             desc_user_addr: desc?,
             used_user_addr: used?,
             avail_user_addr: avail?,
-            log_guest_addr: setup.used,
+            log_guest_addr: setup.used.0,
         })
     }
 
@@ -356,7 +360,7 @@ impl UserDevice {
     }
 
     /// Returns address and length in bytes of descriptor, driver and device area.
-    fn layout(&self, setup: &RingSetup) -> [(u64, u64); 3] {
+    fn layout(&self, setup: &RingSetup) -> [(GuestAddress, u64); 3] {
         let [desc, avail, used] = RingLayout::area_bytes(self.features, setup.size);
         [(setup.desc, desc), (setup.avail, avail), (setup.used, used)]
     }
@@ -393,7 +397,7 @@ impl Device for UserDevice {
         self.send_features()?;
         if self.is_translated() && !was_translated {
             // While the feature was off, `invalidate` sent nothing and memory may have changed (rule T3.9).
-            self.send_invalidation(0..=u64::MAX)?;
+            self.send_invalidation(Iova(0)..=Iova(u64::MAX))?;
         }
         self.connection.wait_for_acks()
     }

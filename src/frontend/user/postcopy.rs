@@ -8,7 +8,7 @@ use super::UserDevice;
 use super::payload::memory_table;
 use crate::abi::vhost_user::{MemoryHeader, MemoryRegion, ProtocolFeatures, Request};
 use crate::frontend::FrontendError;
-use crate::memory::{Memory, Userfault};
+use crate::memory::{FaultAddress, GuestAddress, Memory, Userfault};
 
 /// Addresses at which a back-end has mapped guest memory, as reported in page faults.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,21 +16,21 @@ pub struct BackendAddresses(Vec<MemoryRegion>);
 
 impl BackendAddresses {
     /// Returns the guest-physical address of a back-end address.
-    pub fn gpa(&self, address: u64) -> Option<u64> {
-        let within = |region: &&MemoryRegion| {
-            address.checked_sub(region.userspace_addr).is_some_and(|offset| offset < region.memory_size)
+    pub fn gpa(&self, address: FaultAddress) -> Option<GuestAddress> {
+        let translate = |region: &MemoryRegion| {
+            let offset = address.0.checked_sub(region.userspace_addr).filter(|offset| *offset < region.memory_size)?;
+            region.guest_phys_addr.checked_add(offset).map(GuestAddress)
         };
-        let region = self.0.iter().find(within)?;
-        region.guest_phys_addr.checked_add(address - region.userspace_addr)
+        self.0.iter().find_map(translate)
     }
 
     /// Returns the back-end address of a guest-physical address.
-    pub fn address(&self, gpa: u64) -> Option<u64> {
-        let within = |region: &&MemoryRegion| {
-            gpa.checked_sub(region.guest_phys_addr).is_some_and(|offset| offset < region.memory_size)
+    pub fn address(&self, gpa: GuestAddress) -> Option<FaultAddress> {
+        let translate = |region: &MemoryRegion| {
+            let offset = gpa.0.checked_sub(region.guest_phys_addr).filter(|offset| *offset < region.memory_size)?;
+            region.userspace_addr.checked_add(offset).map(FaultAddress)
         };
-        let region = self.0.iter().find(within)?;
-        region.userspace_addr.checked_add(gpa - region.guest_phys_addr)
+        self.0.iter().find_map(translate)
     }
 }
 

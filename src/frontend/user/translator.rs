@@ -9,7 +9,7 @@ use super::super::{FrontendError, Iommu, Mapping};
 use super::connection::ConnectionSocket;
 use crate::abi::vhost::VHOST_IOTLB_UPDATE;
 use crate::abi::vhost_user::{Header, IotlbMsg, Request};
-use crate::memory::{Access, LOG_PAGE, Memory};
+use crate::memory::{Access, Address, GuestAddress, Iova, LOG_PAGE, Memory, Region};
 use crate::sys::log_limit::limited;
 
 /// The VMM's IOMMU and the memory that its mappings refer to. Shared by all connections of a device.
@@ -66,7 +66,7 @@ impl Translator {
     /// translation without permission.
     pub(super) fn send_update(
         &self,
-        iova: u64,
+        iova: Iova,
         access: Access,
         acknowledged: bool,
         socket: &ConnectionSocket,
@@ -82,22 +82,24 @@ impl Translator {
         match socket.try_send(&[header.as_bytes(), update.as_bytes()].concat()) {
             false => MissResult::Deferred,
             true if update.perm == 0 => MissResult::NotMapped,
-            true if access.permission() & !update.perm != 0 => MissResult::SentRestricted,
+            true if !Access::from_permission(update.perm).is_some_and(|permitted| permitted.permits(access)) => {
+                MissResult::SentRestricted
+            }
             true => MissResult::Sent,
         }
     }
 
     /// Returns the guest-physical address and length of each part of `len` bytes at `iova`, for the front-end's own
     /// accesses.
-    pub(super) fn guest_ranges(&self, iova: u64, len: u64) -> Result<Vec<(u64, u64)>, FrontendError> {
+    pub(super) fn guest_ranges(&self, iova: Iova, len: u64) -> Result<Vec<(GuestAddress, u64)>, FrontendError> {
         let state = self.lock();
         let (mut at, mut left, mut pieces) = (iova, len, Vec::new());
         while left > 0 {
             let (mapping, skip) = state.mapping(at, Access::Read).ok_or(FrontendError::Untranslated { iova: at })?;
             let here = left.min(mapping.size - skip);
-            pieces.push((mapping.gpa.saturating_add(skip), here));
+            pieces.push((GuestAddress(mapping.gpa.0.saturating_add(skip)), here));
             // A range that wraps around fails at the next look-up.
-            (at, left) = (at.wrapping_add(here), left - here);
+            (at, left) = (Iova(at.0.wrapping_add(here)), left - here);
         }
         Ok(pieces)
     }
@@ -111,9 +113,9 @@ impl Translator {
 
 impl TranslatorState {
     /// Returns the VMM's mapping of an address, and the offset of the address in it.
-    fn mapping(&self, iova: u64, access: Access) -> Option<(Mapping, u64)> {
+    fn mapping(&self, iova: Iova, access: Access) -> Option<(Mapping, u64)> {
         let mapping = self.iommu.as_ref()?.translate(iova, access)?;
-        let skip = iova.checked_sub(mapping.iova).filter(|skip| *skip < mapping.size);
+        let skip = iova.checked_offset_from(mapping.iova).filter(|skip| *skip < mapping.size);
         if skip.is_none() {
             limited!(warn, "the VMM's mapping of {iova:#x} does not contain it: {mapping:x?} (rule T1.3)");
         }
@@ -122,25 +124,27 @@ impl TranslatorState {
 
     /// Builds a translation message, cut at the end of the region: the front-end's addresses are not contiguous beyond
     /// it.
-    fn update(&self, memory: &Memory, iova: u64, access: Access) -> Option<IotlbMsg> {
+    fn update(&self, memory: &Memory, iova: Iova, access: Access) -> Option<IotlbMsg> {
         let (mapping, skip) = self.mapping(iova, access)?;
         let gpa = mapping.gpa.checked_add(skip)?;
-        let offset_in = |gpa: u64, start: u64, size: u64| gpa.checked_sub(start).filter(|offset| *offset < size);
-        let found = memory.regions().iter().find_map(|r| Some((r, offset_in(gpa, r.gpa(), r.size())?)));
+        let offset_in =
+            |region: &Region| gpa.checked_offset_from(region.gpa()).filter(|offset| *offset < region.size());
+        let found = memory.regions().iter().find_map(|region| Some((region, offset_in(region)?)));
         let Some((region, offset)) = found else {
             limited!(
                 warn,
-                "the VMM's translation of {iova:#x} leads to {gpa:#x}, where the back-end has no memory (rule T2.2)"
+                "the VMM's translation of {iova:#x} leads to {:#x}, where the back-end has no memory (rule T2.2)",
+                gpa.0
             );
             return None;
         };
         let before = skip.min(offset);
-        let room = (u64::MAX - iova).saturating_add(1);
+        let room = (u64::MAX - iova.0).saturating_add(1);
         let after = (mapping.size - skip).min(region.size() - offset).min(room);
         Some(IotlbMsg {
-            iova: iova - before,
+            iova: iova.0 - before,
             size: before.saturating_add(after),
-            uaddr: region.user_addr() + (offset - before),
+            uaddr: region.user_addr().0 + (offset - before),
             perm: mapping.permission.permission(),
             kind: VHOST_IOTLB_UPDATE,
             ..IotlbMsg::new_zeroed()
@@ -150,8 +154,8 @@ impl TranslatorState {
 
 /// Builds a translation without permission for the page of an address. Its user address is valid, because back-ends
 /// check it.
-fn denial(memory: &Memory, iova: u64) -> Option<IotlbMsg> {
-    let uaddr = memory.regions().first()?.user_addr();
-    let (iova, size) = (iova / LOG_PAGE * LOG_PAGE, LOG_PAGE);
+fn denial(memory: &Memory, iova: Iova) -> Option<IotlbMsg> {
+    let uaddr = memory.regions().first()?.user_addr().0;
+    let (iova, size) = (iova.0 / LOG_PAGE * LOG_PAGE, LOG_PAGE);
     Some(IotlbMsg { iova, size, uaddr, kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() })
 }

@@ -7,7 +7,7 @@ use crate::abi::virtio::{
     DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, PACKED_EVENT_FLAG_DISABLE, PackedDesc, VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures, desc_table_bytes,
 };
-use crate::memory::Memory;
+use crate::memory::{GuestAddress, Memory};
 use crate::ring::chain::copy_table;
 use crate::ring::iommu::are_marked;
 use crate::ring::{Buffer, Chain, RingBase, RingError, RingIommu, RingLog};
@@ -180,7 +180,8 @@ impl PackedDevice {
         self.areas.set_half(first, rest, Ordering::Release);
         let desc = self.layout.desc;
         // Saturating: the log counts pages outside it (rule L6.2).
-        let address = |(index, _): &(u16, u64)| desc.saturating_add(u64::from(*index) * DESC_BYTES + HALF);
+        let address =
+            |(index, _): &(u16, u64)| GuestAddress(desc.0.saturating_add(u64::from(*index) * DESC_BYTES + HALF));
         self.fence_and_log(self.staged.iter().map(|staged| (address(staged), DESC_BYTES - HALF)));
         self.staged.clear();
         let size = self.layout.size;
@@ -347,13 +348,13 @@ impl PackedDevice {
     }
 
     /// Address and length in bytes of the device event area in the log, if there is a log.
-    fn event_area(&self) -> impl Iterator<Item = (u64, u64)> {
+    fn event_area(&self) -> impl Iterator<Item = (GuestAddress, u64)> {
         self.log.iter().map(|log| (log.used_gpa, EVENT_ALIGN))
     }
 
     /// Executes a full fence and then marks earlier writes, given as (address, length) in bytes.
     #[inline]
-    fn fence_and_log(&self, writes: impl Iterator<Item = (u64, u64)>) {
+    fn fence_and_log(&self, writes: impl Iterator<Item = (GuestAddress, u64)>) {
         let Some(RingLog { log, .. }) = &self.log else { return fence(Ordering::SeqCst) };
         let burst = log.burst();
         for (at, len) in writes {
@@ -384,7 +385,7 @@ fn collect(
 ) -> Result<(), RingError> {
     let is = |desc: &PackedDesc, flag: u16| desc.flags.get() & flag != 0;
     let add = |chain: &mut Chain, desc: &PackedDesc| {
-        chain.add(Buffer { gpa: desc.addr.get(), len: desc.len.get() }, is(desc, DESC_F_WRITE))
+        chain.add(Buffer { gpa: GuestAddress(desc.addr.get()), len: desc.len.get() }, is(desc, DESC_F_WRITE))
     };
     for desc in descs {
         if !is(desc, DESC_F_INDIRECT) {
@@ -398,7 +399,7 @@ fn collect(
         if descs.len() > 1 {
             return Err(RingError::Indirect { head, fault: "in a chain with other descriptors" });
         }
-        copy_table(memory, iommu, head, desc.addr.get(), desc.len.get(), table)?;
+        copy_table(memory, iommu, head, GuestAddress(desc.addr.get()), desc.len.get(), table)?;
         // Only the WRITE flag is used in the table (virtio 1.2, "Indirect Flag: Scatter-Gather Support").
         table.iter().try_for_each(|desc| add(chain, desc))?;
     }

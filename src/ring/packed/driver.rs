@@ -10,7 +10,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use crate::abi::virtio::{
     DESC_F_INDIRECT, DESC_F_WRITE, PACKED_EVENT_FLAG_DISABLE, PackedDesc, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures,
 };
-use crate::memory::Memory;
+use crate::memory::{GuestAddress, Memory};
 use crate::ring::driver::{check_order, needed_descriptors, new_order, with_flags};
 use crate::ring::shared_array::SharedArray;
 use crate::ring::{Buffer, InOrderState, RingError, UsedBuffer};
@@ -79,7 +79,7 @@ impl PackedDriver {
     pub fn new(memory: &Memory, layout: PackedLayout, features: VirtioFeatures) -> Result<PackedDriver, RingError> {
         let areas = PackedAreas::new(memory, &layout)?;
         for index in 0..layout.size {
-            areas.set_addr(index, 0);
+            areas.set_addr(index, GuestAddress(0));
             areas.set_half(index, 0, Ordering::Release);
         }
         set(&areas.driver, 0);
@@ -173,14 +173,14 @@ impl PackedDriver {
         &mut self,
         readable: &[Buffer],
         writable: &[Buffer],
-        table: Option<u64>,
+        table: Option<GuestAddress>,
     ) -> Result<Option<u16>, RingError> {
         let needed = needed_descriptors(readable, writable, table, self.size)?;
         let Some(&id) = self.free_ids.last().filter(|_| needed <= self.free()) else { return Ok(None) };
         let flagged = with_flags(readable, writable);
         if let Some(gpa) = table {
             let describe = |(buffer, flags): (&Buffer, u16)| PackedDesc {
-                addr: U64::new(buffer.gpa),
+                addr: U64::new(buffer.gpa.0),
                 len: U32::new(buffer.len),
                 id: U16::ZERO,
                 // The order in the table links the descriptors (virtio 1.2, "Indirect Flag: Scatter-Gather Support").
@@ -286,7 +286,7 @@ impl PackedDriver {
 
     /// Writes the next descriptor. The second half of the first unpublished one is held back: the device reads one
     /// descriptor after the other and stops there.
-    fn write_desc(&mut self, gpa: u64, len: u32, id: u16, flags: u16) {
+    fn write_desc(&mut self, gpa: GuestAddress, len: u32, id: u16, flags: u16) {
         let half = half_bits(len, id, flags | self.avail.avail_flags());
         self.areas.set_addr(self.avail.index, gpa);
         if self.avail == self.published {

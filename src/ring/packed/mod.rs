@@ -30,7 +30,7 @@ use crate::abi::virtio::{
     MAX_QUEUE_SIZE, PACKED_DESC_F_AVAIL, PACKED_DESC_F_USED, PACKED_EVENT_F_WRAP_CTR, PACKED_EVENT_FLAG_DESC,
     PACKED_EVENT_FLAG_DISABLE, PACKED_EVENT_FLAG_ENABLE, PackedDesc, PackedEvent,
 };
-use crate::memory::Memory;
+use crate::memory::{GuestAddress, Memory};
 
 use super::shared_array::SharedArray;
 use super::{RingError, passes};
@@ -45,16 +45,15 @@ const EVENT_ALIGN: u64 = size_of::<PackedEvent>() as u64;
 
 /// Size and guest-physical addresses of a packed ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct PackedLayout {
     /// Number of descriptors, 1 to 32768.
     pub size: u16,
     /// Guest-physical address of the descriptor ring.
-    pub desc: u64,
+    pub desc: GuestAddress,
     /// Guest-physical address of the driver event area of 4 bytes.
-    pub driver: u64,
+    pub driver: GuestAddress,
     /// Guest-physical address of the device event area of 4 bytes.
-    pub device: u64,
+    pub device: GuestAddress,
 }
 
 /// A position in a packed ring: the index of a descriptor, and the wrap counter of the round.
@@ -165,7 +164,7 @@ impl PackedAreas {
         for (area, gpa, align) in
             [(DESC, desc, DESC_ALIGN), (DRIVER, driver, EVENT_ALIGN), (DEVICE, device, EVENT_ALIGN)]
         {
-            if !gpa.is_multiple_of(align) {
+            if !gpa.0.is_multiple_of(align) {
                 return Err(RingError::Misaligned { area, gpa, align });
             }
         }
@@ -194,9 +193,9 @@ impl PackedAreas {
     }
 
     #[inline]
-    fn set_addr(&self, index: u16, gpa: u64) {
+    fn set_addr(&self, index: u16, gpa: GuestAddress) {
         let [addr, _] = self.desc.nth(index);
-        addr.store(gpa.to_le(), Ordering::Relaxed);
+        addr.store(gpa.0.to_le(), Ordering::Relaxed);
     }
 
     /// Writes the second half of a descriptor.

@@ -8,7 +8,7 @@ use crate::abi::virtio::{
     RING_IDX_OFFSET, USED_F_NO_NOTIFY, UsedElem, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
     avail_event_offset, used_ring_bytes,
 };
-use crate::memory::Memory;
+use crate::memory::{GuestAddress, Memory};
 use crate::ring::chain::copy_table;
 use crate::ring::iommu::are_marked;
 use crate::ring::{Buffer, Chain, RingBase, RingError, RingIommu, RingLog, passes};
@@ -296,7 +296,14 @@ impl SplitDevice {
         if desc.flags.get() & DESC_F_NEXT != 0 {
             return fault("with the NEXT flag");
         }
-        copy_table(&self.memory, self.iommu.as_ref(), head, desc.addr.get(), desc.len.get(), &mut self.table)?;
+        copy_table(
+            &self.memory,
+            self.iommu.as_ref(),
+            head,
+            GuestAddress(desc.addr.get()),
+            desc.len.get(),
+            &mut self.table,
+        )?;
         let size = self.table.len();
         let mut index = 0;
         for _ in 0..size {
@@ -339,7 +346,7 @@ impl SplitDevice {
         let burst = log.burst();
         for (offset, len) in writes.iter().filter(|(_, len)| *len > 0) {
             // Saturating: the log counts pages outside it (rule L6.2).
-            let at = used_gpa.saturating_add(*offset);
+            let at = GuestAddress(used_gpa.0.saturating_add(*offset));
             match &self.iommu {
                 None => burst.mark(at, *len),
                 Some(iommu) => iommu.mark(&burst, at, *len),
@@ -349,5 +356,5 @@ impl SplitDevice {
 }
 
 fn buffer(desc: &Desc) -> Buffer {
-    Buffer { gpa: desc.addr.get(), len: desc.len.get() }
+    Buffer { gpa: GuestAddress(desc.addr.get()), len: desc.len.get() }
 }

@@ -11,7 +11,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use crate::abi::virtio::{
     AVAIL_F_NO_INTERRUPT, DESC_F_INDIRECT, Desc, USED_F_NO_NOTIFY, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures,
 };
-use crate::memory::Memory;
+use crate::memory::{GuestAddress, Memory};
 use crate::ring::driver::{check_order, needed_descriptors, new_order, with_flags};
 use crate::ring::{Buffer, InOrderState, RingError, UsedBuffer, passes};
 
@@ -189,7 +189,7 @@ impl SplitDriver {
         &mut self,
         readable: &[Buffer],
         writable: &[Buffer],
-        table: Option<u64>,
+        table: Option<GuestAddress>,
     ) -> Result<Option<u16>, RingError> {
         let needed = needed_descriptors(readable, writable, table, self.size)?;
         if needed > self.free {
@@ -329,10 +329,10 @@ impl SplitDriver {
     }
 }
 
-fn describe(gpa: u64, len: u32, flags: u16, next: u16) -> Desc {
-    Desc { addr: U64::new(gpa), len: U32::new(len), flags: U16::new(flags), next: U16::new(next) }
+fn describe(gpa: GuestAddress, len: u32, flags: u16, next: u16) -> Desc {
+    Desc { addr: U64::new(gpa.0), len: U32::new(len), flags: U16::new(flags), next: U16::new(next) }
 }
 
-fn describe_table(gpa: u64, buffers: usize) -> Desc {
+fn describe_table(gpa: GuestAddress, buffers: usize) -> Desc {
     describe(gpa, (buffers * size_of::<Desc>()) as u32, DESC_F_INDIRECT, 0)
 }

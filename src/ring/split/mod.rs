@@ -48,23 +48,22 @@ use crate::abi::virtio::{
     AVAIL_ALIGN_SIZE, DESC_ALIGN_SIZE, Desc, RING_ELEMENTS_OFFSET, RING_FLAGS_OFFSET, RING_IDX_OFFSET, USED_ALIGN_SIZE,
     UsedElem, avail_event_offset, used_event_offset,
 };
-use crate::memory::Memory;
+use crate::memory::{GuestAddress, Memory};
 
 use super::RingError;
 use super::shared_array::SharedArray;
 
 /// Size and guest-physical addresses of a split ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct SplitLayout {
     /// Number of entries, a power of two from 1 to 32768.
     pub size: u16,
     /// Guest-physical address of the descriptor table.
-    pub desc: u64,
+    pub desc: GuestAddress,
     /// Guest-physical address of the avail ring (driver area).
-    pub avail: u64,
+    pub avail: GuestAddress,
     /// Guest-physical address of the used ring (device area).
-    pub used: u64,
+    pub used: GuestAddress,
 }
 
 /// The areas of a ring with the event words, checked to be in guest memory. Values are in host byte order.
@@ -91,13 +90,14 @@ impl SplitAreas {
         const USED: &str = "used ring";
         let areas = [(DESC, desc, DESC_ALIGN_SIZE), (AVAIL, avail, AVAIL_ALIGN_SIZE), (USED, used, USED_ALIGN_SIZE)];
         for (area, gpa, align) in areas {
-            if !gpa.is_multiple_of(align) {
+            if !gpa.0.is_multiple_of(align) {
                 return Err(RingError::Misaligned { area, gpa, align });
             }
         }
         // A saturated address is outside guest memory, whose regions never contain the last byte of the address space.
-        let avail_at = |offset: u64, count| SharedArray::new(memory, AVAIL, avail.saturating_add(offset), count);
-        let used_at = |offset: u64, count| SharedArray::new(memory, USED, used.saturating_add(offset), count);
+        let at = |area: GuestAddress, offset| GuestAddress(area.0.saturating_add(offset));
+        let avail_at = |offset: u64, count| SharedArray::new(memory, AVAIL, at(avail, offset), count);
+        let used_at = |offset: u64, count| SharedArray::new(memory, USED, at(used, offset), count);
         Ok(SplitAreas {
             desc: SharedArray::new(memory, DESC, desc, size)?,
             avail_flags: avail_at(RING_FLAGS_OFFSET, 1)?,
@@ -106,7 +106,7 @@ impl SplitAreas {
             used_event: avail_at(used_event_offset(size.into()), 1)?,
             used_flags: used_at(RING_FLAGS_OFFSET, 1)?,
             used_idx: used_at(RING_IDX_OFFSET, 1)?,
-            used: SharedArray::new(memory, USED, used.saturating_add(RING_ELEMENTS_OFFSET), size)?,
+            used: SharedArray::new(memory, USED, at(used, RING_ELEMENTS_OFFSET), size)?,
             avail_event: used_at(avail_event_offset(size.into()), 1)?,
         })
     }

@@ -202,7 +202,7 @@ mod tests {
     use super::*;
     use crate::backend::Request;
     use crate::backend::devices::disk_io::IoPath;
-    use crate::memory::{Memory, Region, sealed_memfd};
+    use crate::memory::{GuestAddress, Memory, Region, UserAddress, sealed_memfd};
     use crate::ring::Buffer;
 
     #[test]
@@ -227,9 +227,11 @@ mod tests {
         let (empty, _keeps_it_open) = nix::unistd::pipe().unwrap();
         let files = Arc::new(ImageFiles::new(empty.into(), None).unwrap());
         let fd = sealed_memfd("disk-io-test", 0x2000).unwrap();
-        let memory = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x2000, 0, 0).unwrap())]).unwrap();
+        let memory =
+            Memory::new([Arc::new(Region::map(fd.as_fd(), GuestAddress(0), 0x2000, UserAddress(0), 0).unwrap())])
+                .unwrap();
         let mut engine = UringEngine::new(files, &Arc::new(UringPool::new(1, 4).unwrap())).unwrap();
-        for gpa in [0, 0x1000] {
+        for gpa in [0, 0x1000].map(GuestAddress) {
             let mut request = Request::new(memory.clone(), None);
             request.reset().writable.push(Buffer { gpa, len: 0x1000 });
             engine.submit(DiskIo {

@@ -29,6 +29,7 @@ use crate::backend::rings::iommu::{MappedRing, used_log_range};
 use crate::backend::rings::tracker::TrackedRing;
 use crate::backend::session::{Logging, VringConfig};
 use crate::backend::{BackendError, Kick, Notifier, Queue, Request};
+use crate::memory::Iova;
 use crate::ring::RingError;
 use crate::sys::log_limit::limited;
 use crate::sys::with_causes::with_causes;
@@ -42,7 +43,7 @@ const POLL_INTERVAL_MS: u8 = 1;
 /// A command of the session. `done` is signalled once it has taken effect.
 pub(super) enum WorkerCommand {
     Logging(Logging, Sender<()>),
-    Invalidate(RangeInclusive<u64>, Sender<()>),
+    Invalidate(RangeInclusive<Iova>, Sender<()>),
     Notifiers {
         call: Option<Arc<Notifier>>,
         error: Option<Arc<Notifier>>,
@@ -225,7 +226,7 @@ impl Worker {
 
     /// Returns true if the ring's areas and its logged area are still mapped after an invalidation of `invalid`. Always
     /// true without an IOMMU.
-    fn is_mapped(&self, invalid: Option<&RangeInclusive<u64>>) -> bool {
+    fn is_mapped(&self, invalid: Option<&RangeInclusive<Iova>>) -> bool {
         let Some(MappedRing { window, .. }) = &self.iommu else { return true };
         !invalid.is_some_and(|iovas| window.uses(iovas))
             && used_log_range(&self.config).is_none_or(|(at, len)| window.holds(at, len))
@@ -238,7 +239,7 @@ impl Worker {
         StopReason::Unmapped(Box::new(left), done)
     }
 
-    fn invalidate(&mut self, iovas: RangeInclusive<u64>, done: Sender<()>) {
+    fn invalidate(&mut self, iovas: RangeInclusive<Iova>, done: Sender<()>) {
         if self.iommu.as_ref().is_some_and(|iommu| iommu.uses(&iovas)) {
             // Buffers that wait for input would be in use without limit (rule T3.3).
             self.put_back();
