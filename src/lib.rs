@@ -42,8 +42,8 @@
 //!
 //! // A device writes 8 bytes, which are on two pages, and marks them in the log.
 //! let (log, _fd) = Log::create(source.end())?;
-//! source.write(0x1ffc, b"received")?;
-//! log.mark(0x1ffc, 8);
+//! source.write(GuestAddress(0x1ffc), b"received")?;
+//! log.mark(GuestAddress(0x1ffc), 8);
 //!
 //! // The migration takes the marks out of the log and copies these pages.
 //! let mut dirty = PageSet::default();
@@ -51,12 +51,12 @@
 //! assert_eq!(dirty.len(), 2);
 //! for page in dirty.iter() {
 //!     let mut contents = [0; LOG_PAGE as usize];
-//!     source.read(page * LOG_PAGE, &mut contents)?;
-//!     destination.write(page * LOG_PAGE, &contents)?;
+//!     source.read(page.address(), &mut contents)?;
+//!     destination.write(page.address(), &contents)?;
 //! }
 //!
 //! let mut arrived = [0; 8];
-//! destination.read(0x1ffc, &mut arrived)?;
+//! destination.read(GuestAddress(0x1ffc), &mut arrived)?;
 //! assert_eq!(&arrived, b"received");
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```

@@ -35,7 +35,7 @@ pub(super) fn changed(before: &[(u64, u64)], after: &[(u64, u64)]) -> Pages {
 pub(super) fn harvest(log: &Log) -> Pages {
     let mut set = PageSet::new(log.pages());
     log.harvest(&mut set);
-    set.runs().flatten().collect()
+    set.iter().map(|page| page.0).collect()
 }
 
 /// Returns pseudo-random bytes, different for each `seed`.

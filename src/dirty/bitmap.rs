@@ -221,7 +221,7 @@ mod tests {
     fn harvested(log: &Log) -> Vec<u64> {
         let mut set = PageSet::default();
         log.harvest(&mut set);
-        set.iter().collect()
+        set.iter().map(|page| page.0).collect()
     }
 
     #[test]

@@ -204,6 +204,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::memory::PageNumber;
 
     /// A log that begins `skip` words into memory aligned for every vector.
     struct Words {
@@ -266,7 +267,7 @@ mod tests {
                     let mut expected = memory.values();
                     expected[memory.start + range.start..memory.start + range.end].fill(0);
                     let mut set = PageSet::new(before.last().map_or(0, |page| page + 1));
-                    before.iter().for_each(|page| { set.insert(*page); });
+                    before.iter().for_each(|page| { set.insert(PageNumber(*page)); });
                     set.grow(words.len() as u64 * 64);
 
                     let run = if stopped { run::<true> } else { run::<false> };
@@ -277,7 +278,7 @@ mod tests {
                     prop_assert_eq!(found.added, oracle.difference(&before).count() as u64, "{:?}: added", isa);
                     let all: Vec<_> = oracle.union(&before).copied().collect();
                     prop_assert_eq!(set.len(), all.len() as u64);
-                    prop_assert_eq!(set.iter().collect::<Vec<_>>(), all, "{:?}: set", isa);
+                    prop_assert_eq!(set.iter().map(|page| page.0).collect::<Vec<_>>(), all, "{:?}: set", isa);
                 }
             }
         }

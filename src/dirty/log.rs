@@ -17,7 +17,7 @@ use nix::unistd::{Whence, lseek};
 
 use super::harvest::{self, Harvest};
 use super::page_set::{PageSet, word_masks};
-use crate::memory::{GuestAddress, LOG_PAGE, Memory, sealed_memfd};
+use crate::memory::{GuestAddress, LOG_PAGE, Memory, PageNumber, sealed_memfd};
 use crate::sys::log_limit::limited;
 use crate::sys::nonblocking;
 
@@ -164,7 +164,7 @@ impl Log {
     /// Marks pages again that were harvested and could not be sent (rule L14.1).
     pub fn put_back(&self, pages: &PageSet) {
         let burst = self.burst();
-        pages.runs().for_each(|run| burst.mark(GuestAddress(run.start * LOG_PAGE), (run.end - run.start) * LOG_PAGE));
+        pages.runs().for_each(|run| burst.mark(run.address(), run.bytes()));
     }
 
     /// Returns true if the page of `gpa` is marked.
@@ -182,7 +182,7 @@ impl Log {
     pub fn are_marked(&self, gpa: GuestAddress, len: u64) -> bool {
         let Some(last) = len.checked_sub(1) else { return true };
         let Some(end) = gpa.0.checked_add(last) else { return false };
-        (gpa.0 / LOG_PAGE..=end / LOG_PAGE).all(|page| self.is_marked(GuestAddress(page * LOG_PAGE)))
+        (gpa.0 / LOG_PAGE..=end / LOG_PAGE).all(|page| self.is_marked(PageNumber(page).address()))
     }
 
     /// Marks all guest memory. Use it if the written pages are not known.
@@ -200,7 +200,7 @@ impl Log {
                 let first = bits.trailing_zeros();
                 let count = (bits >> first).trailing_ones();
                 let page = index as u64 * 64 + u64::from(first);
-                burst.mark(GuestAddress(page * LOG_PAGE), u64::from(count) * LOG_PAGE);
+                burst.mark(PageNumber(page).address(), u64::from(count) * LOG_PAGE);
                 bits &= u64::MAX.checked_shl(first + count).unwrap_or(0);
             }
         };
@@ -468,6 +468,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::memory::PageRange;
 
     fn memfd(size: u64) -> OwnedFd {
         sealed_memfd("test", size).unwrap()
@@ -572,7 +573,7 @@ mod tests {
             let stopped = pages % 2 == 0;
             let found = if stopped { log.harvest_stopped(&mut set) } else { log.harvest(&mut set) };
             prop_assert_eq!((found.pages, found.added, set.len()), (pages, pages, pages));
-            prop_assert!(set.iter().all(|page| expected[from + (page / 8) as usize] >> (page % 8) & 1 != 0));
+            prop_assert!(set.iter().all(|PageNumber(page)| expected[from + (page / 8) as usize] >> (page % 8) & 1 != 0));
             expected[from..to].fill(0);
             prop_assert_eq!(bytes(&fd), expected, "the harvest clears the log and nothing else");
         }
@@ -616,7 +617,7 @@ mod tests {
         log.mark_memory(&memory);
         let mut set = PageSet::default();
         assert_eq!(log.harvest(&mut set).pages, 5);
-        assert_eq!(set.runs().collect::<Vec<_>>(), [1..4, 1 << 18..(1 << 18) + 2]);
+        assert_eq!(set.runs().collect::<Vec<_>>(), [1..4, 1 << 18..(1 << 18) + 2].map(PageRange::from));
     }
 
     #[test]
@@ -638,8 +639,8 @@ mod tests {
             assert_eq!(new.out_of_range(), 0, "{size} bytes");
             let mut set = PageSet::default();
             new.harvest(&mut set);
-            assert!(set.remove(9));
-            assert_eq!(set.runs().collect::<Vec<_>>(), runs, "{size} bytes");
+            assert!(set.remove(PageNumber(9)));
+            assert_eq!(set.runs().map(PageRange::numbers).collect::<Vec<_>>(), runs, "{size} bytes");
         }
     }
 
@@ -684,7 +685,7 @@ mod tests {
         let gpas = [0, 1 << 30, (1 << 30) + 4096, 77 << 32, (1 << 40) - 1];
         gpas.iter().for_each(|gpa| log.mark(GuestAddress(*gpa), 1));
         assert_eq!(log.harvest(&mut set), Harvest { pages: 5, added: 5 });
-        assert!(set.iter().eq(gpas.iter().map(|gpa| gpa / 4096)));
+        assert!(set.iter().eq(gpas.iter().map(|gpa| PageNumber(gpa / 4096))));
         gpas.iter().for_each(|gpa| log.mark(GuestAddress(*gpa), 1));
         assert_eq!(log.harvest_stopped(&mut set), Harvest { pages: 5, added: 0 });
         assert!(fstat(&fd).unwrap().st_blocks * 512 <= 4 * 4096, "the holes were filled");
@@ -699,7 +700,8 @@ mod tests {
             let log = Log::map(fd.as_fd(), size, offset).unwrap();
             let gpas: Vec<u64> =
                 (0..log.pages() * LOG_PAGE).step_by(step).chain([log.pages() * LOG_PAGE - 1]).collect();
-            let pages: std::collections::BTreeSet<u64> = gpas.iter().map(|gpa| gpa / LOG_PAGE).collect();
+            let pages: std::collections::BTreeSet<PageNumber> =
+                gpas.iter().map(|gpa| PageNumber(gpa / LOG_PAGE)).collect();
             for harvest in [Log::harvest, Log::harvest_stopped] {
                 let mut set = PageSet::default();
                 gpas.iter().for_each(|gpa| log.mark(GuestAddress(*gpa), 1));

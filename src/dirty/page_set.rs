@@ -1,11 +1,12 @@
 //! Sets of guest pages: the result of a harvest and the input of a migration round.
 //!
 //! A set is a bitmap with a summary above it, one bit per word that is not zero. Iterating, merging and clearing take
-//! time proportional to the pages in the set, also for a large guest. Page numbers are guest-physical addresses / 4096.
+//! time proportional to the pages in the set, also for a large guest.
 //! Sets are not shared between processes; the shared bitmap is [`Log`](super::Log).
 
 use std::fmt;
-use std::ops::Range;
+
+use crate::memory::{PageNumber, PageRange};
 
 /// Number of words of the bitmap per word of the summary.
 pub(super) const BLOCK: usize = u64::BITS as usize;
@@ -16,13 +17,14 @@ pub(super) const BLOCK: usize = u64::BITS as usize;
 ///
 /// ```
 /// use vhost_migrate::dirty::PageSet;
+/// use vhost_migrate::memory::PageNumber;
 ///
 /// let mut pages = PageSet::new(1024);
-/// pages.insert_range(10..20);
-/// pages.insert(30);
-/// pages.remove(15);
+/// pages.insert_range((10..20).into());
+/// pages.insert(PageNumber(30));
+/// pages.remove(PageNumber(15));
 /// assert_eq!(pages.len(), 10);
-/// assert_eq!(pages.runs().collect::<Vec<_>>(), [10..15, 16..20, 30..31]);
+/// assert_eq!(pages.runs().collect::<Vec<_>>(), [(10..15).into(), (16..20).into(), (30..31).into()]);
 /// ```
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct PageSet {
@@ -77,29 +79,29 @@ impl PageSet {
     }
 
     /// Returns true if `page` is in the set.
-    pub fn contains(&self, page: u64) -> bool {
-        let (index, bit) = position(page);
+    pub fn contains(&self, page: PageNumber) -> bool {
+        let (index, bit) = position(page.0);
         self.words.get(index).is_some_and(|word| word & bit != 0)
     }
 
     /// Inserts `page` and returns true if it is new. A page at or above the capacity is not inserted.
-    pub fn insert(&mut self, page: u64) -> bool {
-        let (index, bit) = position(page);
-        page < self.capacity && self.or_word(index, bit) != 0
+    pub fn insert(&mut self, page: PageNumber) -> bool {
+        let (index, bit) = position(page.0);
+        page.0 < self.capacity && self.or_word(index, bit) != 0
     }
 
     /// Inserts all of `pages` that are below the capacity and returns the number of new ones.
-    pub fn insert_range(&mut self, pages: Range<u64>) -> u64 {
-        let end = pages.end.min(self.capacity);
-        if pages.start >= end {
+    pub fn insert_range(&mut self, pages: PageRange) -> u64 {
+        let (start, end) = (pages.start.0, pages.end.0.min(self.capacity));
+        if start >= end {
             return 0;
         }
-        word_masks(pages.start, end - 1).map(|(index, mask)| self.or_word(index, mask)).sum()
+        word_masks(start, end - 1).map(|(index, mask)| self.or_word(index, mask)).sum()
     }
 
     /// Removes `page` and returns true if it was in the set.
-    pub fn remove(&mut self, page: u64) -> bool {
-        let (index, bit) = position(page);
+    pub fn remove(&mut self, page: PageNumber) -> bool {
+        let (index, bit) = position(page.0);
         self.clear_bits(index, bit) != 0
     }
 
@@ -141,8 +143,8 @@ impl PageSet {
     }
 
     /// The pages one by one, in ascending order.
-    pub fn iter(&self) -> impl Iterator<Item = u64> + '_ {
-        self.runs().flatten()
+    pub fn iter(&self) -> impl Iterator<Item = PageNumber> + '_ {
+        self.runs().flat_map(PageRange::iter)
     }
 
     /// Sets `bits` in the word at `index` and returns the number of new ones.
@@ -251,12 +253,12 @@ pub struct Runs<'a> {
 }
 
 impl Iterator for Runs<'_> {
-    type Item = Range<u64>;
+    type Item = PageRange;
 
-    fn next(&mut self) -> Option<Range<u64>> {
+    fn next(&mut self) -> Option<PageRange> {
         let start = self.set.next_set(self.from)?;
         self.from = self.set.next_clear(start);
-        Some(start..self.from)
+        Some((start..self.from).into())
     }
 }
 
@@ -294,6 +296,8 @@ fn first_page(index: usize, word: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use bitvec::prelude::*;
     use proptest::prelude::*;
 
@@ -329,7 +333,7 @@ mod tests {
     fn set_of(pages: &[u64]) -> PageSet {
         let mut set = PageSet::new(PAGES);
         pages.iter().for_each(|page| {
-            set.insert(*page);
+            set.insert(PageNumber(*page));
         });
         set
     }
@@ -357,15 +361,15 @@ mod tests {
             let mut oracle = bitvec![0; PAGES as usize];
             for step in steps {
                 match step {
-                    Step::Insert(page) => prop_assert_eq!(set.insert(page), !oracle.replace(page as usize, true)),
+                    Step::Insert(page) => prop_assert_eq!(set.insert(PageNumber(page)), !oracle.replace(page as usize, true)),
                     Step::InsertRange(range) => {
                         let before = oracle.count_ones();
                         if let Some(bits) = oracle.get_mut(range.start as usize..range.end.min(PAGES) as usize) {
                             bits.fill(true);
                         }
-                        prop_assert_eq!(set.insert_range(range), (oracle.count_ones() - before) as u64);
+                        prop_assert_eq!(set.insert_range(range.into()), (oracle.count_ones() - before) as u64);
                     }
-                    Step::Remove(page) => prop_assert_eq!(set.remove(page), oracle.replace(page as usize, false)),
+                    Step::Remove(page) => prop_assert_eq!(set.remove(PageNumber(page)), oracle.replace(page as usize, false)),
                     Step::Union(pages) => {
                         set.union(&set_of(&pages));
                         pages.iter().for_each(|page| oracle.set(*page as usize, true));
@@ -381,10 +385,10 @@ mod tests {
                 }
                 prop_assert_eq!(set.len(), oracle.count_ones() as u64);
             }
-            prop_assert_eq!(set.runs().collect::<Vec<_>>(), runs_of(&oracle));
-            prop_assert!(set.iter().eq(pages_of(&oracle)));
+            prop_assert_eq!(set.runs().map(PageRange::numbers).collect::<Vec<_>>(), runs_of(&oracle));
+            prop_assert!(set.iter().eq(pages_of(&oracle).map(PageNumber)));
             let is_set = |page: u64| oracle.get(page as usize).is_some_and(|bit| *bit);
-            prop_assert!((0..PAGES + 200).all(|page| set.contains(page) == is_set(page)));
+            prop_assert!((0..PAGES + 200).all(|page| set.contains(PageNumber(page)) == is_set(page)));
             // A wrong summary would make `clear` leave bits behind.
             set.clear();
             prop_assert_eq!(set, PageSet::new(PAGES));
@@ -394,29 +398,29 @@ mod tests {
     #[test]
     fn pages_beyond_the_capacity_are_not_inserted() {
         let mut set = PageSet::new(100);
-        assert!(!set.insert(100));
-        assert!(!set.insert(u64::MAX));
-        assert_eq!(set.insert_range(98..u64::MAX), 2);
-        assert_eq!(set.insert_range(200..300), 0);
-        assert!(set.iter().eq([98, 99]));
+        assert!(!set.insert(PageNumber(100)));
+        assert!(!set.insert(PageNumber(u64::MAX)));
+        assert_eq!(set.insert_range((98..u64::MAX).into()), 2);
+        assert_eq!(set.insert_range((200..300).into()), 0);
+        assert!(set.iter().eq([98, 99].map(PageNumber)));
         assert!(PageSet::default().is_empty() && PageSet::default().runs().next().is_none());
     }
 
     #[test]
     fn a_union_with_a_larger_set_grows_the_set() {
         let mut small = PageSet::new(10);
-        small.insert(9);
+        small.insert(PageNumber(9));
         let mut large = PageSet::new(100_000);
-        large.insert_range(99_000..100_000);
+        large.insert_range((99_000..100_000).into());
         small.union(&large);
         assert_eq!(small.capacity(), 100_000);
-        assert_eq!(small.runs().collect::<Vec<_>>(), [9..10, 99_000..100_000]);
+        assert_eq!(small.runs().collect::<Vec<_>>(), [9..10, 99_000..100_000].map(PageRange::from));
     }
 
     #[test]
     fn a_set_is_printed_as_runs() {
         let mut set = PageSet::new(64);
-        set.insert_range(3..6);
+        set.insert_range((3..6).into());
         assert_eq!(format!("{set:?}"), "PageSet(3 of 64 pages: [3..6])");
     }
 }

@@ -18,7 +18,7 @@ use crate::abi::linux::{
     UFFDIO_REGISTER_MODE_WP, UFFDIO_WRITEPROTECT_MODE_WP, UffdioRange, UffdioRegister, UffdioWriteprotect,
 };
 use crate::memory::userfault::{self, Refusal};
-use crate::memory::{GuestAddress, LOG_PAGE, Memory, Region};
+use crate::memory::{Address, GuestAddress, LOG_PAGE, Memory, PageRange, Region};
 
 /// Maximum number of page ranges that the kernel reports with one call.
 const BATCH: usize = 4096;
@@ -113,10 +113,9 @@ impl Pagemap {
                 })?;
                 for part in regions {
                     // Host pages may be larger than a page of the log, and regions may begin and end inside one.
-                    let start = part.start.max(base) - base + region.gpa().0;
-                    let stop = (part.end - base).min(region.size()) + region.gpa().0;
-                    let pages = start / LOG_PAGE..stop.div_ceil(LOG_PAGE);
-                    all += Harvest { pages: pages.end - pages.start, added: into.insert_range(pages) };
+                    let (start, end) = (part.start.max(base) - base, (part.end - base).min(region.size()));
+                    let pages = PageRange::touched_by(region.gpa().unchecked_add(start), end - start);
+                    all += Harvest { pages: pages.count(), added: into.insert_range(pages) };
                 }
                 at = next;
             }
@@ -248,7 +247,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::memory::{UserAddress, sealed_memfd};
+    use crate::memory::{PageNumber, UserAddress, sealed_memfd};
     use crate::sys::with_causes::with_causes;
 
     const MIB: u64 = 1 << 20;
@@ -270,7 +269,7 @@ mod tests {
         let mut set = PageSet::default();
         let found = source.harvest(&mut set).unwrap();
         assert_eq!((found.pages, found.added), (set.len(), set.len()));
-        set.iter().collect()
+        set.iter().map(|page| page.0).collect()
     }
 
     #[test]
@@ -287,11 +286,11 @@ mod tests {
         memory.write(GuestAddress(3 * LOG_PAGE), &[3]).unwrap();
         assert_eq!(harvested(&mut source), [3], "written again");
         let mut unsent = PageSet::new(10);
-        unsent.insert(7);
+        unsent.insert(PageNumber(7));
         source.put_back(&unsent);
         let mut set = PageSet::default();
         source.harvest(&mut set).unwrap();
-        assert!(set.iter().eq([7]), "put back");
+        assert!(set.iter().eq([PageNumber(7)]), "put back");
         let mut read = [0; 8];
         memory.read(GuestAddress(700 * LOG_PAGE), &mut read).unwrap();
         assert!(harvested(&mut source).is_empty(), "a read is not reported");

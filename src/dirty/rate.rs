@@ -301,7 +301,7 @@ mod tests {
     fn pages_are_counted_once_per_interval_and_source() {
         let set = |range: std::ops::Range<u64>| {
             let mut set = PageSet::new(1000);
-            set.insert_range(range);
+            set.insert_range(range.into());
             set
         };
         let mut meter = RateMeter::new();

@@ -252,7 +252,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::memory::GuestAddress;
+    use crate::memory::{GuestAddress, PageNumber, PageRange};
 
     /// A source that reports `pages`, records its calls, and fails the call named `fails`.
     struct ScriptedSource {
@@ -281,7 +281,7 @@ mod tests {
             self.called("harvest")?;
             into.grow(self.pages.end);
             let pages = self.pages.end - self.pages.start;
-            Ok(Harvest { pages, added: into.insert_range(self.pages.clone()) })
+            Ok(Harvest { pages, added: into.insert_range(self.pages.clone().into()) })
         }
 
         fn put_back(&mut self, _: &PageSet) {}
@@ -311,7 +311,7 @@ mod tests {
         union.start().unwrap();
         assert_eq!(union.harvest(&mut set).unwrap(), Harvest { pages: 31, added: 26 });
         assert_eq!(union.harvest_stopped(&mut set).unwrap(), Harvest { pages: 31, added: 0 });
-        assert_eq!(set.runs().collect::<Vec<_>>(), [0..25, 90..91]);
+        assert_eq!(set.runs().collect::<Vec<_>>(), [0..25, 90..91].map(PageRange::from));
         let shares: Vec<_> = union.shares().map(|share| (share.name, share.last, share.total)).collect();
         assert_eq!(shares, [("a", 10, 20), ("b", 20, 40), ("c", 1, 2)]);
         union.start().unwrap();
@@ -321,8 +321,8 @@ mod tests {
     #[test]
     fn pages_that_are_put_back_are_harvested_exactly_once_more() {
         let mut unsent = PageSet::new(200);
-        unsent.insert_range(60..70);
-        unsent.insert(199);
+        unsent.insert_range((60..70).into());
+        unsent.insert(PageNumber(199));
         let log = Arc::new(Log::create(GuestAddress(200 * crate::memory::LOG_PAGE)).unwrap().0);
         let log: Box<dyn DirtySource> = Box::new(LogSource::new("disk", log));
         let union: Box<dyn DirtySource> = Box::new(UnionSource::default());
@@ -349,7 +349,7 @@ mod tests {
         let (mut union, _) = union(["", "harvest", ""]);
         let mut set = PageSet::default();
         assert!(union.harvest(&mut set).is_err());
-        assert!(set.iter().eq(0..10));
+        assert!(set.iter().eq((0..10).map(PageNumber)));
     }
 
     #[test]

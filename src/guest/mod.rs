@@ -75,7 +75,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::abi::virtio::SECTOR_BYTES;
 use crate::frontend::{Device, DeviceDirtySource, FrontendError, Interrupt};
-use crate::memory::{ExtentFinder, GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
+use crate::memory::{ExtentFinder, GuestAddress, LOG_PAGE, Memory, PageNumber, Region, sealed_memfd};
 use crate::ring::RingBase;
 use cpu::Cpu;
 use disk::{Disk, Reconnector};
@@ -667,7 +667,7 @@ impl Guest {
                 // A hole is zero; reading it would allocate it.
                 let mut extents = ExtentFinder::new();
                 pages.map(|page| area.page(page)).try_for_each(|gpa| {
-                    let right = blank && extents.is_hole(memory, gpa.0 / LOG_PAGE);
+                    let right = blank && extents.is_hole(memory, PageNumber::containing(gpa));
                     if right { Ok(()) } else { cpu::check(memory, pattern, gpa, 0, blank) }
                 })
             })?;

@@ -12,7 +12,7 @@ use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, FsType, HUGETLBFS_MA
 use nix::sys::uio::pread;
 use nix::unistd::{Whence, lseek};
 
-use super::{GuestAddress, LOG_PAGE, Memory, Region};
+use super::{Address, LOG_PAGE, Memory, PageNumber, PageRange, Region};
 
 /// A range of bytes that begins at a given offset of a region and is all data or all hole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,7 +135,7 @@ impl OwnPageTable {
 /// (rule L13.1).
 #[derive(Debug, Default)]
 pub struct ExtentFinder {
-    last: Range<u64>,
+    last: PageRange,
     hole: bool,
 }
 
@@ -145,35 +145,34 @@ impl ExtentFinder {
         ExtentFinder::default()
     }
 
-    /// The longest run at the start of `pages` (page numbers, whole pages of `region`) that is all hole (true) or all
-    /// data (false).
-    pub fn first(&mut self, region: &Region, pages: &Range<u64>) -> (Range<u64>, bool) {
-        if !self.last.contains(&pages.start) {
-            let extent = region.extent(pages.start * LOG_PAGE - region.gpa().0);
+    /// The longest run at the start of `pages`, which are whole pages of `region`, that is all hole (true) or all data
+    /// (false).
+    pub fn first(&mut self, region: &Region, pages: PageRange) -> (PageRange, bool) {
+        if !self.last.contains(pages.start) {
+            let extent = region.extent(pages.address().unchecked_offset_from(region.gpa()));
             // At least 1: a region may end inside a page, and `pages` are whole ones.
             let count = (extent.len / LOG_PAGE).max(1);
-            (self.last, self.hole) = (pages.start..pages.start + count, extent.hole);
+            (self.last, self.hole) = ((pages.start.0..pages.start.0 + count).into(), extent.hole);
         }
-        (pages.start..pages.end.min(self.last.end), self.hole)
+        (PageRange { end: pages.end.min(self.last.end), ..pages }, self.hole)
     }
 
     /// Returns true if `page` is a hole of `memory`.
-    pub fn is_hole(&mut self, memory: &Memory, page: u64) -> bool {
-        let pages = page..page + 1;
-        memory.region_at(GuestAddress(page * LOG_PAGE)).is_some_and(|(region, _)| self.first(region, &pages).1)
+    pub fn is_hole(&mut self, memory: &Memory, page: PageNumber) -> bool {
+        let Some((region, _)) = memory.region_at(page.address()) else { return false };
+        self.first(region, (page.0..page.0 + 1).into()).1
     }
 }
 
 impl Memory {
     /// Calls `each` with the runs of pages that may hold other bytes than zeros, by increasing page number, until it
     /// returns false. Holes that the regions know of are not touched.
-    pub fn data(&self, mut each: impl FnMut(Range<u64>) -> bool) {
+    pub fn data(&self, mut each: impl FnMut(PageRange) -> bool) {
         let mut extents = ExtentFinder::new();
         for region in self.regions() {
-            let all = region.range();
-            let mut pages = all.start.div_ceil(LOG_PAGE)..all.end / LOG_PAGE;
+            let mut pages = region.pages();
             while !pages.is_empty() {
-                let (part, hole) = extents.first(region, &pages);
+                let (part, hole) = extents.first(region, pages);
                 pages.start = part.end;
                 if !hole && !each(part) {
                     return;
@@ -192,7 +191,7 @@ mod tests {
     use nix::sys::stat::fstat;
 
     use super::*;
-    use crate::memory::{UserAddress, sealed_memfd};
+    use crate::memory::{GuestAddress, UserAddress, sealed_memfd};
 
     const PAGES: u64 = 1024;
 
@@ -210,7 +209,7 @@ mod tests {
     fn data(memory: &Memory) -> Vec<Range<u64>> {
         let mut runs = Vec::new();
         memory.data(|run| {
-            runs.push(run);
+            runs.push(run.numbers());
             true
         });
         runs
@@ -231,8 +230,12 @@ mod tests {
         assert_eq!(data(&memory), [0..1, 3..5, 511..512, HIGH..HIGH + 1, HIGH + 511..HIGH + 512]);
         assert_eq!(pages_of(&fd), 6);
         let mut extents = ExtentFinder::new();
-        assert!(extents.is_hole(&memory, 1) && extents.is_hole(&memory, 2) && !extents.is_hole(&memory, 3));
-        assert!(!extents.is_hole(&memory, HIGH + 512), "outside of memory");
+        assert!(
+            extents.is_hole(&memory, PageNumber(1))
+                && extents.is_hole(&memory, PageNumber(2))
+                && !extents.is_hole(&memory, PageNumber(3))
+        );
+        assert!(!extents.is_hole(&memory, PageNumber(HIGH + 512)), "outside of memory");
         // A page that the file's owner discards is a hole again, also for processes that have it mapped.
         let discard = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(&fd, discard, 3 * 4096, 4096).unwrap();

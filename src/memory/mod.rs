@@ -33,6 +33,7 @@ mod address;
 mod extent;
 mod iotlb;
 mod iova_window;
+mod page;
 mod region;
 pub(crate) mod userfault;
 
@@ -40,6 +41,7 @@ pub use address::{Address, FaultAddress, GuestAddress, Iova, UserAddress};
 pub use extent::{Extent, ExtentFinder};
 pub use iotlb::{Access, Iotlb, IotlbError, IotlbMiss, TranslationError, invalidated};
 pub use iova_window::{IovaWindow, RingArea, overlap};
+pub use page::{PageNumber, PageRange};
 pub use region::{Region, sealed_memfd};
 pub use userfault::{Userfault, UserfaultError};
 
@@ -309,18 +311,17 @@ impl Memory {
         })
     }
 
-    /// Allocates the memory of `pages` (page numbers) for writing and keeps the contents. Pages outside regions are
+    /// Allocates the memory of `pages` for writing and keeps the contents. Pages outside regions are
     /// skipped.
     ///
     /// # Errors
     /// The error of the system: out of memory, or a kernel before Linux 5.14.
-    pub fn populate(&self, pages: &Range<u64>) -> io::Result<()> {
+    pub fn populate(&self, pages: PageRange) -> io::Result<()> {
         self.parts(pages).try_for_each(|(region, range)| region.populate(range))
     }
 
-    /// Advises the system to use huge pages for `pages` (page numbers). The system may refuse it for this type of
-    /// memory.
-    pub fn advise_huge_pages(&self, pages: &Range<u64>) {
+    /// Advises the system to use huge pages for `pages`. The system may refuse it for this type of memory.
+    pub fn advise_huge_pages(&self, pages: PageRange) {
         for (region, range) in self.parts(pages) {
             if let Err(error) = region.advise_huge_pages(range) {
                 tracing::debug!(error = %with_causes(&error), ?region, "huge pages refused");
@@ -328,18 +329,14 @@ impl Memory {
         }
     }
 
-    /// The parts of `pages` (page numbers) that are inside regions, region by region.
-    pub fn pages(&self, pages: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<'_> {
-        self.parts(pages).filter_map(|(region, range)| {
-            let base = region.gpa().0;
-            let pages = (base + range.start).div_ceil(LOG_PAGE)..(base + range.end) / LOG_PAGE;
-            (!pages.is_empty()).then_some(pages)
-        })
+    /// The parts of `pages` that are inside regions, region by region.
+    pub fn pages(&self, pages: PageRange) -> impl Iterator<Item = PageRange> + use<'_> {
+        self.0.iter().map(move |region| pages.intersection(region.pages())).filter(|pages| !pages.is_empty())
     }
 
-    /// The parts of `pages` (page numbers) that are inside regions: region, and range of offsets in it, bytes.
-    fn parts(&self, pages: &Range<u64>) -> impl Iterator<Item = (&Region, Range<u64>)> + use<'_> {
-        let (start, end) = (pages.start.saturating_mul(LOG_PAGE), pages.end.saturating_mul(LOG_PAGE));
+    /// The parts of `pages` that are inside regions: region, and range of offsets in it, bytes.
+    fn parts(&self, pages: PageRange) -> impl Iterator<Item = (&Region, Range<u64>)> + use<'_> {
+        let (start, end) = (pages.start.address().0, pages.end.address().0);
         self.0.iter().filter_map(move |region| {
             let all = region.range();
             let here = start.max(all.start)..end.min(all.end);
@@ -490,7 +487,7 @@ mod tests {
     fn data(memory: &Memory) -> Vec<Range<u64>> {
         let mut runs = Vec::new();
         memory.data(|run| {
-            runs.push(run);
+            runs.push(run.numbers());
             true
         });
         runs

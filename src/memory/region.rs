@@ -19,7 +19,7 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, MmapRegion, VolatileSlice};
 
 use super::extent::{Extent, HoleSearch, OwnPageTable};
-use super::{GuestAddress, Iova, LOG_PAGE, MemoryError, UserAddress};
+use super::{GuestAddress, Iova, LOG_PAGE, MemoryError, PageRange, UserAddress};
 
 /// A shared, writable mapping of guest memory.
 ///
@@ -289,6 +289,11 @@ impl Region {
     /// The guest-physical addresses.
     pub(super) fn range(&self) -> Range<u64> {
         self.gpa.0..self.gpa.0 + self.size
+    }
+
+    /// The pages of the guest that are completely in the region.
+    pub fn pages(&self) -> PageRange {
+        PageRange::inside(self.gpa, self.size)
     }
 
     /// Address of the first byte in the front-end's address space.

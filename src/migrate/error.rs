@@ -5,7 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::dirty::DirtyError;
-use crate::memory::LOG_PAGE;
+use crate::memory::PageNumber;
 use crate::stream::StreamError;
 use crate::sys::with_causes::with_causes;
 
@@ -50,7 +50,7 @@ pub enum MigrateError {
         /// Number of different pages.
         pages: u64,
         /// The first different page numbers.
-        first_different: Vec<u64>,
+        first_different: Vec<PageNumber>,
     },
     /// The VM reported an error.
     #[error("{doing} failed")]
@@ -127,8 +127,8 @@ pub enum MigrateError {
 }
 
 /// Lists the guest-physical addresses of pages.
-fn addresses(pages: &[u64]) -> String {
-    pages.iter().map(|page| format!("{:#x}", page * LOG_PAGE)).collect::<Vec<_>>().join(", ")
+fn addresses(pages: &[PageNumber]) -> String {
+    pages.iter().map(|page| format!("{:#x}", page.address().0)).collect::<Vec<_>>().join(", ")
 }
 
 impl From<StreamError> for MigrateError {

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use crate::memory::LOG_PAGE;
+use crate::memory::{LOG_PAGE, PageNumber};
 use crate::stream::pages::IncomingMemory;
 use crate::sys::with_causes::with_causes;
 
@@ -74,21 +74,21 @@ pub(super) fn populate(target: &IncomingMemory, runs: &[Range<u64>], arrived: &A
     let (mut done, mut populated) = (0, 0);
     for run in runs {
         // Runs outside memory or out of order are ignored.
-        for part in memory.pages(&(run.start.max(done)..run.end)) {
-            if part.end - part.start >= MIN_HUGE_RUN {
-                memory.advise_huge_pages(&part);
+        for part in memory.pages((run.start.max(done)..run.end).into()) {
+            if part.count() >= MIN_HUGE_RUN {
+                memory.advise_huge_pages(part);
             }
-            for start in (part.start / CHUNK_PAGES..part.end.div_ceil(CHUNK_PAGES)).map(|piece| piece * CHUNK_PAGES) {
-                let piece = part.start.max(start)..part.end.min(start + CHUNK_PAGES);
-                populated += piece.end - piece.start;
+            for chunk in part.start.0 / CHUNK_PAGES..part.end.0.div_ceil(CHUNK_PAGES) {
+                let piece = part.intersection((chunk * CHUNK_PAGES..(chunk + 1) * CHUNK_PAGES).into());
+                populated += piece.count();
                 if !arrived.wait_to_populate(populated) {
                     return;
                 }
-                if target.has_data(piece.end - 1) {
-                    populated -= piece.end - piece.start;
+                if target.has_data(PageNumber(piece.end.0 - 1)) {
+                    populated -= piece.count();
                     continue;
                 }
-                if let Err(error) = memory.populate(&piece) {
+                if let Err(error) = memory.populate(piece) {
                     // Receiving the pages reports a lack of memory; an old kernel does not support this call.
                     tracing::debug!(error = %with_causes(&error), "memory is not populated ahead");
                     return;
@@ -160,7 +160,7 @@ mod tests {
         const ALL: u64 = 2 * POPULATE_AHEAD;
         let (target, fd) = target(ALL);
         let arrived = ArrivedPages::default();
-        target.mark_data(&(POPULATE_AHEAD / 2..POPULATE_AHEAD / 2 + CHUNK_PAGES));
+        target.mark_data((POPULATE_AHEAD / 2..POPULATE_AHEAD / 2 + CHUNK_PAGES).into());
         std::thread::scope(|scope| {
             let populating = scope.spawn(|| populate(&target, &[0..ALL], &arrived));
             assert_eq!(resident_when_waiting(&arrived, &fd, POPULATE_AHEAD), POPULATE_AHEAD);

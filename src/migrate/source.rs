@@ -13,7 +13,6 @@
 //! A page's dirty bit is harvested before the page is read. Pages that a failed round may not have sent are put back
 //! (rule L14.1).
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -26,7 +25,7 @@ use super::report::{GuestLocation, MigrationEvent, MigrationReport, RoundReport}
 use super::time_limit::TimeLimit;
 use super::vm::SourceVm;
 use crate::dirty::{DirtySource, PageSet};
-use crate::memory::{LOG_PAGE, Memory};
+use crate::memory::{GuestAddress, LOG_PAGE, Memory, PageNumber, PageRange};
 use crate::stream::frame::{FrameReader, FrameWriter};
 use crate::stream::hashes::send_hashes;
 use crate::stream::pages::{PageEncoder, runs_of_channel};
@@ -153,9 +152,9 @@ pub fn migrate(
         on_event(MigrationEvent::Failed { message: with_causes(&error).to_string(), location });
         MigrationFailure { error, location }
     })?;
-    let mut pending = PageSet::new(memory.end().0 / LOG_PAGE);
+    let mut pending = PageSet::new(PageNumber::containing(memory.end()).0);
     for region in memory.regions() {
-        pending.insert_range(region.gpa().0 / LOG_PAGE..(region.gpa().0 + region.size()) / LOG_PAGE);
+        pending.insert_range(region.pages());
     }
     on_event(MigrationEvent::Started {
         guest_bytes: memory.size(),
@@ -546,7 +545,7 @@ impl OutgoingMigration<'_> {
                 let done = done.clone();
                 scope.spawn(move || {
                     let runs = runs_of_channel(pending.runs(), number as u16, channels);
-                    let hashed = verify.then_some(0..memory.end().0 / LOG_PAGE);
+                    let hashed = verify.then_some(PageRange::inside(GuestAddress(0), memory.end().0));
                     let hashed = runs_of_channel(hashed, number as u16, channels);
                     let result = channel.send_round(memory, runs, hashed, round, last);
                     // The receiver outlives all senders.
@@ -670,8 +669,8 @@ impl PageSender {
     fn send_round(
         &mut self,
         memory: &Memory,
-        runs: impl Iterator<Item = Range<u64>>,
-        hashed: impl Iterator<Item = Range<u64>>,
+        runs: impl Iterator<Item = PageRange>,
+        hashed: impl Iterator<Item = PageRange>,
         round: u32,
         last: bool,
     ) -> Result<(PageStats, RoundTime, Duration), StreamError> {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::frame::FrameKind;
-use crate::memory::MemoryError;
+use crate::memory::{MemoryError, PageRange};
 use crate::record::{RecordError, version_advice};
 
 /// An error while opening, reading or writing a migration stream.
@@ -85,12 +85,14 @@ pub enum StreamError {
         wanted: &'static str,
     },
     /// A page number of the peer is outside guest memory.
-    #[error("pages {first:#x} to {end:#x} are not all in guest memory: start the destination with the same memory")]
+    #[error(
+        "pages {:#x} to {:#x} are not all in guest memory: start the destination with the same memory",
+        pages.start,
+        pages.end
+    )]
     OutsideMemory {
-        /// First page number.
-        first: u64,
-        /// One past the last page number.
-        end: u64,
+        /// The pages.
+        pages: PageRange,
     },
     /// Source and destination have different memory layouts.
     #[error("memory of source and destination differs: {0}: start the destination with the same memory")]

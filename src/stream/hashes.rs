@@ -31,7 +31,7 @@
 #![forbid(unsafe_code)]
 
 use std::io::{Read, Write};
-use std::ops::{AddAssign, Range};
+use std::ops::AddAssign;
 
 use twox_hash::XxHash3_64;
 
@@ -39,7 +39,7 @@ use super::StreamError;
 use super::frame::{FrameBody, FrameHeader, FrameKind, FrameReader, FrameWriter};
 use super::pages::{ENTRY_BYTES, MAX_ENTRIES, PAGE_BYTES, PageDecoder, PageRun, push_page};
 use super::sys::copy_page;
-use crate::memory::{ExtentFinder, GuestAddress, LOG_PAGE, Memory};
+use crate::memory::{ExtentFinder, LOG_PAGE, Memory, PageNumber, PageRange};
 
 /// Maximum number of hashes in one frame, for 64 MiB of memory.
 pub const MAX_HASHES: usize = 16 << 10;
@@ -51,19 +51,19 @@ const HASH_BYTES: usize = 8;
 /// Maximum number of pages listed in a [`HashComparison`].
 const MAX_LISTED: usize = 16;
 
-/// Writes hashes of all pages of `runs` (page numbers) that are in `memory`. Zero pages have none, and holes are not
+/// Writes hashes of all pages of `runs` that are in `memory`. Zero pages have none, and holes are not
 /// touched.
 ///
 /// # Errors
 /// Errors of the transport.
 pub fn send_hashes<W: Write>(
     memory: &Memory,
-    runs: impl IntoIterator<Item = Range<u64>>,
+    runs: impl IntoIterator<Item = PageRange>,
     to: &mut FrameWriter<W>,
 ) -> Result<(), StreamError> {
     let mut pages = PageHasher::new(memory);
     let (mut entries, mut hashes) = (Vec::new(), Vec::new());
-    for page in runs.into_iter().flat_map(|run| memory.pages(&run)).flatten() {
+    for page in runs.into_iter().flat_map(|run| memory.pages(run)).flat_map(PageRange::iter) {
         let hash = pages.hash(page)?;
         push_page(&mut entries, page, hash.is_none());
         hashes.extend(hash);
@@ -97,7 +97,7 @@ pub struct HashComparison {
     /// Pages that differ.
     pub different: u64,
     /// The first of them, by page number.
-    pub first_different: Vec<u64>,
+    pub first_different: Vec<PageNumber>,
 }
 
 impl AddAssign for HashComparison {
@@ -129,8 +129,8 @@ impl PageDecoder {
         let mut hashes = hashes.iter().map(|hash| u64::from_le_bytes(*hash));
         let mut found = HashComparison::default();
         for entry in entries {
-            self.check_run(&entry.pages)?;
-            for page in entry.pages {
+            self.check_run(entry.pages)?;
+            for page in entry.pages.iter() {
                 found.pages += 1;
                 let theirs = if entry.zero { None } else { hashes.next() };
                 if pages.hash(page)? != theirs {
@@ -182,11 +182,11 @@ impl<'m> PageHasher<'m> {
     }
 
     /// Returns the hash of `page`, or `None` if the page is zero.
-    fn hash(&mut self, page: u64) -> Result<Option<u64>, StreamError> {
+    fn hash(&mut self, page: PageNumber) -> Result<Option<u64>, StreamError> {
         if self.extents.is_hole(self.memory, page) {
             return Ok(None);
         }
-        let slice = self.memory.slice(GuestAddress(page * LOG_PAGE), LOG_PAGE)?;
+        let slice = self.memory.slice(page.address(), LOG_PAGE)?;
         let zero = copy_page(&slice, &mut self.copy, false);
         Ok((!zero).then(|| XxHash3_64::oneshot(&self.copy)))
     }

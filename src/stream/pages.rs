@@ -19,7 +19,7 @@
 #![forbid(unsafe_code)]
 
 use std::io::{Read, Write};
-use std::ops::{AddAssign, Range};
+use std::ops::AddAssign;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -29,7 +29,7 @@ use super::data_bitmap::DataBitmap;
 use super::frame::{FrameBody, FrameHeader, FrameKind, FrameReader, FrameWriter};
 use super::sys::{ReadMemory, ReceiveWindow, copy_page};
 use super::{Codec, StreamError};
-use crate::memory::{ExtentFinder, GuestAddress, LOG_PAGE, Memory, Region};
+use crate::memory::{Address, ExtentFinder, LOG_PAGE, Memory, PageNumber, PageRange, Region};
 
 /// Number of consecutive pages that belong to one channel: 1 MiB.
 pub const CHUNK_PAGES: u64 = 256;
@@ -51,26 +51,26 @@ const CODEC_ZSTD: u8 = 1;
 
 /// Returns the channel of `page`. It is the same for the whole migration, so that a later version of a page cannot
 /// overtake an earlier one.
-pub fn channel_of(page: u64, channels: u16) -> u16 {
-    (page / CHUNK_PAGES % u64::from(channels.max(1))) as u16
+pub fn channel_of(page: PageNumber, channels: u16) -> u16 {
+    (page.0 / CHUNK_PAGES % u64::from(channels.max(1))) as u16
 }
 
-/// Returns the parts of `runs` (page numbers) that belong to `channel`.
+/// Returns the parts of `runs` that belong to `channel`.
 pub fn runs_of_channel(
-    runs: impl IntoIterator<Item = Range<u64>>,
+    runs: impl IntoIterator<Item = PageRange>,
     channel: u16,
     channels: u16,
-) -> impl Iterator<Item = Range<u64>> {
+) -> impl Iterator<Item = PageRange> {
     let stride = u64::from(channels.max(1));
     runs.into_iter().flat_map(move |run| {
-        let single = (stride == 1).then(|| run.clone());
+        let single = (stride == 1).then_some(run);
         // First chunk of this channel that does not end before the run.
-        let chunk = run.start / CHUNK_PAGES;
+        let chunk = run.start.0 / CHUNK_PAGES;
         let ours = chunk + (u64::from(channel) + stride - chunk % stride) % stride;
         let many = (stride > 1).then_some((ours..).step_by(stride as usize));
         let pieces = many.into_iter().flatten().map(move |chunk| {
             let start = chunk * CHUNK_PAGES;
-            run.start.max(start)..run.end.min(start + CHUNK_PAGES)
+            run.intersection((start..start + CHUNK_PAGES).into())
         });
         single.into_iter().chain(pieces.take_while(|piece| !piece.is_empty()))
     })
@@ -147,7 +147,7 @@ impl PageEncoder {
         self.progress.clone()
     }
 
-    /// Reads the pages of `runs` (page numbers in any order) from `memory` and writes them to `to` in complete batches.
+    /// Reads the pages of `runs`, which may have any order, from `memory` and writes them to `to` in complete batches.
     /// The guest may write the memory meanwhile.
     ///
     /// # Errors
@@ -155,7 +155,7 @@ impl PageEncoder {
     pub fn send<W: Write>(
         &mut self,
         memory: &Memory,
-        runs: impl IntoIterator<Item = Range<u64>>,
+        runs: impl IntoIterator<Item = PageRange>,
         to: &mut FrameWriter<W>,
     ) -> Result<PageStats, StreamError> {
         self.clear();
@@ -163,10 +163,10 @@ impl PageEncoder {
         let mut extents = ExtentFinder::new();
         for run in runs {
             let mut inside = 0;
-            for (region, mut pages) in regions_of_run(memory, &run) {
-                inside += pages.end - pages.start;
+            for (region, mut pages) in regions_of_run(memory, run) {
+                inside += pages.count();
                 while !pages.is_empty() {
-                    let (part, hole) = extents.first(region, &pages);
+                    let (part, hole) = extents.first(region, pages);
                     pages.start = part.end;
                     if hole {
                         self.add_hole(part, to, &mut stats)?;
@@ -175,7 +175,7 @@ impl PageEncoder {
                     }
                 }
             }
-            stats.outside_memory += (run.end.saturating_sub(run.start)).saturating_sub(inside);
+            stats.outside_memory += run.count().saturating_sub(inside);
         }
         self.flush(to, &mut stats)?;
         Ok(stats)
@@ -184,23 +184,23 @@ impl PageEncoder {
     fn add<W: Write>(
         &mut self,
         region: &Region,
-        pages: Range<u64>,
+        pages: PageRange,
         to: &mut FrameWriter<W>,
         stats: &mut PageStats,
     ) -> Result<(), StreamError> {
-        let (start, length) = (pages.start * LOG_PAGE, (pages.end - pages.start) * LOG_PAGE);
-        let slice = region.slice(start - region.gpa().0, length).ok_or_else(|| outside(&pages))?;
+        let start = pages.address().unchecked_offset_from(region.gpa());
+        let slice = region.slice(start, pages.bytes()).ok_or_else(|| outside(pages))?;
         let mut offset = 0;
-        for page in pages.clone() {
+        for page in pages.iter() {
             if self.used == BATCH_BYTES || self.entries.len() == MAX_ENTRIES {
                 self.flush(to, stats)?;
             }
-            let from = slice.subslice(offset, PAGE_BYTES).map_err(|_| outside(&(page..page + 1)))?;
+            let from = slice.subslice(offset, PAGE_BYTES).map_err(|_| outside(pages))?;
             offset += PAGE_BYTES;
             let Some(slot) = self.data.get_mut(self.used..).and_then(|free| free.first_chunk_mut()) else {
                 continue;
             };
-            let zero = copy_page(&from, slot, page + 1 < pages.end);
+            let zero = copy_page(&from, slot, page.0 + 1 < pages.end.0);
             if !zero {
                 self.used += PAGE_BYTES;
             }
@@ -212,7 +212,7 @@ impl PageEncoder {
     /// Adds `pages` as zero without reading them.
     fn add_hole<W: Write>(
         &mut self,
-        mut pages: Range<u64>,
+        mut pages: PageRange,
         to: &mut FrameWriter<W>,
         stats: &mut PageStats,
     ) -> Result<(), StreamError> {
@@ -220,8 +220,8 @@ impl PageEncoder {
             if self.entries.len() == MAX_ENTRIES {
                 self.flush(to, stats)?;
             }
-            let end = pages.end.min(pages.start + PageRun::MAX_COUNT);
-            self.entries.push(PageRun { pages: pages.start..end, zero: true });
+            let end = pages.end.min(PageNumber(pages.start.0 + PageRun::MAX_COUNT));
+            self.entries.push(PageRun { pages: PageRange { end, ..pages }, zero: true });
             pages.start = end;
         }
         Ok(())
@@ -266,7 +266,7 @@ impl PageEncoder {
 pub struct IncomingMemory {
     memory: Memory,
     /// For each region: its pages, and a bit for each page that may hold data.
-    regions: Vec<(Range<u64>, DataBitmap)>,
+    regions: Vec<(PageRange, DataBitmap)>,
 }
 
 impl IncomingMemory {
@@ -286,9 +286,10 @@ impl IncomingMemory {
     }
 
     /// Returns true if `page` may hold data other than zeros.
-    pub fn has_data(&self, page: u64) -> bool {
+    pub fn has_data(&self, page: PageNumber) -> bool {
         let mut data = false;
-        self.for_each_word(&(page..page.saturating_add(1)), DataBitmap::allocated_word, |word, mask, _| {
+        let pages = (page.0..page.0.saturating_add(1)).into();
+        self.for_each_word(pages, DataBitmap::allocated_word, |word, mask, _| {
             data = word.load(Ordering::Relaxed) & mask != 0
         });
         data
@@ -296,16 +297,15 @@ impl IncomingMemory {
 
     fn new(memory: Memory, bits: u64) -> IncomingMemory {
         let regions = memory.regions().iter().map(|region| {
-            let pages = whole_pages(region.gpa(), region.size());
-            let words = pages.end.saturating_sub(pages.start).div_ceil(64);
-            (pages, DataBitmap::new(words, bits))
+            let pages = region.pages();
+            (pages, DataBitmap::new(pages.count().div_ceil(64), bits))
         });
         let regions = regions.collect();
         IncomingMemory { memory, regions }
     }
 
     /// Returns true if all of `pages` are in memory.
-    fn contains(&self, pages: &Range<u64>) -> bool {
+    fn contains(&self, pages: PageRange) -> bool {
         let mut next = pages.start;
         while next < pages.end {
             match self.region(next) {
@@ -316,26 +316,26 @@ impl IncomingMemory {
         true
     }
 
-    fn region(&self, page: u64) -> Option<&(Range<u64>, DataBitmap)> {
+    fn region(&self, page: PageNumber) -> Option<&(PageRange, DataBitmap)> {
         let index = self.regions.partition_point(|(pages, _)| pages.end <= page);
-        self.regions.get(index).filter(|(pages, _)| pages.contains(&page))
+        self.regions.get(index).filter(|(pages, _)| pages.contains(page))
     }
 
     /// Calls `each` with every bitmap word of `pages` that `find` returns, the mask of the pages' bits in it, and the
     /// page of its bit 0.
     fn for_each_word<'a>(
         &'a self,
-        pages: &Range<u64>,
+        pages: PageRange,
         find: impl Fn(&'a DataBitmap, u64) -> Option<&'a AtomicU64>,
         mut each: impl FnMut(&AtomicU64, u64, u64),
     ) {
         let mut page = pages.start;
         while page < pages.end {
             let Some((region, words)) = self.region(page) else { return };
-            let bit = page - region.start;
-            let first = page - bit % 64;
-            let end = pages.end.min(region.end).min(first + 64);
-            let mask = (u64::MAX >> (64 - (end - page))) << (bit % 64);
+            let bit = page.0 - region.start.0;
+            let first = page.0 - bit % 64;
+            let end = pages.end.min(region.end).min(PageNumber(first + 64));
+            let mask = (u64::MAX >> (64 - (end.0 - page.0))) << (bit % 64);
             if let Some(word) = find(words, bit / 64) {
                 each(word, mask, first);
             }
@@ -344,13 +344,13 @@ impl IncomingMemory {
     }
 
     /// Notes that `pages` may hold something else than zeros from now on.
-    pub(crate) fn mark_data(&self, pages: &Range<u64>) {
+    pub(crate) fn mark_data(&self, pages: PageRange) {
         self.for_each_word(pages, DataBitmap::word_or_allocate, |word, mask, _| {
             word.fetch_or(mask, Ordering::Relaxed);
         });
     }
 
-    fn clear(&self, pages: &Range<u64>) -> Result<(), StreamError> {
+    fn clear(&self, pages: PageRange) -> Result<(), StreamError> {
         let mut result = Ok(());
         self.for_each_word(pages, DataBitmap::allocated_word, |word, mask, first| {
             // Relaxed: only this page's channel reads its bit.
@@ -360,8 +360,8 @@ impl IncomingMemory {
             }
             word.fetch_and(!dirty, Ordering::Relaxed);
             while dirty != 0 && result.is_ok() {
-                let page = first + u64::from(dirty.trailing_zeros());
-                result = self.memory.write(GuestAddress(page * LOG_PAGE), &[0; PAGE_BYTES]);
+                let page = PageNumber(first + u64::from(dirty.trailing_zeros()));
+                result = self.memory.write(page.address(), &[0; PAGE_BYTES]);
                 dirty &= dirty - 1;
             }
         });
@@ -401,11 +401,11 @@ impl PageDecoder {
         let mut body = FrameBody::new(from, header);
         let batch = read_table(&mut body, &mut self.buffer)?;
         for entry in &batch.entries {
-            self.check_run(&entry.pages)?;
+            self.check_run(entry.pages)?;
         }
         let target = &*self.memory;
         let data = || batch.entries.iter().filter(|entry| !entry.zero);
-        data().for_each(|entry| target.mark_data(&entry.pages));
+        data().for_each(|entry| target.mark_data(entry.pages));
         if batch.compressed {
             self.buffer.clear();
             body.take(batch.data_bytes, &mut self.buffer)?;
@@ -413,20 +413,19 @@ impl PageDecoder {
             let mut pages = self.decompressor.decompress(&self.buffer, batch.data_pages() as usize * PAGE_BYTES)?;
             for entry in data() {
                 let (now, rest) = pages.split_at_checked(entry.count() as usize * PAGE_BYTES).unwrap_or_default();
-                target.memory.write(GuestAddress(entry.pages.start * LOG_PAGE), now)?;
+                target.memory.write(entry.pages.address(), now)?;
                 pages = rest;
             }
         } else {
             let mut window = ReceiveWindow::default();
             for entry in data() {
-                let gpa = GuestAddress(entry.pages.start * LOG_PAGE);
-                target.memory.slices(gpa, entry.count() * LOG_PAGE, |slice| window.push(slice))?;
+                target.memory.slices(entry.pages.address(), entry.pages.bytes(), |slice| window.push(slice))?;
             }
             body.fill(&mut window)?;
             body.finish()?;
         }
         for entry in batch.entries.iter().filter(|entry| entry.zero) {
-            target.clear(&entry.pages)?;
+            target.clear(entry.pages)?;
         }
         Ok(PageStats {
             data_pages: batch.data_pages(),
@@ -441,12 +440,12 @@ impl PageDecoder {
         &self.memory
     }
 
-    pub(super) fn check_run(&self, pages: &Range<u64>) -> Result<(), StreamError> {
+    pub(super) fn check_run(&self, pages: PageRange) -> Result<(), StreamError> {
         if !self.memory.contains(pages) {
             return Err(outside(pages));
         }
-        let last = pages.end - 1;
-        let one_chunk = pages.start / CHUNK_PAGES == last / CHUNK_PAGES;
+        let last = PageNumber(pages.end.0 - 1);
+        let one_chunk = pages.start.0 / CHUNK_PAGES == last.0 / CHUNK_PAGES;
         if self.channels > 1 && !(one_chunk && channel_of(last, self.channels) == self.channel) {
             let (start, end, channel) = (pages.start, pages.end, self.channel);
             let why = format!("pages {start:#x} to {end:#x} do not belong to channel {channel}");
@@ -459,8 +458,8 @@ impl PageDecoder {
 /// A run of pages in a batch.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PageRun {
-    /// Page numbers.
-    pub pages: Range<u64>,
+    /// The pages.
+    pub pages: PageRange,
     /// True if all pages of the run are zero and have no data.
     pub zero: bool,
 }
@@ -473,14 +472,14 @@ impl PageRun {
     const COUNT_BITS: u32 = 22;
 
     pub(super) fn count(&self) -> u64 {
-        self.pages.end.saturating_sub(self.pages.start)
+        self.pages.count()
     }
 
     /// Encodes 40 bits of page number, 22 bits of count minus one and 2 bits of kind. 40 bits cover 52-bit physical
     /// addresses.
     pub(super) fn encode(&self) -> u64 {
         let count = self.count().wrapping_sub(1) << PageRun::PAGE_BITS;
-        self.pages.start | count | u64::from(self.zero) << (PageRun::PAGE_BITS + PageRun::COUNT_BITS)
+        self.pages.start.0 | count | u64::from(self.zero) << (PageRun::PAGE_BITS + PageRun::COUNT_BITS)
     }
 
     pub(super) fn decode(bits: u64) -> Result<PageRun, StreamError> {
@@ -491,17 +490,17 @@ impl PageRun {
             1 => true,
             kind => return Err(malformed(format!("entry of unknown kind {kind}"))),
         };
-        Ok(PageRun { pages: start..start + count, zero })
+        Ok(PageRun { pages: (start..start + count).into(), zero })
     }
 }
 
 /// Adds `page` to the last of `entries` if it continues that run, or as a new entry.
-pub(super) fn push_page(entries: &mut Vec<PageRun>, page: u64, zero: bool) {
+pub(super) fn push_page(entries: &mut Vec<PageRun>, page: PageNumber, zero: bool) {
     match entries.last_mut() {
         Some(last) if last.zero == zero && last.pages.end == page && last.count() < PageRun::MAX_COUNT => {
-            last.pages.end += 1;
+            last.pages.end.0 += 1;
         }
-        _ => entries.push(PageRun { pages: page..page + 1, zero }),
+        _ => entries.push(PageRun { pages: (page.0..page.0 + 1).into(), zero }),
     }
 }
 
@@ -580,28 +579,18 @@ fn parse_head(head: &[u8; HEAD_BYTES], follow: usize) -> Result<(usize, u8), Str
 }
 
 /// Returns the parts of `run` that are in memory.
-fn regions_of_run<'m>(
-    memory: &'m Memory,
-    run: &Range<u64>,
-) -> impl Iterator<Item = (&'m Region, Range<u64>)> + use<'m> {
-    let run = run.clone();
+fn regions_of_run<'m>(memory: &'m Memory, run: PageRange) -> impl Iterator<Item = (&'m Region, PageRange)> + use<'m> {
     let regions = memory.regions();
-    let first = regions.partition_point(|region| whole_pages(region.gpa(), region.size()).end <= run.start);
+    let first = regions.partition_point(|region| region.pages().end <= run.start);
     let regions = regions.get(first..).unwrap_or_default();
     regions.iter().map_while(move |region| {
-        let pages = whole_pages(region.gpa(), region.size());
-        let pages = run.start.max(pages.start)..run.end.min(pages.end);
+        let pages = run.intersection(region.pages());
         (!pages.is_empty()).then_some((region.as_ref(), pages))
     })
 }
 
-/// Returns the pages that lie completely in `size` bytes at `gpa`.
-fn whole_pages(gpa: GuestAddress, size: u64) -> Range<u64> {
-    gpa.0.div_ceil(LOG_PAGE)..gpa.0.saturating_add(size) / LOG_PAGE
-}
-
-fn outside(pages: &Range<u64>) -> StreamError {
-    StreamError::OutsideMemory { first: pages.start, end: pages.end }
+fn outside(pages: PageRange) -> StreamError {
+    StreamError::OutsideMemory { pages }
 }
 
 fn malformed(why: String) -> StreamError {

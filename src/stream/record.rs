@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::frame::{FrameHeader, FrameKind, FrameReader, FrameWriter};
 use super::{PageStats, StreamError};
 use crate::abi::vhost_user::VHOST_USER_MAX_RAM_SLOTS;
-use crate::memory::{GuestAddress, LOG_PAGE, Memory};
+use crate::memory::{GuestAddress, LOG_PAGE, Memory, PageRange};
 
 use crate::record::{decode, encode};
 
@@ -113,8 +113,8 @@ impl MemoryLayout {
     }
 
     /// Returns true if all of `pages` are memory.
-    pub fn contains(&self, pages: &Range<u64>) -> bool {
-        let (Some(mut at), Some(end)) = (pages.start.checked_mul(LOG_PAGE), pages.end.checked_mul(LOG_PAGE)) else {
+    pub fn contains(&self, pages: PageRange) -> bool {
+        let (Some(mut at), Some(end)) = (pages.start.0.checked_mul(LOG_PAGE), pages.end.0.checked_mul(LOG_PAGE)) else {
             return false;
         };
         let first = self.regions.partition_point(|region| region.gpa.0.saturating_add(region.size) <= at);
@@ -148,10 +148,10 @@ impl DataRuns {
     /// Returns the first runs of pages of `memory` that are in use.
     pub fn from_memory(memory: &Memory) -> DataRuns {
         let mut runs: Vec<Range<u64>> = Vec::new();
-        memory.data(|run| {
+        memory.data(|PageRange { start, end }| {
             match runs.last_mut() {
-                Some(last) if last.end == run.start => last.end = run.end,
-                _ => runs.push(run),
+                Some(last) if last.end == start.0 => last.end = end.0,
+                _ => runs.push(start.0..end.0),
             }
             runs.len() < MAX_DATA_RUNS
         });
@@ -393,10 +393,10 @@ mod tests {
         let region = |gpa, pages| RegionLayout { gpa: GuestAddress(gpa * LOG_PAGE), size: pages * LOG_PAGE };
         let layout = MemoryLayout { regions: vec![region(1, 4), region(5, 5), region(20, 1)] };
         for inside in [1..2, 4..6, 1..10, 20..21, 9..10] {
-            assert!(layout.contains(&inside), "{inside:?}");
+            assert!(layout.contains(inside.clone().into()), "{inside:?}");
         }
         for outside in [0..1, 0..2, 9..11, 10..11, 19..21, 20..22, 1..21, 21..22, u64::MAX / 2..u64::MAX] {
-            assert!(!layout.contains(&outside), "{outside:?}");
+            assert!(!layout.contains(outside.clone().into()), "{outside:?}");
         }
     }
 
