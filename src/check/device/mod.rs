@@ -15,7 +15,7 @@ use super::negotiation::BackendFeatures;
 use super::options::DeviceKind;
 use super::outcome::CheckAbort;
 use crate::abi::vhost_user::ProtocolFeatures;
-use crate::abi::virtio::VIRTIO_NET_F_MAC;
+use crate::abi::virtio::{VIRTIO_NET_F_MAC, VirtioFeatures};
 
 /// The device under test.
 #[derive(Clone, Copy, Debug)]
@@ -87,29 +87,30 @@ impl TestedDevice {
 }
 
 /// Feature bits of the device; the others belong to the transport.
-const OF_DEVICES: u64 = 0xff_ffff | !0 << 50;
-const OF_BLK: u64 = mask(&[0, 1, 2, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 16, 17]);
-const OF_NET: u64 = OF_DEVICES & !mask(&[4]);
-const OF_FS: u64 = mask(&[0]);
-const OF_VSOCK: u64 = mask(&[0, 1, 2]);
-const OF_CONSOLE: u64 = mask(&[0, 1, 2]);
+const OF_DEVICES: VirtioFeatures = VirtioFeatures::from_bits_retain(0xff_ffff | !0 << 50);
+const OF_BLK: VirtioFeatures = mask(&[0, 1, 2, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 16, 17]);
+const OF_NET: VirtioFeatures = OF_DEVICES.difference(mask(&[4]));
+const OF_FS: VirtioFeatures = mask(&[0]);
+const OF_VSOCK: VirtioFeatures = mask(&[0, 1, 2]);
+const OF_CONSOLE: VirtioFeatures = mask(&[0, 1, 2]);
 /// Feature bits that only network interfaces have.
-const NET_ALONE: u64 = OF_NET & !(OF_BLK | OF_FS | OF_VSOCK | OF_CONSOLE);
+const NET_ALONE: VirtioFeatures = OF_NET.difference(OF_BLK.union(OF_FS).union(OF_VSOCK).union(OF_CONSOLE));
 
-const fn mask(bits: &[u32]) -> u64 {
+/// The features with these bit numbers, whose meaning differs between devices.
+const fn mask(bits: &[u32]) -> VirtioFeatures {
     let (mut mask, mut rest) = (0, bits);
     while let [bit, others @ ..] = rest {
         mask |= 1 << *bit;
         rest = others;
     }
-    mask
+    VirtioFeatures::from_bits_retain(mask)
 }
 
 /// Properties of a back-end that differ between kinds.
 #[derive(Clone, Debug, Default)]
 struct DeviceProperties {
-    /// Device feature bits.
-    features: u64,
+    /// Features of the device.
+    features: VirtioFeatures,
     /// Number of queues, if MQ is offered.
     queues: Option<u64>,
     /// Configuration space, up to 40 bytes; `None` without one.
@@ -118,10 +119,10 @@ struct DeviceProperties {
 
 impl DeviceProperties {
     fn ask(connection: &Connection, offered: BackendFeatures) -> Result<DeviceProperties, CheckAbort> {
-        let features = offered.features.bits() & OF_DEVICES;
+        let features = offered.features & OF_DEVICES;
         let queues = offered.has_protocol(ProtocolFeatures::MQ).then_some(offered.queues);
         // The features identify a network interface without its configuration.
-        if !offered.has_protocol(ProtocolFeatures::CONFIG) || features & NET_ALONE != 0 {
+        if !offered.has_protocol(ProtocolFeatures::CONFIG) || features.intersects(NET_ALONE) {
             return Ok(DeviceProperties { features, queues, config: None });
         }
         let mut config = Vec::new();
@@ -141,7 +142,7 @@ impl DeviceProperties {
 
     fn may_be(&self, kind: DeviceKind) -> bool {
         let DeviceProperties { features, queues, ref config } = *self;
-        let only = |known: u64| features & !known == 0;
+        let only = |known: VirtioFeatures| known.contains(features);
         let number = |least: u64, most: u64| queues.is_none_or(|queues| (least..=most).contains(&queues));
         let len = config.as_ref().map(Vec::len);
         let start =
@@ -151,12 +152,14 @@ impl DeviceProperties {
             DeviceKind::Blk => only(OF_BLK) && len.is_some_and(|len| len >= 36) && start > 0 && !self.has_tag(),
             // The address is present only with VIRTIO_NET_F_MAC.
             DeviceKind::Net => {
-                let has_address = features & VIRTIO_NET_F_MAC.bits() != 0;
+                let has_address = features.contains(VIRTIO_NET_F_MAC);
                 // Back-ends that count queue pairs offer features that only network interfaces have.
-                let one_pair = features & NET_ALONE != 0 || number(2, u64::MAX);
+                let one_pair = features.intersects(NET_ALONE) || number(2, u64::MAX);
                 only(OF_NET) && one_pair && len.is_none_or(|len| len < 36) && (has_address || start << 16 == 0)
             }
-            DeviceKind::Rng => features == 0 && queues == Some(1) && config.iter().flatten().all(|byte| *byte == 0),
+            DeviceKind::Rng => {
+                features.is_empty() && queues == Some(1) && config.iter().flatten().all(|byte| *byte == 0)
+            }
             DeviceKind::Fs => only(OF_FS) && number(2, u64::MAX) && (config.is_none() || self.has_tag()),
             // Context ids below 3 are reserved. Excess configuration has no meaning: some back-ends return bytes beyond
             // their fields.
@@ -166,7 +169,7 @@ impl DeviceProperties {
             }
             // Without a feature none of the configuration fields is valid.
             DeviceKind::Console => {
-                let has_fields = features != 0 && len.is_some_and(|len| len >= 8);
+                let has_fields = !features.is_empty() && len.is_some_and(|len| len >= 8);
                 only(OF_CONSOLE) && number(2, u64::MAX) && (config.is_none() || has_fields) && !self.has_tag()
             }
         }
@@ -197,8 +200,9 @@ fn find(connection: &Connection, offered: BackendFeatures) -> Result<DeviceKind,
             let names: Vec<&str> = may_be.iter().map(|kind| kind.name()).collect();
             let names = if names.is_empty() { "none of the known kinds".into() } else { names.join(", ") };
             Err(CheckAbort::UnknownDevice(format!(
-                "device features {features:#x}, {queues} queues, configuration: {config}; matching kinds: \
-         {names}"
+                "device features {:#x}, {queues} queues, configuration: {config}; matching kinds: \
+         {names}",
+                features.bits()
             )))
         }
     }
@@ -212,7 +216,7 @@ mod tests {
     /// Returns the kinds that match these properties.
     fn kinds(features: u64, queues: u64, config: Option<&[u8]>) -> Vec<&'static str> {
         let properties = DeviceProperties {
-            features: features & OF_DEVICES,
+            features: VirtioFeatures::from_bits_retain(features) & OF_DEVICES,
             queues: Some(queues),
             config: config.map(<[u8]>::to_vec),
         };
