@@ -14,6 +14,14 @@ pub mod backend {
     };
 }
 
+/// The saved state of the built-in guest.
+#[cfg(feature = "guest")]
+pub mod guest {
+    #[cfg(feature = "migrate")]
+    pub use crate::guest::migration::{decode_guest_state, decode_saved_disks};
+    pub use crate::guest::state::*;
+}
+
 /// The content of the migration stream.
 ///
 /// # Example

@@ -37,30 +37,25 @@ mod driver;
 mod error;
 mod layout;
 #[cfg(feature = "migrate")]
-mod migration;
+pub(crate) mod migration;
 #[cfg(feature = "migrate")]
 mod owner;
 mod pattern;
 mod prepared;
 mod signal;
-mod state;
+pub(crate) mod state;
 mod threads;
 mod view;
 
 pub use error::{ByteLocation, GuestError, WrongByte};
 pub use layout::GuestConfig;
 #[cfg(feature = "migrate")]
-pub use migration::{
-    GuestIncomingVm, GuestSourceVm, InterruptOnCancel, connect_backends, decode_guest_state, decode_saved_disks,
-    dirty_sources,
-};
+pub use migration::{GuestIncomingVm, GuestSourceVm, InterruptOnCancel, connect_backends, dirty_sources};
 #[cfg(feature = "migrate")]
 pub use owner::{GuestOwner, GuestStatus, MeasuredRate, Operation, OwnerError, OwnerState, OwnerStatus};
 pub use prepared::PreparedDevice;
-pub use state::{
-    BlkDriverState, ConfigState, CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, GuestState,
-    RequestKind, RequestState, RetainedState, STATE_VERSION, SavedGuest, SlotState, Timestamp,
-};
+pub use state::GuestState;
+use state::{DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, STATE_VERSION, SavedGuest, Timestamp};
 pub use view::{DeviceConnection, GuestStats, GuestView};
 
 use std::io;

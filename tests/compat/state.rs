@@ -3,15 +3,15 @@
 use vhost_migrate::abi::vhost_user::DiskGeneration;
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::frontend::InflightState;
-use vhost_migrate::guest::{
-    BlkDriverState, CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, GuestConfig, GuestState,
-    RequestKind, RequestState, RetainedState, STATE_VERSION, SavedGuest, SlotState, Timestamp, decode_guest_state,
-    decode_saved_disks,
-};
+use vhost_migrate::guest::{GuestConfig, GuestState};
 use vhost_migrate::record::{MAX_STATE, decode, encode};
 use vhost_migrate::ring::{
     DriverRingState, InOrderState, PackedDriverRequest, PackedDriverState, Position, RingBase, SplitDriverState,
     UsedBuffer,
+};
+use vhost_migrate::unstable::guest::{
+    BlkDriverState, CpuState, DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, RequestKind, RequestState,
+    RetainedState, STATE_VERSION, SavedGuest, SlotState, Timestamp, decode_guest_state, decode_saved_disks,
 };
 
 use crate::{read, write};

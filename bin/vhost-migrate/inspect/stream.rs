@@ -6,8 +6,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use vhost_migrate::abi::vhost_user::DiskGeneration;
-use vhost_migrate::guest::decode_saved_disks;
 use vhost_migrate::stream::{FrameKind, PageStats, StreamError};
+use vhost_migrate::unstable::guest::decode_saved_disks;
 use vhost_migrate::unstable::stream::frame::{ChannelId, ConnectionHeader, FrameReader};
 use vhost_migrate::unstable::stream::hashes::count_pages;
 use vhost_migrate::unstable::stream::pages::PageBatch;
@@ -76,9 +76,8 @@ pub(super) fn inspect(file: &Path, lines: &LinePrinter) -> Result<Inspection, St
             FrameKind::Pages => {
                 reader.body(&frame, &mut body).map_err(with_path)?;
                 let batch = PageBatch::parse(&body).map_err(with_path)?;
-                if let Some(entry) = batch.entries.iter().find(|entry| !layout.contains(&entry.pages)) {
-                    let (first, end) = (entry.pages.start, entry.pages.end);
-                    return Err(with_path(StreamError::OutsideMemory { first, end }));
+                if let Some(entry) = batch.entries.iter().find(|entry| !layout.contains(entry.pages)) {
+                    return Err(with_path(StreamError::OutsideMemory { pages: entry.pages }));
                 }
                 round.data_pages += batch.data_pages();
                 round.zero_pages += batch.zero_pages();
@@ -113,7 +112,7 @@ pub(super) fn inspect(file: &Path, lines: &LinePrinter) -> Result<Inspection, St
         match ToDestination::read(&frame, &mut reader).map_err(with_path)? {
             ToDestination::Layout(found) => {
                 for region in &found.regions {
-                    lines.print(format_args!("  region {:#x}, {}", region.gpa, format_bytes(region.size as f64)));
+                    lines.print(format_args!("  region {:#x}, {}", region.gpa.0, format_bytes(region.size as f64)));
                 }
                 layout = found;
                 due = ExpectedFrame::Pages;
