@@ -32,7 +32,7 @@ pub struct GuestState {
 macro_rules! config_state {
     ($($field:ident: $kind:ty,)*) => {
         /// The configuration of a guest as it is in a stream: the fields of [`GuestConfig`], in the order of their encoding.
-        #[expect(missing_docs, reason = "the fields of `GuestConfig` have the texts")]
+        #[allow(missing_docs, reason = "the fields of `GuestConfig` have the texts")]
         #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
         pub struct ConfigState {
             $(pub $field: $kind,)*
