@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use proptest::prelude::*;
 use ring::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, layout, memory, packed_layout, put_desc, ring_at};
 use vhost_migrate::abi::virtio::{PackedDesc, VirtioFeatures};
-use vhost_migrate::memory::Memory;
+use vhost_migrate::memory::{Address, Memory};
 use vhost_migrate::ring::RingError::{Loop, TooManyBuffers};
 use vhost_migrate::ring::{
     Chain, PackedDevice, PackedDriver, PackedLayout, RingBase, RingError, SplitDevice, SplitDriver, SplitLayout,
@@ -18,7 +18,7 @@ use vhost_migrate::ring::{
 
 /// Descriptors whose values are near those of a ring of `size` entries, or arbitrary.
 fn descs(size: u16) -> impl Strategy<Value = Vec<(u64, u32, u16, u16)>> {
-    let gpa = prop_oneof![(0..64u64).prop_map(|i| TABLES + i * 16), any::<u64>()];
+    let gpa = prop_oneof![(0..64u64).prop_map(|i| TABLES.0 + i * 16), any::<u64>()];
     let len = prop_oneof![0..5u32, (0..70u32).prop_map(|n| n * 16), any::<u32>()];
     let flags = prop_oneof![9 => 0..8u16, 1 => any::<u16>()];
     let next = prop_oneof![9 => 0..=size, 1 => any::<u16>()];
@@ -33,7 +33,11 @@ fn put(memory: &Memory, layout: &SplitLayout, descs: &[(u64, u32, u16, u16)]) {
     for (index, &(gpa, len, flags, next)) in (0u64..).zip(descs) {
         // The first ones fill the ring's table, the others the memory for indirect tables.
         let size = u64::from(layout.size);
-        let at = if index < size { layout.desc + index * 16 } else { TABLES + (index - size) * 16 };
+        let at = if index < size {
+            layout.desc.unchecked_add(index * 16)
+        } else {
+            TABLES.unchecked_add((index - size) * 16)
+        };
         put_desc(memory, at, gpa, len, flags, next);
     }
 }
@@ -64,8 +68,8 @@ proptest! {
         put(&memory, &layout, &descs);
         let avail: Vec<u8> = avail.iter().flat_map(|word| word.to_le_bytes()).collect();
         memory.write(layout.avail, &avail[..usize::from(size) * 2 + 6]).unwrap();
-        memory.write(layout.avail + 2, &base.wrapping_add(ahead).to_le_bytes()).unwrap();
-        memory.write(layout.used + 2, &base.to_le_bytes()).unwrap();
+        memory.write(layout.avail.unchecked_add(2), &base.wrapping_add(ahead).to_le_bytes()).unwrap();
+        memory.write(layout.used.unchecked_add(2), &base.to_le_bytes()).unwrap();
         let mut device = SplitDevice::new(&memory, layout, VirtioFeatures::from_bits_retain(features), RingBase::split(base)).unwrap();
         drain(&mut device, size);
     }
@@ -80,7 +84,7 @@ proptest! {
         (0..requests).for_each(|i| { driver.add(&[buffer(i.into(), 1)], &[], None).unwrap(); });
         let _ = driver.publish();
         memory.write(layout.used, &bytes).unwrap();
-        memory.write(layout.used + 2, &index.to_le_bytes()).unwrap();
+        memory.write(layout.used.unchecked_add(2), &index.to_le_bytes()).unwrap();
         let mut taken = 0;
         while let Ok(Some(used)) = driver.pop_used() {
             prop_assert!(used.head < 8);
@@ -106,11 +110,18 @@ fn a_guest_that_rewrites_a_split_ring_while_it_is_read_gains_no_extra_buffers() 
                 let at = u64::from(at % 64);
                 let table = if at < 8 { layout.desc } else { TABLES };
                 let next = if odd == 0 { u16::MAX } else { u16::from(next % 9) };
-                let gpa = TABLES + u64::from(len % 16) * 16;
-                put_desc(&memory, table + at * 16, gpa, u32::from(len % 8) * 16, u16::from(flags % 8), next);
-                let slot = layout.avail + 4 + u64::from(head % 8) * 2;
+                let gpa = TABLES.0 + u64::from(len % 16) * 16;
+                put_desc(
+                    &memory,
+                    table.unchecked_add(at * 16),
+                    gpa,
+                    u32::from(len % 8) * 16,
+                    u16::from(flags % 8),
+                    next,
+                );
+                let slot = layout.avail.unchecked_add(4 + u64::from(head % 8) * 2);
                 memory.write(slot, &u16::from(head / 8 % 9).to_le_bytes()).unwrap();
-                memory.write(layout.avail + 2, &u16::from(idx % 10).to_le_bytes()).unwrap();
+                memory.write(layout.avail.unchecked_add(2), &u16::from(idx % 10).to_le_bytes()).unwrap();
             }
         });
         let mut chain = Chain::default();
@@ -141,15 +152,15 @@ fn a_chain_over_the_largest_split_ring_is_refused() {
     let (_, mut device) = ring_at(&memory, layout, INDIRECT, 0);
     // With buffers of 0 bytes, so that the limit of descriptors is reached and not the limit of buffers.
     for index in 0..32768u16 {
-        put_desc(&memory, layout.desc + u64::from(index) * 16, 0, 0, 1, (index + 1) % 32768);
+        put_desc(&memory, layout.desc.unchecked_add(u64::from(index) * 16), 0, 0, 1, (index + 1) % 32768);
     }
-    memory.write(layout.avail + 2, &1u16.to_le_bytes()).unwrap();
+    memory.write(layout.avail.unchecked_add(2), &1u16.to_le_bytes()).unwrap();
     assert!(matches!(device.pop(&mut Chain::default()), Err(Loop { head: 0 })));
     for index in 0..1025u16 {
-        put_desc(&memory, layout.desc + u64::from(index) * 16, 0, 1, 1, index + 1);
+        put_desc(&memory, layout.desc.unchecked_add(u64::from(index) * 16), 0, 1, 1, index + 1);
     }
     assert!(matches!(device.pop(&mut Chain::default()), Err(TooManyBuffers { head: 0, limit: 1024 })));
-    put_desc(&memory, layout.desc + 1023 * 16, 0, 1, 0, 0);
+    put_desc(&memory, layout.desc.unchecked_add(1023 * 16), 0, 1, 0, 0);
     let mut chain = Chain::default();
     assert!(device.pop(&mut chain).unwrap());
     assert_eq!(chain.readable.len(), 1024);
@@ -157,7 +168,7 @@ fn a_chain_over_the_largest_split_ring_is_refused() {
 
 /// Descriptors of a packed ring, many of them available.
 fn packed_descs() -> impl Strategy<Value = (u16, Vec<(u64, u32, u16, u16)>)> {
-    let gpa = prop_oneof![(0..64u64).prop_map(|i| TABLES + i * 16), any::<u64>()];
+    let gpa = prop_oneof![(0..64u64).prop_map(|i| TABLES.0 + i * 16), any::<u64>()];
     let len = prop_oneof![0..5u32, (0..70u32).prop_map(|n| n * 16), any::<u32>()];
     let flags =
         (prop_oneof![9 => 0..8u16, 1 => any::<u16>()], prop::sample::select(vec![0x80, 0x80, 0x80, 0x8000, 0x8080]));
@@ -170,7 +181,11 @@ fn packed_descs() -> impl Strategy<Value = (u16, Vec<(u64, u32, u16, u16)>)> {
 fn packed_put(memory: &Memory, layout: &PackedLayout, descs: &[(u64, u32, u16, u16)]) {
     for (index, &(gpa, len, id, flags)) in (0u64..).zip(descs) {
         let size = u64::from(layout.size);
-        let at = if index < size { layout.desc + index * 16 } else { TABLES + (index - size) * 16 };
+        let at = if index < size {
+            layout.desc.unchecked_add(index * 16)
+        } else {
+            TABLES.unchecked_add((index - size) * 16)
+        };
         put_desc(memory, at, gpa, len, id, flags);
     }
 }
@@ -248,7 +263,7 @@ proptest! {
         }
         let _ = driver.publish();
         for (index, (id, flags)) in (0..).zip(descs) {
-            put_desc(&memory, layout.desc + index * 16, 0, 5, id, flags);
+            put_desc(&memory, layout.desc.unchecked_add(index * 16), 0, 5, id, flags);
         }
         let mut seen = std::collections::HashSet::new();
         while let Ok(Some(used)) = driver.pop_used() {
@@ -275,8 +290,8 @@ fn a_guest_that_rewrites_a_packed_ring_while_it_is_read_gains_no_extra_buffers()
                 random ^= random << 17;
                 let [at, flags, id, len, round, ..] = random.to_le_bytes();
                 let at = u64::from(at % 64);
-                let desc = if at < 7 { layout.desc + at * 16 } else { TABLES + at % 16 * 16 };
-                let gpa = TABLES + u64::from(len % 16) * 16;
+                let desc = if at < 7 { layout.desc.unchecked_add(at * 16) } else { TABLES.unchecked_add(at % 16 * 16) };
+                let gpa = TABLES.0 + u64::from(len % 16) * 16;
                 let round = [0x80, 0x80, 0x80, 0x8000][usize::from(round % 4)];
                 put_desc(&memory, desc, gpa, u32::from(len % 8) * 16, id.into(), u16::from(flags % 8) | round);
             }
@@ -316,13 +331,13 @@ fn a_chain_over_the_largest_packed_ring_is_refused() {
     let (memory, layout) = (memory(), packed_layout(32768));
     let mut device = PackedDevice::new(&memory, layout, VirtioFeatures::empty(), RingBase::PACKED_START).unwrap();
     for index in 0..32768u64 {
-        put_desc(&memory, layout.desc + index * 16, 0, 1, 0, 0x81);
+        put_desc(&memory, layout.desc.unchecked_add(index * 16), 0, 1, 0, 0x81);
     }
     let mut chain = Chain::default();
     assert!(matches!(device.pop(&mut chain), Err(RingError::AvailDescriptors { .. })), "a chain without an end");
-    put_desc(&memory, layout.desc + 32767 * 16, 0, 1, 0, 0x80);
+    put_desc(&memory, layout.desc.unchecked_add(32767 * 16), 0, 1, 0, 0x80);
     assert!(matches!(device.pop(&mut chain), Err(RingError::TooManyBuffers { limit: 1024, .. })));
-    put_desc(&memory, layout.desc + 1023 * 16, 0, 1, 0, 0x80);
+    put_desc(&memory, layout.desc.unchecked_add(1023 * 16), 0, 1, 0, 0x80);
     assert!(device.pop(&mut chain).unwrap());
     assert_eq!((chain.readable.len(), chain.slots), (1024, 1024));
 }

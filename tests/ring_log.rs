@@ -12,10 +12,10 @@ use proptest::prelude::*;
 use ring::{EVENT_IDX, buffer, layout, memory, packed_at, packed_layout, ring_at};
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::dirty::{Log, PageSet};
-use vhost_migrate::memory::{LOG_PAGE, Memory};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory};
 use vhost_migrate::ring::{Chain, PackedLayout, Position, RingLog, SplitLayout};
 
-const LOG_END: u64 = 1 << 30;
+const LOG_END: GuestAddress = GuestAddress(1 << 30);
 
 fn used_ring(memory: &Memory, layout: &SplitLayout) -> Vec<u8> {
     let mut bytes = vec![0; 6 + 8 * usize::from(layout.size)];
@@ -24,7 +24,7 @@ fn used_ring(memory: &Memory, layout: &SplitLayout) -> Vec<u8> {
 }
 
 /// Pages of the words and elements that differ. Each is written as a whole, also if some of its bytes stay the same.
-fn changed(before: &[u8], after: &[u8], used_gpa: u64) -> BTreeSet<u64> {
+fn changed(before: &[u8], after: &[u8], GuestAddress(used_gpa): GuestAddress) -> BTreeSet<u64> {
     let elements = (4..before.len() - 2).step_by(8).map(|at| at..at + 8);
     let written = [0..2, 2..4, before.len() - 2..before.len()].into_iter().chain(elements);
     let differ = |range: &Range<usize>| before[range.clone()] != after[range.clone()];
@@ -34,9 +34,14 @@ fn changed(before: &[u8], after: &[u8], used_gpa: u64) -> BTreeSet<u64> {
 }
 
 fn harvest(log: &Log) -> BTreeSet<u64> {
-    let mut pages = PageSet::new(LOG_END / LOG_PAGE);
+    let mut pages = PageSet::new(LOG_END.0 / LOG_PAGE);
     log.harvest(&mut pages);
     pages.runs().flatten().collect()
+}
+
+/// An address at which a ring may be logged.
+fn log_address() -> impl Strategy<Value = GuestAddress> {
+    (0..LOG_END.0 / 4 - 0x10_000).prop_map(|words| GuestAddress(words * 4))
 }
 
 #[derive(Clone, Debug)]
@@ -62,7 +67,7 @@ proptest! {
     #[test]
     fn exactly_the_changed_pages_of_a_used_ring_are_marked_at_the_logs_address(
         size in prop::sample::select(vec![1u16, 16, 256, 1024, 4096]), event_idx in any::<bool>(), start in any::<u16>(),
-        used_gpa in prop_oneof![Just(0x5000 - 8), (0..LOG_END / 4 - 0x10_000).prop_map(|words| words * 4)],
+        used_gpa in prop_oneof![Just(GuestAddress(0x5000 - 8)), log_address()],
         ops in prop::collection::vec(op(), 1..40),
     ) {
         let (memory, layout) = (memory(), layout(size));
@@ -104,10 +109,15 @@ proptest! {
 }
 
 /// Pages that the device changed: of descriptors at the ring's address, of the event area at the log's address.
-fn packed_changed(before: &[u8], after: &[u8], layout: &PackedLayout, used_gpa: u64) -> BTreeSet<u64> {
+fn packed_changed(
+    before: &[u8],
+    after: &[u8],
+    layout: &PackedLayout,
+    GuestAddress(used_gpa): GuestAddress,
+) -> BTreeSet<u64> {
     let event = before.len() - 4;
     let descs = (0..event).step_by(16).filter(|at| before[*at..at + 16] != after[*at..at + 16]);
-    let mut pages: BTreeSet<u64> = descs.map(|at| (layout.desc + at as u64) / LOG_PAGE).collect();
+    let mut pages: BTreeSet<u64> = descs.map(|at| layout.desc.unchecked_add(at as u64).0 / LOG_PAGE).collect();
     if before[event..] != after[event..] {
         pages.extend([used_gpa / LOG_PAGE, (used_gpa + 3) / LOG_PAGE]);
     }
@@ -130,7 +140,7 @@ proptest! {
     fn exactly_the_changed_pages_of_a_packed_ring_are_marked(
         (size, start) in prop::sample::select(vec![1u16, 16, 300, 1024, 4096]).prop_flat_map(|size| (Just(size), 0..size)),
         event_idx in any::<bool>(), long in any::<bool>(),
-        used_gpa in prop_oneof![Just(0x5000 - 2), (0..LOG_END / 4 - 0x10_000).prop_map(|words| words * 4)],
+        used_gpa in prop_oneof![Just(GuestAddress(0x5000 - 2)), log_address()],
         ops in prop::collection::vec(op(), 1..40),
     ) {
         let (memory, layout) = (memory(), packed_layout(size));
@@ -181,7 +191,7 @@ fn relog_used_marks_exactly_a_packed_ring_and_its_event_area() {
     device.relog_used();
     let log = Arc::new(Log::create(LOG_END).unwrap().0);
     for (used_gpa, pages) in [(0x9000, [9, 9]), (0x9ffe, [9, 10]), (0x1000, [1, 1])] {
-        device.set_log(Some(RingLog { log: log.clone(), used_gpa }));
+        device.set_log(Some(RingLog { log: log.clone(), used_gpa: GuestAddress(used_gpa) }));
         assert!(!device.is_used_marked());
         device.relog_used();
         assert!(device.is_used_marked());
@@ -194,9 +204,9 @@ fn relog_used_marks_exactly_a_packed_ring_and_its_event_area() {
 fn writes_to_a_packed_ring_outside_the_log_are_counted() {
     let (memory, layout) = (memory(), packed_layout(4));
     let (mut driver, mut device) = packed_at(&memory, layout, EVENT_IDX, Position::START);
-    let log = Arc::new(Log::create(LOG_PAGE).unwrap().0);
+    let log = Arc::new(Log::create(GuestAddress(LOG_PAGE)).unwrap().0);
     for used_gpa in [log.pages() * LOG_PAGE, u64::MAX, u64::MAX - 2] {
-        device.set_log(Some(RingLog { log: log.clone(), used_gpa }));
+        device.set_log(Some(RingLog { log: log.clone(), used_gpa: GuestAddress(used_gpa) }));
         driver.add(&[buffer(1, 1)], &[], None).unwrap();
         let _ = driver.publish();
         let mut chain = Chain::default();
@@ -217,7 +227,7 @@ fn relog_used_marks_exactly_the_used_ring() {
     device.relog_used();
     let log = Arc::new(Log::create(LOG_END).unwrap().0);
     for (used_gpa, pages) in [(0x5000, 5..=7), (0x5ffc, 5..=8), (0x5000 - 8, 4..=6)] {
-        device.set_log(Some(RingLog { log: log.clone(), used_gpa }));
+        device.set_log(Some(RingLog { log: log.clone(), used_gpa: GuestAddress(used_gpa) }));
         assert!(!device.is_used_marked());
         device.relog_used();
         assert!(device.is_used_marked());
@@ -231,8 +241,8 @@ fn writes_to_a_used_ring_outside_the_log_are_counted() {
     let (memory, layout) = (memory(), layout(4));
     let (mut driver, mut device) = ring_at(&memory, layout, EVENT_IDX, 0);
     let log = Arc::new(Log::create(LOG_END).unwrap().0);
-    for used_gpa in [LOG_END, u64::MAX, u64::MAX - 6] {
-        device.set_log(Some(RingLog { log: log.clone(), used_gpa }));
+    for used_gpa in [LOG_END.0, u64::MAX, u64::MAX - 6] {
+        device.set_log(Some(RingLog { log: log.clone(), used_gpa: GuestAddress(used_gpa) }));
         driver.add(&[buffer(1, 1)], &[], None).unwrap();
         let _ = driver.publish();
         let mut chain = Chain::default();

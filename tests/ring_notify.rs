@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use ring::{EVENT_IDX, buffer, either, layout, memory, packed_at, packed_layout, ring_at};
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::dirty::Log;
-use vhost_migrate::memory::Memory;
+use vhost_migrate::memory::{Address, GuestAddress, Memory};
 use vhost_migrate::ring::{Chain, DeviceRing, DriverRing, Position, RingError, RingLayout, RingLog};
 
 /// All variants of a ring: packed or not, and features.
@@ -271,9 +271,9 @@ impl Gate {
 fn one_side_notices_if_the_other_publishes_while_it_enables_notifications() {
     const ROUNDS: usize = 10_000;
     for (packed, features) in VARIANTS {
-        for log in [None, Some(Arc::new(Log::create(1 << 22).unwrap().0))] {
+        for log in [None, Some(Arc::new(Log::create(GuestAddress(1 << 22)).unwrap().0))] {
             let (mut driver, mut device) = either(&memory(), packed, 4, features);
-            device.set_log(log.map(|log| RingLog { log, used_gpa: 0 }));
+            device.set_log(log.map(|log| RingLog { log, used_gpa: GuestAddress(0) }));
             let gate = Gate(AtomicUsize::new(0));
             let noticed = AtomicUsize::new(0);
             // Counted and checked at the end: after a panic the other thread would wait at the gate for ever.
@@ -330,8 +330,8 @@ proptest! {
         let (memory, layout) = (memory(), layout(8));
         let (mut driver, mut device) = ring_at(&memory, layout, EVENT_IDX, start);
         let event = start.wrapping_add(offset);
-        memory.write(layout.avail + 4 + 16, &event.to_le_bytes()).unwrap();
-        memory.write(layout.used + 4 + 64, &event.to_le_bytes()).unwrap();
+        memory.write(layout.avail.unchecked_add(4 + 16), &event.to_le_bytes()).unwrap();
+        memory.write(layout.used.unchecked_add(4 + 64), &event.to_le_bytes()).unwrap();
         let mut chain = Chain::default();
         let mut at = start;
         for (number, count) in batches.into_iter().enumerate() {
@@ -396,7 +396,7 @@ fn an_invalid_event_area_does_not_suppress_notifications() {
     ] {
         let (mut driver, mut device) = packed_at(&memory, layout, features, Position::START);
         for area in [layout.driver, layout.device] {
-            memory.write(area + 2, &flags.to_le_bytes()).unwrap();
+            memory.write(area.unchecked_add(2), &flags.to_le_bytes()).unwrap();
         }
         driver.add(&[buffer(1, 1)], &[], None).unwrap().unwrap();
         assert_eq!(driver.publish(), notified);

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use ring::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, memory, packed_at, packed_layout, put_desc};
 use ring_sides::{exchange, op};
 use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED, VirtioFeatures};
+use vhost_migrate::memory::{Address, GuestAddress};
 use vhost_migrate::ring::{
     Chain, DeviceRing, DriverRing, InOrderState, PackedDevice, PackedDriver, PackedDriverRequest, PackedDriverState,
     PackedLayout, Position, RingBase, RingError, RingLayout, UsedBuffer,
@@ -72,10 +73,10 @@ fn one_chain_with(
     let (memory, layout) = (memory(), packed_layout(8));
     let mut device = PackedDevice::new(&memory, layout, features, RingBase::PACKED_START).unwrap();
     for (index, &(gpa, len, id, flags)) in (0..).zip(descs) {
-        put_desc(&memory, layout.desc + index * 16, gpa, len, id, flags | A);
+        put_desc(&memory, layout.desc.unchecked_add(index * 16), gpa, len, id, flags | A);
     }
     for (index, &(gpa, len, id, flags)) in (0..).zip(table) {
-        put_desc(&memory, TABLES + index * 16, gpa, len, id, flags);
+        put_desc(&memory, TABLES.unchecked_add(index * 16), gpa, len, id, flags);
     }
     let mut chain = Chain::default();
     let popped = device.pop(&mut chain);
@@ -101,7 +102,7 @@ fn a_packed_chain_has_the_id_of_its_last_descriptor() {
 #[test]
 fn only_the_write_flag_is_used_in_a_packed_indirect_table() {
     let table = [(1, 10, 5, 0), (2, 20, 6, N | I | A), (3, 0, 0, W), (4, 40, 9, W | 0x8000), (5, 50, 0, 0)];
-    let chain = one_chain_with(INDIRECT, &[(TABLES, 4 * 16, 3, I | W)], &table).unwrap();
+    let chain = one_chain_with(INDIRECT, &[(TABLES.0, 4 * 16, 3, I | W)], &table).unwrap();
     assert_eq!((chain.head, chain.slots), (3, 1));
     assert_eq!((chain.readable, chain.writable), (vec![buffer(1, 10), buffer(2, 20)], vec![buffer(4, 40)]));
 }
@@ -114,13 +115,13 @@ fn an_invalid_packed_chain_is_refused_with_its_error() {
     let max = u32::MAX;
     assert!(one_chain(&[(1, max, 0, N), (1, 1, 0, 0)]).is_ok());
     assert!(matches!(one_chain(&[(1, max, 0, N), (1, 2, 0, W)]), Err(TooManyBytes { .. })));
-    let table = (TABLES, 32, 0, I);
+    let table = (TABLES.0, 32, 0, I);
     assert!(matches!(one_chain_with(VirtioFeatures::empty(), &[table], &[]), Err(Indirect { .. })));
-    assert!(matches!(one_chain(&[(TABLES, 32, 0, I | N), (1, 1, 1, 0)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(TABLES.0, 32, 0, I | N), (1, 1, 1, 0)]), Err(Indirect { .. })));
     assert!(matches!(one_chain(&[(1, 1, 0, N), table]), Err(Indirect { .. })));
-    assert!(matches!(one_chain(&[(TABLES, 0, 0, I)]), Err(Indirect { .. })));
-    assert!(matches!(one_chain(&[(TABLES, 40, 0, I)]), Err(Indirect { .. })));
-    assert!(matches!(one_chain(&[(TABLES, 1025 * 16, 0, I)]), Err(TooManyBuffers { limit: 1024, .. })));
+    assert!(matches!(one_chain(&[(TABLES.0, 0, 0, I)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(TABLES.0, 40, 0, I)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(TABLES.0, 1025 * 16, 0, I)]), Err(TooManyBuffers { limit: 1024, .. })));
     assert!(matches!(one_chain(&[(u64::MAX - 15, 32, 0, I)]), Err(IndirectOutside { .. })));
 }
 
@@ -135,11 +136,11 @@ fn packed_descriptors_in_flight_are_not_taken_again() {
     let mut chain = Chain::default();
     while device.pop(&mut chain).unwrap() {}
     // One descriptor is free, but the driver's next chain has two.
-    put_desc(&memory, layout.desc + 3 * 16, 1, 1, 3, N | A);
+    put_desc(&memory, layout.desc.unchecked_add(3 * 16), 1, 1, 3, N | A);
     put_desc(&memory, layout.desc, 1, 1, 3, 0x8000);
     let refused = RingError::AvailDescriptors { index: 3, in_flight: 3, size: 4 };
     assert_eq!(device.pop(&mut chain).unwrap_err().to_string(), refused.to_string());
-    put_desc(&memory, layout.desc + 3 * 16, 1, 1, 3, A);
+    put_desc(&memory, layout.desc.unchecked_add(3 * 16), 1, 1, 3, A);
     assert!(device.pop(&mut chain).unwrap());
     // Descriptor 0 is available in the second round by its flags, and has been in flight since the first.
     assert!(matches!(device.pop(&mut chain), Err(RingError::AvailDescriptors { index: 0, in_flight: 4, .. })));
@@ -200,7 +201,7 @@ fn a_device_deduces_the_position_of_a_packed_ring_with_a_stale_base() {
     };
     // Nothing can be deduced from a ring that no driver has written.
     for index in 0..4 {
-        put_desc(&memory, layout.desc + index * 16, 0, 0, 0, 0);
+        put_desc(&memory, layout.desc.unchecked_add(index * 16), 0, 0, 0, 0);
     }
     let mut device = at(there);
     assert_eq!((device.find_position().unwrap(), device.used_position()), (false, there));
@@ -216,13 +217,13 @@ fn a_device_deduces_the_position_of_a_packed_ring_with_a_stale_base() {
 fn descriptor_flags_are_read_and_restored_only_inside_the_packed_ring() {
     let (memory, layout) = (memory(), packed_layout(4));
     let (_driver, mut device) = packed_at(&memory, layout, VirtioFeatures::empty(), Position { index: 0, wrap: true });
-    put_desc(&memory, layout.desc + 3 * 16, 1, 2, 3, 0x8080);
-    put_desc(&memory, layout.desc + 4 * 16, 4, 5, 6, 7);
+    put_desc(&memory, layout.desc.unchecked_add(3 * 16), 1, 2, 3, 0x8080);
+    put_desc(&memory, layout.desc.unchecked_add(4 * 16), 4, 5, 6, 7);
     assert_eq!([2, 3, 4].map(|index| device.flags(index)), [0, 0x8080, 0]);
     device.restore_flags(&[(3, 0x80), (4, 0xffff)]);
     assert_eq!(device.flags(3), 0x80);
     let mut behind = [0; 16];
-    memory.read(layout.desc + 4 * 16, &mut behind).unwrap();
+    memory.read(layout.desc.unchecked_add(4 * 16), &mut behind).unwrap();
     assert_eq!(behind, [4, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 6, 0, 7, 0]);
 }
 
@@ -269,10 +270,11 @@ fn a_base_of_zero_is_the_initial_base_of_a_packed_ring_that_was_never_used() {
 fn a_packed_ring_that_is_misaligned_or_outside_guest_memory_is_refused() {
     let memory = memory();
     let new = |size, desc, driver, device| {
+        let [desc, driver, device] = [desc, driver, device].map(GuestAddress);
         let layout = PackedLayout { size, desc, driver, device };
         PackedDevice::new(&memory, layout, VirtioFeatures::empty(), RingBase::PACKED_START).map(drop)
     };
-    let end = memory.end();
+    let GuestAddress(end) = memory.end();
     for size in [1, 3, 8, 1000] {
         assert!(new(size, 0, 0x10000, 0x10004).is_ok());
     }
@@ -308,7 +310,7 @@ fn a_packed_driver_refuses_completions_of_requests_that_are_not_in_flight() {
         complete(id);
         assert_eq!(driver.pop_used().unwrap(), Some(UsedBuffer { head: id, len: 1 }));
         assert_eq!((driver.free(), driver.outstanding()), (3, 1));
-        put_desc(&memory, layout.desc + 32, 0, 1, id, 0x8080);
+        put_desc(&memory, layout.desc.unchecked_add(32), 0, 1, id, 0x8080);
         assert!(matches!(driver.pop_used(), Err(RingError::UsedId { .. })), "completed already");
     }
 }

@@ -14,7 +14,7 @@ use ring_sides::{exchange, op};
 use vhost_migrate::abi::vhost::{VHOST_ACCESS_RO, VHOST_ACCESS_RW};
 use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED, VirtioFeatures};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::memory::{Access, Iotlb, IotlbMiss, IovaWindow, Memory};
+use vhost_migrate::memory::{Access, Address, GuestAddress, Iotlb, IotlbMiss, Iova, IovaWindow, Memory, UserAddress};
 use vhost_migrate::ring::{
     Buffer, Chain, DeviceRing, DriverRing, InOrderState, PackedLayout, RingBase, RingError, RingIommu, RingLayout,
     RingLog, SplitDevice, SplitDriver, SplitDriverState, SplitLayout,
@@ -50,9 +50,9 @@ fn a_split_device_continues_at_its_base_and_reads_requests_of_a_predecessor_agai
     let mut second = SplitDevice::new(&memory, layout, VirtioFeatures::empty(), RingBase::split(65535)).unwrap();
     second.set_next_avail(0);
     second.resubmit(heads[0], &mut chain).unwrap();
-    assert_eq!((chain.head, chain.readable[0].gpa), (heads[0], 1));
+    assert_eq!((chain.head, chain.readable[0].gpa), (heads[0], GuestAddress(1)));
     assert!(second.pop(&mut chain).unwrap());
-    assert_eq!((chain.head, chain.readable[0].gpa), (heads[1], 2));
+    assert_eq!((chain.head, chain.readable[0].gpa), (heads[1], GuestAddress(2)));
 }
 
 /// Takes the chain of a ring of 8 entries with all features, whose avail ring has descriptor 0.
@@ -64,10 +64,10 @@ fn one_chain_with(features: VirtioFeatures, descs: &[(u16, u64, u32, u16, u16)])
     let (memory, layout) = (memory(), layout(8));
     let mut device = SplitDevice::new(&memory, layout, features, RingBase::split(0)).unwrap();
     for &(index, gpa, len, flags, next) in descs {
-        let table = if index < 8 { layout.desc } else { TABLES - 8 * 16 };
-        put_desc(&memory, table + u64::from(index) * 16, gpa, len, flags, next);
+        let table = if index < 8 { layout.desc } else { GuestAddress(TABLES.0 - 8 * 16) };
+        put_desc(&memory, table.unchecked_add(u64::from(index) * 16), gpa, len, flags, next);
     }
-    memory.write(layout.avail + 2, &1u16.to_le_bytes()).unwrap();
+    memory.write(layout.avail.unchecked_add(2), &1u16.to_le_bytes()).unwrap();
     let mut chain = Chain::default();
     assert!(device.pop(&mut chain)?);
     Ok(chain)
@@ -81,7 +81,7 @@ const I: u16 = DESC_F_INDIRECT;
 fn a_split_chain_may_end_in_an_indirect_table_whose_write_flag_is_ignored() {
     let chain = one_chain(&[
         (0, 1, 10, N, 5),
-        (5, TABLES, 3 * 16, I | W, 0),
+        (5, TABLES.0, 3 * 16, I | W, 0),
         (8, 2, 20, N, 2),
         (10, 3, 30, N | W, 1),
         (9, 4, 40, W, 0),
@@ -108,15 +108,15 @@ fn an_invalid_split_chain_is_refused_with_its_error() {
     let max = u32::MAX;
     assert!(one_chain(&[(0, 1, max, N, 1), (1, 1, 1, 0, 0)]).is_ok());
     assert!(matches!(one_chain(&[(0, 1, max, N, 1), (1, 1, 2, W, 0)]), Err(TooManyBytes { .. })));
-    let table = (0, TABLES, 32, I, 0);
+    let table = (0, TABLES.0, 32, I, 0);
     assert!(matches!(one_chain_with(VirtioFeatures::empty(), &[table]), Err(Indirect { .. })));
-    assert!(matches!(one_chain(&[(0, TABLES, 32, I | N, 1)]), Err(Indirect { .. })));
-    assert!(matches!(one_chain(&[(0, TABLES, 0, I, 0)]), Err(Indirect { .. })));
-    assert!(matches!(one_chain(&[(0, TABLES, 40, I, 0)]), Err(Indirect { .. })));
-    assert!(matches!(one_chain(&[table, (8, TABLES, 32, I, 0)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(0, TABLES.0, 32, I | N, 1)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(0, TABLES.0, 0, I, 0)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[(0, TABLES.0, 40, I, 0)]), Err(Indirect { .. })));
+    assert!(matches!(one_chain(&[table, (8, TABLES.0, 32, I, 0)]), Err(Indirect { .. })));
     assert!(matches!(one_chain(&[table, (8, 1, 1, N, 2)]), Err(Descriptor { index: 2, size: 2, .. })));
     assert!(matches!(one_chain(&[table, (8, 1, 1, N, 1), (9, 1, 1, N, 0)]), Err(Loop { .. })));
-    assert!(matches!(one_chain(&[(0, TABLES, 1025 * 16, I, 0)]), Err(TooManyBuffers { limit: 1024, .. })));
+    assert!(matches!(one_chain(&[(0, TABLES.0, 1025 * 16, I, 0)]), Err(TooManyBuffers { limit: 1024, .. })));
     assert!(matches!(one_chain(&[(0, u64::MAX - 15, 32, I, 0)]), Err(IndirectOutside { .. })));
     assert!(matches!(one_chain(&[(0, u64::MAX, 16, I, 0)]), Err(IndirectOutside { .. })));
 }
@@ -128,21 +128,23 @@ const IOVA: u64 = 1 << 40;
 /// the used ring at `IOVA / 2`. From `IOVA` there are four pages, at 0x6000, 0x7000, 0x9000 and 0xb000; the last is
 /// read-only.
 fn behind_an_iommu(memory: &Memory) -> (SplitDevice, Arc<Iotlb>) {
-    let at = SplitLayout { used: IOVA / 2, ..layout(8) };
+    let at = SplitLayout { used: GuestAddress(IOVA / 2), ..layout(8) };
     let iotlb = Arc::new(Iotlb::default());
-    for (iova, gpa, permission) in [
-        (at.desc, at.desc, VHOST_ACCESS_RO),
-        (at.avail, at.avail, VHOST_ACCESS_RO),
-        (at.used, layout(8).used, VHOST_ACCESS_RW),
-        (IOVA, 0x6000, VHOST_ACCESS_RW),
-        (IOVA + 0x1000, 0x7000, VHOST_ACCESS_RW),
-        (IOVA + 0x2000, 0x9000, VHOST_ACCESS_RW),
-        (IOVA + 0x3000, 0xb000, VHOST_ACCESS_RO),
+    for (iova, gpa, permitted) in [
+        (at.desc.0, at.desc.0, Access::Read),
+        (at.avail.0, at.avail.0, Access::Read),
+        (at.used.0, layout(8).used.0, Access::ReadWrite),
+        (IOVA, 0x6000, Access::ReadWrite),
+        (IOVA + 0x1000, 0x7000, Access::ReadWrite),
+        (IOVA + 0x2000, 0x9000, Access::ReadWrite),
+        (IOVA + 0x3000, 0xb000, Access::Read),
     ] {
-        iotlb.update(iova, 0x1000, gpa, permission).unwrap();
+        // The front-end has guest memory at the same addresses.
+        iotlb.update(Iova(iova), 0x1000, UserAddress(gpa), Some(permitted)).unwrap();
     }
     let [desc, avail, used] = RingLayout::area_bytes(VirtioFeatures::empty(), 8);
-    let areas = [(at.desc, desc, Access::Read), (at.avail, avail, Access::Read), (at.used, used, Access::ReadWrite)];
+    let areas = [(at.desc, desc, Access::Read), (at.avail, avail, Access::Read), (at.used, used, Access::ReadWrite)]
+        .map(|(address, bytes, access)| (Iova(address.0), bytes, access));
     let window = Arc::new(IovaWindow::open(memory, &iotlb, &areas, None).unwrap());
     let mut device = SplitDevice::new(window.memory(), at, INDIRECT, RingBase::split(0)).unwrap();
     device.set_iommu(RingIommu { memory: memory.clone(), iotlb: iotlb.clone(), window });
@@ -169,16 +171,16 @@ fn buffers_behind_an_iommu_are_translated_page_by_page() {
     assert_eq!(chain.writable, [buffer(0x6010, 0x20)]);
 
     let misses = |error: RingError| error.miss();
-    let miss = |offset, access, denied| Some(IotlbMiss { iova: IOVA + offset, access, denied });
+    let miss = |offset, access, denied| Some(IotlbMiss { iova: Iova(IOVA + offset), access, denied });
     add(&[], &[buffer(IOVA + 0x2ff0, 0x20)]);
     assert_eq!(device.pop(&mut chain).map_err(misses), Err(miss(0x3000, Access::Write, true)), "not writable");
-    iotlb.update(IOVA + 0x3000, 0x1000, 0xb000, VHOST_ACCESS_RW).unwrap();
+    iotlb.update(Iova(IOVA + 0x3000), 0x1000, UserAddress(0xb000), Some(Access::ReadWrite)).unwrap();
     assert!(device.pop(&mut chain).unwrap(), "the failed pop took nothing");
     assert_eq!(chain.writable, [buffer(0x9ff0, 0x10), buffer(0xb000, 0x10)]);
     add(&[buffer(IOVA + 0x3ff0, 0x20)], &[]);
     assert_eq!(device.pop(&mut chain).map_err(misses), Err(miss(0x4000, Access::Read, false)), "no translation");
     // The front-end gives a translation to an address outside guest memory.
-    iotlb.update(IOVA + 0x4000, 0x1000, 1 << 30, VHOST_ACCESS_RW).unwrap();
+    iotlb.update(Iova(IOVA + 0x4000), 0x1000, UserAddress(1 << 30), Some(Access::ReadWrite)).unwrap();
     let outside = device.pop(&mut chain).unwrap_err();
     assert!(matches!(outside, RingError::Translation { head: 4, .. }) && outside.miss().is_none(), "{outside}");
 }
@@ -188,9 +190,9 @@ fn an_indirect_table_behind_an_iommu_is_read_page_by_page() {
     let memory = memory();
     let (mut device, _) = behind_an_iommu(&memory);
     put_desc(&memory, layout(8).desc, IOVA + 0x1ff0, 32, I, 0);
-    put_desc(&memory, 0x7ff0, IOVA + 5, 8, N, 1);
-    put_desc(&memory, 0x9000, IOVA + 0x2006, 9, W, 0);
-    memory.write(layout(8).avail + 2, &1u16.to_le_bytes()).unwrap();
+    put_desc(&memory, GuestAddress(0x7ff0), IOVA + 5, 8, N, 1);
+    put_desc(&memory, GuestAddress(0x9000), IOVA + 0x2006, 9, W, 0);
+    memory.write(layout(8).avail.unchecked_add(2), &1u16.to_le_bytes()).unwrap();
     let mut chain = Chain::default();
     assert!(device.pop(&mut chain).unwrap());
     assert_eq!((chain.readable, chain.writable), (vec![buffer(0x6005, 8)], vec![buffer(0x9006, 9)]));
@@ -201,14 +203,14 @@ fn an_indirect_table_behind_an_iommu_is_read_page_by_page() {
 fn the_used_ring_behind_an_iommu_is_logged_at_its_guest_physical_address() {
     let memory = memory();
     let (mut device, _) = behind_an_iommu(&memory);
-    let log = Arc::new(Log::create(1 << 30).unwrap().0);
+    let log = Arc::new(Log::create(GuestAddress(1 << 30)).unwrap().0);
     assert!(!device.is_used_marked(), "there is no log");
-    device.set_log(Some(RingLog { log: log.clone(), used_gpa: IOVA / 2 }));
+    device.set_log(Some(RingLog { log: log.clone(), used_gpa: GuestAddress(IOVA / 2) }));
     assert!(!device.is_used_marked());
     device.relog_used();
     assert!(device.is_used_marked() && log.is_marked(layout(8).used));
     assert_eq!(log.out_of_range(), 0);
-    device.set_log(Some(RingLog { log, used_gpa: IOVA }));
+    device.set_log(Some(RingLog { log, used_gpa: GuestAddress(IOVA) }));
     assert!(!device.is_used_marked(), "the address is outside the window");
 }
 
@@ -217,12 +219,13 @@ fn the_areas_of_a_ring_depend_on_its_kind() {
     // 16 bytes per descriptor; flags, index and event word with 2 or 8 bytes per entry; packed: two event areas.
     assert_eq!(RingLayout::area_bytes(VirtioFeatures::empty(), 8), [128, 22, 70]);
     assert_eq!(RingLayout::area_bytes(VIRTIO_F_RING_PACKED, 8), [128, 4, 4]);
-    let split = SplitLayout { size: 8, desc: 1, avail: 2, used: 3 };
-    let packed = PackedLayout { size: 7, desc: 1, driver: 2, device: 3 };
-    assert_eq!(RingLayout::new(VirtioFeatures::empty(), 8, 1, 2, 3), RingLayout::Split(split));
-    assert_eq!(RingLayout::new(VIRTIO_F_RING_PACKED, 7, 1, 2, 3), RingLayout::Packed(packed));
+    let areas = [1, 2, 3].map(GuestAddress);
+    let split = SplitLayout { size: 8, desc: areas[0], avail: areas[1], used: areas[2] };
+    let packed = PackedLayout { size: 7, desc: areas[0], driver: areas[1], device: areas[2] };
+    assert_eq!(RingLayout::new(VirtioFeatures::empty(), 8, areas), RingLayout::Split(split));
+    assert_eq!(RingLayout::new(VIRTIO_F_RING_PACKED, 7, areas), RingLayout::Packed(packed));
     for (layout, size) in [(RingLayout::Split(split), 8), (RingLayout::Packed(packed), 7)] {
-        assert_eq!((layout.areas(), layout.size()), ([1, 2, 3], size));
+        assert_eq!((layout.areas(), layout.size()), (areas, size));
     }
 }
 
@@ -230,8 +233,8 @@ fn the_areas_of_a_ring_depend_on_its_kind() {
 fn an_invalid_avail_index_is_refused() {
     let (memory, layout) = (memory(), layout(8));
     let offer = |idx: u16, head: u16| {
-        memory.write(layout.avail + 2, &idx.to_le_bytes()).unwrap();
-        memory.write(layout.avail + 4, &head.to_le_bytes()).unwrap();
+        memory.write(layout.avail.unchecked_add(2), &idx.to_le_bytes()).unwrap();
+        memory.write(layout.avail.unchecked_add(4), &head.to_le_bytes()).unwrap();
         let mut device = SplitDevice::new(&memory, layout, VirtioFeatures::empty(), RingBase::split(0)).unwrap();
         device.pop(&mut Chain::default())
     };
@@ -245,8 +248,8 @@ fn an_invalid_avail_index_is_refused() {
     let mut offered = 0u16;
     let refused = std::iter::repeat_with(|| {
         offered += 1;
-        memory.write(layout.avail + 2, &offered.to_le_bytes()).unwrap();
-        memory.write(layout.avail + 4 + 2 * u64::from((offered - 1) % 8), &[0; 2]).unwrap();
+        memory.write(layout.avail.unchecked_add(2), &offered.to_le_bytes()).unwrap();
+        memory.write(layout.avail.unchecked_add(4 + 2 * u64::from((offered - 1) % 8)), &[0; 2]).unwrap();
         device.pop(&mut chain)
     });
     assert!(matches!(refused.take(9).last(), Some(Err(RingError::AvailIndex { index: 9, .. }))));
@@ -256,10 +259,11 @@ fn an_invalid_avail_index_is_refused() {
 fn a_split_ring_that_is_misaligned_or_outside_guest_memory_is_refused() {
     let memory = memory();
     let new = |size, desc, avail, used| {
+        let [desc, avail, used] = [desc, avail, used].map(GuestAddress);
         let layout = SplitLayout { size, desc, avail, used };
         SplitDevice::new(&memory, layout, VirtioFeatures::empty(), RingBase::default()).map(drop)
     };
-    let end = memory.end();
+    let GuestAddress(end) = memory.end();
     assert!(new(8, 0, 0x100, 0x200).is_ok());
     for size in [0, 3, 32769, u16::MAX] {
         assert!(matches!(new(size, 0, 0x100, 0x200), Err(RingError::Size { .. })), "{size}");
@@ -282,8 +286,8 @@ fn a_split_driver_refuses_completions_of_requests_that_are_not_in_flight() {
     let (mut driver, _) = ring_at(&memory, layout, VirtioFeatures::empty(), 0);
     let head = driver.add(&[buffer(0, 1)], &[buffer(1, 1)], None).unwrap().unwrap();
     let complete = |idx: u16, id: u32| {
-        memory.write(layout.used + 2, &idx.to_le_bytes()).unwrap();
-        memory.write(layout.used + 4, &id.to_le_bytes()).unwrap();
+        memory.write(layout.used.unchecked_add(2), &idx.to_le_bytes()).unwrap();
+        memory.write(layout.used.unchecked_add(4), &id.to_le_bytes()).unwrap();
     };
     for id in [u32::from(head) + 1, 4, 0x1_0000 + u32::from(head), u32::MAX] {
         complete(1, id);
@@ -301,9 +305,9 @@ fn a_split_driver_refuses_completions_of_requests_that_are_not_in_flight() {
 /// Completes a batch as an in-order device does: it writes only the used element of the last request, in place of that
 /// of the first.
 fn batch(memory: &Memory, layout: SplitLayout, used: u16, count: u16, last: u16, len: u32) {
-    let slot = layout.used + 4 + 8 * u64::from(used % layout.size);
+    let slot = layout.used.unchecked_add(4 + 8 * u64::from(used % layout.size));
     memory.write(slot, &[u32::from(last).to_le_bytes(), len.to_le_bytes()].concat()).unwrap();
-    memory.write(layout.used + 2, &used.wrapping_add(count).to_le_bytes()).unwrap();
+    memory.write(layout.used.unchecked_add(2), &used.wrapping_add(count).to_le_bytes()).unwrap();
 }
 
 #[test]
@@ -329,7 +333,7 @@ fn in_order_one_completion_completes_all_requests_before_it() {
         let before = driver.state();
         for (count, last) in [(3, 7u32 << 16), (3, 8), (2, heads[2].into())] {
             batch(&memory, layout, used, count, 0, 0);
-            memory.write(layout.used + 4 + 8 * u64::from(used % 8), &last.to_le_bytes()).unwrap();
+            memory.write(layout.used.unchecked_add(4 + 8 * u64::from(used % 8)), &last.to_le_bytes()).unwrap();
             assert!(matches!(driver.pop_used(), Err(RingError::UsedId { id }) if id == last));
         }
         assert_eq!(driver.state(), before);

@@ -15,7 +15,7 @@ use vhost_migrate::abi::virtio::{
 };
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::inflight::{self, recover_packed, recover_split};
-use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, UserAddress, sealed_memfd};
 use vhost_migrate::ring::{
     Buffer, Chain, DeviceRing, DriverRing, DriverRingState, Position, RingBase, RingLayout, SplitLayout,
 };
@@ -33,7 +33,7 @@ pub(crate) const SPLIT: VirtioFeatures = BASIC;
 pub(crate) const PACKED: VirtioFeatures = BASIC.union(VIRTIO_F_RING_PACKED);
 /// Bytes of each of the two regions; the second lies above 4 GiB.
 pub(crate) const REGION: u64 = 16 << 20;
-pub(crate) const HIGH: u64 = 1 << 32;
+pub(crate) const HIGH: GuestAddress = GuestAddress(1 << 32);
 pub(crate) const PROTOCOL: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::LOG_SHMFD)
     .union(ProtocolFeatures::REPLY_ACK)
@@ -51,14 +51,14 @@ pub(crate) struct Guest {
 impl Guest {
     pub(crate) fn new() -> Guest {
         let share = |gpa| Arc::new(Region::share(sealed_memfd("guest", REGION).unwrap(), gpa, REGION, 0).unwrap());
-        Guest { memory: Memory::new([share(0), share(HIGH)]).unwrap() }
+        Guest { memory: Memory::new([share(GuestAddress(0)), share(HIGH)]).unwrap() }
     }
 
     pub(crate) fn describe(region: &Region) -> MemoryRegion {
         MemoryRegion {
-            guest_phys_addr: region.gpa(),
+            guest_phys_addr: region.gpa().0,
             memory_size: region.size(),
-            userspace_addr: region.user_addr(),
+            userspace_addr: region.user_addr().0,
             mmap_offset: region.shared().unwrap().1,
         }
     }
@@ -82,12 +82,15 @@ impl Guest {
     }
 
     /// The front-end's address of a guest-physical one.
-    pub(crate) fn user(&self, gpa: u64) -> u64 {
-        let region = self.memory.regions().iter().find(|r| gpa.wrapping_sub(r.gpa()) < r.size()).unwrap();
-        region.user_addr() + (gpa - region.gpa())
+    pub(crate) fn user(&self, gpa: GuestAddress) -> UserAddress {
+        let in_region = |region: &Arc<Region>| {
+            let offset = gpa.checked_offset_from(region.gpa()).filter(|offset| *offset < region.size())?;
+            region.user_addr().checked_add(offset)
+        };
+        self.memory.regions().iter().find_map(in_region).unwrap()
     }
 
-    pub(crate) fn bytes(&self, gpa: u64, len: usize) -> Vec<u8> {
+    pub(crate) fn bytes(&self, gpa: GuestAddress, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.memory.read(gpa, &mut bytes).unwrap();
         bytes
@@ -109,12 +112,12 @@ pub(crate) struct Ring {
     pub(crate) kick: EventFd,
     pub(crate) call: EventFd,
     /// `log_guest_addr`, while F_LOG is set.
-    pub(crate) log_at: Option<u64>,
+    pub(crate) log_at: Option<GuestAddress>,
 }
 
 impl Ring {
     pub(crate) fn new(guest: &Guest, index: u32, size: u16, features: VirtioFeatures) -> Ring {
-        let at = (u64::from(index) + 1) << 20;
+        let at = GuestAddress((u64::from(index) + 1) << 20);
         Ring::at(&guest.memory, at, index, size, features)
     }
 
@@ -132,11 +135,12 @@ impl Ring {
     }
 
     /// One at any address of any memory.
-    pub(crate) fn at(memory: &Memory, at: u64, index: u32, size: u16, features: VirtioFeatures) -> Ring {
-        let layout = SplitLayout { size, desc: at, avail: at + 0x4_0000, used: at + 0x8_0000 };
+    pub(crate) fn at(memory: &Memory, at: GuestAddress, index: u32, size: u16, features: VirtioFeatures) -> Ring {
+        let layout =
+            SplitLayout { size, desc: at, avail: at.unchecked_add(0x4_0000), used: at.unchecked_add(0x8_0000) };
         let eventfd = || EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
         let SplitLayout { desc, avail, used, .. } = layout;
-        let ring = RingLayout::new(features, size, desc, avail, used);
+        let ring = RingLayout::new(features, size, [desc, avail, used]);
         let driver = DriverRing::new(memory, ring, features).unwrap();
         Ring { index, layout, driver, features, kick: eventfd(), call: eventfd(), log_at: None }
     }
@@ -159,7 +163,7 @@ impl Ring {
 
     /// Flags of the descriptor at `index` of a packed ring.
     pub(crate) fn flags(&self, guest: &Guest, index: u16) -> u16 {
-        let bytes = guest.bytes(self.layout.desc + 16 * u64::from(index) + 14, 2);
+        let bytes = guest.bytes(self.layout.desc.unchecked_add(16 * u64::from(index) + 14), 2);
         u16::from_le_bytes([bytes[0], bytes[1]])
     }
 
@@ -170,7 +174,7 @@ impl Ring {
 
     /// The used index that stands in a split ring.
     pub(crate) fn used_index(&self, guest: &Guest) -> u16 {
-        let bytes = guest.bytes(self.layout.used + 2, 2);
+        let bytes = guest.bytes(self.layout.used.unchecked_add(2), 2);
         u16::from_le_bytes([bytes[0], bytes[1]])
     }
 
@@ -217,10 +221,10 @@ impl Ring {
         VringAddr {
             index: self.index,
             flags: u32::from(self.log_at.is_some()),
-            desc_user_addr: guest.user(self.layout.desc),
-            used_user_addr: guest.user(self.layout.used),
-            avail_user_addr: guest.user(self.layout.avail),
-            log_guest_addr: self.log_at.unwrap_or(u64::MAX),
+            desc_user_addr: guest.user(self.layout.desc).0,
+            used_user_addr: guest.user(self.layout.used).0,
+            avail_user_addr: guest.user(self.layout.avail).0,
+            log_guest_addr: self.log_at.map_or(u64::MAX, |gpa| gpa.0),
         }
     }
 
@@ -360,7 +364,7 @@ pub(crate) fn inflight_region(
 }
 
 /// A disk request at `gpa`: header, then at the next two pages' starts whatever the caller puts there.
-pub(crate) fn header(guest: &Guest, gpa: u64, request_type: u32, sector: u64) -> Buffer {
+pub(crate) fn header(guest: &Guest, gpa: GuestAddress, request_type: u32, sector: u64) -> Buffer {
     let header = BlkRequestHeader { request_type: request_type.into(), ioprio: 0.into(), sector: sector.into() };
     guest.memory.write(gpa, header.as_bytes()).unwrap();
     Buffer { gpa, len: size_of::<BlkRequestHeader>() as u32 }
@@ -368,8 +372,12 @@ pub(crate) fn header(guest: &Guest, gpa: u64, request_type: u32, sector: u64) ->
 
 /// Addresses of the parts of disk request number `slot`: header, status, data. Status and data have pages of their own;
 /// the data, of up to 64 KiB, is in the second region.
-pub(crate) fn request_addresses(slot: u64) -> (u64, u64, u64) {
-    (0x60_0000 + slot * 16, 0x80_0000 + slot * LOG_PAGE, HIGH + slot * 0x1_0000)
+pub(crate) fn request_addresses(slot: u64) -> (GuestAddress, GuestAddress, GuestAddress) {
+    (
+        GuestAddress(0x60_0000 + slot * 16),
+        GuestAddress(0x80_0000 + slot * LOG_PAGE),
+        HIGH.unchecked_add(slot * 0x1_0000),
+    )
 }
 
 impl Ring {
@@ -415,11 +423,11 @@ pub(crate) fn start_logging(
     guest: &Guest,
     features: VirtioFeatures,
     rings: &mut [&mut Ring],
-    at: u64,
+    at: GuestAddress,
 ) {
     client.send_acknowledged(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
     for ring in rings {
-        ring.log_at = Some(at + u64::from(ring.index) * 0x10_0000);
+        ring.log_at = Some(at.unchecked_add(u64::from(ring.index) * 0x10_0000));
         client.send_acknowledged(Code::SET_VRING_ADDR, &ring.addr(guest), &[]);
     }
 }
@@ -440,8 +448,8 @@ pub(crate) fn harvest(log: &Log) -> BTreeSet<u64> {
 }
 
 /// The pages of a range of bytes.
-pub(crate) fn pages(gpa: u64, len: u64) -> impl Iterator<Item = u64> {
-    gpa / LOG_PAGE..=(gpa + len - 1) / LOG_PAGE
+pub(crate) fn pages(gpa: GuestAddress, len: u64) -> impl Iterator<Item = u64> {
+    gpa.0 / LOG_PAGE..=(gpa.0 + len - 1) / LOG_PAGE
 }
 
 pub(crate) fn add_region(client: &RawFrontend, region: &Region) -> u64 {

@@ -1,5 +1,7 @@
 //! An IOMMU for tests: guest memory scattered page by page over I/O virtual addresses, and a thread that answers
 //! misses.
+//!
+//! As in rings, the type of the driver's addresses is `GuestAddress`, though they are I/O virtual addresses.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -17,16 +19,16 @@ use vhost_migrate::abi::vhost_user::{
     BackendRequest, Header, IotlbMsg, ProtocolFeatures, Request as Code, VringAddr, VringState,
 };
 use vhost_migrate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VirtioFeatures};
-use vhost_migrate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory};
+use vhost_migrate::memory::{Access, Address, GuestAddress, Iotlb, Iova, IovaWindow, LOG_PAGE, Memory, UserAddress};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use crate::guest::{BASIC, Guest, HIGH, PROTOCOL, REGION, Ring};
+use crate::guest::{BASIC, Guest, HIGH, PROTOCOL, REGION, Ring, pages};
 use crate::raw::{RawFrontend, VERSION};
 
 /// All I/O virtual addresses begin here, where there is no guest memory.
-pub(crate) const BASE: u64 = 0x70_0000_0000;
+pub(crate) const BASE: GuestAddress = GuestAddress(0x70_0000_0000);
 /// Those of rings' buffers.
-pub(crate) const DATA: u64 = BASE + (16 << 20);
+pub(crate) const DATA: GuestAddress = GuestAddress(BASE.0 + (16 << 20));
 pub(crate) const FEATURES: VirtioFeatures = BASIC.union(VIRTIO_F_ACCESS_PLATFORM);
 /// The protocol features that translation needs.
 pub(crate) const CHANNEL: ProtocolFeatures = PROTOCOL.union(ProtocolFeatures::BACKEND_REQ);
@@ -54,7 +56,7 @@ pub(crate) struct IommuGuest {
 pub(crate) struct Iommu {
     updates: RawFrontend,
     /// User address and permission, by I/O virtual page.
-    pub(crate) map: Mutex<BTreeMap<u64, (u64, u8)>>,
+    pub(crate) map: Mutex<BTreeMap<u64, (UserAddress, u8)>>,
     pub(crate) silent: AtomicBool,
     pub(crate) misses: AtomicU64,
     pub(crate) failures: AtomicU64,
@@ -97,18 +99,18 @@ impl Iommu {
     fn send_translation(&self, asked: &IotlbMsg) -> bool {
         let map = self.map.lock().unwrap();
         let page = asked.iova / LOG_PAGE;
-        let Some((uaddr, perm)) = map.get(&page).copied() else { return false };
-        self.tell(&update(page * LOG_PAGE, LOG_PAGE, uaddr, perm));
+        let Some((user, perm)) = map.get(&page).copied() else { return false };
+        self.tell(&update(Iova(page * LOG_PAGE), LOG_PAGE, user, perm));
         true
     }
 }
 
-pub(crate) fn update(iova: u64, size: u64, uaddr: u64, perm: u8) -> IotlbMsg {
-    IotlbMsg { iova, size, uaddr, perm, kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() }
+pub(crate) fn update(iova: Iova, size: u64, user: UserAddress, perm: u8) -> IotlbMsg {
+    IotlbMsg { iova: iova.0, size, uaddr: user.0, perm, kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() }
 }
 
-pub(crate) fn invalidate(iova: u64, size: u64) -> IotlbMsg {
-    IotlbMsg { iova, size, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() }
+pub(crate) fn invalidate(iova: Iova, size: u64) -> IotlbMsg {
+    IotlbMsg { iova: iova.0, size, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() }
 }
 
 impl IommuGuest {
@@ -124,12 +126,12 @@ impl IommuGuest {
         client.send_acknowledged(Code::SET_BACKEND_REQ_FD, &[0u8; 0], &[theirs.as_fd()]);
         client.send_acknowledged(Code::SET_FEATURES, &features, &[]);
         guest.send_table(&client);
-        let mut pages: Vec<u64> = (0..REGION / LOG_PAGE).flat_map(|page| [page, HIGH / LOG_PAGE + page]).collect();
+        let mut pages: Vec<u64> = (0..REGION / LOG_PAGE).flat_map(|page| [page, HIGH.0 / LOG_PAGE + page]).collect();
         let mut dice = Random(7);
-        let numbers = (BASE / LOG_PAGE..).take((24 << 20) / LOG_PAGE as usize);
+        let numbers = (BASE.0 / LOG_PAGE..).take((24 << 20) / LOG_PAGE as usize);
         let map = numbers.map(|number| {
             let gpa = pages.swap_remove(dice.below(pages.len() as u64) as usize) * LOG_PAGE;
-            (number, (guest.user(gpa), 3))
+            (number, (guest.user(GuestAddress(gpa)), 3))
         });
         let iommu = Arc::new(Iommu {
             updates: RawFrontend { socket: client.socket.try_clone().unwrap() },
@@ -143,38 +145,40 @@ impl IommuGuest {
         IommuGuest { guest, client, iommu, thread: Some(thread), channel: Some(ours) }
     }
 
-    /// Guest-physical address of the page at an I/O virtual address, and how far into it that is.
-    pub(crate) fn gpa(&self, iova: u64) -> u64 {
-        let (user, _) = self.iommu.map.lock().unwrap()[&(iova / LOG_PAGE)];
-        self.guest.memory.gpa_of_user(user, LOG_PAGE).unwrap() + iova % LOG_PAGE
+    /// The guest-physical address of an address of the driver.
+    pub(crate) fn gpa(&self, address: GuestAddress) -> GuestAddress {
+        let (user, _) = self.iommu.map.lock().unwrap()[&(address.0 / LOG_PAGE)];
+        self.guest.memory.gpa_of_user(user, LOG_PAGE).unwrap().unchecked_add(address.0 % LOG_PAGE)
     }
 
-    pub(crate) fn pages(&self, iova: u64, len: u64) -> impl Iterator<Item = u64> {
-        (iova / LOG_PAGE..=(iova + len - 1) / LOG_PAGE).map(|page| self.gpa(page * LOG_PAGE) / LOG_PAGE)
+    /// The guest-physical pages of a range of the driver.
+    pub(crate) fn pages(&self, address: GuestAddress, len: u64) -> impl Iterator<Item = u64> {
+        pages(address, len).map(|page| self.gpa(GuestAddress(page * LOG_PAGE)).0 / LOG_PAGE)
     }
 
     /// As the driver sees a range: in one piece.
-    pub(crate) fn driver_memory(&self, iova: u64, len: u64) -> Memory {
+    pub(crate) fn driver_memory(&self, address: GuestAddress, len: u64) -> Memory {
         let iotlb = Iotlb::default();
         for (page, (user, _)) in self.iommu.map.lock().unwrap().iter() {
-            iotlb.update(page * LOG_PAGE, LOG_PAGE, *user, 3).unwrap();
+            iotlb.update(Iova(page * LOG_PAGE), LOG_PAGE, *user, Some(Access::ReadWrite)).unwrap();
         }
-        IovaWindow::open(&self.guest.memory, &iotlb, &[(iova, len, Access::Read)], None).unwrap().memory().clone()
+        let area = [(Iova(address.0), len, Access::Read)];
+        IovaWindow::open(&self.guest.memory, &iotlb, &area, None).unwrap().memory().clone()
     }
 
     /// A ring whose parts are scattered; all its buffers are addressed as [`Space::view`] has them.
     pub(crate) fn ring(&self, index: u32, size: u16, features: VirtioFeatures) -> Ring {
-        Ring::at(&self.driver_memory(BASE, 24 << 20), BASE + (u64::from(index) << 20), index, size, features)
+        Ring::at(&self.driver_memory(BASE, 24 << 20), BASE.unchecked_add(u64::from(index) << 20), index, size, features)
     }
 
     pub(crate) fn addr(&self, ring: &Ring) -> VringAddr {
         VringAddr {
             index: ring.index,
             flags: u32::from(ring.log_at.is_some()),
-            desc_user_addr: ring.layout.desc,
-            used_user_addr: ring.layout.used,
-            avail_user_addr: ring.layout.avail,
-            log_guest_addr: ring.log_at.unwrap_or(u64::MAX),
+            desc_user_addr: ring.layout.desc.0,
+            used_user_addr: ring.layout.used.0,
+            avail_user_addr: ring.layout.avail.0,
+            log_guest_addr: ring.log_at.map_or(u64::MAX, |at| at.0),
         }
     }
 
@@ -194,15 +198,15 @@ impl IommuGuest {
     }
 
     /// Changes translations, tells the back-end, and waits until it has forgotten the old ones.
-    pub(crate) fn remap(&self, pages: impl IntoIterator<Item = (u64, Option<(u64, u8)>)>) {
+    pub(crate) fn remap(&self, pages: impl IntoIterator<Item = (GuestAddress, Option<(UserAddress, u8)>)>) {
         let mut changed = Vec::new();
         let mut map = self.iommu.map.lock().unwrap();
-        for (iova, to) in pages {
+        for (page, to) in pages {
             match to {
-                Some(to) => drop(map.insert(iova / LOG_PAGE, to)),
-                None => drop(map.remove(&(iova / LOG_PAGE))),
+                Some(to) => drop(map.insert(page.0 / LOG_PAGE, to)),
+                None => drop(map.remove(&(page.0 / LOG_PAGE))),
             }
-            changed.push(iova);
+            changed.push(Iova(page.0));
         }
         drop(map);
         for iova in changed {

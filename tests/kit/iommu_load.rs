@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use vhost_migrate::abi::virtio::{BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
-use vhost_migrate::memory::{LOG_PAGE, Memory};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
@@ -20,9 +20,9 @@ pub(crate) fn contents(sector: u64, len: u64) -> Vec<u8> {
     sectors.collect()
 }
 
-pub(crate) fn bytes(memory: &Memory, iova: u64, len: u64) -> Vec<u8> {
+pub(crate) fn bytes(memory: &Memory, address: GuestAddress, len: u64) -> Vec<u8> {
     let mut bytes = vec![0; len as usize];
-    memory.read(iova, &mut bytes).unwrap();
+    memory.read(address, &mut bytes).unwrap();
     bytes
 }
 
@@ -33,25 +33,25 @@ impl Slot {
     pub(crate) const BYTES: u64 = 32 * LOG_PAGE;
 
     /// Its first address.
-    pub(crate) fn at(&self) -> u64 {
-        self.0 * Slot::BYTES + DATA
+    pub(crate) fn at(&self) -> GuestAddress {
+        DATA.unchecked_add(self.0 * Slot::BYTES)
     }
 
-    pub(crate) fn header(&self) -> u64 {
+    pub(crate) fn header(&self) -> GuestAddress {
         // Over the end of a page, as all the others are.
-        self.at() + LOG_PAGE - 7
+        self.at().unchecked_add(LOG_PAGE - 7)
     }
 
-    pub(crate) fn status(&self) -> u64 {
-        self.at() + 3 * LOG_PAGE
+    pub(crate) fn status(&self) -> GuestAddress {
+        self.at().unchecked_add(3 * LOG_PAGE)
     }
 
-    pub(crate) fn table(&self) -> u64 {
-        self.at() + 6 * LOG_PAGE - 24
+    pub(crate) fn table(&self) -> GuestAddress {
+        self.at().unchecked_add(6 * LOG_PAGE - 24)
     }
 
-    pub(crate) fn data(&self) -> u64 {
-        self.at() + 8 * LOG_PAGE + 100
+    pub(crate) fn data(&self) -> GuestAddress {
+        self.at().unchecked_add(8 * LOG_PAGE + 100)
     }
 
     pub(crate) fn add(&self, ring: &mut Ring, memory: &Memory, kind: u32, sector: u64, len: u64, indirect: bool) {
@@ -59,7 +59,10 @@ impl Slot {
         memory.write(self.header(), header.as_bytes()).unwrap();
         memory.write(self.status(), &[0xff]).unwrap();
         let header = Buffer { gpa: self.header(), len: 16 };
-        let data = [Buffer { gpa: self.data(), len: 300 }, Buffer { gpa: self.data() + 300, len: len as u32 - 300 }];
+        let data = [
+            Buffer { gpa: self.data(), len: 300 },
+            Buffer { gpa: self.data().unchecked_add(300), len: len as u32 - 300 },
+        ];
         let status = Buffer { gpa: self.status(), len: 1 };
         let table = indirect.then(|| self.table());
         let added = match kind {
@@ -91,7 +94,7 @@ impl DiskLoad {
         &mut self,
         ring: &mut Ring,
         memory: &Memory,
-        pages: impl Fn(u64, u64) -> P,
+        pages: impl Fn(GuestAddress, u64) -> P,
         indirect: bool,
     ) {
         let (mut reads, sectors) = (Vec::new(), self.disk.len() as u64 / 512);

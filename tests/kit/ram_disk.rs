@@ -215,7 +215,7 @@ impl Device for RamDisk {
         if index == 0 {
             self.faults.barrier.wait_for_all("start_ring")?;
         }
-        let layout = RingLayout::new(self.features, setup.size, setup.desc, setup.avail, setup.used);
+        let layout = RingLayout::new(self.features, setup.size, [setup.desc, setup.avail, setup.used]);
         let ring = DeviceRing::new(&self.memory, layout, self.features, setup.base).unwrap();
         let (memory, bytes, faults) = (self.memory.clone(), self.bytes.clone(), self.faults.clone());
         let (stop, kick) = (Arc::new(AtomicBool::new(false)), setup.kick.clone());
