@@ -13,6 +13,7 @@ use vhost_migrate::abi::virtio::{
     DESC_F_INDIRECT, PACKED_DESC_F_AVAIL, PackedDesc, VIRTIO_F_VERSION_1, VirtioFeatures,
 };
 use vhost_migrate::backend::{BackendError, FrontendHandle, Queue, Request, VirtioDevice};
+use vhost_migrate::memory::{Address, Iova};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase};
 use vhost_migrate::unstable::backend::{
     Logging, MessageOutcome, Notifier, Session, VhostUserMessage, VringConfig, VringController,
@@ -92,11 +93,11 @@ fn start_in_band_ring(client: &RawFrontend, guest: &Guest, index: u32, features:
 fn break_ring(client: &RawFrontend, guest: &Guest, ring: &Ring) {
     match ring.driver {
         // An index that ran away.
-        DriverRing::Split(_) => guest.memory.write(ring.layout.avail + 2, &9999u16.to_le_bytes()).unwrap(),
+        DriverRing::Split(_) => guest.memory.write(ring.layout.avail.unchecked_add(2), &9999u16.to_le_bytes()).unwrap(),
         // A table, which was not agreed on.
         DriverRing::Packed(_) => {
             let flags = (DESC_F_INDIRECT | 1 << PACKED_DESC_F_AVAIL).into();
-            let desc = PackedDesc { addr: HIGH.into(), len: 16.into(), id: 0.into(), flags };
+            let desc = PackedDesc { addr: HIGH.0.into(), len: 16.into(), id: 0.into(), flags };
             guest.memory.write(ring.layout.desc, desc.as_bytes()).unwrap();
         }
     }
@@ -190,7 +191,7 @@ impl VringController for StartedRings {
 
     fn set_logging(&mut self, _index: u16, _logging: Logging) {}
 
-    fn invalidate(&mut self, _range: &std::ops::RangeInclusive<u64>) {}
+    fn invalidate(&mut self, _range: &std::ops::RangeInclusive<Iova>) {}
 
     fn kick(&mut self, _index: u16) {}
 

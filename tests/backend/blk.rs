@@ -15,7 +15,7 @@ use vhost_migrate::abi::virtio::{
 };
 use vhost_migrate::backend::VirtioDevice;
 use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
-use vhost_migrate::memory::{Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, Region, sealed_memfd};
 use vhost_migrate::ring::Buffer;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -28,6 +28,9 @@ use crate::raw::RawFrontend;
 use crate::server::{Process, Server, disk_options};
 
 pub(crate) const DISK: u64 = 4 << 20;
+/// Address of the header of a request, and the buffer of its status.
+pub(crate) const HEADER: GuestAddress = GuestAddress(0x61_0000);
+pub(crate) const STATUS: Buffer = Buffer { gpa: GuestAddress(0x80_0000), len: 1 };
 pub(crate) const OK: u8 = 0;
 pub(crate) const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
@@ -58,7 +61,7 @@ impl DiskGuest {
 
     /// Any request; its status, from the last writable byte, and the length in the used ring.
     pub(crate) fn request(&mut self, readable: &[Buffer], writable: &[Buffer]) -> (u8, u32) {
-        let last = writable.last().map(|buffer| buffer.gpa + u64::from(buffer.len) - 1);
+        let last = writable.last().map(|buffer| buffer.gpa.unchecked_add(u64::from(buffer.len) - 1));
         if let Some(last) = last {
             self.guest.memory.write(last, &[0xff]).unwrap();
         }
@@ -77,14 +80,14 @@ impl DiskGuest {
             readable.push(Buffer { gpa: at, len: data.len() as u32 });
         }
         if room > 0 {
-            writable.push(Buffer { gpa: at + 0x8000, len: room });
+            writable.push(Buffer { gpa: at.unchecked_add(0x8000), len: room });
         }
         writable.push(Buffer { gpa: status, len: 1 });
         self.request(&readable, &writable)
     }
 
     pub(crate) fn data(&self, len: usize) -> Vec<u8> {
-        self.guest.bytes(request_addresses(0).2 + 0x8000, len)
+        self.guest.bytes(request_addresses(0).2.unchecked_add(0x8000), len)
     }
 
     fn on_disk(&self, at: u64, len: usize) -> Vec<u8> {
@@ -125,7 +128,7 @@ fn concurrent_requests_complete_each_with_its_own_data() {
         for slot in 0..80 {
             assert_eq!(status(&blk.guest, slot), OK);
             for sector in 0..8 {
-                let found = blk.guest.bytes(request_addresses(slot).2 + sector * 512, 8);
+                let found = blk.guest.bytes(request_addresses(slot).2.unchecked_add(sector * 512), 8);
                 assert_eq!(found, (slot * 8 + sector).to_le_bytes());
             }
         }
@@ -135,24 +138,25 @@ fn concurrent_requests_complete_each_with_its_own_data() {
 #[test]
 fn the_split_of_a_request_into_descriptors_has_no_meaning() {
     every_engine(|blk| {
-        let at = 0x61_0000;
+        let at = HEADER;
         header(&blk.guest, at, VIRTIO_BLK_T_OUT, 33);
-        blk.guest.memory.write(at + 16, &[0xab; 1024]).unwrap();
+        blk.guest.memory.write(at.unchecked_add(16), &[0xab; 1024]).unwrap();
         // The header in three parts, the last of them with the first bytes of the data.
         let readable = [
             Buffer { gpa: at, len: 1 },
-            Buffer { gpa: at + 1, len: 14 },
-            Buffer { gpa: at + 15, len: 101 },
-            Buffer { gpa: at + 116, len: 924 },
+            Buffer { gpa: at.unchecked_add(1), len: 14 },
+            Buffer { gpa: at.unchecked_add(15), len: 101 },
+            Buffer { gpa: at.unchecked_add(116), len: 924 },
         ];
-        assert_eq!(blk.request(&readable, &[Buffer { gpa: 0x80_0000, len: 1 }]), (OK, 1));
+        assert_eq!(blk.request(&readable, &[STATUS]), (OK, 1));
         assert_eq!(blk.on_disk(33 * 512, 1024), [0xab; 1024]);
         // Data in parts of any size, the last of them with the status.
         let head = header(&blk.guest, at, 0, 33);
-        let writable = [Buffer { gpa: HIGH + 3, len: 1000 }, Buffer { gpa: 0x70_0001, len: 25 }];
+        let (data, rest) = (HIGH.unchecked_add(3), GuestAddress(0x70_0001));
+        let writable = [Buffer { gpa: data, len: 1000 }, Buffer { gpa: rest, len: 25 }];
         assert_eq!(blk.request(&[head], &writable), (OK, 1025));
-        assert_eq!(blk.guest.bytes(HIGH + 3, 1000), [0xab; 1000]);
-        assert_eq!(blk.guest.bytes(0x70_0001, 24), [0xab; 24]);
+        assert_eq!(blk.guest.bytes(data, 1000), [0xab; 1000]);
+        assert_eq!(blk.guest.bytes(rest, 24), [0xab; 24]);
     });
 }
 
@@ -161,17 +165,18 @@ fn a_request_with_more_segments_than_iov_max_is_transferred() {
     for (aio, features) in [(Aio::IoUring, SPLIT), (Aio::Threads, SPLIT), (Aio::IoUring, PACKED)] {
         let mut blk = DiskGuest::with(features, |options| options.aio = aio);
         // Every buffer lies across the border of two regions.
-        let border = HIGH + REGION;
+        let border = HIGH.unchecked_add(REGION);
+        let before = HIGH.unchecked_add(REGION - 256);
         let region = Region::share(sealed_memfd("more", REGION).unwrap(), border, REGION, 0).unwrap();
         assert_eq!(add_region(&blk.client, &region), 0);
-        blk.guest.memory.write(border - 256, &[1; 256]).unwrap();
+        blk.guest.memory.write(before, &[1; 256]).unwrap();
         region.slice(0, 256).unwrap().copy_from(&[2u8; 256]);
-        let mut readable = vec![header(&blk.guest, 0x61_0000, VIRTIO_BLK_T_OUT, 0)];
-        readable.extend([Buffer { gpa: border - 256, len: 512 }; 1000]);
-        blk.ring.driver.add(&readable, &[Buffer { gpa: 0x80_0000, len: 1 }], Some(0x90_0000)).unwrap().unwrap();
+        let mut readable = vec![header(&blk.guest, HEADER, VIRTIO_BLK_T_OUT, 0)];
+        readable.extend([Buffer { gpa: before, len: 512 }; 1000]);
+        blk.ring.driver.add(&readable, &[STATUS], Some(GuestAddress(0x90_0000))).unwrap().unwrap();
         blk.ring.kick();
         assert_eq!(blk.ring.completion().1, 1);
-        assert_eq!(blk.guest.bytes(0x80_0000, 1), [OK]);
+        assert_eq!(blk.guest.bytes(STATUS.gpa, 1), [OK]);
         let sector = [[1; 256], [2; 256]].concat();
         assert!(blk.on_disk(0, 1000 * 512) == sector.repeat(1000));
     }
@@ -202,20 +207,19 @@ fn a_request_outside_the_disk_fails_and_changes_nothing() {
 #[test]
 fn a_request_without_header_or_status_does_not_stop_the_queue() {
     every_engine(|blk| {
-        let head = header(&blk.guest, 0x61_0000, VIRTIO_BLK_T_OUT, 0);
+        let head = header(&blk.guest, HEADER, VIRTIO_BLK_T_OUT, 0);
         let before = blk.on_disk(0, 512);
         let data = Buffer { gpa: HIGH, len: 512 };
-        let all = Buffer { gpa: 0x80_0000, len: 1 };
         assert_eq!(blk.request(&[head, data], &[]), (0xff, 0), "no room for a status");
-        assert_eq!(blk.request(&[], &[all]), (IOERR, 1), "no header");
-        assert_eq!(blk.request(&[Buffer { len: 15, ..head }], &[all]), (IOERR, 1), "half a header");
+        assert_eq!(blk.request(&[], &[STATUS]), (IOERR, 1), "no header");
+        assert_eq!(blk.request(&[Buffer { len: 15, ..head }], &[STATUS]), (IOERR, 1), "half a header");
         assert_eq!(blk.on_disk(0, 512), before);
         // Buffers outside of memory.
-        let outside = Buffer { gpa: 1 << 40, len: 512 };
-        assert_eq!(blk.request(&[head, outside], &[all]), (IOERR, 1));
-        let read = header(&blk.guest, 0x61_0000, 0, 0);
-        assert_eq!(blk.request(&[read], &[outside, all]), (IOERR, 0));
-        assert_eq!(blk.request(&[Buffer { gpa: u64::MAX - 7, len: 16 }], &[all]), (IOERR, 1));
+        let outside = Buffer { gpa: GuestAddress(1 << 40), len: 512 };
+        assert_eq!(blk.request(&[head, outside], &[STATUS]), (IOERR, 1));
+        let read = header(&blk.guest, HEADER, 0, 0);
+        assert_eq!(blk.request(&[read], &[outside, STATUS]), (IOERR, 0));
+        assert_eq!(blk.request(&[Buffer { gpa: GuestAddress(u64::MAX - 7), len: 16 }], &[STATUS]), (IOERR, 1));
         blk.ring.driver.add(&[read], &[Buffer { gpa: HIGH, len: 512 }, Buffer { len: 1, ..outside }], None).unwrap();
         blk.ring.serve_one();
         assert_eq!(blk.simple(0, 1, &[], 512), (OK, 513));
@@ -579,7 +583,7 @@ fn requests_with_unmapped_buffers_fail_and_are_counted_without_error_lines() {
     for slot in 0..200 {
         let (head, status, _) = request_addresses(slot);
         let head = header(&guest, head, VIRTIO_BLK_T_IN, 0);
-        let outside = [Buffer { gpa: 1 << 50, len: 512 }, Buffer { gpa: status, len: 1 }];
+        let outside = [Buffer { gpa: GuestAddress(1 << 50), len: 512 }, Buffer { gpa: status, len: 1 }];
         ring.driver.add(&[head], &outside, None).unwrap().unwrap();
         ring.kick();
         assert_eq!(ring.completion().1, 0);

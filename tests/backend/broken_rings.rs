@@ -7,6 +7,7 @@ use nix::sys::eventfd::EventFd;
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::Request as Code;
 use vhost_migrate::abi::virtio::{Desc, PackedDesc, VirtioFeatures};
+use vhost_migrate::memory::Address;
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
@@ -228,10 +229,10 @@ fn a_head_made_available_twice_breaks_only_its_ring(#[values(SPLIT, PACKED)] fea
     ring.driver.add(&[], &[Buffer { gpa: HIGH, len: 8 }], None).unwrap().unwrap();
     let _ = ring.driver.publish();
     if features == SPLIT {
-        guest.memory.write(ring.layout.avail + 2, &2u16.to_le_bytes()).unwrap();
+        guest.memory.write(ring.layout.avail.unchecked_add(2), &2u16.to_le_bytes()).unwrap();
     } else {
         // The same buffer id, while it is in flight.
-        guest.memory.write(ring.layout.desc + 16, &guest.bytes(ring.layout.desc, 16)).unwrap();
+        guest.memory.write(ring.layout.desc.unchecked_add(16), &guest.bytes(ring.layout.desc, 16)).unwrap();
     }
     let error = EventFd::new().unwrap();
     client.send_acknowledged(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);

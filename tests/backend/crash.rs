@@ -16,6 +16,7 @@ use vhost_migrate::abi::vhost_user::{Header, InflightDescription, LogDescription
 use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight;
+use vhost_migrate::memory::GuestAddress;
 use zerocopy::IntoBytes;
 
 use crate::guest::{
@@ -28,7 +29,7 @@ use crate::wait::{is_readable, wait_until};
 
 const SLOTS: u64 = 20;
 const BLOCK: usize = 32 << 10;
-const LOG_AT: u64 = 0x30_0000;
+const LOG_AT: GuestAddress = GuestAddress(0x30_0000);
 
 /// A guest that writes self-describing blocks, and reads each back before it writes the next version.
 struct VerifyingGuest {
@@ -119,17 +120,17 @@ impl VerifyingGuest {
         let state = self.slots[slot as usize];
         assert_eq!(status(&self.guest, slot), 0);
         self.collect_marks();
-        let marked = |mut pages: std::ops::RangeInclusive<u64>| pages.all(|page| self.marks.contains(&page));
-        assert!(marked(request_addresses(slot).1 >> 12..=request_addresses(slot).1 >> 12), "a status was not logged");
+        let marked = |gpa, len| pages(gpa, len).all(|page| self.marks.contains(&page));
+        let (_, status_at, data) = request_addresses(slot);
+        assert!(marked(status_at, 1), "a status was not logged");
         if state.reads {
-            let found = self.guest.bytes(request_addresses(slot).2, BLOCK);
+            let found = self.guest.bytes(data, BLOCK);
             assert!(
                 found == VerifyingGuest::block(slot, state.version),
                 "slot {slot} doesn't hold version {}",
                 state.version
             );
-            let last = (request_addresses(slot).2 + BLOCK as u64 - 1) >> 12;
-            assert!(marked(request_addresses(slot).2 >> 12..=last), "data was not logged");
+            assert!(marked(data, BLOCK as u64), "data was not logged");
         }
         self.completed += 1;
         Some(slot)

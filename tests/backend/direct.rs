@@ -14,10 +14,11 @@ use vhost_migrate::abi::virtio::{
 };
 use vhost_migrate::backend::blk::{Aio, BlkOptions};
 use vhost_migrate::backend::{Queue, Request, SyncQueue, VirtioDevice};
+use vhost_migrate::memory::{Address, GuestAddress};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
-use crate::blk::{DISK, DiskGuest, OK};
+use crate::blk::{DISK, DiskGuest, HEADER, OK, STATUS};
 use crate::guest::{BASIC, Guest, HIGH, Ring, header, negotiate};
 use crate::raw::{NEED_REPLY, VERSION, ring_message};
 use crate::server::{Server, disk_options};
@@ -65,15 +66,15 @@ fn direct_io_leaves_the_page_cache_empty_for_any_buffer_alignment() {
         });
         // More than bounces at a time, and none of it aligned for anything.
         let data: Vec<u8> = (0..40 * 4096u32).map(|at| (at % 253) as u8).collect();
-        let (place, len) = (HIGH + 1, data.len() as u32);
-        let cut = |gpa| [Buffer { gpa, len: 4097 }, Buffer { gpa: gpa + 4097, len: len - 4097 }];
-        let status = Buffer { gpa: 0x80_0000, len: 1 };
+        let (place, len) = (HIGH.unchecked_add(1), data.len() as u32);
+        let cut =
+            |gpa: GuestAddress| [Buffer { gpa, len: 4097 }, Buffer { gpa: gpa.unchecked_add(4097), len: len - 4097 }];
         blk.guest.memory.write(place, &data).unwrap();
-        let readable = [&[header(&blk.guest, 0x61_0000, VIRTIO_BLK_T_OUT, 8)][..], &cut(place)].concat();
-        assert_eq!(blk.request(&readable, &[status]), (OK, 1));
-        let head = header(&blk.guest, 0x61_0000, VIRTIO_BLK_T_IN, 8);
-        let place = HIGH + 0x10_0003;
-        assert_eq!(blk.request(&[head], &[&cut(place)[..], &[status]].concat()), (OK, len + 1));
+        let readable = [&[header(&blk.guest, HEADER, VIRTIO_BLK_T_OUT, 8)][..], &cut(place)].concat();
+        assert_eq!(blk.request(&readable, &[STATUS]), (OK, 1));
+        let head = header(&blk.guest, HEADER, VIRTIO_BLK_T_IN, 8);
+        let place = HIGH.unchecked_add(0x10_0003);
+        assert_eq!(blk.request(&[head], &[&cut(place)[..], &[STATUS]].concat()), (OK, len + 1));
         assert_eq!(cached_pages(&disk.path()).0, 0, "it went through the page cache");
         assert!(blk.guest.bytes(place, data.len()) == data);
         assert!(std::fs::read(disk.path()).unwrap()[4096..][..data.len()] == data);

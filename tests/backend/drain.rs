@@ -11,7 +11,7 @@ use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
 use vhost_migrate::abi::vhost_user::{ProtocolFeatures, Request as Code, VringState};
 use vhost_migrate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_IN_ORDER, VirtioFeatures};
 use vhost_migrate::backend::{Queue, RING_FEATURES, Request, VirtioDevice};
-use vhost_migrate::memory::LOG_PAGE;
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Region, sealed_memfd};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
@@ -107,8 +107,11 @@ pub(crate) fn start_with_requests_in_flight(
     ring
 }
 
+/// Address under which rings are logged.
+pub(crate) const LOG_AT: GuestAddress = GuestAddress(0x30_0000);
+
 pub(crate) fn page(slot: u64) -> Buffer {
-    Buffer { gpa: HIGH + slot * LOG_PAGE, len: LOG_PAGE as u32 }
+    Buffer { gpa: HIGH.unchecked_add(slot * LOG_PAGE), len: LOG_PAGE as u32 }
 }
 
 /// Rules R3.1, R3.2 and R3.4.
@@ -120,7 +123,7 @@ fn get_vring_base_replies_after_all_requests_are_completed_logged_and_published(
     let (_server, guest, client) = Server::new(device).negotiated(features);
     let log = install_log(&client, &guest);
     let mut ring = start_with_requests_in_flight(&client, &guest, features, 10);
-    start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
+    start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
     client.send_body(Code::GET_VRING_BASE, &VringState { index: 0, num: 0 });
     gate.write(1).unwrap();
     assert_eq!(client.ring_base_reply(0), ring.drained_base());
@@ -131,7 +134,7 @@ fn get_vring_base_replies_after_all_requests_are_completed_logged_and_published(
     assert_eq!(used, 10, "a request was not published before the reply");
     let marked = harvest(&log);
     for slot in 0..10 {
-        assert!(marked.contains(&(page(slot).gpa / LOG_PAGE)), "a page was not logged before the reply");
+        assert!(marked.contains(&(page(slot).gpa.0 / LOG_PAGE)), "a page was not logged before the reply");
     }
 }
 
@@ -190,7 +193,7 @@ fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only(
     let (_server, guest, client) = Server::new(device).negotiated(features);
     let old = install_log(&client, &guest);
     let mut ring = start_with_requests_in_flight(&client, &guest, features, 5);
-    start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
+    start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
     let new = install_log(&client, &guest);
     harvest(&old);
     gate.write(1).unwrap();
@@ -198,7 +201,7 @@ fn a_request_in_flight_while_the_log_changes_is_logged_in_the_new_log_only(
     assert_eq!(client.ring_base(0), ring.drained_base());
     assert!(harvest(&old).is_empty(), "the old log was written after the reply");
     let marked = harvest(&new);
-    assert!((0..5).all(|slot| marked.contains(&(page(slot).gpa / LOG_PAGE))));
+    assert!((0..5).all(|slot| marked.contains(&(page(slot).gpa.0 / LOG_PAGE))));
 }
 
 /// Rule M1.6.
@@ -208,7 +211,7 @@ fn a_new_memory_table_waits_for_requests_in_flight(#[values(SPLIT, PACKED)] feat
     let (_server, guest, client) = Server::new(device).negotiated(features);
     let log = install_log(&client, &guest);
     let mut ring = start_with_requests_in_flight(&client, &guest, features, 5);
-    start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
+    start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
     client.send(Code::SET_MEM_TABLE, NEED_REPLY, &guest.table(), &guest.fds());
     gate.write(1).unwrap();
     assert_eq!(client.reply(Code::SET_MEM_TABLE), 0u64.as_bytes());
@@ -330,8 +333,8 @@ fn an_added_memory_region_is_usable_immediately_and_a_removed_one_is_not(
     gate.write(1).unwrap();
     let (_server, guest, client) = Server::new(device).negotiated(features);
     let mut ring = Ring::started(&client, &guest, 0, 256, features);
-    let fd = vhost_migrate::memory::sealed_memfd("more", 0x10_0000).unwrap();
-    let region = vhost_migrate::memory::Region::share(fd, 2 << 30, 0x10_0000, 0).unwrap();
+    let (fd, gpa) = (sealed_memfd("more", 0x10_0000).unwrap(), GuestAddress(2 << 30));
+    let region = Region::share(fd, gpa, 0x10_0000, 0).unwrap();
     assert_eq!(add_region(&client, &region), 0);
     assert_eq!(add_region(&client, &region), 1, "an overlapping region was taken");
     ring.driver.add(&[], &[Buffer { gpa: 2 << 30, len: 1 }], None).unwrap().unwrap();
@@ -354,7 +357,7 @@ fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served(
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.driver.add(&[], &[page(0)], None).unwrap().unwrap();
     // Outside memory, which this device is not made for.
-    ring.driver.add(&[], &[Buffer { gpa: 1 << 50, len: 1 }], None).unwrap().unwrap();
+    ring.driver.add(&[], &[Buffer { gpa: GuestAddress(1 << 50), len: 1 }], None).unwrap().unwrap();
     ring.start(&client, &guest);
     ring.kick();
     while guest.bytes(page(0).gpa, 1) != [0x5a] {
@@ -406,14 +409,14 @@ fn a_request_dropped_by_the_device_is_logged_and_returned_to_the_driver(
     let log = install_log(&client, &guest);
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.set_up(&client, &guest, ring.initial_base());
-    start_logging(&client, &guest, features, &mut [&mut ring], 0x30_0000);
+    start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
     ring.enable(&client, true);
     for slot in 0..20 {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
     }
     ring.serve(20);
     let marked = harvest(&log);
-    assert!((0..20).all(|slot| marked.contains(&(page(slot).gpa / LOG_PAGE))), "a page was not logged");
+    assert!((0..20).all(|slot| marked.contains(&(page(slot).gpa.0 / LOG_PAGE))), "a page was not logged");
     for slot in 20..40 {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
     }

@@ -9,12 +9,13 @@ use vhost_migrate::abi::vhost_user::{
     VringAddr, VringState,
 };
 use vhost_migrate::abi::virtio::VirtioFeatures;
-use vhost_migrate::memory::{Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, Region, sealed_memfd};
 use vhost_migrate::unstable::backend::MAX_FDS;
 use zerocopy::IntoBytes;
 
 use crate::guest::{
-    Guest, HIGH, PACKED, PROTOCOL, Ring, SPLIT, add_region, inflight_region, negotiate, request_addresses, status,
+    Guest, HIGH, PACKED, PROTOCOL, REGION, Ring, SPLIT, add_region, inflight_region, negotiate, request_addresses,
+    status,
 };
 use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::{Process, Server};
@@ -94,7 +95,7 @@ fn invalid_messages(guest: &Guest, ring: &Ring, features: VirtioFeatures) -> Vec
             table(&[region(0, MIB, 0, 0), region(MIB - 1, MIB, MIB, 0)]).as_slice(),
             2,
         ),
-        invalid("an added region that overlaps", Code::ADD_MEM_REG, &add(region(HIGH + 4096, MIB, 1 << 40, 0)), 1),
+        invalid("an added region that overlaps", Code::ADD_MEM_REG, &add(region(HIGH.0 + 4096, MIB, 1 << 40, 0)), 1),
         invalid("an added region without an fd", Code::ADD_MEM_REG, &add(region(1 << 40, MIB, 1 << 40, 0)), 0),
         invalid("an added region with two fds", Code::ADD_MEM_REG, &add(region(1 << 40, MIB, 1 << 40, 0)), 2),
         invalid("removal of a region that is not there", Code::REM_MEM_REG, &add(region(1 << 40, MIB, 0, 0)), 0),
@@ -121,7 +122,7 @@ fn invalid_messages(guest: &Guest, ring: &Ring, features: VirtioFeatures) -> Vec
         invalid(
             "an available ring that leaves its region",
             Code::SET_VRING_ADDR,
-            &VringAddr { avail_user_addr: guest.user(HIGH) + (16 << 20) - 2, ..fine },
+            &VringAddr { avail_user_addr: guest.user(HIGH).0 + REGION - 2, ..fine },
             0,
         ),
         invalid(
@@ -388,7 +389,8 @@ fn thousands_of_memory_table_changes_leak_nothing_and_every_slot_is_usable() {
     let slots = client.request_u64(Code::GET_MAX_MEM_SLOTS) - guest.memory.regions().len() as u64;
     let fd = sealed_memfd("slots", 0x1000).unwrap();
     let regions: Vec<_> = (0..=slots)
-        .map(|slot| Region::share(fd.try_clone().unwrap(), (3 << 30) + (slot << 16), 0x1000, 0).unwrap())
+        .map(|slot| GuestAddress((3 << 30) + (slot << 16)))
+        .map(|gpa| Region::share(fd.try_clone().unwrap(), gpa, 0x1000, 0).unwrap())
         .collect();
     let (last, rest) = regions.split_last().unwrap();
     for region in rest {

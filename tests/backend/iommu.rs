@@ -12,13 +12,14 @@ use vhost_migrate::abi::vhost_user::{InflightDescription, IotlbMsg, Request as C
 use vhost_migrate::abi::virtio::{
     VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
 };
-use vhost_migrate::memory::LOG_PAGE;
+use vhost_migrate::memory::{Address, GuestAddress, Iova, LOG_PAGE, UserAddress};
 use vhost_migrate::ring::{Buffer, DriverRing, RingLayout};
 use zerocopy::{FromZeros, IntoBytes};
 
+use crate::blk::STATUS;
 use crate::drain::GatedDevice;
-use crate::guest::{Guest, LOG_ALL, Ring, harvest, install_log, wait_for_error};
-use crate::iommu_guest::{BASE, CHANNEL, DATA, FEATURES, IommuGuest, Random, invalidate, update};
+use crate::guest::{Guest, LOG_ALL, REGION, Ring, harvest, install_log, wait_for_error};
+use crate::iommu_guest::{BASE, CHANNEL, DATA, FEATURES, IommuGuest, Random, invalidate, iova, page_at, update};
 use crate::iommu_load::{DiskLoad, Slot, bytes, contents};
 use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::Server;
@@ -65,7 +66,8 @@ fn run_translated_disk(features: VirtioFeatures, indirect: bool) {
     let mut changed = BTreeSet::new();
     for (region, (was, is)) in space.guest.memory.regions().iter().zip(before.iter().zip(space.guest.snapshot())) {
         let pages = was.chunks(LOG_PAGE as usize).zip(is.chunks(LOG_PAGE as usize));
-        changed.extend((region.gpa() / LOG_PAGE..).zip(pages).filter(|(_, (was, is))| was != is).map(|(page, _)| page));
+        changed
+            .extend((region.gpa().0 / LOG_PAGE..).zip(pages).filter(|(_, (was, is))| was != is).map(|(page, _)| page));
     }
     changed.retain(|page| !driver_wrote.contains(page));
     assert!(changed.len() > 50, "much was written");
@@ -104,22 +106,23 @@ fn invalidate_under_load(features: VirtioFeatures) {
         space.start(ring, ring.initial_base());
     }
     let (mut dice, mut taken) = (Random(3), BTreeSet::new());
-    let mut free: Vec<u64> = {
+    let mut free: Vec<UserAddress> = {
         let map = space.iommu.map.lock().unwrap();
-        let used: BTreeSet<u64> = map.values().map(|(user, _)| *user).collect();
+        let used: BTreeSet<UserAddress> = map.values().map(|(user, _)| *user).collect();
         let all = space
             .guest
             .memory
             .regions()
             .iter()
-            .flat_map(|r| (0..r.size() / LOG_PAGE).map(|p| r.user_addr() + p * LOG_PAGE));
+            .flat_map(|r| (0..r.size() / LOG_PAGE).map(|p| UserAddress(r.user_addr().0 + p * LOG_PAGE)));
         all.filter(|user| !used.contains(user)).collect()
     };
-    let check = |taken: &BTreeSet<u64>| {
+    let check = |taken: &BTreeSet<GuestAddress>| {
         for gpa in taken {
             assert!(
                 space.guest.bytes(*gpa, 4096).iter().all(|byte| *byte == 0xee),
-                "{gpa:#x} was written after the reply"
+                "{:#x} was written after the reply",
+                gpa.0
             );
         }
     };
@@ -138,7 +141,7 @@ fn invalidate_under_load(features: VirtioFeatures) {
         // Data of some of them goes elsewhere, now. A request that was already served has left its data in the old page.
         let mut moved = Vec::new();
         for (slot, _, len) in &wanted {
-            let page = (slot.data() + dice.below(*len)) / LOG_PAGE * LOG_PAGE;
+            let page = page_at(slot.data().unchecked_add(dice.below(*len)));
             let to = free.swap_remove(dice.below(free.len() as u64) as usize);
             let was = space.gpa(page);
             space.remap([(page, Some((to, 3)))]);
@@ -160,7 +163,7 @@ fn invalidate_under_load(features: VirtioFeatures) {
         for (slot, sector, len) in wanted {
             assert_eq!(bytes(&memory, slot.status(), 1), [0]);
             let (found, right) = (bytes(&memory, slot.data(), len), contents(sector, len));
-            let moved = |at: u64| moved.contains(&((slot.data() + at) / LOG_PAGE * LOG_PAGE));
+            let moved = |at: u64| moved.contains(&page_at(slot.data().unchecked_add(at)));
             assert!((0..len).all(|at| moved(at) || found[at as usize] == right[at as usize]), "other data was read");
         }
     }
@@ -177,7 +180,7 @@ fn a_packed_ring_does_not_access_a_page_after_acknowledging_its_invalidation() {
 }
 
 fn page(slot: u64) -> Buffer {
-    Buffer { gpa: DATA + slot * LOG_PAGE, len: LOG_PAGE as u32 }
+    Buffer { gpa: DATA.unchecked_add(slot * LOG_PAGE), len: LOG_PAGE as u32 }
 }
 
 /// A ring with requests of one page each, all of them taken by a device that completes none.
@@ -252,11 +255,9 @@ fn recover_after_kill(features: VirtioFeatures) {
     assert_eq!(space.client.acknowledged(Code::SET_INFLIGHT_FD, &region, &[fd.as_fd()]), 0);
     // Without an answer at first: the ring can be stopped all the same, and loses nothing.
     for page in [ring.layout.desc, ring.layout.avail, ring.layout.used] {
-        let mut asked = update(page, LOG_PAGE, space.guest.user(space.gpa(page)), 3);
-        for _ in 0..3 {
-            space.client.send_acknowledged(Code::IOTLB_MSG, &asked, &[]);
-            asked.iova += LOG_PAGE;
-            asked.uaddr = space.guest.user(space.gpa(asked.iova));
+        for page in (0..3).map(|number| page.unchecked_add(number * LOG_PAGE)) {
+            let translation = update(iova(page), LOG_PAGE, space.guest.user(space.gpa(page)), 3);
+            space.client.send_acknowledged(Code::IOTLB_MSG, &translation, &[]);
         }
     }
     space.iommu.silent.store(true, Ordering::SeqCst);
@@ -302,7 +303,7 @@ fn a_truncated_iotlb_msg_is_refused_and_the_ring_continues() {
     let space = IommuGuest::new(server.connect(), FEATURES);
     let mut ring = space.ring(0, 256, VirtioFeatures::empty());
     space.start(&ring, 0);
-    let whole = invalidate(0, 0);
+    let whole = invalidate(Iova(0), 0);
     for len in [0, 3, 31] {
         let payload = &whole.as_bytes()[..len];
         assert_eq!(space.client.acknowledged(Code::IOTLB_MSG, payload, &[]), 1, "{len} bytes");
@@ -322,8 +323,8 @@ fn a_refused_translation_breaks_only_the_ring_that_needs_it() {
             (space.ring(0, 256, VirtioFeatures::empty()), space.ring(1, 256, VirtioFeatures::empty()));
         let error = space.start(&bad, 0);
         space.start(&good, 0);
-        let page = (Slot(0).data() + 1000) / LOG_PAGE * LOG_PAGE;
-        let (user, _) = space.iommu.map.lock().unwrap()[&(page / LOG_PAGE)];
+        let page = page_at(Slot(0).data().unchecked_add(1000));
+        let (user, _) = space.iommu.map.lock().unwrap()[&(page.0 / LOG_PAGE)];
         let gpa = space.gpa(page);
         assert_served(&space, &mut bad, 0);
         let before = space.guest.bytes(gpa, 4096);
@@ -362,11 +363,11 @@ fn an_unanswered_miss_delays_only_the_ring_that_needs_it() {
     }
     assert!(stuck.driver.pop_used().unwrap().is_none());
     // Not even what is about its own addresses waits.
-    space.client.send_acknowledged(Code::IOTLB_MSG, &invalidate(Slot(5).header(), 16), &[]);
+    space.client.send_acknowledged(Code::IOTLB_MSG, &invalidate(iova(Slot(5).header()), 16), &[]);
     assert_eq!(space.client.ring_base(0), 1);
     space.start(&stuck, 1);
     // A ring that can't even find its areas can be stopped too.
-    space.client.send_acknowledged(Code::IOTLB_MSG, &invalidate(stuck.layout.avail, 4096), &[]);
+    space.client.send_acknowledged(Code::IOTLB_MSG, &invalidate(iova(stuck.layout.avail), 4096), &[]);
     assert_eq!(space.client.ring_base(0), 1);
     space.start(&stuck, 1);
     space.iommu.silent.store(false, Ordering::SeqCst);
@@ -388,14 +389,14 @@ fn remap_ring(features: VirtioFeatures) {
     let space = IommuGuest::new(server.connect(), FEATURES | features);
     let mut ring = space.ring(0, 256, features);
     space.start(&ring, ring.initial_base());
-    let mut free = BASE + (12 << 20);
+    let mut free = BASE.unchecked_add(12 << 20);
     for round in 0..20 {
         assert_served(&space, &mut ring, round);
         let parts = [ring.layout.desc, ring.layout.avail, ring.layout.used];
         let page = parts[round as usize % 3];
         let (old, new) = (space.gpa(page), space.gpa(free));
-        let (user, _) = space.iommu.map.lock().unwrap()[&(free / LOG_PAGE)];
-        free += LOG_PAGE;
+        let (user, _) = space.iommu.map.lock().unwrap()[&(free.0 / LOG_PAGE)];
+        free = free.unchecked_add(LOG_PAGE);
         space.remap([(page, None)]);
         // It is the driver's now, which may write anything there.
         let contents = space.guest.bytes(old, 4096);
@@ -403,7 +404,7 @@ fn remap_ring(features: VirtioFeatures) {
         let state = ring.driver.state();
         space.guest.memory.write(new, &contents).unwrap();
         space.remap([(page, Some((user, 3)))]);
-        let layout = RingLayout::new(features, 256, parts[0], parts[1], parts[2]);
+        let layout = RingLayout::new(features, 256, parts);
         let memory = space.driver_memory(BASE, 24 << 20);
         ring.driver = DriverRing::restore(&memory, layout, features, &state).unwrap();
         assert_served(&space, &mut ring, round);
@@ -432,16 +433,16 @@ fn without_a_back_end_channel_only_pushed_translations_are_used() {
     client.send_acknowledged(Code::SET_FEATURES, &FEATURES, &[]);
     guest.send_table(&client);
     // All of the first region, as a front-end without an IOMMU may have it.
-    client.send_acknowledged(Code::IOTLB_MSG, &update(0, 16 << 20, guest.user(0), 3), &[]);
+    client.send_acknowledged(Code::IOTLB_MSG, &update(Iova(0), REGION, guest.user(GuestAddress(0)), 3), &[]);
     let mut ring = Ring::new(&guest, 0, 256, VirtioFeatures::empty());
     let error = EventFd::new().unwrap();
     client.send_acknowledged(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
     let space_addr = |ring: &Ring| VringAddr {
         index: 0,
         flags: 0,
-        desc_user_addr: ring.layout.desc,
-        used_user_addr: ring.layout.used,
-        avail_user_addr: ring.layout.avail,
+        desc_user_addr: ring.layout.desc.0,
+        used_user_addr: ring.layout.used.0,
+        avail_user_addr: ring.layout.avail.0,
         log_guest_addr: 0,
     };
     let start = |ring: &Ring| {
@@ -452,16 +453,17 @@ fn without_a_back_end_channel_only_pushed_translations_are_used() {
         ring.enable(&client, true);
     };
     start(&ring);
-    let header = crate::guest::header(&guest, 0x60_0000, VIRTIO_BLK_T_IN, 3);
-    let add = |ring: &mut Ring, at: u64| {
-        let writable = [Buffer { gpa: at, len: 512 }, Buffer { gpa: 0x80_0000, len: 1 }];
+    let header = crate::guest::header(&guest, GuestAddress(0x60_0000), VIRTIO_BLK_T_IN, 3);
+    let add = |ring: &mut Ring, gpa| {
+        let writable = [Buffer { gpa, len: 512 }, STATUS];
         ring.driver.add(&[header], &writable, None).unwrap().unwrap();
         ring.kick();
     };
-    add(&mut ring, 0x90_0000);
+    let data = GuestAddress(0x90_0000);
+    add(&mut ring, data);
     ring.completion();
-    assert_eq!(guest.bytes(0x90_0000, 512), contents(3, 512));
-    add(&mut ring, 0x4000_0000);
+    assert_eq!(guest.bytes(data, 512), contents(3, 512));
+    add(&mut ring, GuestAddress(0x4000_0000));
     wait_for_error(&error, "the ring");
     assert_eq!(client.ring_base(0), 1);
 }
@@ -475,25 +477,25 @@ fn invalid_translations_are_refused_and_the_rings_continue() {
     let mut ring = space.ring(0, 256, VirtioFeatures::empty());
     space.start(&ring, 0);
     assert_served(&space, &mut ring, 0);
-    let user = space.guest.user(0);
+    let (base, user) = (iova(BASE), space.guest.user(GuestAddress(0)));
     let refused = |message: &IotlbMsg| {
         assert_ne!(space.client.acknowledged(Code::IOTLB_MSG, message.as_bytes(), &[]), 0, "{message:?}");
     };
-    let foreign = |kind| IotlbMsg { kind, ..update(BASE, LOG_PAGE, user, 3) };
+    let foreign = |kind| IotlbMsg { kind, ..update(base, LOG_PAGE, user, 3) };
     (0..=u8::MAX).filter(|kind| !(2..=3).contains(kind)).for_each(|kind| refused(&foreign(kind)));
-    for (iova, size, uaddr, perm) in [
-        (BASE, 0, user, 3),
-        (u64::MAX, 2, user, 3),
-        (0, u64::MAX, user, 3),
-        (BASE, LOG_PAGE, u64::MAX - 5, 3),
-        (BASE, LOG_PAGE, 0x1000, 3),
-        (BASE, 1 << 40, user, 3),
-        (BASE, LOG_PAGE, user, 4),
-        (BASE, LOG_PAGE, user, 255),
+    for (iova, size, user, perm) in [
+        (base, 0, user, 3),
+        (Iova(u64::MAX), 2, user, 3),
+        (Iova(0), u64::MAX, user, 3),
+        (base, LOG_PAGE, UserAddress(u64::MAX - 5), 3),
+        (base, LOG_PAGE, UserAddress(0x1000), 3),
+        (base, 1 << 40, user, 3),
+        (base, LOG_PAGE, user, 4),
+        (base, LOG_PAGE, user, 255),
     ] {
-        refused(&update(iova, size, uaddr, perm));
+        refused(&update(iova, size, user, perm));
     }
-    for (iova, size) in [(BASE, 0), (2, u64::MAX), (u64::MAX, 2)] {
+    for (iova, size) in [(base, 0), (Iova(2), u64::MAX), (Iova(u64::MAX), 2)] {
         refused(&invalidate(iova, size));
     }
     assert_ne!(space.client.acknowledged(Code::IOTLB_MSG, &[0; 31], &[]), 0);
@@ -501,11 +503,11 @@ fn invalid_translations_are_refused_and_the_rings_continue() {
     // A flood, and everything taken away in the middle of it.
     let begin = Instant::now();
     for number in 0..20_000u64 {
-        space.iommu.tell(&update(number << 13, LOG_PAGE, user, 3));
+        space.iommu.tell(&update(Iova(number << 13), LOG_PAGE, user, 3));
     }
     for round in 0..30 {
         read(&space, &mut ring, 1);
-        let all = if round % 2 == 0 { invalidate(0, 0) } else { invalidate(0, u64::MAX) };
+        let all = if round % 2 == 0 { invalidate(Iova(0), 0) } else { invalidate(Iova(0), u64::MAX) };
         space.client.send_acknowledged(Code::IOTLB_MSG, &all, &[]);
         ring.completion();
         assert_served(&space, &mut ring, 2);
@@ -522,5 +524,5 @@ fn access_platform_is_offered_only_if_configured() {
     client.send_body(Code::SET_PROTOCOL_FEATURES, &CHANNEL);
     assert_eq!(client.request_u64(Code::GET_FEATURES) >> 33 & 1, 0);
     assert_ne!(client.acknowledged(Code::SET_FEATURES, FEATURES.as_bytes(), &[]), 0);
-    assert_ne!(client.acknowledged(Code::IOTLB_MSG, invalidate(0, 0).as_bytes(), &[]), 0);
+    assert_ne!(client.acknowledged(Code::IOTLB_MSG, invalidate(Iova(0), 0).as_bytes(), &[]), 0);
 }

@@ -2,7 +2,7 @@
 
 use vhost_migrate::abi::vhost_user::{MemoryHeader, MemoryRegion, Request as Code};
 use vhost_migrate::abi::virtio::{VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VirtioFeatures};
-use vhost_migrate::memory::{LOG_PAGE, Region};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Region, UserAddress};
 use zerocopy::IntoBytes;
 
 use crate::guest::{BASIC, Guest, HIGH, REGION, Ring};
@@ -26,11 +26,12 @@ fn assert_read(space: &IommuGuest, ring: &mut Ring, sector: u64) {
 }
 
 /// Moves the pages of a request without an invalidation. The driver fills the old ones.
-fn remap_silently(space: &IommuGuest, to: u64) -> Vec<u64> {
-    let pages = Slot(0).at() / LOG_PAGE..(Slot(0).at() + Slot::BYTES) / LOG_PAGE;
-    let old: Vec<u64> = pages.clone().map(|page| space.gpa(page * LOG_PAGE)).collect();
+fn remap_silently(space: &IommuGuest, to: GuestAddress) -> Vec<GuestAddress> {
+    let (first, count) = (Slot(0).at().0 / LOG_PAGE, Slot::BYTES / LOG_PAGE);
+    let pages = first..first + count;
+    let old: Vec<_> = pages.clone().map(|page| space.gpa(GuestAddress(page * LOG_PAGE))).collect();
     let mut map = space.iommu.map.lock().unwrap();
-    for (page, free) in pages.zip(to / LOG_PAGE..) {
+    for (page, free) in pages.zip(to.0 / LOG_PAGE..) {
         let new = map[&free];
         map.insert(page, new);
     }
@@ -39,10 +40,10 @@ fn remap_silently(space: &IommuGuest, to: u64) -> Vec<u64> {
     old
 }
 
-fn assert_untouched(space: &IommuGuest, pages: &[u64]) {
+fn assert_untouched(space: &IommuGuest, pages: &[GuestAddress]) {
     for gpa in pages {
         let is_as_it_was = space.guest.bytes(*gpa, LOG_PAGE as usize).iter().all(|byte| *byte == 0xee);
-        assert!(is_as_it_was, "{gpa:#x} was written by an old translation");
+        assert!(is_as_it_was, "{:#x} was written by an old translation", gpa.0);
     }
 }
 
@@ -56,7 +57,7 @@ fn a_stopped_device_requests_every_translation_again_when_restarted() {
         assert_read(&space, &mut ring, 1);
         ring.enable(&space.client, false);
         let base = space.client.ring_base(0);
-        let old = remap_silently(&space, BASE + (12 << 20));
+        let old = remap_silently(&space, BASE.unchecked_add(12 << 20));
         space.start(&ring, base);
         assert_read(&space, &mut ring, 7);
         assert_untouched(&space, &old);
@@ -73,7 +74,7 @@ fn acknowledging_access_platform_again_discards_all_translations() {
     // Disabled, and no more.
     ring.enable(&space.client, false);
     space.client.send_acknowledged(Code::SET_FEATURES, &BASIC, &[]);
-    let old = remap_silently(&space, BASE + (12 << 20));
+    let old = remap_silently(&space, BASE.unchecked_add(12 << 20));
     space.client.send_acknowledged(Code::SET_FEATURES, &FEATURES, &[]);
     ring.enable(&space.client, true);
     assert_read(&space, &mut ring, 7);
@@ -91,15 +92,17 @@ fn a_new_memory_table_discards_translations_to_old_addresses() {
         space.start(&ring, ring.initial_base());
         assert_read(&space, &mut ring, 1);
         let memory = space.driver_memory(Slot(0).at(), Slot::BYTES);
-        let (low, high) = (space.guest.user(0), space.guest.user(HIGH));
-        let other = |user: u64| if user == low { high } else { low };
+        let (low, high) = (space.guest.user(GuestAddress(0)), space.guest.user(HIGH));
+        let other = |user| if user == low { high } else { low };
         for (user, _) in space.iommu.map.lock().unwrap().values_mut() {
-            let region = if (low..low + REGION).contains(user) { low } else { high };
-            *user = other(region) + (*user - region);
+            let is_low = user.checked_offset_from(low).is_some_and(|offset| offset < REGION);
+            let region = if is_low { low } else { high };
+            let offset = user.checked_offset_from(region).unwrap();
+            *user = other(region).checked_add(offset).unwrap();
         }
         let describe = |region: &std::sync::Arc<Region>| {
             let region = Guest::describe(region);
-            MemoryRegion { userspace_addr: other(region.userspace_addr), ..region }
+            MemoryRegion { userspace_addr: other(UserAddress(region.userspace_addr)).0, ..region }
         };
         let regions: Vec<MemoryRegion> = space.guest.memory.regions().iter().map(describe).collect();
         let header = MemoryHeader { nregions: regions.len() as u32, padding: 0 };

@@ -8,7 +8,7 @@ use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{LogDescription, Request as Code};
 use vhost_migrate::abi::virtio::{VIRTIO_RING_F_EVENT_IDX, VirtioFeatures};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::memory::{Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Region, UserAddress, sealed_memfd};
 use vhost_migrate::ring::{Buffer, DriverRingState};
 use zerocopy::IntoBytes;
 
@@ -21,7 +21,7 @@ use crate::server::Server;
 
 const EVENT_IDX: VirtioFeatures = VIRTIO_RING_F_EVENT_IDX;
 /// Address at which used rings are logged. It is not their own, and a page ends between the indexes and the elements.
-pub(crate) const LOG_AT: u64 = 0x30_0ffc;
+pub(crate) const LOG_AT: GuestAddress = GuestAddress(0x30_0ffc);
 const DISK: u64 = 4 << 20;
 
 /// Pages that the device has written since a point in time, as far as they can be known in advance.
@@ -39,32 +39,32 @@ impl Oracle {
         Oracle { pages, perhaps, seen: ring.driver.state(), event: event(guest, ring) }
     }
 
-    pub(crate) fn wrote(&mut self, gpa: u64, len: u64) {
+    pub(crate) fn wrote(&mut self, gpa: GuestAddress, len: u64) {
         self.pages.extend(pages(gpa, len));
     }
 
     /// Adds the device's writes to the ring since the last time, all requests being complete. Of a split ring they are
     /// logged under `at` (rule L3.3), of a packed one where they are, and the device event area at `at` (rules L4.1, L4.2).
-    pub(crate) fn used_ring(&mut self, guest: &Guest, ring: &Ring, at: u64) {
+    pub(crate) fn used_ring(&mut self, guest: &Guest, ring: &Ring, at: GuestAddress) {
         let (size, now) = (ring.layout.size, ring.driver.state());
         let changed = event(guest, ring) != self.event;
         match (std::mem::replace(&mut self.seen, now.clone()), now) {
             (DriverRingState::Split(before), DriverRingState::Split(now)) => {
                 let mut index = before.used;
                 while index != now.used {
-                    self.wrote(at + 2, 2);
-                    self.wrote(at + 4 + 8 * u64::from(index % size), 8);
+                    self.wrote(at.unchecked_add(2), 2);
+                    self.wrote(at.unchecked_add(4 + 8 * u64::from(index % size)), 8);
                     index = index.wrapping_add(1);
                 }
                 if changed {
-                    self.wrote(at + 4 + 8 * u64::from(size), 2);
+                    self.wrote(at.unchecked_add(4 + 8 * u64::from(size)), 2);
                 }
             }
             (DriverRingState::Packed(before), DriverRingState::Packed(now)) => {
                 let mut position = before.used;
                 while position != now.used {
                     if ring.is_used(guest, position) {
-                        self.wrote(ring.layout.desc + 16 * u64::from(position.index) + 8, 8);
+                        self.wrote(ring.layout.desc.unchecked_add(16 * u64::from(position.index) + 8), 8);
                     }
                     position = position.after(1, size);
                 }
@@ -79,7 +79,7 @@ impl Oracle {
     }
 
     /// Adds the pages that a successor logs of a ring: all that a device may write of it.
-    fn whole_ring(&mut self, ring: &Ring, at: u64) {
+    fn whole_ring(&mut self, ring: &Ring, at: GuestAddress) {
         let size = u64::from(ring.layout.size);
         match self.seen {
             DriverRingState::Split(_) => self.wrote(at, 6 + 8 * size),
@@ -108,7 +108,9 @@ pub(crate) fn check<'a>(oracles: impl IntoIterator<Item = &'a Oracle>, mut marke
 /// The bytes by which the device asks for kicks, if they have a place of their own.
 fn event(guest: &Guest, ring: &Ring) -> Vec<u8> {
     match ring.driver.state() {
-        DriverRingState::Split(_) => guest.bytes(ring.layout.used + 4 + 8 * u64::from(ring.layout.size), 2),
+        DriverRingState::Split(_) => {
+            guest.bytes(ring.layout.used.unchecked_add(4 + 8 * u64::from(ring.layout.size)), 2)
+        }
         DriverRingState::Packed(_) => guest.bytes(ring.layout.used, 4),
     }
 }
@@ -181,13 +183,11 @@ fn a_buffer_across_pages_and_regions_is_logged_exactly(#[values(SPLIT, PACKED)] 
     let head = header(&guest, head, 0, 0);
     // 512 bytes that end with the first byte of a page; status in the middle of another.
     let writable =
-        [Buffer { gpa: 0x70_0e01, len: 512 }, Buffer { gpa: 0x71_0800, len: 512 }, Buffer { gpa: 0x72_0fff, len: 1 }];
+        [(0x70_0e01, 512), (0x71_0800, 512), (0x72_0fff, 1)].map(|(gpa, len)| Buffer { gpa: GuestAddress(gpa), len });
     ring.driver.add(&[head], &writable, None).unwrap().unwrap();
     ring.serve_one();
     client.ring_base(0);
-    oracle.wrote(0x70_0e01, 512);
-    oracle.wrote(0x71_0800, 512);
-    oracle.wrote(0x72_0fff, 1);
+    writable.iter().for_each(|buffer| oracle.wrote(buffer.gpa, buffer.len.into()));
     oracle.used_ring(&guest, &ring, LOG_AT);
     oracle.check(harvest(&log));
     assert!(oracle.pages.contains(&0x701), "the test must have a range that just reaches a page");
@@ -268,7 +268,7 @@ fn changing_the_memory_table_under_load_keeps_the_log_exact(#[values(SPLIT, PACK
             0 => guest.send_table(&client),
             _ => {
                 let fd = sealed_memfd("more", 0x10_0000).unwrap();
-                let region = Region::share(fd, (2 << 30) + (round << 24), 0x10_0000, 0).unwrap();
+                let region = Region::share(fd, GuestAddress((2 << 30) + (round << 24)), 0x10_0000, 0).unwrap();
                 assert_eq!(add_region(&client, &region), 0);
             }
         });
@@ -341,9 +341,9 @@ fn rings_run_with_log_all_and_no_log(#[values(SPLIT, PACKED)] features: VirtioFe
 fn a_log_of_any_size_and_offset_is_used_exactly_within_its_bounds(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (_server, guest, client, mut ring) = disk().running(512, features);
     let fd = sealed_memfd("log", 0x4000).unwrap();
-    let file = Region::map(fd.as_fd(), 0, 0x4000, 0, 0).unwrap();
+    let file = Region::map(fd.as_fd(), GuestAddress(0), 0x4000, UserAddress(0), 0).unwrap();
     // Pages up to the status page of slot 4, whose bit is in the last byte.
-    let size = (request_addresses(4).1 >> 12) / 8 + 1;
+    let size = request_addresses(4).1.0 / LOG_PAGE / 8 + 1;
     let description = LogDescription { mmap_size: size, mmap_offset: 0x1000 };
     client.send(Code::SET_LOG_BASE, VERSION, description.as_bytes(), &[fd.as_fd()]);
     client.reply(Code::SET_LOG_BASE);
@@ -400,7 +400,7 @@ fn start_successor(guest: &Guest, client: &RawFrontend, features: VirtioFeatures
     if kept {
         let mut oracle = Oracle::new(guest, &ring);
         oracle.whole_ring(&ring, LOG_AT);
-        oracle.pages.iter().for_each(|page| log.mark(page << 12, 1));
+        oracle.pages.iter().for_each(|page| log.mark(GuestAddress(page * LOG_PAGE), 1));
     }
     client.send_acknowledged(Code::SET_FEATURES, &(features | LOG_ALL), &[]);
     (ring, log)

@@ -9,7 +9,7 @@ use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::dirty::Log;
-use vhost_migrate::memory::LOG_PAGE;
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE};
 use zerocopy::IntoBytes;
 
 use crate::guest::{
@@ -42,7 +42,7 @@ fn step_orders() -> Vec<Vec<StartStep>> {
 }
 
 /// Guest memory as a destination has it: as it was when the log was read, with all that the driver wrote since.
-struct MemoryCopy(Vec<(u64, Vec<u8>)>);
+struct MemoryCopy(Vec<(GuestAddress, Vec<u8>)>);
 
 impl MemoryCopy {
     fn of(guest: &Guest) -> MemoryCopy {
@@ -50,9 +50,9 @@ impl MemoryCopy {
         MemoryCopy(regions.zip(guest.snapshot()).collect())
     }
 
-    fn driver_wrote(&mut self, guest: &Guest, gpa: u64, len: usize) {
+    fn driver_wrote(&mut self, guest: &Guest, gpa: GuestAddress, len: usize) {
         let (start, bytes) = self.0.iter_mut().rfind(|(start, _)| *start <= gpa).unwrap();
-        let at = (gpa - *start) as usize;
+        let at = gpa.unchecked_offset_from(*start) as usize;
         bytes[at..at + len].copy_from_slice(&guest.bytes(gpa, len));
     }
 
@@ -61,7 +61,7 @@ impl MemoryCopy {
         let page = LOG_PAGE as usize;
         let changed = self.0.iter().zip(guest.snapshot()).flat_map(|((start, before), now)| {
             let pairs = before.chunks(page).zip(now.chunks(page)).map(|(before, now)| before != now);
-            let numbers = (start / LOG_PAGE..).zip(pairs.collect::<Vec<_>>());
+            let numbers = (start.0 / LOG_PAGE..).zip(pairs.collect::<Vec<_>>());
             numbers.filter_map(|(number, differs)| differs.then_some(number)).collect::<Vec<_>>()
         });
         changed.filter(|number| !log.contains(number)).collect()
@@ -172,7 +172,7 @@ fn start_second_device(
     let ring = Ring::started(&client, guest, 1, 512, features);
     send_log(&client, &log.0, &log.1);
     let mut load = DiskLoad { ring, slot: 100, open: 0 };
-    let first_used = load.ring.layout.used - 0x10_0000;
+    let first_used = GuestAddress(load.ring.layout.used.0 - 0x10_0000);
     start_logging(&client, guest, features, &mut [&mut load.ring], first_used);
     load.serve(guest, copy);
     client.ring_base(1);

@@ -7,6 +7,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr};
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{LogDescription, Request as Code};
 use vhost_migrate::dirty::Log;
+use vhost_migrate::memory::GuestAddress;
 use zerocopy::IntoBytes;
 
 use crate::guest::{BASIC, Guest, Ring, inflight_region, negotiate, start_logging};
@@ -42,11 +43,11 @@ fn writes_outside_the_log_and_requests_of_a_predecessor_are_counted() {
     client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
     ring.set_up(&client, &guest, ring.initial_base());
     // A log of eight pages: what is written lies behind it.
-    let (_log, fd) = Log::create(4096).unwrap();
+    let (_log, fd) = Log::create(GuestAddress(4096)).unwrap();
     let description = LogDescription { mmap_size: 1, mmap_offset: 0 };
     client.send(Code::SET_LOG_BASE, VERSION, description.as_bytes(), &[fd.as_fd()]);
     client.reply(Code::SET_LOG_BASE);
-    start_logging(&client, &guest, BASIC, &mut [&mut ring], 0);
+    start_logging(&client, &guest, BASIC, &mut [&mut ring], GuestAddress(0));
     ring.enable(&client, true);
     ring.serve(3);
     assert_eq!(counted(&address, "vhost_resubmitted_total"), 3);

@@ -16,6 +16,7 @@ use vhost_migrate::abi::virtio::{
     VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures,
 };
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer, PacketCounts};
+use vhost_migrate::memory::{Address, GuestAddress};
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
@@ -36,9 +37,9 @@ const CONTROL: VirtioFeatures = VIRTIO_NET_F_CTRL_VQ
     .union(VIRTIO_NET_F_GUEST_ANNOUNCE);
 const HEADER: usize = 12;
 /// Address of frames to send, and first address of receive buffers.
-const SENT: u64 = 0xc0_0000;
-const BUFFERS: u64 = HIGH;
-const OUTSIDE: u64 = 1 << 40;
+const SENT: GuestAddress = GuestAddress(0xc0_0000);
+const BUFFERS: GuestAddress = HIGH;
+const OUTSIDE: GuestAddress = GuestAddress(1 << 40);
 
 fn options(peer: NetPeer) -> NetOptions {
     NetOptions::new(peer, MAC)
@@ -55,7 +56,7 @@ struct NetGuest {
     tx: Vec<Ring>,
     /// Buffers provided, by pair and head.
     provided: HashMap<(usize, u16), Buffer>,
-    next: u64,
+    next: GuestAddress,
 }
 
 impl NetGuest {
@@ -86,11 +87,11 @@ impl NetGuest {
     /// Provides a buffer of `len` bytes, cut in two, which begins where the last one ends.
     fn provide(&mut self, pair: usize, len: u32) -> u16 {
         let buffer = Buffer { gpa: self.next, len };
-        self.next += u64::from(len);
-        assert!(self.next < BUFFERS + (16 << 20));
+        self.next = self.next.unchecked_add(len.into());
+        assert!(self.next < BUFFERS.unchecked_add(16 << 20));
         self.guest.memory.write(buffer.gpa, &vec![0xee; len as usize]).unwrap();
         let first = Buffer { len: len / 3, ..buffer };
-        let second = Buffer { gpa: buffer.gpa + u64::from(first.len), len: len - first.len };
+        let second = Buffer { gpa: buffer.gpa.unchecked_add(first.len.into()), len: len - first.len };
         let head = self.rx[pair].driver.add(&[], &[first, second], None).unwrap().unwrap();
         self.provided.insert((pair, head), buffer);
         head
@@ -106,7 +107,7 @@ impl NetGuest {
         let message = [&[0xff; HEADER], frame].concat();
         self.guest.memory.write(SENT, &message).unwrap();
         let len = message.len() as u32;
-        self.transmit(pair, &[Buffer { gpa: SENT, len: 7 }, Buffer { gpa: SENT + 7, len: len - 7 }], &[]);
+        self.transmit(pair, &[Buffer { gpa: SENT, len: 7 }, Buffer { gpa: SENT.unchecked_add(7), len: len - 7 }], &[]);
     }
 
     fn transmit(&mut self, pair: usize, readable: &[Buffer], writable: &[Buffer]) {
@@ -125,7 +126,7 @@ impl NetGuest {
             let buffer = self.provided.remove(&(pair, used.0)).unwrap();
             assert!(used.1 <= buffer.len);
             message.extend(self.guest.bytes(buffer.gpa, used.1 as usize));
-            let behind = self.guest.bytes(buffer.gpa + u64::from(used.1), (buffer.len - used.1) as usize);
+            let behind = self.guest.bytes(buffer.gpa.unchecked_add(used.1.into()), (buffer.len - used.1) as usize);
             assert!(behind.iter().all(|byte| *byte == 0xee), "bytes behind the packet were written");
             let buffers = *left.get_or_insert_with(|| u16::from_le_bytes([message[10], message[11]]));
             assert!(buffers == 1 || used.1 == buffer.len, "a buffer that is not the last was not filled");
@@ -166,7 +167,7 @@ fn a_frame_of_any_size_is_received_intact_for_any_buffer_sizes(#[values(SPLIT, P
                     continue;
                 }
                 seed += 1;
-                net.next = BUFFERS + u64::from(seed);
+                net.next = BUFFERS.unchecked_add(u64::from(seed));
                 net.provide_kicked(0, &vec![room as u32; buffers]);
                 net.send(0, &frame(len, seed));
                 assert_eq!(net.receive(0), frame(len, seed), "{len} bytes in buffers of {room}");
@@ -225,7 +226,7 @@ fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: Virti
             let buffers = (len + HEADER).div_ceil(room);
             // Every buffer begins at the end of a page, and those that are not needed lie before those that are.
             for number in 0..buffers {
-                net.next = (net.next + 0x1fff) / 0x1000 * 0x1000 - 1 - round % 3 * 5;
+                net.next = GuestAddress((net.next.0 + 0x1fff) / 0x1000 * 0x1000 - 1 - round % 3 * 5);
                 let written = (len + HEADER - number * room).min(room) as u64;
                 oracles[0].wrote(net.next, written);
                 net.provide(0, room as u32);
@@ -234,19 +235,19 @@ fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: Virti
             net.send(0, &frame(len, round as u8));
             assert_eq!(net.receive(0), frame(len, round as u8));
             for (ring, oracle) in net.rx.iter().chain(&net.tx).zip(&mut oracles) {
-                oracle.used_ring(&net.guest, ring, LOG_AT + u64::from(ring.index) * 0x10_0000);
+                oracle.used_ring(&net.guest, ring, LOG_AT.unchecked_add(u64::from(ring.index) * 0x10_0000));
             }
-            if net.next > BUFFERS + (12 << 20) {
+            if net.next > BUFFERS.unchecked_add(12 << 20) {
                 net.next = BUFFERS;
             }
         }
         // Taken for a packet that is larger, and not written.
-        net.next = BUFFERS + (15 << 20);
+        net.next = BUFFERS.unchecked_add(15 << 20);
         net.provide_kicked(0, &[4096, 4096]);
         net.send(0, &frame(9000, 0));
         for (ring, oracle) in net.rx.iter().chain(&net.tx).zip(&mut oracles) {
             net.client.ring_base(ring.index);
-            oracle.used_ring(&net.guest, ring, LOG_AT + u64::from(ring.index) * 0x10_0000);
+            oracle.used_ring(&net.guest, ring, LOG_AT.unchecked_add(u64::from(ring.index) * 0x10_0000));
         }
         check(&oracles, harvest(&log));
         assert_eq!(log.out_of_range(), 0);
@@ -279,7 +280,7 @@ fn get_vring_base_does_not_wait_for_packets_and_returns_unused_buffers(#[values(
     let written = |net: &NetGuest| {
         let mut memory = net.guest.snapshot();
         for ring in net.rx.iter().chain(&net.tx) {
-            let kicks = ring.layout.used as usize + if rings == SPLIT { 0 } else { 2 };
+            let kicks = ring.layout.used.0 as usize + if rings == SPLIT { 0 } else { 2 };
             memory[0][kicks..kicks + 2].fill(0);
         }
         memory
@@ -381,7 +382,7 @@ fn packets_on_a_disabled_transmit_ring_stay_there_until_it_is_enabled(#[values(S
     (0..2).for_each(|pair| net.provide_kicked(pair, &[2000; 2]));
     net.tx[0].enable(&net.client, false);
     let message = [&[0xff; HEADER][..], &frame(100, 1)].concat();
-    let held = Buffer { gpa: SENT + 0x1000, len: message.len() as u32 };
+    let held = Buffer { gpa: SENT.unchecked_add(0x1000), len: message.len() as u32 };
     net.guest.memory.write(held.gpa, &message).unwrap();
     net.tx[0].driver.add(&[held], &[], None).unwrap().unwrap();
     net.tx[0].kick();
@@ -504,9 +505,10 @@ impl ControlQueueDriver {
     fn ask(&mut self, guest: &Guest, class: u8, command: u8, data: &[u8]) -> u8 {
         let message = [&[class, command], data].concat();
         guest.memory.write(SENT, &message).unwrap();
-        let answer = Buffer { gpa: SENT + 0x10_0000, len: 1 };
+        let answer = Buffer { gpa: SENT.unchecked_add(0x10_0000), len: 1 };
         guest.memory.write(answer.gpa, &[0xff]).unwrap();
-        let readable = [Buffer { gpa: SENT, len: 2 }, Buffer { gpa: SENT + 2, len: message.len() as u32 - 2 }];
+        let readable =
+            [Buffer { gpa: SENT, len: 2 }, Buffer { gpa: SENT.unchecked_add(2), len: message.len() as u32 - 2 }];
         let readable: Vec<_> = readable.into_iter().filter(|buffer| buffer.len > 0).collect();
         self.0.driver.add(&readable, &[answer], None).unwrap().unwrap();
         self.0.kick();
@@ -677,7 +679,7 @@ fn invalid_packets_are_dropped_and_counted_and_the_queue_continues(#[values(SPLI
     net.transmit(0, &[at(SENT, 11)], &[]);
     net.transmit(0, &[], &[at(SENT, 64)]);
     net.transmit(0, &[at(SENT, 12 + 65551)], &[]);
-    net.transmit(0, &[at(0, 0xffff_fff0)], &[]);
+    net.transmit(0, &[at(GuestAddress(0), 0xffff_fff0)], &[]);
     net.transmit(0, &[at(SENT, 12), at(OUTSIDE, 100)], &[]);
     net.transmit(0, &[at(OUTSIDE, 12), at(SENT, 100)], &[]);
     net.wait_for("the packet arrives", |seen| seen.received == 1);
@@ -707,7 +709,7 @@ fn unusable_receive_buffers_are_returned_empty_and_the_queue_continues(#[values(
         }
         assert_eq!(net.receive(0), frame(1000, 1));
         assert_eq!(net.device.packet_counts().bad_buffers, 3);
-        assert_eq!(net.guest.bytes(BUFFERS + 4000, 8), [0; 8]);
+        assert_eq!(net.guest.bytes(BUFFERS.unchecked_add(4000), 8), [0; 8]);
     }
 }
 
@@ -718,7 +720,7 @@ fn a_packet_larger_than_a_full_ring_of_buffers_is_dropped(#[values(SPLIT, PACKED
     net.send(0, &frame(256 * 12, 1));
     net.send(0, &frame(255 * 12, 2));
     for number in 0..256 {
-        let buffer = Buffer { gpa: BUFFERS + number * 12, len: 12 };
+        let buffer = Buffer { gpa: BUFFERS.unchecked_add(number * 12), len: 12 };
         net.rx[0].driver.add(&[], &[buffer], None).unwrap().unwrap();
     }
     net.rx[0].serve(256);

@@ -4,6 +4,7 @@ use vhost_migrate::abi::virtio::{
     VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MRG_RXBUF, VirtioFeatures,
 };
+use vhost_migrate::memory::GuestAddress;
 use vhost_migrate::ring::Buffer;
 
 use crate::guest::{Guest, HIGH, Ring, negotiate};
@@ -13,8 +14,8 @@ use crate::raw::RawFrontend;
 pub(crate) const CONTROL: u32 = 4;
 const HEADER: usize = 12;
 /// Addresses of packets and commands to send, and of received ones.
-const SENT: u64 = 0xc0_0000;
-const RECEIVED: u64 = HIGH;
+const SENT: GuestAddress = GuestAddress(0xc0_0000);
+const RECEIVED: GuestAddress = HIGH;
 
 /// Features that its driver acknowledges, besides the kind of its rings.
 pub(crate) fn interface_features(rings: VirtioFeatures) -> VirtioFeatures {

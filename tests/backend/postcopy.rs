@@ -17,7 +17,9 @@ use vhost_migrate::abi::virtio::{VIRTIO_NET_F_MRG_RXBUF, VirtioFeatures};
 use vhost_migrate::backend::blk::Aio;
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{BackendAddresses, Device as _, RingSetup, UserDevice, UserOptions};
-use vhost_migrate::memory::{LOG_PAGE, Memory, Region, Userfault, sealed_memfd};
+use vhost_migrate::memory::{
+    Address, FaultAddress, GuestAddress, LOG_PAGE, Memory, Region, UserAddress, Userfault, sealed_memfd,
+};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase, SplitLayout};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -55,7 +57,7 @@ fn huge(name: &std::ffi::CStr) -> OwnedFd {
 
 fn memory_of(make: impl Fn() -> OwnedFd) -> Memory {
     let share = |gpa| Arc::new(Region::share(make(), gpa, REGION, 0).unwrap());
-    Memory::new([share(0), share(HIGH)]).unwrap()
+    Memory::new([share(GuestAddress(0)), share(HIGH)]).unwrap()
 }
 
 /// Serves page faults of the back-end from the source memory.
@@ -70,7 +72,7 @@ struct PageServer<'a> {
 
 impl PageServer<'_> {
     /// Serves faults until told to stop; the pages that the back-end has asked for.
-    fn serve(&self, addresses: &BackendAddresses) -> BTreeSet<u64> {
+    fn serve(&self, addresses: &BackendAddresses) -> BTreeSet<GuestAddress> {
         let mut asked = BTreeSet::new();
         while !self.stop.load(Ordering::Relaxed) {
             let mut fds = [&self.own, &self.theirs].map(|fault| PollFd::new(fault.as_fd(), PollFlags::POLLIN));
@@ -80,8 +82,9 @@ impl PageServer<'_> {
                 asked.insert(self.serve_page(gpa, addresses));
             }
             while let Some(address) = self.own.fault().unwrap() {
-                let region = self.to.regions().iter().find(|r| address.wrapping_sub(r.user_addr()) < r.size()).unwrap();
-                self.serve_page(region.gpa() + (address - region.user_addr()), addresses);
+                // The addresses in this process are also those in memory tables.
+                let gpa = self.to.gpa_of_user(UserAddress(address.0), 1).unwrap();
+                self.serve_page(gpa, addresses);
             }
         }
         asked
@@ -91,21 +94,22 @@ impl PageServer<'_> {
     fn serve_all_pages(&self, addresses: &BackendAddresses) {
         for region in self.to.regions() {
             for offset in (0..region.size()).step_by(region.page_size() as usize) {
-                self.serve_page(region.gpa() + offset, addresses);
+                self.serve_page(region.gpa().unchecked_add(offset), addresses);
             }
         }
     }
 
     /// The page around `gpa`.
-    fn serve_page(&self, gpa: u64, addresses: &BackendAddresses) -> u64 {
-        let region = self.to.regions().iter().find(|region| gpa.wrapping_sub(region.gpa()) < region.size()).unwrap();
+    fn serve_page(&self, gpa: GuestAddress, addresses: &BackendAddresses) -> GuestAddress {
+        let region = self.to.regions().iter().rfind(|region| region.gpa() <= gpa).unwrap();
         let size = region.page_size();
-        let gpa = gpa / size * size;
+        let gpa = GuestAddress(gpa.0 / size * size);
+        let offset = gpa.unchecked_offset_from(region.gpa());
         let mut page = vec![0; size as usize];
         self.from.read(gpa, &mut page).unwrap();
-        self.own.place(region, gpa - region.gpa(), &page).unwrap();
+        self.own.place(region, offset, &page).unwrap();
         // A thread that waits for the page waits on one of the two.
-        self.own.wake(region.user_addr() + gpa - region.gpa(), size).unwrap();
+        self.own.wake(FaultAddress(region.user_addr().0 + offset), size).unwrap();
         self.theirs.wake(addresses.address(gpa).unwrap(), size).unwrap();
         gpa
     }
@@ -122,10 +126,11 @@ fn setup(ring: &Ring) -> RingSetup {
 /// Waits until the first `requests` of a ring, each of `slots` descriptors, are complete in memory `to`.
 fn wait_for_requests(to: &Memory, ring: &Ring, requests: u16, slots: u16) {
     let (at, enough): (_, fn(u16, u16) -> bool) = match ring.driver {
-        DriverRing::Split(_) => (ring.layout.used + 2, |index, requests| index >= requests),
+        DriverRing::Split(_) => (ring.layout.used.unchecked_add(2), |index, requests| index >= requests),
         // The last one's flags, in the ring's first round.
         DriverRing::Packed(_) => {
-            (ring.layout.desc + 16 * u64::from((requests - 1) * slots) + 14, |flags, _| flags & 0x8080 == 0x8080)
+            let last = ring.layout.desc.unchecked_add(16 * u64::from((requests - 1) * slots));
+            (last.unchecked_add(14), |flags, _| flags & 0x8080 == 0x8080)
         }
     };
     let (end, mut bytes) = (Instant::now() + DEADLINE, [0; 2]);
@@ -136,7 +141,7 @@ fn wait_for_requests(to: &Memory, ring: &Ring, requests: u16, slots: u16) {
 
 /// Takes the completions that the device has written to a ring over to what is expected; head and length of each.
 fn completions(found: &[u8], expected: &mut [u8], ring: &Ring, requests: u16, slots: u16) -> Vec<(u16, u32)> {
-    let SplitLayout { desc, used, .. } = ring.layout;
+    let SplitLayout { desc: GuestAddress(desc), used: GuestAddress(used), .. } = ring.layout;
     let (at, step, head, len) = match ring.driver {
         DriverRing::Split(_) => (used as usize + 4, 8, 0, 4),
         DriverRing::Packed(_) => (desc as usize, 16 * usize::from(slots), 12, 8),
@@ -208,7 +213,7 @@ fn every_byte_arrives(server: &Server, to: &Memory, features: VirtioFeatures) {
     for region in to.regions() {
         postman.own.unregister(region).unwrap();
     }
-    let touched: BTreeSet<u64> = asked.iter().map(|gpa| gpa / to.regions()[0].page_size()).collect();
+    let touched: BTreeSet<u64> = asked.iter().map(|gpa| gpa.0 / to.regions()[0].page_size()).collect();
     assert!(touched.len() > 2, "hardly a page was asked for: this has tested nothing");
 
     // Memory is the old one with what the disk has done to it, and nothing else.
@@ -219,10 +224,11 @@ fn every_byte_arrives(server: &Server, to: &Memory, features: VirtioFeatures) {
     let image = std::fs::read(server.image()).unwrap();
     for slot in 0..REQUESTS {
         let (_, status, data) = request_addresses(slot);
-        expected[0][status as usize] = 0;
+        expected[0][status.0 as usize] = 0;
         let on_disk = |sector: u64| &image[sector as usize * 512..][..LENGTH as usize];
         if slot % 2 == 0 {
-            expected[1][(data - HIGH) as usize..][..LENGTH as usize].copy_from_slice(on_disk(slot * 24));
+            expected[1][data.unchecked_offset_from(HIGH) as usize..][..LENGTH as usize]
+                .copy_from_slice(on_disk(slot * 24));
         } else {
             assert!(on_disk(1024 + slot * 24).iter().all(|byte| *byte == slot as u8), "write {slot}");
         }
@@ -252,11 +258,11 @@ fn packets_received_into_missing_postcopy_pages_are_intact_and_logged(#[values(S
     let guest = Guest::new();
     guest.memory.write(HIGH, &[0xee; 1 << 20]).unwrap();
     let [mut rx, mut tx] = [0, 1].map(|index| Ring::new(&guest, index, 128, features));
-    let buffer = |number: usize| HIGH + number as u64 * 0x3000 + 0xf00;
+    let buffer = |number: usize| HIGH.unchecked_add(number as u64 * 0x3000 + 0xf00);
     let mut heads = Vec::new();
     for packet in 0..usize::from(PACKETS) {
         let message = [vec![0; HEADER], vec![packet as u8 + 1; 9000]].concat();
-        let sent = Buffer { gpa: 0xc0_0000 + packet as u64 * 0x4000, len: message.len() as u32 };
+        let sent = Buffer { gpa: GuestAddress(0xc0_0000 + packet as u64 * 0x4000), len: message.len() as u32 };
         guest.memory.write(sent.gpa, &message).unwrap();
         tx.driver.add(&[sent], &[], None).unwrap().unwrap();
         for number in 3 * packet..3 * packet + 3 {
@@ -310,12 +316,12 @@ fn packets_received_into_missing_postcopy_pages_are_intact_and_logged(#[values(S
         message[HEADER - 2] = 3;
         for (number, len) in (3 * packet..).zip(LENGTHS) {
             let part: Vec<u8> = message.drain(..len).collect();
-            expected[1][(buffer(number) - HIGH) as usize..][..len].copy_from_slice(&part);
+            expected[1][buffer(number).unchecked_offset_from(HIGH) as usize..][..len].copy_from_slice(&part);
             written.extend(pages(buffer(number), len as u64));
         }
     }
     assert!(found == expected, "memory differs");
-    assert!(written.iter().all(|page| asked.contains(&(page * LOG_PAGE))), "a page was not asked for");
+    assert!(written.iter().all(|page| asked.contains(&GuestAddress(page * LOG_PAGE))), "a page was not asked for");
     let marked = harvest(&log);
     assert_eq!(written.difference(&marked).count(), 0, "written and not logged");
     let of_rings: BTreeSet<u64> = [&rx, &tx]

@@ -13,6 +13,7 @@ use vhost_migrate::abi::virtio::{
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
 };
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
+use vhost_migrate::memory::{Address, GuestAddress};
 use vhost_migrate::ring::{Buffer, RingBase};
 
 use crate::guest::{BASIC, Guest, HIGH, Ring, negotiate, status};
@@ -49,11 +50,11 @@ impl RingCorruptor<'_> {
 
     /// A descriptor at a place that is always of the same kind, so that one which is read while it changes is of that
     /// kind too: an indirect table, something to read, or something to write.
-    fn desc(&mut self, at: u64, flags: u16, next: u16) {
+    fn desc(&mut self, at: GuestAddress, flags: u16, next: u16) {
         let random = self.next();
         let wild = random.is_multiple_of(61);
-        let (addr, allowed) = match at / 16 % 4 {
-            0 if at < HEADERS => (TABLES + random % 0x1000 * 16, !WRITE),
+        let (addr, allowed) = match at.0 / 16 % 4 {
+            0 if at.0 < HEADERS => (TABLES + random % 0x1000 * 16, !WRITE),
             0 | 1 => (HEADERS + random % 0x1000 * 16, !(WRITE | INDIRECT)),
             _ => (BUFFERS.start + random % (BUFFERS.end - BUFFERS.start - 0x1_0000), !INDIRECT),
         };
@@ -70,7 +71,7 @@ impl RingCorruptor<'_> {
         let kind = [0u32, 1, 4, 8, 11, 13, 0, 1][random as usize % 8];
         let at = HEADERS + (random >> 8) % 0x1000 * 16;
         let header = [&kind.to_le_bytes()[..], &[0; 4], &(random >> 32 & 0x7f).to_le_bytes()].concat();
-        self.guest.memory.write(at, &header).unwrap();
+        self.guest.memory.write(GuestAddress(at), &header).unwrap();
     }
 
     fn corrupt_once(&mut self) {
@@ -78,34 +79,34 @@ impl RingCorruptor<'_> {
         let number = (random >> 55) as usize % self.rings.len();
         let layout = self.rings[number].layout;
         let slot = random >> 8 & 0x3f;
-        let (at, flags, next) = (layout.desc + slot * 16, (random >> 16) as u16, (random >> 40) as u16);
+        let (at, flags, next) = (layout.desc.unchecked_add(slot * 16), (random >> 16) as u16, (random >> 40) as u16);
         let marks = if random >> 60 & 1 == 0 { 1 << 7 } else { 1 << 15 };
         match random % 8 {
             0 => self.desc(at, flags & 7 | flags & 0x8080, next % (SIZE + 2)),
-            1 => self.desc(TABLES + (random >> 20) % 0x1000 * 16, flags & 7, next % 8),
+            1 => self.desc(GuestAddress(TABLES + (random >> 20) % 0x1000 * 16), flags & 7, next % 8),
             2 => self.header(),
             3 if !self.packed => {
                 let ahead = if random >> 50 & 0xff == 0 { next } else { next % 4 };
                 self.avail[number] = self.avail[number].wrapping_add(ahead);
-                self.guest.memory.write(layout.avail + 2, &self.avail[number].to_le_bytes()).unwrap();
+                self.guest.memory.write(layout.avail.unchecked_add(2), &self.avail[number].to_le_bytes()).unwrap();
             }
             4 if !self.packed => {
                 let head = next % (SIZE + 1);
-                self.guest.memory.write(layout.avail + 4 + slot * 2, &head.to_le_bytes()).unwrap();
+                self.guest.memory.write(layout.avail.unchecked_add(4 + slot * 2), &head.to_le_bytes()).unwrap();
             }
             _ => {
                 // A chain that makes sense as long as it stays: a header, data, a byte for the status.
                 let first = slot & !3 | 1;
                 let chain = [(0, NEXT), (1, NEXT | WRITE), (2, WRITE)];
                 for (number, flags) in chain.into_iter().rev() {
-                    let at = layout.desc + (first + number) * 16;
+                    let at = layout.desc.unchecked_add((first + number) * 16);
                     self.desc(at, flags | if self.packed { marks } else { 0 }, (first + number) as u16 + 1);
                 }
                 if !self.packed {
-                    let entry = layout.avail + 4 + u64::from(self.avail[number] % SIZE) * 2;
+                    let entry = layout.avail.unchecked_add(4 + u64::from(self.avail[number] % SIZE) * 2);
                     self.guest.memory.write(entry, &(first as u16).to_le_bytes()).unwrap();
                     self.avail[number] = self.avail[number].wrapping_add(1);
-                    self.guest.memory.write(layout.avail + 2, &self.avail[number].to_le_bytes()).unwrap();
+                    self.guest.memory.write(layout.avail.unchecked_add(2), &self.avail[number].to_le_bytes()).unwrap();
                 }
             }
         }
@@ -127,8 +128,8 @@ fn race(server: &Server, features: VirtioFeatures, count: u32) {
     }
     // What the guest writes itself lies below the buffers, and so do the device's areas of the rings.
     let above = (u64::from(count) + 1) << 20;
-    let fixed = [(BUFFERS.end, 0x100_0000 - BUFFERS.end), (HIGH, 0x100_0000), (above, HEADERS - above)];
-    let snapshot = || fixed.map(|(gpa, len)| guest.bytes(gpa, len as usize));
+    let fixed = [(BUFFERS.end, 0x100_0000 - BUFFERS.end), (HIGH.0, 0x100_0000), (above, HEADERS - above)];
+    let snapshot = || fixed.map(|(gpa, len)| guest.bytes(GuestAddress(gpa), len as usize));
     let before = snapshot();
     let stop = AtomicBool::new(false);
     // By ring.
@@ -148,10 +149,10 @@ fn race(server: &Server, features: VirtioFeatures, count: u32) {
                 panic!("hardly anything happens: {served:?} served, {broken:?} broken");
             }
             for ring in &rings {
-                let avail = u16::from_le_bytes(guest.bytes(ring.layout.avail + 2, 2).try_into().unwrap());
+                let avail = u16::from_le_bytes(guest.bytes(ring.layout.avail.unchecked_add(2), 2).try_into().unwrap());
                 let base = if packed { RingBase::initial(features) } else { RingBase::split(avail) };
                 if !packed {
-                    guest.memory.write(ring.layout.used + 2, &avail.to_le_bytes()).unwrap();
+                    guest.memory.write(ring.layout.used.unchecked_add(2), &avail.to_le_bytes()).unwrap();
                 }
                 ring.set_up(&client, &guest, base.bits());
                 ring.enable(&client, true);
@@ -204,7 +205,8 @@ fn race_on_an_interface(features: VirtioFeatures) {
     // What the guest before this one sent last still comes, and may have left no room.
     let frame = [0xff; 60];
     let sent = [&[0; 12][..], &frame].concat();
-    guest.memory.write(BUFFERS.start, &sent).unwrap();
+    let buffer = Buffer { gpa: GuestAddress(BUFFERS.start), len: sent.len() as u32 };
+    guest.memory.write(buffer.gpa, &sent).unwrap();
     loop {
         tx.driver.add(&[Buffer { gpa: BUFFERS.start, len: sent.len() as u32 }], &[], None).unwrap().unwrap();
         tx.serve_one();

@@ -54,7 +54,7 @@ fn a_driver_that_starts_with_empty_rings_is_served_with_a_used_inflight_region(
 /// Serves `count` requests of one page each, as a device that then dies; the driver always has `ahead` more available.
 fn serve_and_die(guest: &Guest, ring: &mut Ring, ahead: u64, count: u64) {
     let SplitLayout { size, desc, avail, used } = ring.layout;
-    let layout = RingLayout::new(PACKED, size, desc, avail, used);
+    let layout = RingLayout::new(PACKED, size, [desc, avail, used]);
     let mut device = DeviceRing::new(&guest.memory, layout, PACKED, RingBase::PACKED_START).unwrap();
     let mut chain = Chain::default();
     let add = |ring: &mut Ring, slot| {

@@ -14,6 +14,7 @@ use vhost_migrate::abi::virtio::{
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight;
+use vhost_migrate::memory::GuestAddress;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::drain::GatedDevice;
@@ -237,7 +238,7 @@ fn set_vring_addr_on_a_running_ring_changes_only_its_logging(#[values(SPLIT, PAC
     let (_server, guest, client, mut ring) = disk().running(256, features);
     for sector in 0..20 {
         read_one(&guest, &mut ring, sector);
-        ring.log_at = if sector % 2 == 0 { Some(0x30_0000) } else { None };
+        ring.log_at = if sector % 2 == 0 { Some(GuestAddress(0x30_0000)) } else { None };
         client.send_acknowledged(Code::SET_VRING_ADDR, &ring.addr(&guest), &[]);
     }
     let mut moved = ring.addr(&guest);

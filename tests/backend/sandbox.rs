@@ -13,6 +13,7 @@ use vhost_migrate::abi::virtio::{
     BlkDiscardWriteZeroes, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_F_RING_PACKED, VirtioFeatures,
 };
+use vhost_migrate::memory::GuestAddress;
 use vhost_migrate::ring::Buffer;
 use zerocopy::IntoBytes;
 
@@ -115,7 +116,7 @@ fn assert_disk_works(socket: &str, features: VirtioFeatures) {
     for round in 0..3u8 {
         ring.set_up(&client, &guest, base);
         ring.enable(&client, true);
-        start_logging(&client, &guest, features, &mut [&mut ring], 0);
+        start_logging(&client, &guest, features, &mut [&mut ring], GuestAddress(0));
         let data = [0xc0 | round; 8192];
         ring.write(&guest, 0, 64, &data);
         let clear = |kind, slot, sector: u64| {

@@ -11,10 +11,11 @@ use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VirtioFeatures};
 use vhost_migrate::backend::{Queue, RING_FEATURES, Request, VirtioDevice};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight::{InflightRegion, RingKind};
+use vhost_migrate::memory::LOG_PAGE;
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::drain::{GatedDevice, page};
+use crate::drain::{GatedDevice, LOG_AT, page};
 use crate::guest::{
     BASIC, Guest, PACKED, PROTOCOL, Ring, SPLIT, harvest, inflight_kind as kind, install_log, negotiate_with,
     start_logging,
@@ -62,7 +63,7 @@ impl SuspendGuest {
         let mut scene = SuspendGuest { server, gate, guest, client, ring, region, fd, log, features, protocol };
         scene.send_inflight_region();
         scene.ring.set_up(&scene.client, &scene.guest, RingBase::initial(features).bits());
-        start_logging(&scene.client, &scene.guest, features, &mut [&mut scene.ring], 0x30_0000);
+        start_logging(&scene.client, &scene.guest, features, &mut [&mut scene.ring], LOG_AT);
         scene.ring.enable(&scene.client, true);
         scene.add(0..COUNT);
         scene
@@ -147,7 +148,7 @@ fn suspended_requests_stay_marked_logged_and_unpublished_and_are_resubmitted_els
         assert!(scene.ring.driver.pop_used().unwrap().is_none(), "a request was published");
         // It has written these pages already.
         let marks = harvest(&scene.log);
-        assert!((0..COUNT).all(|slot| marks.contains(&(page(slot).gpa >> 12))), "a page was not logged");
+        assert!((0..COUNT).all(|slot| marks.contains(&(page(slot).gpa.0 / LOG_PAGE))), "a page was not logged");
         let before = scene.guest.snapshot();
         scene.gate.write(1).unwrap();
         scene.client.wait_until_processed();
@@ -264,7 +265,7 @@ fn suspend_leaves_requests_completed_behind_an_open_one_with_in_order() {
         let base = scene.stop(Code::GET_VRING_BASE_SKIP_DRAIN);
         assert_eq!(scene.requests_marked(), COUNT);
         let marks = harvest(&scene.log);
-        assert!((0..COUNT).all(|slot| marks.contains(&(page(slot).gpa >> 12))), "a page was not logged");
+        assert!((0..COUNT).all(|slot| marks.contains(&(page(slot).gpa.0 / LOG_PAGE))), "a page was not logged");
         scene.move_to(device, base);
         scene.gate.write(1).unwrap();
         scene.ring.completions(COUNT as usize);

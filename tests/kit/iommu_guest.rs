@@ -105,6 +105,16 @@ impl Iommu {
     }
 }
 
+/// What a driver's address is to the IOMMU.
+pub(crate) fn iova(address: GuestAddress) -> Iova {
+    Iova(address.0)
+}
+
+/// The start of the page that has this address.
+pub(crate) fn page_at(address: GuestAddress) -> GuestAddress {
+    GuestAddress(address.0 / LOG_PAGE * LOG_PAGE)
+}
+
 pub(crate) fn update(iova: Iova, size: u64, user: UserAddress, perm: u8) -> IotlbMsg {
     IotlbMsg { iova: iova.0, size, uaddr: user.0, perm, kind: VHOST_IOTLB_UPDATE, ..IotlbMsg::new_zeroed() }
 }
@@ -162,7 +172,7 @@ impl IommuGuest {
         for (page, (user, _)) in self.iommu.map.lock().unwrap().iter() {
             iotlb.update(Iova(page * LOG_PAGE), LOG_PAGE, *user, Some(Access::ReadWrite)).unwrap();
         }
-        let area = [(Iova(address.0), len, Access::Read)];
+        let area = [(iova(address), len, Access::Read)];
         IovaWindow::open(&self.guest.memory, &iotlb, &area, None).unwrap().memory().clone()
     }
 
@@ -206,7 +216,7 @@ impl IommuGuest {
                 Some(to) => drop(map.insert(page.0 / LOG_PAGE, to)),
                 None => drop(map.remove(&(page.0 / LOG_PAGE))),
             }
-            changed.push(Iova(page.0));
+            changed.push(iova(page));
         }
         drop(map);
         for iova in changed {
