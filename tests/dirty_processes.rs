@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::process::{Child, Command};
 
 use vhost_migrate::dirty::{Log, PageSet};
-use vhost_migrate::memory::LOG_PAGE;
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE};
 
 const PAGES: u64 = 1 << 16;
 const PROCESSES: u64 = 3;
@@ -27,16 +27,16 @@ fn a_process_marks_its_pages() {
     let log = Log::map(file.as_fd(), file.metadata().unwrap().len(), 0).unwrap();
     for page in pages_of(process) {
         if page % 2 == 0 {
-            log.mark(page * LOG_PAGE, LOG_PAGE);
+            log.mark(GuestAddress(page * LOG_PAGE), LOG_PAGE);
         } else {
-            log.burst().mark(page * LOG_PAGE + 7, 1);
+            log.burst().mark(GuestAddress(page * LOG_PAGE + 7), 1);
         }
     }
 }
 
 #[test]
 fn marks_of_several_processes_are_all_harvested() {
-    let (log, fd) = Log::create(PAGES * LOG_PAGE).unwrap();
+    let (log, fd) = Log::create(GuestAddress(PAGES * LOG_PAGE)).unwrap();
     let path = format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd());
     let start = |process| {
         Command::new(std::env::current_exe().unwrap())

@@ -21,7 +21,7 @@ use vhost_migrate::backend::{self, FrontendHandle, Queue};
 use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig};
 use vhost_migrate::inflight::{InflightRegion, RingKind};
-use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -110,13 +110,14 @@ fn eventfd() -> Arc<OwnedFd> {
 
 /// Returns memory and an empty ring 0.
 fn ring(device: &mut UserDevice) -> (Memory, RingSetup) {
-    let region = Region::share(sealed_memfd("guest", MIB).unwrap(), 0, MIB, 0).unwrap();
+    let region = Region::share(sealed_memfd("guest", MIB).unwrap(), GuestAddress(0), MIB, 0).unwrap();
     let memory = Memory::new([Arc::new(region)]).unwrap();
     device.set_features(VirtioFeatures::from_bits_retain(1 << 32)).unwrap();
     device.set_memory(&memory).unwrap();
     let (kick, call, error) = (eventfd(), eventfd(), Some(eventfd()));
     let base = RingBase::split(0);
-    (memory, RingSetup { size: 8, desc: 0x1000, avail: 0x2000, used: 0x3000, kick, call, error, base })
+    let [desc, avail, used] = [0x1000, 0x2000, 0x3000].map(GuestAddress);
+    (memory, RingSetup { size: 8, desc, avail, used, kick, call, error, base })
 }
 
 #[test]
@@ -198,7 +199,7 @@ fn a_broken_ring_signals_its_error_fd_in_band_and_out_of_band() {
         device.start_ring(0, setup.clone()).unwrap();
         let error = setup.error.unwrap();
         assert!(!is_readable(&error, PollTimeout::ZERO));
-        memory.write(0x2002, &9999u16.to_le_bytes()).unwrap();
+        memory.write(GuestAddress(0x2002), &9999u16.to_le_bytes()).unwrap();
         nix::unistd::write(&setup.kick, &1u64.to_ne_bytes()).unwrap();
         assert!(is_readable(&error, 60_000u16), "in-band: {in_band:#x}");
         if in_band != ProtocolFeatures::empty() {

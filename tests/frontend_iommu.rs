@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -24,7 +25,9 @@ use vhost_migrate::abi::virtio::{
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, Iommu, Mapping, RingSetup, UserDevice, UserOptions};
-use vhost_migrate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{
+    Access, Address, GuestAddress, Iotlb, Iova, IovaWindow, LOG_PAGE, Memory, Region, sealed_memfd,
+};
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -51,8 +54,8 @@ mod tracked_ring;
 #[path = "kit/wait.rs"]
 mod wait;
 
-use guest::{Guest, HIGH, REGION, Ring, harvest};
-use iommu_guest::{BASE, DATA, Random};
+use guest::{Guest, HIGH, REGION, Ring, harvest, pages};
+use iommu_guest::{BASE, DATA, Random, iova, page_at};
 use iommu_load::{DiskLoad, Slot, bytes, contents};
 use server::{Process, Server};
 use wait::is_readable;
@@ -63,52 +66,56 @@ const PACKED: VirtioFeatures = VIRTIO_F_RING_PACKED;
 const INDIRECT: VirtioFeatures = VIRTIO_RING_F_INDIRECT_DESC;
 const TRANSLATED: VirtioFeatures = VIRTIO_F_ACCESS_PLATFORM;
 const FEATURES: VirtioFeatures = VIRTIO_F_VERSION_1.union(TRANSLATED);
+const EVERYTHING: RangeInclusive<Iova> = Iova(0)..=Iova(u64::MAX);
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Mappings of an IOMMU: guest-physical page and permission, by I/O virtual page.
 #[derive(Default)]
 struct IommuTable {
-    map: Mutex<BTreeMap<u64, (u64, Access)>>,
+    map: Mutex<BTreeMap<u64, (GuestAddress, Access)>>,
     asked: AtomicU64,
 }
 
 impl Iommu for IommuTable {
-    fn translate(&self, iova: u64, _: Access) -> Option<Mapping> {
+    fn translate(&self, iova: Iova, _: Access) -> Option<Mapping> {
         self.asked.fetch_add(1, Ordering::SeqCst);
-        let page = iova / LOG_PAGE;
+        let page = iova.0 / LOG_PAGE;
         let (gpa, permission) = *self.map.lock().unwrap().get(&page)?;
-        Some(Mapping { iova: page * LOG_PAGE, size: LOG_PAGE, gpa, permission })
+        Some(Mapping { iova: Iova(page * LOG_PAGE), size: LOG_PAGE, gpa, permission })
     }
 }
 
 impl IommuTable {
     /// Maps 24 MiB of I/O virtual addresses from [`BASE`] to pages of both regions in random order. Also returns the
     /// free pages.
-    fn scattered() -> (IommuTable, Vec<u64>) {
-        let mut pages: Vec<u64> = (0..REGION / LOG_PAGE).flat_map(|page| [page, HIGH / LOG_PAGE + page]).collect();
+    fn scattered() -> (IommuTable, Vec<GuestAddress>) {
+        let mut pages: Vec<u64> = (0..REGION / LOG_PAGE).flat_map(|page| [page, HIGH.0 / LOG_PAGE + page]).collect();
         let mut dice = Random(11);
-        let numbers = (BASE / LOG_PAGE..).take((24 << 20) / LOG_PAGE as usize);
+        let numbers = (BASE.0 / LOG_PAGE..).take((24 << 20) / LOG_PAGE as usize);
         let map = numbers.map(|number| {
             let gpa = pages.swap_remove(dice.below(pages.len() as u64) as usize) * LOG_PAGE;
-            (number, (gpa, Access::ReadWrite))
+            (number, (GuestAddress(gpa), Access::ReadWrite))
         });
         let table = IommuTable { map: Mutex::new(map.collect()), asked: AtomicU64::new(0) };
-        (table, pages.iter().map(|page| page * LOG_PAGE).collect())
+        (table, pages.iter().map(|page| GuestAddress(page * LOG_PAGE)).collect())
     }
 
-    fn gpa(&self, iova: u64) -> u64 {
-        self.map.lock().unwrap()[&(iova / LOG_PAGE)].0 + iova % LOG_PAGE
+    /// The guest-physical address of an address of the driver.
+    fn gpa(&self, address: GuestAddress) -> GuestAddress {
+        let (gpa, _) = self.map.lock().unwrap()[&(address.0 / LOG_PAGE)];
+        gpa.unchecked_add(address.0 % LOG_PAGE)
     }
 
-    fn pages(&self, iova: u64, len: u64) -> impl Iterator<Item = u64> {
-        (iova / LOG_PAGE..=(iova + len - 1) / LOG_PAGE).map(|page| self.gpa(page * LOG_PAGE) / LOG_PAGE)
+    /// The guest-physical pages of a range of the driver.
+    fn pages(&self, address: GuestAddress, len: u64) -> impl Iterator<Item = u64> {
+        pages(address, len).map(|page| self.gpa(GuestAddress(page * LOG_PAGE)).0 / LOG_PAGE)
     }
 
-    fn set(&self, iova: u64, to: Option<(u64, Access)>) {
+    fn set(&self, address: GuestAddress, to: Option<(GuestAddress, Access)>) {
         let mut map = self.map.lock().unwrap();
         match to {
-            Some(to) => map.insert(iova / LOG_PAGE, to),
-            None => map.remove(&(iova / LOG_PAGE)),
+            Some(to) => map.insert(address.0 / LOG_PAGE, to),
+            None => map.remove(&(address.0 / LOG_PAGE)),
         };
     }
 }
@@ -117,7 +124,7 @@ impl IommuTable {
 struct IommuSetup {
     guest: Guest,
     table: Arc<IommuTable>,
-    free: Vec<u64>,
+    free: Vec<GuestAddress>,
     device: UserDevice,
     features: VirtioFeatures,
 }
@@ -135,17 +142,19 @@ impl IommuSetup {
     }
 
     /// Returns guest memory as the driver sees it, contiguous.
-    fn view(&self, iova: u64, len: u64) -> Memory {
+    fn view(&self, address: GuestAddress, len: u64) -> Memory {
         let iotlb = Iotlb::default();
         for (page, (gpa, _)) in self.table.map.lock().unwrap().iter() {
-            iotlb.update(page * LOG_PAGE, LOG_PAGE, self.guest.user(*gpa), 3).unwrap();
+            let user = self.guest.user(*gpa);
+            iotlb.update(Iova(page * LOG_PAGE), LOG_PAGE, user, Some(Access::ReadWrite)).unwrap();
         }
-        IovaWindow::open(&self.guest.memory, &iotlb, &[(iova, len, Access::Read)], None).unwrap().memory().clone()
+        let area = [(iova(address), len, Access::Read)];
+        IovaWindow::open(&self.guest.memory, &iotlb, &area, None).unwrap().memory().clone()
     }
 
     /// Starts a ring. Returns it with its error fd.
     fn ring(&mut self, index: u16) -> (Ring, Arc<OwnedFd>) {
-        let at = BASE + (u64::from(index) << 20);
+        let at = BASE.unchecked_add(u64::from(index) << 20);
         let ring = Ring::at(&self.view(BASE, 24 << 20), at, index.into(), SIZE, self.features);
         let base = RingBase::from_bits(ring.initial_base());
         let error = self.start(&ring, base);
@@ -223,7 +232,7 @@ fn requests_through_scattered_pages_are_correct_and_logged_by_guest_physical_add
         load.round(&mut ring, &view, pages, !indirect.is_empty());
         // Translations may be invalidated at any time.
         if round % 10 == 5 {
-            setup.device.invalidate(0..=u64::MAX).unwrap();
+            setup.device.invalidate(EVERYTHING).unwrap();
         }
     }
     // The ring continues after a restart.
@@ -262,11 +271,11 @@ fn no_page_is_accessed_after_invalidate_has_returned(#[values(VirtioFeatures::em
         // Half of the requests get another data page while they run.
         let mut moved = BTreeSet::new();
         for (slot, _, len) in wanted.iter().step_by(2) {
-            let page = (slot.data() + dice.below(*len)) / LOG_PAGE;
+            let page = page_at(slot.data().unchecked_add(dice.below(*len)));
             let to = setup.free.swap_remove(dice.below(setup.free.len() as u64) as usize);
-            let was = setup.table.gpa(page * LOG_PAGE);
-            setup.table.set(page * LOG_PAGE, Some((to, Access::ReadWrite)));
-            setup.device.invalidate(page * LOG_PAGE..=page * LOG_PAGE + LOG_PAGE - 1).unwrap();
+            let was = setup.table.gpa(page);
+            setup.table.set(page, Some((to, Access::ReadWrite)));
+            setup.device.invalidate(iova(page)..=iova(page.unchecked_add(LOG_PAGE - 1))).unwrap();
             setup.guest.memory.write(was, &[0xee; LOG_PAGE as usize]).unwrap();
             taken.insert(was);
             taken.remove(&to);
@@ -276,14 +285,14 @@ fn no_page_is_accessed_after_invalidate_has_returned(#[values(VirtioFeatures::em
         assert_eq!(ring.completions(16).len(), 16);
         for gpa in &taken {
             let is_as_it_was = setup.guest.bytes(*gpa, LOG_PAGE as usize).iter().all(|byte| *byte == 0xee);
-            assert!(is_as_it_was, "{gpa:#x} was written after invalidate had returned");
+            assert!(is_as_it_was, "{:#x} was written after invalidate had returned", gpa.0);
         }
         // Data in unmoved pages has arrived.
         let memory = setup.view(DATA, 4 << 20);
         for (slot, sector, len) in wanted {
             assert_eq!(bytes(&memory, slot.status(), 1), [0]);
             let (found, right) = (bytes(&memory, slot.data(), len), contents(sector, len));
-            let stays = |at: &u64| !moved.contains(&((slot.data() + at) / LOG_PAGE));
+            let stays = |at: &u64| !moved.contains(&page_at(slot.data().unchecked_add(*at)));
             assert!((0..len).filter(stays).all(|at| found[at as usize] == right[at as usize]), "other data was read");
         }
     }
@@ -296,7 +305,7 @@ fn an_access_that_the_iommu_denies_breaks_its_ring_and_is_an_event(#[values(fals
     let mut setup = IommuSetup::new(&socket, VirtioFeatures::empty());
     let ((mut bad, error), (mut good, other)) = (setup.ring(0), setup.ring(1));
     setup.reads(&mut bad, &Slot(0));
-    let page = Slot(1).data() / LOG_PAGE * LOG_PAGE;
+    let page = page_at(Slot(1).data());
     let gpa = setup.table.gpa(page);
     let memory = setup.view(DATA, 1 << 20);
     setup.table.set(page, readable.then_some((gpa, Access::Read)));
@@ -311,7 +320,7 @@ fn an_access_that_the_iommu_denies_breaks_its_ring_and_is_an_event(#[values(fals
     assert!(!is_readable(&other, PollTimeout::ZERO));
     // After a restart with the page mapped the ring continues.
     let base = setup.device.stop_ring(0).unwrap();
-    setup.device.invalidate(page..=page).unwrap();
+    setup.device.invalidate(iova(page)..=iova(page)).unwrap();
     setup.start(&bad, base);
     bad.completion();
     assert_eq!(bytes(&memory, Slot(1).data(), 1024), contents(77, 1024));
@@ -377,7 +386,7 @@ fn access_platform_needs_an_iommu_and_a_back_end_channel() {
     assert!(matches!(error, FrontendError::NoIommu), "{error}");
     assert!(error.to_string().contains("set_iommu"), "{error}");
     device.set_features(FEATURES & !TRANSLATED).unwrap();
-    device.invalidate(0..=u64::MAX).expect("there is nothing to forget");
+    device.invalidate(EVERYTHING).expect("there is nothing to forget");
     drop(device);
     let protocol_features = usual.protocol_features & !ProtocolFeatures::BACKEND_REQ;
     let options = usual.with_protocol_features(protocol_features);
@@ -440,7 +449,7 @@ impl ManualBackend {
         }
     }
 
-    fn send_miss(&self, iova: u64, perm: u8, flags: u32) {
+    fn send_miss(&self, Iova(iova): Iova, perm: u8, flags: u32) {
         let miss = IotlbMsg { iova, perm, kind: VHOST_IOTLB_MISS, ..IotlbMsg::new_zeroed() };
         self.channel.send(Code(BackendRequest::IOTLB_MSG.0), flags, miss.as_bytes(), &[]);
     }
@@ -465,8 +474,9 @@ impl ManualBackend {
 struct Identity;
 
 impl Iommu for Identity {
-    fn translate(&self, iova: u64, _: Access) -> Option<Mapping> {
-        (iova != u64::MAX).then_some(Mapping { iova: 0, size: 1 << 40, gpa: 0, permission: Access::ReadWrite })
+    fn translate(&self, iova: Iova, _: Access) -> Option<Mapping> {
+        let all = Mapping { iova: Iova(0), size: 1 << 40, gpa: GuestAddress(0), permission: Access::ReadWrite };
+        (iova != Iova(u64::MAX)).then_some(all)
     }
 }
 
@@ -474,16 +484,17 @@ impl Iommu for Identity {
 #[test]
 fn a_mapping_larger_than_a_region_is_sent_region_by_region() {
     let (backend, mut device, guest) = ManualBackend::connect(Arc::new(Identity));
-    for (iova, start) in [(0x1234, 0), (HIGH + REGION - 1, HIGH)] {
+    for (iova, start) in [(Iova(0x1234), GuestAddress(0)), (Iova(HIGH.0 + REGION - 1), HIGH)] {
         backend.send_miss(iova, 3, raw::NEED_REPLY);
         let told = backend.receive_iotlb_message();
-        assert_eq!((told.iova, told.size, told.uaddr), (start, REGION, guest.user(start)));
+        assert_eq!((told.iova, told.size, told.uaddr), (start.0, REGION, guest.user(start).0));
         assert_eq!((told.kind, told.perm), (VHOST_IOTLB_UPDATE, 3));
         assert_eq!(backend.receive_ack(), 0);
     }
     // Unmapped memory, an address outside the mapping, invalid permissions, and a message kind that back-ends do not
     // send.
     for (iova, perm) in [(REGION, 1), (1 << 40, 1), (u64::MAX, 1), (0x1000, 0), (0x1000, 4)] {
+        let iova = Iova(iova);
         backend.send_miss(iova, perm, raw::NEED_REPLY);
         assert_eq!(backend.receive_ack(), 1, "{iova:#x} {perm}");
         assert_eq!(event(&mut device), [DeviceEvent::AccessFailed(iova)]);
@@ -495,7 +506,7 @@ fn a_mapping_larger_than_a_region_is_sent_region_by_region() {
     backend.channel.send(code, raw::NEED_REPLY, &[0; 31], &[]);
     assert_eq!(backend.receive_ack(), 1);
     assert!(!is_readable(&backend.connection, PollTimeout::ZERO), "something was sent for what was refused");
-    let everything = std::thread::spawn(move || device.invalidate(0..=u64::MAX));
+    let everything = std::thread::spawn(move || device.invalidate(EVERYTHING));
     let said = [backend.receive_iotlb_message(), backend.receive_iotlb_message()]
         .map(|told| (told.kind, told.iova, told.size));
     let kind = VHOST_IOTLB_INVALIDATE;
@@ -511,8 +522,8 @@ struct SlowIommu {
 }
 
 impl Iommu for SlowIommu {
-    fn translate(&self, iova: u64, _: Access) -> Option<Mapping> {
-        let gpa = self.gpa.load(Ordering::SeqCst);
+    fn translate(&self, iova: Iova, _: Access) -> Option<Mapping> {
+        let gpa = GuestAddress(self.gpa.load(Ordering::SeqCst));
         self.looked.lock().unwrap().send(()).unwrap();
         self.go_on.lock().unwrap().recv().unwrap();
         Some(Mapping { iova, size: LOG_PAGE, gpa, permission: Access::ReadWrite })
@@ -526,25 +537,25 @@ fn a_translation_found_before_an_invalidation_is_not_sent_after_it() {
     let slow = SlowIommu { gpa: AtomicU64::new(0x1000), looked: Mutex::new(looked), go_on: Mutex::new(goes_on) };
     let slow = Arc::new(slow);
     let (backend, device, guest) = ManualBackend::connect(slow.clone());
-    backend.send_miss(0x7000, 3, raw::VERSION);
+    backend.send_miss(Iova(0x7000), 3, raw::VERSION);
     has_looked.recv_timeout(DEADLINE).unwrap();
     // The old mapping was looked up and is not sent yet. Now the driver unmaps the page.
     slow.gpa.store(0x2000, Ordering::SeqCst);
     let invalidates: JoinHandle<UserDevice> = std::thread::spawn(move || {
         let mut device = device;
-        device.invalidate(0x7000..=0x7fff).unwrap();
+        device.invalidate(Iova(0x7000)..=Iova(0x7fff)).unwrap();
         device
     });
     assert!(!is_readable(&backend.connection, 300u16), "the invalidation overtakes the translation");
     go_on.send(()).unwrap();
     let told = backend.receive_iotlb_message();
-    assert_eq!((told.kind, told.uaddr), (VHOST_IOTLB_UPDATE, guest.user(0x1000)));
+    assert_eq!((told.kind, told.uaddr), (VHOST_IOTLB_UPDATE, guest.user(GuestAddress(0x1000)).0));
     assert_eq!(backend.receive_iotlb_message().kind, VHOST_IOTLB_INVALIDATE);
     let device = invalidates.join().unwrap();
     // Later translations use the new mapping.
-    backend.send_miss(0x7000, 3, raw::VERSION);
+    backend.send_miss(Iova(0x7000), 3, raw::VERSION);
     go_on.send(()).unwrap();
-    assert_eq!(backend.receive_iotlb_message().uaddr, guest.user(0x2000));
+    assert_eq!(backend.receive_iotlb_message().uaddr, guest.user(GuestAddress(0x2000)).0);
     drop(device);
 }
 
@@ -557,7 +568,7 @@ fn misses_may_arrive_faster_than_their_acknowledgements_are_read() {
     let asking = std::thread::spawn(move || {
         let asker =
             ManualBackend { connection: raw::RawFrontend { socket: asks.socket.try_clone().unwrap() }, channel: asks };
-        (0..MISSES).for_each(|number| asker.send_miss(number % 4096 * LOG_PAGE, 3, raw::NEED_REPLY));
+        (0..MISSES).for_each(|number| asker.send_miss(Iova(number % 4096 * LOG_PAGE), 3, raw::NEED_REPLY));
     });
     // Translations sent before the channel is full. No acknowledgement is read.
     let mut told = 0;
@@ -582,13 +593,13 @@ fn misses_may_arrive_faster_than_their_acknowledgements_are_read() {
 fn translations_are_sent_later_when_the_socket_is_full() {
     const PAGES: u64 = 4000;
     let table = Arc::new(IommuTable::default());
-    (0..PAGES).for_each(|page| table.set(page * LOG_PAGE, Some((page * LOG_PAGE, Access::ReadWrite))));
+    (0..PAGES).map(|page| GuestAddress(page * LOG_PAGE)).for_each(|gpa| table.set(gpa, Some((gpa, Access::ReadWrite))));
     let (backend, mut device, _guest) = ManualBackend::connect(table.clone());
     let asks = raw::RawFrontend { socket: backend.channel.socket.try_clone().unwrap() };
     let asking = std::thread::spawn(move || {
         let asker =
             ManualBackend { connection: raw::RawFrontend { socket: asks.socket.try_clone().unwrap() }, channel: asks };
-        (0..PAGES).for_each(|page| asker.send_miss(page * LOG_PAGE, 3, raw::VERSION));
+        (0..PAGES).for_each(|page| asker.send_miss(Iova(page * LOG_PAGE), 3, raw::VERSION));
     });
     // The socket is full after some translations; further misses are read for a while.
     let end = Instant::now() + DEADLINE;
@@ -598,7 +609,7 @@ fn translations_are_sent_later_when_the_socket_is_full() {
     }
     // The invalidation is not lost among the translations.
     let invalidates = std::thread::spawn(move || {
-        device.invalidate(0..=LOG_PAGE - 1).unwrap();
+        device.invalidate(Iova(0)..=Iova(LOG_PAGE - 1)).unwrap();
         device
     });
     let (mut told, mut forgotten) = (BTreeSet::new(), 0);
@@ -619,12 +630,12 @@ fn translations_are_sent_later_when_the_socket_is_full() {
 #[test]
 fn acknowledging_access_platform_again_invalidates_all_translations() {
     let (backend, mut device, _guest) = ManualBackend::connect(Arc::new(Identity));
-    backend.send_miss(0x1000, 3, raw::VERSION);
+    backend.send_miss(Iova(0x1000), 3, raw::VERSION);
     assert_eq!(backend.receive_iotlb_message().kind, VHOST_IOTLB_UPDATE);
     let without = std::thread::spawn(move || {
         device.set_features(FEATURES).unwrap();
         device.set_features(FEATURES & !TRANSLATED).unwrap();
-        device.invalidate(0..=u64::MAX).unwrap();
+        device.invalidate(EVERYTHING).unwrap();
         device.set_features(FEATURES).unwrap();
     });
     for features in [FEATURES, FEATURES & !TRANSLATED, FEATURES] {
@@ -645,35 +656,39 @@ fn acknowledging_access_platform_again_invalidates_all_translations() {
 #[test]
 fn a_deferred_translation_that_was_unmapped_is_sent_without_permission() {
     const PAGES: u64 = 1000;
-    const GONE: u64 = (PAGES - 1) * LOG_PAGE;
+    const GONE: GuestAddress = GuestAddress((PAGES - 1) * LOG_PAGE);
     let table = Arc::new(IommuTable::default());
-    (0..PAGES).for_each(|page| table.set(page * LOG_PAGE, Some((page * LOG_PAGE, Access::ReadWrite))));
+    (0..PAGES).map(|page| GuestAddress(page * LOG_PAGE)).for_each(|gpa| table.set(gpa, Some((gpa, Access::ReadWrite))));
     let (backend, mut device, guest) = ManualBackend::connect(table.clone());
     for page in 0..PAGES {
-        backend.send_miss(page * LOG_PAGE, 3, raw::NEED_REPLY);
+        backend.send_miss(Iova(page * LOG_PAGE), 3, raw::NEED_REPLY);
         assert_eq!(backend.receive_ack(), 0);
     }
     table.set(GONE, None);
     let told: BTreeMap<u64, IotlbMsg> =
         (0..PAGES).map(|_| backend.receive_iotlb_message()).map(|told| (told.iova, told)).collect();
     assert!(table.asked.load(Ordering::SeqCst) > PAGES, "there was room for all of them");
-    let gone = &told[&GONE];
-    assert_eq!((gone.kind, gone.size, gone.perm, gone.uaddr), (VHOST_IOTLB_UPDATE, LOG_PAGE, 0, guest.user(0)));
-    assert!(told.values().filter(|told| told.iova != GONE).all(|told| told.perm == 3));
-    assert_eq!(event(&mut device), [DeviceEvent::AccessFailed(GONE)]);
+    let gone = &told[&GONE.0];
+    assert_eq!(
+        (gone.kind, gone.size, gone.perm, gone.uaddr),
+        (VHOST_IOTLB_UPDATE, LOG_PAGE, 0, guest.user(GuestAddress(0)).0)
+    );
+    assert!(told.values().filter(|told| told.iova != GONE.0).all(|told| told.perm == 3));
+    assert_eq!(event(&mut device), [DeviceEvent::AccessFailed(iova(GONE))]);
 }
 
 #[test]
 fn a_translation_with_too_little_permission_is_sent_and_is_an_event() {
     let table = Arc::new(IommuTable::default());
-    table.set(0x1000, Some((0x1000, Access::Read)));
+    table.set(GuestAddress(0x1000), Some((GuestAddress(0x1000), Access::Read)));
+    let iova = Iova(0x1234);
     let (backend, mut device, _guest) = ManualBackend::connect(table);
-    backend.send_miss(0x1234, 3, raw::NEED_REPLY);
+    backend.send_miss(iova, 3, raw::NEED_REPLY);
     let told = backend.receive_iotlb_message();
     assert_eq!((told.kind, told.iova, told.perm), (VHOST_IOTLB_UPDATE, 0x1000, 1));
     assert_eq!(backend.receive_ack(), 0);
-    assert_eq!(event(&mut device), [DeviceEvent::AccessFailed(0x1234)]);
-    backend.send_miss(0x1234, 1, raw::NEED_REPLY);
+    assert_eq!(event(&mut device), [DeviceEvent::AccessFailed(iova)]);
+    backend.send_miss(iova, 1, raw::NEED_REPLY);
     assert_eq!((backend.receive_iotlb_message().perm, backend.receive_ack(), device.take_events()), (1, 0, vec![]));
 }
 
@@ -684,8 +699,8 @@ fn translations_are_deferred_until_the_memory_table_is_sent() {
     const MORE: u64 = 70;
     const FIRST: u64 = 1 << 36;
     let (backend, mut device, guest) = ManualBackend::connect(Arc::new(Identity));
-    let share = |number| Region::share(sealed_memfd("more", LOG_PAGE).unwrap(), FIRST + number * REGION, LOG_PAGE, 0);
-    let more = (0..MORE).map(|number| Arc::new(share(number).unwrap()));
+    let share = |gpa| Region::share(sealed_memfd("more", LOG_PAGE).unwrap(), gpa, LOG_PAGE, 0);
+    let more = (0..MORE).map(|number| Arc::new(share(GuestAddress(FIRST + number * REGION)).unwrap()));
     let memory = Memory::new(guest.memory.regions().iter().cloned().chain(more)).unwrap();
     let user = memory.regions().last().unwrap().user_addr();
     let gives = std::thread::spawn(move || device.set_memory(&memory).map(|()| device));
@@ -693,12 +708,12 @@ fn translations_are_deferred_until_the_memory_table_is_sent() {
     let acknowledge = || backend.connection.send(Code::ADD_MEM_REG, Header::REPLY_FLAGS, 0u64.as_bytes(), &[]);
     // The front-end waits for these acknowledgements before it continues.
     (0..64).for_each(|_| region());
-    backend.send_miss(FIRST + (MORE - 1) * REGION, 3, raw::NEED_REPLY);
+    backend.send_miss(Iova(FIRST + (MORE - 1) * REGION), 3, raw::NEED_REPLY);
     assert_eq!(backend.receive_ack(), 0);
     (0..64).for_each(|_| acknowledge());
     (64..MORE).for_each(|_| region());
     (64..MORE).for_each(|_| acknowledge());
     let told = backend.receive_iotlb_message();
-    assert_eq!((told.kind, told.size, told.uaddr), (VHOST_IOTLB_UPDATE, LOG_PAGE, user));
+    assert_eq!((told.kind, told.size, told.uaddr), (VHOST_IOTLB_UPDATE, LOG_PAGE, user.0));
     gives.join().unwrap().unwrap();
 }

@@ -22,7 +22,7 @@ use vhost_migrate::abi::vhost_user::{
 use vhost_migrate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, FrontendError, Reconnection, RingSetup, UserDevice, UserOptions};
-use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{FaultAddress, GuestAddress, Memory, Region, UserAddress, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use zerocopy::IntoBytes;
 
@@ -193,7 +193,7 @@ fn raw(request: Request, flags: u32, payload: &[u8]) -> Vec<u8> {
 fn memory(regions: u64) -> Memory {
     let region = |i| {
         let fd = sealed_memfd("guest", 0x10000).unwrap();
-        Arc::new(Region::share(fd, i * 0x20000, 0x10000, 0).unwrap())
+        Arc::new(Region::share(fd, GuestAddress(i * 0x20000), 0x10000, 0).unwrap())
     };
     Memory::new((0..regions).map(region)).unwrap()
 }
@@ -203,9 +203,9 @@ fn setup() -> RingSetup {
     let base = RingBase::split(7);
     RingSetup {
         size: 8,
-        desc: 0x1000,
-        avail: 0x2000,
-        used: 0x3000,
+        desc: GuestAddress(0x1000),
+        avail: GuestAddress(0x2000),
+        used: GuestAddress(0x3000),
         kick: eventfd(),
         call: eventfd(),
         error: None,
@@ -232,7 +232,7 @@ fn running(backend: &ScriptedBackend, options: UserOptions) -> UserDevice {
 }
 
 fn log() -> (Arc<Log>, OwnedFd) {
-    let (log, fd) = Log::create(0x10000).unwrap();
+    let (log, fd) = Log::create(GuestAddress(0x10000)).unwrap();
     (Arc::new(log), fd)
 }
 
@@ -948,7 +948,7 @@ fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(VirtioFeatures::e
     let started = backend.take();
     let inflight = started.iter().find(|message| message.request == Request::SET_INFLIGHT_FD).unwrap();
     // The guest has seen 0x1234 completions; the failed back-end has marked three requests.
-    memory.write(0x3002, &0x1234u16.to_le_bytes()).unwrap();
+    memory.write(GuestAddress(0x3002), &0x1234u16.to_le_bytes()).unwrap();
     let mut state = device.inflight_state().unwrap().unwrap();
     for entry in [0, 3, 7] {
         state.contents[if kind == PACKED { 32 + 32 * entry } else { 16 + 16 * entry }] = 1;
@@ -995,8 +995,8 @@ fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(VirtioFeatures::e
     let base = if kind == PACKED { 0x8000_8000u32 } else { 0x1234 };
     assert_eq!(payload(Request::SET_VRING_BASE)[4..], base.to_ne_bytes());
     assert_eq!(payload(Request::SET_VRING_ADDR)[4..8], 1u32.to_ne_bytes(), "VHOST_VRING_F_LOG");
-    assert!(log.is_marked(0x3000), "the old back-end may have died before it logged the used ring");
-    assert_eq!(log.is_marked(0x1000), kind == PACKED, "a device writes the descriptors of packed rings");
+    assert!(log.is_marked(GuestAddress(0x3000)), "the old back-end may have died before it logged the used ring");
+    assert_eq!(log.is_marked(GuestAddress(0x1000)), kind == PACKED, "a device writes the descriptors of packed rings");
     for fd in [&setup.kick, &setup.call] {
         let mut count = [0; 8];
         assert_eq!(File::from(fd.try_clone().unwrap()).read(&mut count).unwrap(), 8, "nobody waits for ever");
@@ -1013,7 +1013,7 @@ fn reconnect_fails_with_outstanding_requests_and_no_inflight_region() {
     device.set_memory(&memory).unwrap();
     device.start_ring(0, setup()).unwrap();
     device.reconnect(Instant::now()).unwrap();
-    memory.write(0x2002, &2u16.to_le_bytes()).unwrap();
+    memory.write(GuestAddress(0x2002), &2u16.to_le_bytes()).unwrap();
     let error = device.reconnect(Instant::now()).unwrap_err();
     assert!(matches!(error, FrontendError::Unrecoverable { index: 0, outstanding: 2 }), "{error}");
 }
@@ -1085,14 +1085,15 @@ fn invalid_memory_and_rings_are_refused_before_anything_is_sent() {
     let mut device = running(&backend, UserOptions::default());
     backend.take();
     let fd = sealed_memfd("guest", 0x1000).unwrap();
-    let private = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 0x1000, 0, 0).unwrap())]).unwrap();
-    assert!(matches!(device.set_memory(&private).unwrap_err(), FrontendError::NotShared { gpa: 0 }));
+    let private =
+        Memory::new([Arc::new(Region::map(fd.as_fd(), GuestAddress(0), 0x1000, UserAddress(0), 0).unwrap())]).unwrap();
+    assert!(matches!(device.set_memory(&private).unwrap_err(), FrontendError::NotShared { gpa: GuestAddress(0) }));
     assert!(matches!(device.start_ring(4, setup()).unwrap_err(), FrontendError::InvalidRing { index: 4, .. }));
     assert!(matches!(device.start_ring(0, setup()).unwrap_err(), FrontendError::InvalidRing { index: 0, .. }));
     let uneven = RingSetup { size: 6, ..setup() };
     assert!(matches!(device.start_ring(1, uneven).unwrap_err(), FrontendError::InvalidRing { index: 1, .. }));
     assert!(matches!(device.stop_ring(1).unwrap_err(), FrontendError::InvalidRing { index: 1, .. }));
-    let outside = RingSetup { used: 0xfff0, ..setup() };
+    let outside = RingSetup { used: GuestAddress(0xfff0), ..setup() };
     assert!(matches!(device.start_ring(1, outside).unwrap_err(), FrontendError::Memory(_)));
     assert_eq!(backend.requests(), [""; 0]);
     device.stop_ring(0).unwrap();
@@ -1227,9 +1228,10 @@ fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
         assert_eq!((sent.flags, &sent.payload[..]), (1, 0u64.as_bytes()), "the acknowledgement");
         let need_reply = [Request::POSTCOPY_LISTEN, Request::POSTCOPY_END].map(|request| last(request).flags);
         assert_eq!(need_reply, [9, 9], "some answer only then");
-        let (told, user) = (told.unwrap(), memory.regions()[0].user_addr() ^ u64::from(change == 16));
-        assert_eq!((told.gpa(user + 5), told.address(5)), (Some(5), Some(user + 5)));
-        assert_eq!((told.gpa(user + 0x10000), told.address(0x10000)), (None, None));
+        let (told, user) = (told.unwrap(), memory.regions()[0].user_addr().0 ^ u64::from(change == 16));
+        let (gpa, address) = (GuestAddress(5), FaultAddress(user + 5));
+        assert_eq!((told.gpa(address), told.address(gpa)), (Some(gpa), Some(address)));
+        assert_eq!((told.gpa(FaultAddress(user + 0x10000)), told.address(GuestAddress(0x10000))), (None, None));
     }
 }
 

@@ -19,7 +19,7 @@ use vhost_migrate::frontend::Device;
 use vhost_migrate::guest::{
     ByteLocation, DeviceState, Guest, GuestConfig, GuestError, GuestState, RequestKind, make_memory,
 };
-use vhost_migrate::memory::Memory;
+use vhost_migrate::memory::{Address, GuestAddress, Memory, Region};
 use vhost_migrate::ring::DriverRingState;
 
 const MIB: u64 = 1 << 20;
@@ -81,7 +81,7 @@ fn copy(memory: &Memory) -> Memory {
     copy
 }
 
-fn flip(memory: &Memory, gpa: u64) {
+fn flip(memory: &Memory, gpa: GuestAddress) {
     let mut byte = [0];
     memory.read(gpa, &mut byte).unwrap();
     memory.write(gpa, &[byte[0] ^ 0x40]).unwrap();
@@ -192,21 +192,26 @@ fn guest_rings(config: &GuestConfig) -> usize {
     config.disks * usize::from(config.queues)
 }
 
+/// Every `step`th address of a region.
+fn addresses(region: &Region, step: usize) -> impl Iterator<Item = GuestAddress> {
+    (0..region.size()).step_by(step).map(|offset| region.gpa().unchecked_add(offset))
+}
+
 /// Returns the first page that matches `is_it`.
-fn page_of(guest: &Guest, is_it: impl Fn(u64, u64) -> bool) -> u64 {
+fn page_of(guest: &Guest, is_it: impl Fn(GuestAddress, u64) -> bool) -> GuestAddress {
     pages_of(guest, is_it, 1)[0]
 }
 
 /// Finds pages by their first words: their address and version.
-fn pages_of(guest: &Guest, is_it: impl Fn(u64, u64) -> bool, most: usize) -> Vec<u64> {
-    let pages = guest.memory().regions().iter().flat_map(|r| (r.gpa()..r.gpa() + r.size()).step_by(4096));
+fn pages_of(guest: &Guest, is_it: impl Fn(GuestAddress, u64) -> bool, most: usize) -> Vec<GuestAddress> {
+    let pages = guest.memory().regions().iter().flat_map(|region| addresses(region, 4096));
     let head = |gpa| {
         let mut head = [0; 16];
         guest.memory().read(gpa, &mut head).unwrap();
         let word = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().unwrap());
         (word(0), word(8))
     };
-    pages.filter(|gpa| *gpa > 0 && head(*gpa).0 == *gpa && is_it(*gpa, head(*gpa).1)).take(most).collect()
+    pages.filter(|gpa| gpa.0 > 0 && head(*gpa).0 == gpa.0 && is_it(*gpa, head(*gpa).1)).take(most).collect()
 }
 
 #[rstest]
@@ -221,8 +226,8 @@ fn a_flipped_byte_is_found_in_hot_cold_and_untouched_memory(#[values(false, true
         // Above 4 GiB no data of the disk looks like a page: disk offsets are too small.
         let hot = page_of(&guest, |gpa, version| version > 0 && gpa >= high);
         let cold = page_of(&guest, |gpa, version| version == 0 && gpa >= high);
-        let untouched = guest.memory().end() - 4096;
-        let gpa = [hot, hot + 4095, cold + 100, untouched + 2000][which];
+        let untouched = GuestAddress(guest.memory().end().0 - 4096);
+        let gpa = [hot, hot.unchecked_add(4095), cold.unchecked_add(100), untouched.unchecked_add(2000)][which];
         guest.verify().unwrap();
         flip(guest.memory(), gpa);
         let error = guest.verify().unwrap_err();
@@ -244,7 +249,7 @@ fn a_stale_page_is_found_and_identified(#[values(false, true)] packed: bool) {
     guest.resume().unwrap();
     run_for(&guest, 1, 1024);
     guest.pause().unwrap();
-    let (gpa, mut old) = (page_of(&guest, |gpa, version| version > 0 && gpa >= 1 << 32), [0; 4096]);
+    let (gpa, mut old) = (page_of(&guest, |gpa, version| version > 0 && gpa >= GuestAddress(1 << 32)), [0; 4096]);
     guest.memory().read(gpa, &mut old).unwrap();
     guest.resume().unwrap();
     run_for(&guest, 1, 2048);
@@ -327,7 +332,7 @@ fn a_read_buffer_is_verified_again_later(#[values(false, true)] packed: bool) {
     let version = u64::from(held.versions[written as usize]);
     let mut found = Vec::new();
     for region in guest.memory().regions() {
-        for gpa in (region.gpa()..region.gpa() + region.size()).step_by(512) {
+        for gpa in addresses(region, 512) {
             let mut head = [0; 16];
             guest.memory().read(gpa, &mut head).unwrap();
             if head == [offset.to_le_bytes(), version.to_le_bytes()].concat()[..] {
@@ -336,7 +341,7 @@ fn a_read_buffer_is_verified_again_later(#[values(false, true)] packed: bool) {
         }
     }
     for gpa in found {
-        flip(guest.memory(), gpa + 300);
+        flip(guest.memory(), gpa.unchecked_add(300));
     }
     let error = guest.verify().unwrap_err();
     assert!(matches!(wrong_location(&error), ByteLocation::Buffer(..)), "{error}");

@@ -33,7 +33,7 @@ use vhost_migrate::backend::{self, BackendError, BackendListener};
 use vhost_migrate::dirty::{DirtyError, DirtySource, Log, PageSet, Pagemap};
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestIncomingVm, GuestSourceVm, make_memory};
-use vhost_migrate::memory::{LOG_PAGE, Memory};
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory};
 use vhost_migrate::migrate::{
     ConvergencePolicy, GuestLocation, IncomingReport, IncomingVm, MigrateError, MigrationFailure, MigrationParameters,
     MigrationReport, Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
@@ -335,13 +335,14 @@ fn a_switchover_cancelled_while_a_disk_hangs_resumes_cpus_and_other_disks_at_onc
 fn send(from: &Memory, to: &Memory, pages: &PageSet) {
     let mut bytes = [0; LOG_PAGE as usize];
     // The log ends like QEMU's, possibly after the guest's last page.
-    for gpa in pages.runs().flatten().map(|page| page * LOG_PAGE).filter(|gpa| from.slice(*gpa, LOG_PAGE).is_ok()) {
+    let addresses = pages.runs().flatten().map(|page| GuestAddress(page * LOG_PAGE));
+    for gpa in addresses.filter(|gpa| from.slice(*gpa, LOG_PAGE).is_ok()) {
         from.read(gpa, &mut bytes).unwrap();
         to.write(gpa, &bytes).unwrap();
     }
 }
 
-fn regions(guest: &Guest) -> Vec<(u64, u64)> {
+fn regions(guest: &Guest) -> Vec<(GuestAddress, u64)> {
     guest.memory().regions().iter().map(|region| (region.gpa(), region.size())).collect()
 }
 
@@ -349,7 +350,7 @@ fn regions(guest: &Guest) -> Vec<(u64, u64)> {
 /// marked by the device are copied.
 fn copy_and_restore(mut guest: Guest, backend: &mut Backend, trust_log: bool) -> Result<Guest, GuestError> {
     let memory = guest.memory().clone();
-    let pages = memory.end() / LOG_PAGE;
+    let pages = memory.end().0 / LOG_PAGE;
     let (log, fd) = Log::create(memory.end()).unwrap();
     let log = Arc::new(log);
     let mut cpu = Pagemap::new("cpu", memory.clone());
@@ -358,7 +359,7 @@ fn copy_and_restore(mut guest: Guest, backend: &mut Backend, trust_log: bool) ->
     let copy = make_memory(regions(&guest), false).unwrap();
     let mut all = PageSet::new(pages);
     for (gpa, size) in regions(&guest) {
-        all.insert_range(gpa / LOG_PAGE..(gpa + size) / LOG_PAGE);
+        all.insert_range(gpa.0 / LOG_PAGE..(gpa.0 + size) / LOG_PAGE);
     }
     send(&memory, &copy, &all);
     let harvest = |cpu: &mut Pagemap| {

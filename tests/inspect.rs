@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::memory::LOG_PAGE;
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE};
 use vhost_migrate::stream::{FrameKind, MigrationId, PageStats, RegionLayout};
 use vhost_migrate::unstable::stream::frame::{ChannelId, ConnectionHeader, FrameWriter};
 use vhost_migrate::unstable::stream::record::{Commit, MemoryLayout, RoundEnd, ToDestination};
@@ -71,7 +71,9 @@ enum Frame {
 }
 
 fn layout() -> Frame {
-    Frame::Message(ToDestination::Layout(MemoryLayout { regions: vec![RegionLayout { gpa: 0, size: 8 * LOG_PAGE }] }))
+    Frame::Message(ToDestination::Layout(MemoryLayout {
+        regions: vec![RegionLayout { gpa: GuestAddress(0), size: 8 * LOG_PAGE }],
+    }))
 }
 
 fn round(round: u32, last: bool, data_pages: u64) -> Frame {
@@ -239,8 +241,8 @@ fn inspect_log_identifies_other_formats_and_reports_doubt() {
     assert!(short.status.code() == Some(1) && words(&short).contains("it ends at"), "{}", words(&short));
 
     // The log of a front-end is identified by its memfd.
-    let (log, fd) = Log::create(1 << 30).unwrap();
-    log.mark(0x5000, 1);
+    let (log, fd) = Log::create(GuestAddress(1 << 30)).unwrap();
+    log.mark(GuestAddress(0x5000), 1);
     let output = inspect(&["--json", "log", &format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd())]);
     assert_eq!(output.status.code(), Some(0), "{}", words(&output));
     assert_eq!(expect_success(&output)["first"], json!([{"gpa": 0x5000, "pages": 1}]));

@@ -21,7 +21,7 @@ use vhost_migrate::abi::virtio::{VIRTIO_F_VERSION_1, VirtioFeatures};
 use vhost_migrate::backend::{BackendError, FrontendHandle, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device as _, RingSetup, UserDevice, UserOptions};
-use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, Iova, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use vhost_migrate::unstable::backend::{Logging, Notifier, Session, VhostUserMessage, VringConfig, VringController};
 
@@ -100,7 +100,7 @@ impl VringController for NoRings {
 
     fn set_logging(&mut self, _index: u16, _logging: Logging) {}
 
-    fn invalidate(&mut self, _range: &std::ops::RangeInclusive<u64>) {}
+    fn invalidate(&mut self, _range: &std::ops::RangeInclusive<Iova>) {}
 
     fn kick(&mut self, _index: u16) {}
 
@@ -137,13 +137,14 @@ fn each_message_is_one_event_on_each_side_of_either_channel() {
     let mut device = UserDevice::connect(&path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
     device.set_features(VIRTIO_F_VERSION_1).unwrap();
     device.set_inflight(1, 8, None).unwrap();
-    let region = Region::share(sealed_memfd("guest", MIB).unwrap(), 0, MIB, 0).unwrap();
+    let region = Region::share(sealed_memfd("guest", MIB).unwrap(), GuestAddress(0), MIB, 0).unwrap();
     device.set_memory(&Memory::new([Arc::new(region)]).unwrap()).unwrap();
     let eventfd = || Arc::new(OwnedFd::from(EventFd::new().unwrap()));
     let (kick, call, base) = (eventfd(), eventfd(), RingBase::split(0));
-    let ring = RingSetup { size: 8, desc: 0x1000, avail: 0x2000, used: 0x3000, kick, call, error: None, base };
+    let [desc, avail, used] = [0x1000, 0x2000, 0x3000].map(GuestAddress);
+    let ring = RingSetup { size: 8, desc, avail, used, kick, call, error: None, base };
     device.start_ring(0, ring).unwrap();
-    let (log, fd) = Log::create(MIB).unwrap();
+    let (log, fd) = Log::create(GuestAddress(MIB)).unwrap();
     device.start_logging(&Arc::new(log), fd.as_fd()).unwrap();
     device.stop_logging().unwrap();
     device.config(0, &mut [0; 8]).unwrap();

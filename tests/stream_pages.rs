@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use proptest::prelude::*;
-use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, Region, UserAddress, sealed_memfd};
 use vhost_migrate::stream::{Codec, FrameKind, MigrationId, PageStats, StreamError};
 use vhost_migrate::unstable::stream::CopyingReader;
 use vhost_migrate::unstable::stream::frame::{ChannelId, FRAME_HEADER_BYTES, FrameReader, FrameWriter};
@@ -27,7 +27,8 @@ const ID: ChannelId = ChannelId { migration: MigrationId(1), channel: 0 };
 fn memory(regions: &[(u64, u64)]) -> Memory {
     let regions = regions.iter().map(|&(first, pages)| {
         let fd = sealed_memfd("guest", pages * LOG_PAGE).unwrap();
-        Arc::new(Region::map(fd.as_fd(), first * LOG_PAGE, pages * LOG_PAGE, first * LOG_PAGE, 0).unwrap())
+        let (gpa, user_addr) = (GuestAddress(first * LOG_PAGE), UserAddress(first * LOG_PAGE));
+        Arc::new(Region::map(fd.as_fd(), gpa, pages * LOG_PAGE, user_addr, 0).unwrap())
     });
     Memory::new(regions).unwrap()
 }
@@ -38,13 +39,13 @@ fn guest() -> Memory {
 }
 
 fn all_pages(memory: &Memory) -> Vec<u64> {
-    let pages = |r: &Arc<Region>| r.gpa() / LOG_PAGE..(r.gpa() + r.size()) / LOG_PAGE;
+    let pages = |r: &Arc<Region>| r.gpa().0 / LOG_PAGE..(r.gpa().0 + r.size()) / LOG_PAGE;
     memory.regions().iter().flat_map(pages).collect()
 }
 
 fn page(memory: &Memory, page: u64) -> Vec<u8> {
     let mut bytes = vec![0; PAGE];
-    memory.read(page * LOG_PAGE, &mut bytes).unwrap();
+    memory.read(GuestAddress(page * LOG_PAGE), &mut bytes).unwrap();
     bytes
 }
 
@@ -63,7 +64,7 @@ fn fill(memory: &Memory, number: u64, how: u8) {
         2 => (0..PAGE).map(|n| b"page of text "[n % 13] ^ (number as u8)).collect(),
         _ => (0..PAGE).map(|_| noise()).collect(),
     };
-    memory.write(number * LOG_PAGE, &bytes).unwrap();
+    memory.write(GuestAddress(number * LOG_PAGE), &bytes).unwrap();
 }
 
 fn runs_of(pages: &BTreeSet<u64>) -> Vec<Range<u64>> {
@@ -146,7 +147,7 @@ proptest! {
         }
         let before = if fresh { vec![0; PAGE] } else { vec![0xee; PAGE] };
         for &page in pages.iter().filter(|_| !fresh) {
-            destination.write(page * LOG_PAGE, &before).unwrap();
+            destination.write(GuestAddress(page * LOG_PAGE), &before).unwrap();
         }
         let picked = |(at, count): &(usize, usize)| pages[*at..(at + count).min(pages.len())].to_vec();
         let set: BTreeSet<u64> = picks.iter().flat_map(picked).collect();
@@ -350,7 +351,7 @@ fn a_received_page_that_is_sent_as_zero_becomes_zero() {
 fn a_zero_page_of_zeroed_memory_is_not_touched() {
     // A write would allocate a page of the memfd.
     let fd = sealed_memfd("guest", 1 << 20).unwrap();
-    let region = Region::map(fd.as_fd(), 0, 1 << 20, 0, 0).unwrap();
+    let region = Region::map(fd.as_fd(), GuestAddress(0), 1 << 20, UserAddress(0), 0).unwrap();
     let target = Arc::new(IncomingMemory::zeroed(Memory::new([Arc::new(region)]).unwrap()));
     let (wire, sent) = send(&memory(&[(0, 256)]), vec![0..256], Codec::None);
     receive(&target, wire.as_slice()).unwrap();
@@ -368,7 +369,7 @@ fn a_hole_is_sent_as_zero_and_not_allocated() {
     for channels in [1, 2] {
         let files = ["source", "destination"].map(|name| sealed_memfd(name, PAGES * LOG_PAGE).unwrap());
         let [source, destination] = files.each_ref().map(|fd| {
-            let region = Region::share(fd.try_clone().unwrap(), 0, PAGES * LOG_PAGE, 0).unwrap();
+            let region = Region::share(fd.try_clone().unwrap(), GuestAddress(0), PAGES * LOG_PAGE, 0).unwrap();
             Memory::new([Arc::new(region)]).unwrap()
         });
         let taken = || files.each_ref().map(|fd| nix::sys::stat::fstat(fd).unwrap().st_blocks / 8);
@@ -435,8 +436,8 @@ fn the_zero_test_uses_the_bytes_that_are_sent() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                source.write(4000, &[0; 8]).unwrap();
-                source.write(4000, &[7; 8]).unwrap();
+                source.write(GuestAddress(4000), &[0; 8]).unwrap();
+                source.write(GuestAddress(4000), &[7; 8]).unwrap();
             }
         });
         for _ in 0..5000 {

@@ -17,7 +17,7 @@ use std::thread;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use page_cache::unwritten;
-use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::stream::{
     Codec, FrameKind, PageStats, StreamConnection, StreamError, StreamListener, StreamOptions, Uri, connect,
 };
@@ -44,7 +44,7 @@ fn folder() -> tempfile::TempDir {
 
 fn memory(pages: u64) -> Memory {
     let fd = sealed_memfd("guest", pages * LOG_PAGE).unwrap();
-    Memory::new([Arc::new(Region::share(fd, 0, pages * LOG_PAGE, 0).unwrap())]).unwrap()
+    Memory::new([Arc::new(Region::share(fd, GuestAddress(0), pages * LOG_PAGE, 0).unwrap())]).unwrap()
 }
 
 /// Returns memory in which every page contains `name`.
@@ -52,14 +52,14 @@ fn filled(pages: u64, name: u32) -> Memory {
     let memory = memory(pages);
     for page in 0..pages {
         let text = format!("page {page:8} of {name:8} ").repeat(160);
-        memory.write(page * LOG_PAGE, &text.as_bytes()[..LOG_PAGE as usize]).unwrap();
+        memory.write(GuestAddress(page * LOG_PAGE), &text.as_bytes()[..LOG_PAGE as usize]).unwrap();
     }
     memory
 }
 
 fn bytes(memory: &Memory) -> Vec<u8> {
     let mut bytes = vec![0; memory.size() as usize];
-    memory.read(0, &mut bytes).unwrap();
+    memory.read(GuestAddress(0), &mut bytes).unwrap();
     bytes
 }
 

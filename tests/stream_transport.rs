@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, Region, UserAddress, sealed_memfd};
 use vhost_migrate::stream::{
     CancelToken, Codec, FrameKind, MigrationId, RateLimiter, StreamChannel, StreamConnection, StreamError,
     StreamListener, StreamOptions, ToSource, Uri, connect,
@@ -47,7 +47,8 @@ fn listening() -> (tempfile::TempDir, StreamListener, Uri, PathBuf) {
 
 fn memory(pages: u64) -> Memory {
     let fd = sealed_memfd("guest", pages * LOG_PAGE).unwrap();
-    Memory::new([Arc::new(Region::map(fd.as_fd(), 0, pages * LOG_PAGE, 0, 0).unwrap())]).unwrap()
+    let region = Region::map(fd.as_fd(), GuestAddress(0), pages * LOG_PAGE, UserAddress(0), 0).unwrap();
+    Memory::new([Arc::new(region)]).unwrap()
 }
 
 /// Returns memory with a different text in each page; every third page is zero.
@@ -55,7 +56,7 @@ fn filled(pages: u64) -> Memory {
     let memory = memory(pages);
     for page in (0..pages).filter(|page| page % 3 != 0) {
         let text = format!("this is page {page:5} ").repeat(220);
-        memory.write(page * LOG_PAGE, &text.as_bytes()[..LOG_PAGE as usize]).unwrap();
+        memory.write(GuestAddress(page * LOG_PAGE), &text.as_bytes()[..LOG_PAGE as usize]).unwrap();
     }
     memory
 }
@@ -63,7 +64,7 @@ fn filled(pages: u64) -> Memory {
 fn memory_equals(one: &Memory, other: &Memory) -> bool {
     let bytes = |memory: &Memory| {
         let mut bytes = vec![0; memory.size() as usize];
-        memory.read(0, &mut bytes).unwrap();
+        memory.read(GuestAddress(0), &mut bytes).unwrap();
         bytes
     };
     bytes(one) == bytes(other)

@@ -21,7 +21,7 @@ use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
 use vhost_migrate::backend::{BackendError, VirtioDevice};
 use vhost_migrate::check::{CheckOptions, CheckReport, FrameSource, check};
 use vhost_migrate::dirty::{Log, PageSet};
-use vhost_migrate::memory::LOG_PAGE;
+use vhost_migrate::memory::{Address, GuestAddress, Iova, LOG_PAGE};
 use vhost_migrate::ring::{RingBase, RingLayout};
 use vhost_migrate::unstable::backend::{
     Logging, MessageOutcome, Notifier, Session, VhostUserMessage, VringConfig, VringController, Workers,
@@ -98,7 +98,7 @@ impl FaultyBackend {
                 logging.data = logging.data.map(|log| match &self.substitute_log {
                     Some((known, late)) if Arc::ptr_eq(known, &log) => late.clone(),
                     _ => {
-                        let late = Arc::new(Log::create(log.pages() * LOG_PAGE).unwrap().0);
+                        let late = Arc::new(Log::create(GuestAddress(log.pages() * LOG_PAGE)).unwrap().0);
                         self.substitute_log = Some((log, late.clone()));
                         late
                     }
@@ -114,7 +114,10 @@ impl FaultyBackend {
         if let Some((log, late)) = logs {
             let mut pages = PageSet::new(late.pages());
             late.harvest(&mut pages);
-            pages.runs().flatten().for_each(|page| log.mark(self.translations.marked(page) * LOG_PAGE, 1));
+            pages
+                .runs()
+                .flatten()
+                .for_each(|page| log.mark(GuestAddress(self.translations.marked(page) * LOG_PAGE), 1));
         }
     }
 
@@ -130,7 +133,7 @@ impl FaultyBackend {
 /// Returns true if the first descriptor of a split ring links to itself.
 fn loops(setup: &VringConfig) -> bool {
     let mut links = [0; 4];
-    setup.memory.read(setup.layout.areas()[0] + 12, &mut links).unwrap();
+    setup.memory.read(setup.layout.areas()[0].unchecked_add(12), &mut links).unwrap();
     links == [1, 0, 0, 0]
 }
 
@@ -142,7 +145,7 @@ fn avail_index(setup: &VringConfig) -> RingBase {
 /// Returns the index in an area of a split ring: 1 is the avail ring, 2 the used ring.
 fn index_in(setup: &VringConfig, area: usize) -> RingBase {
     let mut index = [0; 2];
-    setup.memory.read(setup.layout.areas()[area] + 2, &mut index).unwrap();
+    setup.memory.read(setup.layout.areas()[area].unchecked_add(2), &mut index).unwrap();
     RingBase::split(u16::from_le_bytes(index))
 }
 
@@ -194,7 +197,7 @@ impl VringController for FaultyBackend {
         Ok(base)
     }
 
-    fn invalidate(&mut self, iovas: &RangeInclusive<u64>) {
+    fn invalidate(&mut self, iovas: &RangeInclusive<Iova>) {
         if self.fault == Fault::Iommu(IommuFault::InvalidatesTooEarly) {
             let (workers, iovas) = (self.workers.clone(), iovas.clone());
             thread::spawn(move || workers.lock().unwrap().invalidate(&iovas));

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use vhost_migrate::abi::vhost::{VHOST_ACCESS_RW, VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use vhost_migrate::abi::vhost_user::{Header, IotlbMsg, MemoryRegion, Request as Code};
-use vhost_migrate::memory::{Access, IovaWindow, LOG_PAGE};
+use vhost_migrate::memory::{Access, Address, GuestAddress, Iova, IovaWindow, LOG_PAGE};
 use vhost_migrate::unstable::backend::{VhostUserMessage, VringConfig};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -109,11 +109,11 @@ impl Translations {
 /// Waits until a split ring has no incomplete request.
 pub(crate) fn wait_for_all(setup: &VringConfig) {
     let [_, avail, used] = setup.layout.areas();
-    let index = |area: u64| {
+    let index = |area: GuestAddress| {
         let iotlb = setup.iotlb.as_ref()?;
-        let window = IovaWindow::open(&setup.memory, iotlb, &[(area, 4, Access::Read)], None).ok()?;
+        let window = IovaWindow::open(&setup.memory, iotlb, &[(Iova(area.0), 4, Access::Read)], None).ok()?;
         let mut index = [0; 2];
-        window.memory().read(area + 2, &mut index).ok()?;
+        window.memory().read(area.unchecked_add(2), &mut index).ok()?;
         Some(index)
     };
     let deadline = Instant::now() + LONG;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use vhost_migrate::dirty::Log;
 use vhost_migrate::dirty::{DirtySource, LogSource};
-use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{IncomingVm, Outcomes, RegionLayout, SourceVm, VmError, migrate, receive};
 use vhost_migrate::stream::{self, CancelToken, Codec, StreamListener, StreamOptions, Uri};
 
@@ -12,26 +12,26 @@ use crate::{path, read};
 
 const NONE: &str = "stream-2-none";
 const ZSTD: &str = "stream-2-zstd";
-const HIGH: u64 = 4 << 30;
+const HIGH: GuestAddress = GuestAddress(4 << 30);
 const PAGES: u64 = 6;
 const STATE: &[u8] = b"state of a guest";
 
 /// Memory of two regions. Every second page is zero.
-fn memory(regions: impl IntoIterator<Item = (u64, u64)>) -> Memory {
+fn memory(regions: impl IntoIterator<Item = (GuestAddress, u64)>) -> Memory {
     let share = |(gpa, size)| Arc::new(Region::share(sealed_memfd("compat", size).unwrap(), gpa, size, 0).unwrap());
     Memory::new(regions.into_iter().map(share)).unwrap()
 }
 
 /// Contents of the page at `gpa`.
-fn page(gpa: u64) -> Vec<u8> {
+fn page(GuestAddress(gpa): GuestAddress) -> Vec<u8> {
     match gpa / LOG_PAGE % 2 {
         0 => format!("page at {gpa:#x} ").bytes().cycle().take(LOG_PAGE as usize).collect(),
         _ => vec![0; LOG_PAGE as usize],
     }
 }
 
-fn pages() -> impl Iterator<Item = u64> {
-    [0, HIGH].into_iter().flat_map(|base| (0..PAGES).map(move |page| base + page * LOG_PAGE))
+fn pages() -> impl Iterator<Item = GuestAddress> {
+    [GuestAddress(0), HIGH].into_iter().flat_map(|base| (0..PAGES).map(move |page| base.unchecked_add(page * LOG_PAGE)))
 }
 
 /// A guest that does nothing.
@@ -101,7 +101,7 @@ fn saved_streams_are_restored() {
         for gpa in pages() {
             let mut found = vec![0; LOG_PAGE as usize];
             vm.memory.read(gpa, &mut found).unwrap();
-            assert!(found == page(gpa), "{name}: page at {gpa:#x}");
+            assert!(found == page(gpa), "{name}: page at {:#x}", gpa.0);
         }
         assert_eq!(vm.memory.size(), 2 * PAGES * LOG_PAGE);
     }
@@ -135,7 +135,7 @@ fn write_files() {
             continue;
         }
         let size = PAGES * LOG_PAGE;
-        let mut vm = IdleVm(memory([(0, size), (HIGH, size)]));
+        let mut vm = IdleVm(memory([(GuestAddress(0), size), (HIGH, size)]));
         pages().for_each(|gpa| vm.0.write(gpa, &page(gpa)).unwrap());
         let options = StreamOptions::new().unwrap();
         let connection = stream::connect(&uri(name), &options).unwrap();

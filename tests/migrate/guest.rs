@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded, unbounded};
 use vhost_migrate::dirty::{DirtyError, DirtySource, Harvest, Log, LogSource, PageSet, UnionSource};
-use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{IncomingVm, RegionLayout, SourceVm, VmError};
 use vhost_migrate::stream::CancelToken;
 
 /// Start of the second region.
-pub(crate) const HIGH: u64 = 4 << 30;
+pub(crate) const HIGH: GuestAddress = GuestAddress(4 << 30);
 /// Time limit of every wait in these tests.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -23,7 +23,7 @@ const PAGE: usize = LOG_PAGE as usize;
 /// The memory of a guest of `pages` pages, half of it below and half of it above 4 GiB.
 pub(crate) fn layout(pages: u64) -> [RegionLayout; 2] {
     let size = pages / 2 * LOG_PAGE;
-    [RegionLayout { gpa: 0, size }, RegionLayout { gpa: HIGH, size }]
+    [RegionLayout { gpa: GuestAddress(0), size }, RegionLayout { gpa: HIGH, size }]
 }
 
 /// Calls made to a [`Guest`].
@@ -309,7 +309,7 @@ impl SourceVm for Guest {
 
 impl Vcpu {
     fn none(memory: &Memory) -> Vcpu {
-        let log = Arc::new(Log::create(LOG_PAGE).unwrap().0);
+        let log = Arc::new(Log::create(GuestAddress(LOG_PAGE)).unwrap().0);
         Vcpu::Stopped(Box::new(Writer { memory: memory.clone(), log, versions: Vec::new(), random: 0 }))
     }
 }
@@ -352,9 +352,10 @@ impl Writer {
         self.log.mark(gpa, LOG_PAGE);
     }
 
-    fn gpa(&self, page: usize) -> u64 {
+    fn gpa(&self, page: usize) -> GuestAddress {
         let half = self.versions.len() / 2;
-        if page < half { page as u64 * LOG_PAGE } else { HIGH + (page - half) as u64 * LOG_PAGE }
+        let (start, page) = if page < half { (GuestAddress(0), page) } else { (HIGH, page - half) };
+        start.unchecked_add(page as u64 * LOG_PAGE)
     }
 
     fn check(&self) -> Result<(), String> {
@@ -365,7 +366,7 @@ impl Writer {
             let wanted = contents(gpa, *version);
             if found != wanted {
                 let at = (0..PAGE).find(|at| found[*at] != wanted[*at]).unwrap_or_default();
-                let address = gpa + at as u64;
+                let address = gpa.0 + at as u64;
                 return Err(format!(
                     "memory at {address:#x} is {:#04x}, not {:#04x} as version {version} of its page has",
                     found[at], wanted[at]
@@ -377,7 +378,7 @@ impl Writer {
 }
 
 /// Returns the contents of a page: every fifth version is zeros; of the others, one page of four is incompressible.
-fn contents(gpa: u64, version: u32) -> [u8; PAGE] {
+fn contents(GuestAddress(gpa): GuestAddress, version: u32) -> [u8; PAGE] {
     let mut page = [0; PAGE];
     if version.is_multiple_of(5) {
         return page;
@@ -465,9 +466,9 @@ impl DirtySource for Tracked {
         assert!(!std::mem::replace(&mut tracker.tracking, true), "started twice");
         tracker.starts += 1;
         tracker.harvests = 0;
-        tracker.unsent = PageSet::new(self.memory.end() / LOG_PAGE);
+        tracker.unsent = PageSet::new(self.memory.end().0 / LOG_PAGE);
         for region in self.memory.regions() {
-            let first = region.gpa() / LOG_PAGE;
+            let first = region.gpa().0 / LOG_PAGE;
             tracker.unsent.insert_range(first..first + region.size() / LOG_PAGE);
         }
         tracker.union.start()

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use io_uring::{IoUring, opcode, types};
 use vhost_migrate::dirty::{DirtySource, Log, LogSource, PageSet, Pagemap, UnionSource};
-use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, SourceVm, VmError, migrate};
 use vhost_migrate::stream::{self};
 use vhost_migrate::unstable::with_causes;
@@ -57,14 +57,14 @@ struct StaticVm {
 impl StaticVm {
     /// All pages except every fourth have contents.
     fn new() -> StaticVm {
-        let memory = Memory::new([0, HIGH].map(|gpa| {
+        let memory = Memory::new([GuestAddress(0), HIGH].map(|gpa| {
             let size = PAGES / 2 * LOG_PAGE;
             Arc::new(Region::share(sealed_memfd("still", size).unwrap(), gpa, size, 0).unwrap())
         }));
         let memory = memory.unwrap();
         for page in (0..PAGES / 2).filter(|page| page % 4 != 0) {
-            memory.write(page * LOG_PAGE, &[1; 100]).unwrap();
-            memory.write(HIGH + page * LOG_PAGE, &[2; 100]).unwrap();
+            memory.write(GuestAddress(page * LOG_PAGE), &[1; 100]).unwrap();
+            memory.write(HIGH.unchecked_add(page * LOG_PAGE), &[2; 100]).unwrap();
         }
         StaticVm { memory, sources: Vec::new(), paused: false }
     }
@@ -125,22 +125,24 @@ impl SourceVm for StaticVm {
 
 #[test]
 fn verification_lists_the_pages_of_an_untracked_writer() {
-    let first = HIGH / LOG_PAGE;
+    let first = HIGH.0 / LOG_PAGE;
     // Pages with contents, pages that were holes, and both ends of the regions.
     let written = [0, 5, 8, PAGES / 2 - 1, first, first + 600];
     let (pages, named, words) = StaticVm::new()
-        .differences(|memory| written.iter().for_each(|page| memory.write(page * LOG_PAGE + 200, &[7]).unwrap()))
+        .differences(|memory| {
+            written.iter().for_each(|page| memory.write(GuestAddress(page * LOG_PAGE + 200), &[7]).unwrap())
+        })
         .unwrap();
     assert_eq!((pages, named.as_slice()), (6, written.as_slice()));
     assert!(words.contains("6 pages differ") && words.contains("at 0x0, 0x5000, 0x8000, "), "{words}");
     // All are counted, and the first are listed.
     let (pages, named, words) = StaticVm::new()
-        .differences(|memory| (0..600).for_each(|page| memory.write(page * LOG_PAGE, &[9]).unwrap()))
+        .differences(|memory| (0..600).for_each(|page| memory.write(GuestAddress(page * LOG_PAGE), &[9]).unwrap()))
         .unwrap();
     assert_eq!((pages, named), (600, (0..16).collect()));
     assert!(words.contains(", …"), "{words}");
     // A page that was zeroed here still has contents at the destination.
-    let found = StaticVm::new().differences(|memory| memory.write(LOG_PAGE, &[0; 100]).unwrap()).unwrap();
+    let found = StaticVm::new().differences(|memory| memory.write(GuestAddress(LOG_PAGE), &[0; 100]).unwrap()).unwrap();
     assert_eq!((found.0, found.1), (1, vec![1]));
     assert_eq!(StaticVm::new().differences(|_| ()), None);
 }
@@ -153,7 +155,7 @@ struct PinnedDevice {
 }
 
 impl PinnedDevice {
-    fn new(memory: &Memory, gpa: u64) -> PinnedDevice {
+    fn new(memory: &Memory, gpa: GuestAddress) -> PinnedDevice {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[0x5a; 4096]).unwrap();
         let ring = IoUring::new(2).unwrap();
@@ -176,17 +178,18 @@ impl PinnedDevice {
 
 /// The page written by the pinned device.
 const PINNED: u64 = 9;
+const PINNED_GPA: GuestAddress = GuestAddress(PINNED * LOG_PAGE);
 
 #[test]
 fn a_write_through_pinned_pages_is_in_the_device_log_but_not_in_the_pagemap() {
     let StaticVm { memory, .. } = StaticVm::new();
-    let mut device = PinnedDevice::new(&memory, PINNED * LOG_PAGE);
+    let mut device = PinnedDevice::new(&memory, PINNED_GPA);
     let log = Arc::new(Log::create(memory.end()).unwrap().0);
     let mut blind = Pagemap::new("cpus", memory.clone());
     blind.start().unwrap();
     device.write();
     let mut byte = [0];
-    memory.read(PINNED * LOG_PAGE, &mut byte).unwrap();
+    memory.read(PINNED_GPA, &mut byte).unwrap();
     assert_eq!(byte, [0x5a]);
     let mut set = PageSet::default();
     blind.harvest(&mut set).unwrap();
@@ -197,7 +200,7 @@ fn a_write_through_pinned_pages_is_in_the_device_log_but_not_in_the_pagemap() {
         UnionSource::new([Box::new(blind) as Box<dyn DirtySource>, Box::new(LogSource::new("device", log.clone()))]);
     both.start().unwrap();
     device.write();
-    log.mark(PINNED * LOG_PAGE, LOG_PAGE);
+    log.mark(PINNED_GPA, LOG_PAGE);
     both.harvest(&mut set).unwrap();
     assert!(set.iter().eq([PINNED]), "{set:?}");
     both.stop().unwrap();
@@ -208,7 +211,7 @@ fn verification_finds_writes_through_pinned_pages() {
     let mut guest = StaticVm::new();
     let memory = guest.memory.clone();
     guest.sources.push(Box::new(Pagemap::new("cpus", memory.clone())));
-    let mut device = PinnedDevice::new(&memory, PINNED * LOG_PAGE);
+    let mut device = PinnedDevice::new(&memory, PINNED_GPA);
     let (pages, named, _) = guest.differences(|_| device.write()).unwrap();
     assert_eq!((pages, named), (1, vec![PINNED]));
     // With the device's log as another source.
@@ -217,10 +220,10 @@ fn verification_finds_writes_through_pinned_pages() {
     let log = Arc::new(Log::create(memory.end()).unwrap().0);
     guest.sources.push(Box::new(Pagemap::new("cpus", memory.clone())));
     guest.sources.push(Box::new(LogSource::new("device", log.clone())));
-    let mut device = PinnedDevice::new(&memory, PINNED * LOG_PAGE);
+    let mut device = PinnedDevice::new(&memory, PINNED_GPA);
     let found = guest.differences(|_| {
         device.write();
-        log.mark(PINNED * LOG_PAGE, LOG_PAGE);
+        log.mark(PINNED_GPA, LOG_PAGE);
     });
     assert_eq!(found, None);
 }
