@@ -10,20 +10,20 @@ use vhost_migrate::abi::virtio::{
     BlkRequestHeader, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VirtioFeatures,
 };
 use vhost_migrate::dirty::{Log, PageSet};
-use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, DriverRing, RingLayout};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
 
 use crate::process::DEADLINE;
 
-pub(crate) const HIGH: u64 = 4 << 30;
+pub(crate) const HIGH: GuestAddress = GuestAddress(4 << 30);
 pub(crate) const REGION: u64 = 4 << 20;
 pub(crate) const SIZE: u16 = 64;
 /// Address to which tests read data.
-pub(crate) const DATA: u64 = 0x100000;
-const HEADERS: u64 = 0x10000;
-const STATUSES: u64 = HIGH + 0x11000;
+pub(crate) const DATA: GuestAddress = GuestAddress(0x100000);
+const HEADERS: GuestAddress = GuestAddress(0x10000);
+const STATUSES: GuestAddress = GuestAddress(HIGH.0 + 0x11000);
 const BYTES: u64 = 8192;
 
 pub(crate) struct DiskDriver {
@@ -44,21 +44,22 @@ impl DiskDriver {
 
     /// The same with eventfds that are there already.
     pub(crate) fn with_fds(features: VirtioFeatures, kick: OwnedFd, call: OwnedFd) -> DiskDriver {
-        let memory = Memory::new([region(0), region(HIGH)]).unwrap();
-        let layout = RingLayout::new(features, SIZE, 0x1000, 0x2000, HIGH + 0x3000);
+        let memory = Memory::new([region(GuestAddress(0)), region(HIGH)]).unwrap();
+        let areas = [GuestAddress(0x1000), GuestAddress(0x2000), HIGH.unchecked_add(0x3000)];
+        let layout = RingLayout::new(features, SIZE, areas);
         let ring = DriverRing::new(&memory, layout, features).unwrap();
         DiskDriver { memory, layout, kick: Arc::new(kick), call: Arc::new(call), ring, completed: 0 }
     }
 
     /// Makes a request at `sector` available, with its data at `gpa`.
-    pub(crate) fn submit(&mut self, kind: u32, sector: u64, gpa: u64) -> u16 {
+    pub(crate) fn submit(&mut self, kind: u32, sector: u64, gpa: GuestAddress) -> u16 {
         self.submit_bytes(kind, sector, gpa, BYTES as u32)
     }
 
     /// The same with another length than usual.
-    pub(crate) fn submit_bytes(&mut self, kind: u32, sector: u64, gpa: u64, len: u32) -> u16 {
+    pub(crate) fn submit_bytes(&mut self, kind: u32, sector: u64, gpa: GuestAddress, len: u32) -> u16 {
         let slot = u64::from(self.ring.outstanding());
-        let (header, status) = (HEADERS + 16 * slot, STATUSES + slot);
+        let (header, status) = (HEADERS.unchecked_add(16 * slot), STATUSES.unchecked_add(slot));
         let head = BlkRequestHeader { request_type: U32::new(kind), ioprio: U32::ZERO, sector: U64::new(sector) };
         self.memory.write(header, head.as_bytes()).unwrap();
         self.memory.write(status, &[0xff]).unwrap();
@@ -93,7 +94,7 @@ impl DiskDriver {
         }
         for slot in 0..slots {
             let mut status = [0xff];
-            self.memory.read(STATUSES + slot, &mut status).unwrap();
+            self.memory.read(STATUSES.unchecked_add(slot), &mut status).unwrap();
             assert_eq!(status, [VIRTIO_BLK_S_OK]);
         }
     }
@@ -105,21 +106,22 @@ impl DiskDriver {
     }
 
     /// Reads into `gpa` and returns the pages that the device has to have marked, if the ring is split.
-    pub(crate) fn read(&mut self, sector: u64, gpa: u64, expected: u8) -> Vec<u64> {
+    pub(crate) fn read(&mut self, sector: u64, gpa: GuestAddress, expected: u8) -> Vec<u64> {
         let [_, _, used] = self.layout.areas();
-        let element = used + 4 + 8 * (self.completed % u64::from(SIZE));
+        let element = used.unchecked_add(4 + 8 * (self.completed % u64::from(SIZE)));
         self.submit(VIRTIO_BLK_T_IN, sector, gpa);
         self.drain();
         self.holds(gpa, expected);
-        let data = (gpa / LOG_PAGE..).take_while(|page| page * LOG_PAGE < gpa + BYTES);
-        let mut pages: Vec<u64> = data.chain([STATUSES, element, used + 2].map(|at| at / LOG_PAGE)).collect();
+        let data = gpa.0 / LOG_PAGE..=(gpa.0 + BYTES - 1) / LOG_PAGE;
+        let others = [STATUSES, element, used.unchecked_add(2)].map(|at| at.0 / LOG_PAGE);
+        let mut pages: Vec<u64> = data.chain(others).collect();
         pages.sort();
         pages.dedup();
         pages
     }
 
     /// Returns true if the last read returned what was written.
-    pub(crate) fn holds(&self, gpa: u64, expected: u8) {
+    pub(crate) fn holds(&self, gpa: GuestAddress, expected: u8) {
         let mut data = [!expected; BYTES as usize];
         self.memory.read(gpa, &mut data).unwrap();
         assert!(data.iter().all(|byte| *byte == expected));
@@ -133,7 +135,7 @@ impl DiskDriver {
 }
 
 /// A region that can be shared.
-pub(crate) fn region(gpa: u64) -> Arc<Region> {
+pub(crate) fn region(gpa: GuestAddress) -> Arc<Region> {
     Arc::new(Region::share(sealed_memfd("guest", REGION).unwrap(), gpa, REGION, 0).unwrap())
 }
 

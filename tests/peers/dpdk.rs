@@ -11,7 +11,7 @@ use vhost_migrate::abi::virtio;
 use vhost_migrate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VirtioFeatures};
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::frontend::{Device, RingSetup, UserDevice, UserOptions};
-use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase, RingLayout};
 
 use crate::linux_net;
@@ -62,8 +62,8 @@ const HEADER: usize = 12;
 const REGION: u64 = 4 << 20;
 const SIZE: u16 = 64;
 /// Addresses of the packets that arrive and of those that leave: a page for each. The device writes the former.
-const ARRIVALS: u64 = 0x10_0000;
-const DEPARTURES: u64 = 0x20_0000;
+const ARRIVALS: GuestAddress = GuestAddress(0x10_0000);
+const DEPARTURES: GuestAddress = GuestAddress(0x20_0000);
 /// The status of a driver that is ready.
 const READY: u8 = virtio::VIRTIO_CONFIG_S_ACKNOWLEDGE
     | virtio::VIRTIO_CONFIG_S_DRIVER
@@ -95,10 +95,10 @@ impl Rig {
         let features = VIRTIO_F_VERSION_1
             | VIRTIO_NET_F_MRG_RXBUF
             | if packed { VIRTIO_F_RING_PACKED } else { VirtioFeatures::empty() };
-        let region = Region::share(sealed_memfd("guest", REGION).unwrap(), 0, REGION, 0).unwrap();
+        let region = Region::share(sealed_memfd("guest", REGION).unwrap(), GuestAddress(0), REGION, 0).unwrap();
         let memory = Memory::new([Arc::new(region)]).unwrap();
         let layouts: Vec<_> = [0, 0x8000]
-            .map(|at| RingLayout::new(features, SIZE, at + 0x1000, at + 0x2000, at + 0x3000))
+            .map(|at| RingLayout::new(features, SIZE, [at + 0x1000, at + 0x2000, at + 0x3000].map(GuestAddress)))
             .into_iter()
             .collect();
         let rings = layouts.iter().map(|layout| DriverRing::new(&memory, *layout, features).unwrap()).collect();
@@ -135,7 +135,7 @@ impl Rig {
 
     /// Makes a buffer for an arrival available.
     fn offer(&mut self, slot: u16) {
-        let buffer = Buffer { gpa: ARRIVALS + u64::from(slot) * LOG_PAGE, len: 2048 };
+        let buffer = Buffer { gpa: ARRIVALS.unchecked_add(u64::from(slot) * LOG_PAGE), len: 2048 };
         assert!(self.rings[RX].add(&[], &[buffer], None).unwrap().is_some());
     }
 
@@ -149,9 +149,9 @@ impl Rig {
             self.next += 1;
             let mut packet = vec![0; HEADER];
             packet.extend((0..len as u32).map(|at| (number.wrapping_mul(31).wrapping_add(at * 7) >> 1) as u8));
-            let at = DEPARTURES + u64::from(number % 64) * LOG_PAGE;
+            let at = DEPARTURES.unchecked_add(u64::from(number % 64) * LOG_PAGE);
             self.memory.write(at, &packet).unwrap();
-            own.insert(at / LOG_PAGE);
+            own.insert(at.0 / LOG_PAGE);
             let buffer = Buffer { gpa: at, len: packet.len() as u32 };
             assert!(self.rings[TX].add(&[buffer], &[], None).unwrap().is_some());
             let _ = self.rings[TX].publish(); // it polls
@@ -161,7 +161,7 @@ impl Rig {
             let slot = (number % u32::from(SIZE / 2)) as u16;
             assert_eq!(arrival.len as usize, packet.len());
             let mut found = vec![0; packet.len()];
-            self.memory.read(ARRIVALS + u64::from(slot) * LOG_PAGE, &mut found).unwrap();
+            self.memory.read(ARRIVALS.unchecked_add(u64::from(slot) * LOG_PAGE), &mut found).unwrap();
             assert_eq!(found[HEADER..], packet[HEADER..], "packet {number}");
             self.offer(slot);
             let _ = self.rings[RX].publish();
@@ -170,7 +170,7 @@ impl Rig {
         let packed = matches!(self.layouts[0], RingLayout::Packed(_));
         for layout in &self.layouts {
             let [desc, driver, _] = layout.areas();
-            own.extend([driver / LOG_PAGE].into_iter().chain((!packed).then_some(desc / LOG_PAGE)));
+            own.extend([driver].into_iter().chain((!packed).then_some(desc)).map(|area| area.0 / LOG_PAGE));
         }
         let pages = |bytes: &Vec<u8>| bytes.chunks(LOG_PAGE as usize).map(<[u8]>::to_vec).collect::<Vec<_>>();
         let changed = pages(&before).into_iter().zip(pages(&self.contents())).enumerate();
@@ -179,7 +179,7 @@ impl Rig {
 
     fn contents(&self) -> Vec<u8> {
         let mut bytes = vec![0; REGION as usize];
-        self.memory.read(0, &mut bytes).unwrap();
+        self.memory.read(GuestAddress(0), &mut bytes).unwrap();
         bytes
     }
 }
@@ -213,7 +213,7 @@ fn testpmd_is_driven(packed: bool) {
         let extra: BTreeSet<_> = marked.difference(&changed).copied().collect();
         assert!(changed.len() > 20);
         // It marks a packed ring's event area, which it has no reason to write, for what it writes into the descriptors (rule L4.2).
-        let area = |which: usize| rig.layouts.iter().map(|layout| layout.areas()[which] / LOG_PAGE).collect();
+        let area = |which: usize| rig.layouts.iter().map(|layout| layout.areas()[which].0 / LOG_PAGE).collect();
         let expected = if packed { [area(0), area(2)] } else { [BTreeSet::new(), BTreeSet::new()] };
         assert_eq!([missed, extra], expected);
     }

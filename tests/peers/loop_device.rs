@@ -12,6 +12,7 @@ use vhost_migrate::abi::virtio::{
 };
 use vhost_migrate::frontend::{Device, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig};
+use vhost_migrate::memory::Address;
 use vhost_migrate::ring::RingBase;
 
 use crate::backend::{Backend, Kind};
@@ -98,9 +99,9 @@ fn sectors_of_a_direct_disk_with_larger_blocks_come_from_the_disk_and_go_there()
     device.start_ring(0, setup(RingBase::split(0))).unwrap();
     let read = |driver: &mut DiskDriver, sector: u64, len: usize| {
         let mut bytes = vec![0; len];
-        driver.submit_bytes(VIRTIO_BLK_T_IN, sector, DATA + 3, len as u32);
+        driver.submit_bytes(VIRTIO_BLK_T_IN, sector, DATA.unchecked_add(3), len as u32);
         driver.drain();
-        driver.memory.read(DATA + 3, &mut bytes).unwrap();
+        driver.memory.read(DATA.unchecked_add(3), &mut bytes).unwrap();
         bytes
     };
     let below = OpenOptions::new().read(true).write(true).open(lab.disk()).unwrap();
@@ -110,8 +111,8 @@ fn sectors_of_a_direct_disk_with_larger_blocks_come_from_the_disk_and_go_there()
     assert!(read(&mut driver, 7, 10 * 512) == [0x33; 10 * 512], "it comes from the page cache");
     assert!(read(&mut driver, BYTES / SECTOR_BYTES - 1, 512) == contents[BYTES as usize - 512..]);
     let write = |driver: &mut DiskDriver, sector: u64, fill: u8| {
-        driver.memory.write(DATA + 3, &[fill; 512]).unwrap();
-        driver.submit_bytes(VIRTIO_BLK_T_OUT, sector, DATA + 3, 512);
+        driver.memory.write(DATA.unchecked_add(3), &[fill; 512]).unwrap();
+        driver.submit_bytes(VIRTIO_BLK_T_OUT, sector, DATA.unchecked_add(3), 512);
         driver.drain();
     };
     write(&mut driver, 12, 0xaa);

@@ -11,7 +11,7 @@ use vhost_migrate::abi::virtio::{SECTOR_BYTES, VIRTIO_BLK_T_IN, VIRTIO_F_VERSION
 use vhost_migrate::dirty::{DirtySource, PageSet};
 use vhost_migrate::frontend::{Device, FrontendError, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig};
-use vhost_migrate::memory::LOG_PAGE;
+use vhost_migrate::memory::{Address, LOG_PAGE};
 use vhost_migrate::ring::RingBase;
 
 use crate::backend::{Backend, Kind};
@@ -75,10 +75,10 @@ fn a_disk_is_driven_stopped_and_started_where_it_was() {
         assert_eq!(rig.device.queues(), 2);
         assert_eq!(rig.device.acked_features(), rig.features);
         rig.driver.write(16, 0x5a);
-        rig.driver.read(16, DATA + 0x4000, 0x5a);
+        rig.driver.read(16, DATA.unchecked_add(0x4000), 0x5a);
         let base = rig.device.stop_ring(0).unwrap();
         assert_eq!(base, RingBase::split(2));
-        rig.driver.submit(VIRTIO_BLK_T_IN, 16, DATA + 0x8000);
+        rig.driver.submit(VIRTIO_BLK_T_IN, 16, DATA.unchecked_add(0x8000));
         rig.start(base);
         rig.driver.drain();
         assert_eq!(rig.device.stop_ring(0).unwrap(), RingBase::split(3));
@@ -96,20 +96,20 @@ fn the_log_holds_what_the_device_wrote_while_it_is_on_and_nothing_else() {
         rig.device.start_logging(&first, first_fd.as_fd()).unwrap();
         assert_eq!(harvest(&first), [0; 0], "nothing that was written before");
         // Starts in the middle of a page and so ends in a third one; then a buffer above 4 GiB.
-        for gpa in [DATA + 0x4800, HIGH + 0x20000] {
+        for gpa in [DATA.unchecked_add(0x4800), HIGH.unchecked_add(0x20000)] {
             let written = rig.driver.read(0, gpa, 0x11);
             assert_eq!(harvest(&first), written);
         }
         let (second, second_fd) = rig.driver.new_log();
         rig.device.start_logging(&second, second_fd.as_fd()).unwrap();
-        let written = rig.driver.read(0, DATA + 0x8000, 0x11);
+        let written = rig.driver.read(0, DATA.unchecked_add(0x8000), 0x11);
         assert_eq!(harvest(&first), [0; 0], "the old log is left alone after a switch (rule L9.1)");
         assert_eq!(harvest(&second), written);
         rig.device.stop_logging().unwrap();
-        rig.driver.read(0, DATA + 0xc000, 0x11);
+        rig.driver.read(0, DATA.unchecked_add(0xc000), 0x11);
         assert_eq!(harvest(&second), [0; 0], "logging is off");
         rig.device.start_logging(&first, first_fd.as_fd()).unwrap();
-        let written = rig.driver.read(0, DATA + 0x10000, 0x11);
+        let written = rig.driver.read(0, DATA.unchecked_add(0x10000), 0x11);
         assert_eq!(harvest(&first), written, "a second migration logs again");
     }
 }
@@ -128,10 +128,10 @@ fn a_restarted_daemon_goes_on_with_rings_and_log() {
         rig.device.reconnect(Instant::now() + DEADLINE).unwrap();
         assert_eq!(
             harvest(&log),
-            [rig.driver.layout.areas()[2] / LOG_PAGE],
+            [rig.driver.layout.areas()[2].0 / LOG_PAGE],
             "what may have been written last and not logged"
         );
-        let written = rig.driver.read(0, HIGH + 0x40000, 0x22);
+        let written = rig.driver.read(0, HIGH.unchecked_add(0x40000), 0x22);
         assert_eq!(harvest(&log), written);
         rig.backend.kill();
         rig.driver.submit(VIRTIO_BLK_T_IN, 0, DATA);

@@ -22,7 +22,7 @@ use vhost_migrate::abi::virtio::{
     SECTOR_BYTES, VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures,
 };
 use vhost_migrate::dirty::Log;
-use vhost_migrate::memory::{Memory, Region};
+use vhost_migrate::memory::{Address, GuestAddress, Memory, Region};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -72,9 +72,9 @@ fn connect(socket: &Path, features: VirtioFeatures, need_reply: bool) -> Fronten
 fn describe(region: &Region) -> VhostUserMemoryRegionInfo {
     let (fd, mmap_offset) = region.shared().unwrap();
     VhostUserMemoryRegionInfo {
-        guest_phys_addr: region.gpa(),
+        guest_phys_addr: region.gpa().0,
         memory_size: region.size(),
-        userspace_addr: region.user_addr(),
+        userspace_addr: region.user_addr().0,
         mmap_offset,
         mmap_handle: fd.as_raw_fd(),
     }
@@ -148,9 +148,9 @@ impl Harness {
 
     fn addresses(&self, logged: bool) {
         let areas = self.driver.layout.areas();
-        let user = |gpa: u64| {
+        let user = |gpa: GuestAddress| {
             let region = self.driver.memory.regions().iter().rev().find(|region| region.gpa() <= gpa).unwrap();
-            region.user_addr() + gpa - region.gpa()
+            region.user_addr().0 + gpa.unchecked_offset_from(region.gpa())
         };
         let [desc_table_addr, avail_ring_addr, used_ring_addr] = areas.map(user);
         let addresses = VringConfigData {
@@ -160,7 +160,7 @@ impl Harness {
             desc_table_addr,
             used_ring_addr,
             avail_ring_addr,
-            log_addr: logged.then_some(areas[2]),
+            log_addr: logged.then_some(areas[2].0),
         };
         self.frontend.set_vring_addr(0, &addresses).unwrap();
     }
@@ -208,14 +208,14 @@ fn rust_vmm_front_end_stops_and_restarts_our_disk() {
         let refused = harness.frontend.set_config(0, VhostUserConfigFlags::empty(), &[1; 8]);
         assert_eq!(refused.is_err(), need_reply, "{refused:?}");
         harness.driver.write(16, 0x5a);
-        harness.driver.read(16, DATA + 0x4000, 0x5a);
+        harness.driver.read(16, DATA.unchecked_add(0x4000), 0x5a);
         let base = harness.frontend.get_vring_base(0).unwrap();
         assert_eq!(base & 0x7fff, if features == SPLIT { 2 } else { 6 }, "requests, or their descriptors");
-        harness.driver.submit(VIRTIO_BLK_T_IN, 16, DATA + 0x8000);
+        harness.driver.submit(VIRTIO_BLK_T_IN, 16, DATA.unchecked_add(0x8000));
         // The crate passes only 16 bits of a base, half of that of a packed ring. The inflight region has all of it.
         harness.start(base as u16);
         harness.driver.drain();
-        harness.driver.holds(DATA + 0x8000, 0x5a);
+        harness.driver.holds(DATA.unchecked_add(0x8000), 0x5a);
         assert!(fs::read(&harness.image).unwrap()[16 * 512..][..8192].iter().all(|byte| *byte == 0x5a));
         harness.frontend.reset_device().unwrap();
         harness.frontend.reset_owner().unwrap();
@@ -236,7 +236,7 @@ fn a_log_of_rust_vmm_front_end_marks_exactly_what_our_disk_wrote() {
         let signal = eventfd();
         harness.frontend.set_log_fd(signal.as_raw_fd()).unwrap();
         harness.settle();
-        for gpa in [DATA + 0x4800, HIGH + 0x20000] {
+        for gpa in [DATA.unchecked_add(0x4800), HIGH.unchecked_add(0x20000)] {
             let written = harness.driver.read(0, gpa, 0x11);
             assert!(signal.read().unwrap() > 0);
             assert_eq!(harvest(&first), written);
@@ -244,11 +244,11 @@ fn a_log_of_rust_vmm_front_end_marks_exactly_what_our_disk_wrote() {
         harness.set_log(&second, &second_fd);
         // The ring's event word may be written and marked after the last completion.
         harvest(&first);
-        let written = harness.driver.read(0, DATA + 0x8000, 0x11);
+        let written = harness.driver.read(0, DATA.unchecked_add(0x8000), 0x11);
         assert_eq!((harvest(&first), harvest(&second)), (Vec::new(), written));
         harness.switch_log(false);
         harvest(&second);
-        harness.driver.read(0, DATA + 0xc000, 0x11);
+        harness.driver.read(0, DATA.unchecked_add(0xc000), 0x11);
         assert_eq!(harvest(&second), [0; 0]);
     }
 }
@@ -261,7 +261,7 @@ fn every_request_of_rust_vmm_front_end_completes_once_after_kills_of_our_disk() 
         harness.driver.write(0, 0x33);
         let reads = |driver: &mut DiskDriver, from: u64| {
             for number in from..from + REQUESTS / 2 {
-                let gpa = HIGH + 0x100000 + number * 8192;
+                let gpa = HIGH.unchecked_add(0x100000 + number * 8192);
                 driver.memory.write(gpa, &[0; 8192]).unwrap();
                 driver.submit(VIRTIO_BLK_T_IN, 0, gpa);
             }
@@ -271,21 +271,22 @@ fn every_request_of_rust_vmm_front_end_completes_once_after_kills_of_our_disk() 
             reads(&mut harness.driver, 0);
             harness.crash(|driver| reads(driver, REQUESTS / 2));
             harness.driver.drain();
-            (0..REQUESTS).for_each(|number| harness.driver.holds(HIGH + 0x100000 + number * 8192, 0x33));
+            (0..REQUESTS).for_each(|number| harness.driver.holds(HIGH.unchecked_add(0x100000 + number * 8192), 0x33));
         }
     }
 }
 
 #[test]
 fn memory_regions_are_added_and_removed_by_rust_vmm_front_end() {
+    const ADDED: GuestAddress = GuestAddress(8 << 30);
     let mut harness = Harness::new(Kind::Ours, SPLIT, true);
     assert!(harness.frontend.get_max_mem_slots().unwrap() >= 509);
     harness.driver.write(0, 0x44);
-    let (before, added) = (harness.driver.memory.clone(), region(2 * HIGH));
+    let (before, added) = (harness.driver.memory.clone(), region(ADDED));
     for _ in 0..3 {
         harness.driver.memory = Memory::new(before.regions().iter().chain([&added]).cloned()).unwrap();
         harness.frontend.add_mem_region(&describe(&added)).unwrap();
-        harness.driver.read(0, 2 * HIGH + REGION - 8192, 0x44);
+        harness.driver.read(0, ADDED.unchecked_add(REGION - 8192), 0x44);
         harness.frontend.remove_mem_region(&describe(&added)).unwrap();
         harness.driver.memory = before.clone();
         harness.driver.read(0, DATA, 0x44);

@@ -11,6 +11,7 @@ use vhost_migrate::abi::vhost_user::{ProtocolFeatures, Request};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestIncomingVm, GuestSourceVm};
+use vhost_migrate::memory::Address;
 use vhost_migrate::migrate::{ConvergencePolicy, MigrationParameters, Outcomes, SWITCHOVER_TIMEOUT, migrate, receive};
 use vhost_migrate::stream::{self, StreamListener, StreamOptions};
 use vhost_migrate::unstable::with_causes;
@@ -156,18 +157,18 @@ fn a_rust_vmm_disk_marks_exactly_and_continues_after_logging_stops() {
     rig.driver.write(0, 0x11);
     let ((first, first_fd), (second, second_fd)) = (rig.driver.new_log(), rig.driver.new_log());
     rig.device.start_logging(&first, first_fd.as_fd()).unwrap();
-    for gpa in [DATA + 0x4800, HIGH + 0x20000] {
+    for gpa in [DATA.unchecked_add(0x4800), HIGH.unchecked_add(0x20000)] {
         let written = rig.driver.read(0, gpa, 0x11);
         assert_eq!(harvest(&first), written);
     }
     rig.device.start_logging(&second, second_fd.as_fd()).unwrap();
     // The mark of an event word may follow a completion.
     harvest(&first);
-    let written = rig.driver.read(0, DATA + 0x8000, 0x11);
+    let written = rig.driver.read(0, DATA.unchecked_add(0x8000), 0x11);
     assert_eq!((harvest(&first), harvest(&second)), (Vec::new(), written));
     // LOG_ALL and F_LOG are ignored (rule L7.3). This log is no longer read.
     rig.device.stop_logging().unwrap();
-    let written = rig.driver.read(0, DATA + 0xc000, 0x11);
+    let written = rig.driver.read(0, DATA.unchecked_add(0xc000), 0x11);
     assert_eq!(harvest(&second), written);
 }
 
