@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use memmap2::{MmapOptions, MmapRaw};
 use race::{Contender, race, time};
 use vhost_migrate::dirty::{Log, PageSet};
-use vhost_migrate::memory::LOG_PAGE;
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE};
 use vm_memory::bitmap::AtomicBitmap;
 
 const GIB: u64 = 1 << 30;
@@ -72,14 +72,14 @@ fn set(gib: u64) -> PageSet {
 }
 
 fn log(gib: u64) -> Log {
-    let (log, _) = Log::create(gib * GIB).unwrap();
+    let (log, _) = Log::create(GuestAddress(gib * GIB)).unwrap();
     mark(&log, &all(gib));
     log.harvest_stopped(&mut set(gib));
     log
 }
 
 fn mark(log: &Log, pages: &[Range<u64>]) {
-    pages.iter().for_each(|run| log.mark(run.start * LOG_PAGE, (run.end - run.start) * LOG_PAGE));
+    pages.iter().for_each(|run| log.mark(GuestAddress(run.start * LOG_PAGE), (run.end - run.start) * LOG_PAGE));
 }
 
 fn ours(gib: u64, pages: &[Range<u64>]) -> Contender<'_> {
@@ -190,7 +190,7 @@ fn copy_and_zero(gib: u64, pages: &[Range<u64>]) -> Contender<'_> {
 }
 
 fn sparse<'a>(gib: u64, touched: u64) -> Contender<'a> {
-    let (log, _) = Log::create(gib * GIB).unwrap();
+    let (log, _) = Log::create(GuestAddress(gib * GIB)).unwrap();
     let mut set = set(gib);
     let name = match touched {
         0 => "no page of the log touched",
@@ -200,7 +200,7 @@ fn sparse<'a>(gib: u64, touched: u64) -> Contender<'a> {
     let turn = move || {
         set.clear();
         // One page of the log covers 128 MiB of guest memory.
-        (0..touched).for_each(|i| log.mark(i * (gib * GIB / touched), 1));
+        (0..touched).for_each(|i| log.mark(GuestAddress(i * (gib * GIB / touched)), 1));
         time(|| log.harvest(&mut set))
     };
     (name, Box::new(turn))

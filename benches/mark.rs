@@ -22,7 +22,7 @@ const WRITTEN: usize = 2 << 20;
 const TURNS: usize = 9;
 
 fn main() {
-    let log = Arc::new(Log::create(GUEST).unwrap().0);
+    let log = Arc::new(Log::create(GuestAddress(GUEST)).unwrap().0);
     let atomic = AtomicBitmap::new(GUEST as usize, NonZeroUsize::new(4096).unwrap());
     let locked = Locked::new();
     locked.install();
@@ -33,7 +33,7 @@ fn main() {
             title,
             TURNS,
             vec![
-                each("Log::mark", gpas, move |gpa| ours.mark(gpa, len)),
+                each("Log::mark", gpas, move |gpa| ours.mark(GuestAddress(gpa), len)),
                 each("vm-memory AtomicBitmap", gpas, move |gpa| atomic.set_addr_range(gpa as usize, len as usize)),
                 each("lock, one byte per page", gpas, move |gpa| locked.mark_dirty(gpa as usize, len as usize)),
             ],
@@ -104,12 +104,12 @@ fn each<'a>(name: &'static str, gpas: &'a [u64], mut work: impl FnMut(u64) + 'a)
 fn in_bursts(gpas: &[u64], burst: usize, log: &Log) {
     for gpas in gpas.chunks(burst) {
         let burst = log.burst();
-        gpas.iter().for_each(|gpa| burst.mark(*gpa, 4096));
+        gpas.iter().for_each(|gpa| burst.mark(GuestAddress(*gpa), 4096));
     }
 }
 
 fn bitmap<M: PageMarker + 'static>(marker: &Arc<M>) -> LogBitmap<M> {
-    LogBitmap::new(Arc::clone(marker), 0)
+    LogBitmap::new(Arc::clone(marker), GuestAddress(0))
 }
 
 /// Guest memory with `bitmap`, all pages populated.

@@ -29,24 +29,30 @@ const BATCH: u16 = 16;
 /// Number of batches of one turn.
 const BATCHES: u64 = 2000;
 const TURNS: usize = 9;
+/// Guest-physical addresses of the parts of a ring.
+const AREAS: [GuestAddress; 3] = [GuestAddress(0), GuestAddress(0x4000), GuestAddress(0x8000)];
 const KINDS: [(&str, VirtioFeatures); 2] = [("split", VirtioFeatures::empty()), ("packed", VIRTIO_F_RING_PACKED)];
 /// Guest-physical start of the memory for indirect tables.
-const TABLES: u64 = 0x2_0000;
+const TABLES: GuestAddress = GuestAddress(0x2_0000);
 
 fn rings(kind: VirtioFeatures, translated: bool) -> (DriverRing, DeviceRing) {
     let fd = sealed_memfd("ring-bench", 1 << 20).unwrap();
-    let memory = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 1 << 20, 0, 0).unwrap())]).unwrap();
+    let region = Region::map(fd.as_fd(), GuestAddress(0), 1 << 20, UserAddress(0), 0).unwrap();
+    let memory = Memory::new([Arc::new(region)]).unwrap();
     let features = kind | VIRTIO_RING_F_INDIRECT_DESC;
-    let layout = RingLayout::new(features, SIZE, 0, 0x4000, 0x8000);
+    let layout = RingLayout::new(features, SIZE, AREAS);
     let driver = DriverRing::new(&memory, layout, features).unwrap();
     let start = RingBase::initial(features);
     if !translated {
         return (driver, DeviceRing::new(&memory, layout, features, start).unwrap());
     }
     let iotlb = Arc::new(Iotlb::default());
-    (0..1 << 20).step_by(LOG_PAGE as usize).for_each(|at| iotlb.update(at, LOG_PAGE, at, 3).unwrap());
+    for page in (0..1 << 20).step_by(LOG_PAGE as usize) {
+        iotlb.update(Iova(page), LOG_PAGE, UserAddress(page), Some(Access::ReadWrite)).unwrap();
+    }
     let sizes = RingLayout::area_bytes(features, SIZE);
-    let areas: Vec<_> = layout.areas().into_iter().zip(sizes).map(|(at, len)| (at, len, Access::ReadWrite)).collect();
+    let areas: Vec<_> =
+        layout.areas().into_iter().zip(sizes).map(|(at, len)| (Iova(at.0), len, Access::ReadWrite)).collect();
     let window = Arc::new(IovaWindow::open(&memory, &iotlb, &areas, None).unwrap());
     let mut device = DeviceRing::new(window.memory(), layout, features, start).unwrap();
     device.set_iommu(RingIommu { memory, iotlb, window });
@@ -76,7 +82,7 @@ fn serve(kind: VirtioFeatures, layout: RequestLayout, region: Option<&InflightRe
     let mut spent = Duration::ZERO;
     for _ in 0..BATCHES {
         for number in 0..u64::from(BATCH) {
-            let table = layout.indirect.then_some(TABLES + number * 64);
+            let table = layout.indirect.then_some(TABLES.unchecked_add(number * 64));
             driver.add(&[buffer], &writable[..layout.writable], table).unwrap().unwrap();
         }
         let _ = driver.publish();

@@ -18,7 +18,7 @@ use race::{race, time};
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::backend::{Queue, RING_FEATURES, SyncQueue, VirtioDevice};
 use vhost_migrate::dirty::Log;
-use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase, RingLayout};
 use vhost_migrate::unstable::backend::{Kick, Logging, Notifier, VringConfig, VringController, Workers};
 
@@ -48,11 +48,14 @@ impl VirtioDevice for Nothing {
     }
 }
 
+/// Guest-physical addresses of the parts of the ring.
+const AREAS: [GuestAddress; 3] = [GuestAddress(0), GuestAddress(0x4000), GuestAddress(0x8000)];
+
 /// Nanoseconds that a request of many takes.
 fn serve(log: Option<Arc<Log>>) -> f64 {
     let fd = sealed_memfd("serve-bench", 1 << 20).unwrap();
-    let memory = Memory::new([Arc::new(Region::share(fd, 0, 1 << 20, 0).unwrap())]).unwrap();
-    let layout = RingLayout::new(VirtioFeatures::from_bits_retain(FEATURES), SIZE, 0, 0x4000, 0x8000);
+    let memory = Memory::new([Arc::new(Region::share(fd, GuestAddress(0), 1 << 20, 0).unwrap())]).unwrap();
+    let layout = RingLayout::new(VirtioFeatures::from_bits_retain(FEATURES), SIZE, AREAS);
     let mut driver = DriverRing::new(&memory, layout, VirtioFeatures::from_bits_retain(FEATURES)).unwrap();
     let kick = Arc::new(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap());
     let setup = VringConfig {
@@ -62,7 +65,7 @@ fn serve(log: Option<Arc<Log>>) -> f64 {
         base: RingBase::initial(VirtioFeatures::from_bits_retain(FEATURES)),
         features: VirtioFeatures::from_bits_retain(FEATURES),
         memory,
-        logging: Logging { data: log.clone(), used: log.map(|log| (log, 0x8000)), ..Logging::default() },
+        logging: Logging { data: log.clone(), used: log.map(|log| (log, AREAS[2])), ..Logging::default() },
         kick: Some(Arc::new(Kick::new(0, kick.as_fd().try_clone_to_owned().unwrap()).unwrap())),
         is_polled: false,
         call: None,
@@ -75,7 +78,7 @@ fn serve(log: Option<Arc<Log>>) -> f64 {
     };
     let mut workers = Workers::new(Arc::new(Nothing));
     workers.start(0, setup).unwrap();
-    let buffer = Buffer { gpa: 0x1_0000, len: 4096 };
+    let buffer = Buffer { gpa: GuestAddress(0x1_0000), len: 4096 };
     let mut batch = || {
         for _ in 0..BATCH {
             driver.add(&[buffer], &[buffer; 2], None).unwrap().unwrap();
@@ -97,7 +100,7 @@ fn serve(log: Option<Arc<Log>>) -> f64 {
 }
 
 fn main() {
-    let log = &Arc::new(Log::create(1 << 20).unwrap().0);
+    let log = &Arc::new(Log::create(GuestAddress(1 << 20)).unwrap().0);
     let served = |title| {
         let logged = move || serve(Some(log.clone()));
         race(title, TURNS, vec![("without a log", Box::new(|| serve(None))), ("logged", Box::new(logged))]);

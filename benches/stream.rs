@@ -29,7 +29,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use vhost_migrate::dirty::{DirtySource, UnionSource};
 use vhost_migrate::guest::make_memory;
-use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, Region, UserAddress, sealed_memfd};
 use vhost_migrate::migrate::{
     IncomingVm, MigrationParameters, Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
 };
@@ -138,11 +138,11 @@ impl Guest {
         let guest = Guest { pages, source: memory(pages), destination: memory(pages) };
         let mut bytes = [0; 4096];
         for page in 0..pages {
-            guest.destination.write(page * LOG_PAGE, &bytes).unwrap();
+            guest.destination.write(GuestAddress(page * LOG_PAGE), &bytes).unwrap();
         }
         for page in 0..pages {
             fill_page(image, page, &mut bytes);
-            guest.source.write(page * LOG_PAGE, &bytes).unwrap();
+            guest.source.write(GuestAddress(page * LOG_PAGE), &bytes).unwrap();
         }
         guest
     }
@@ -155,8 +155,8 @@ impl Guest {
     fn verify(&self) {
         let (mut sent, mut received) = ([0; 4096], [0; 4096]);
         for page in 0..self.pages {
-            self.source.read(page * LOG_PAGE, &mut sent).unwrap();
-            self.destination.read(page * LOG_PAGE, &mut received).unwrap();
+            self.source.read(GuestAddress(page * LOG_PAGE), &mut sent).unwrap();
+            self.destination.read(GuestAddress(page * LOG_PAGE), &mut received).unwrap();
             assert!(sent == received, "page {page} differs");
         }
     }
@@ -164,14 +164,15 @@ impl Guest {
 
 fn memory(pages: u64) -> Memory {
     let fd = sealed_memfd("bench", pages * LOG_PAGE).unwrap();
-    Memory::new([Arc::new(Region::map(fd.as_fd(), 0, pages * LOG_PAGE, 0, 0).unwrap())]).unwrap()
+    let region = Region::map(fd.as_fd(), GuestAddress(0), pages * LOG_PAGE, UserAddress(0), 0).unwrap();
+    Memory::new([Arc::new(region)]).unwrap()
 }
 
 fn copy(memory: &Memory) -> f64 {
     let mut buffer = vec![0; 1 << 20];
     let start = seconds();
     for gpa in (0..memory.size()).step_by(1 << 20) {
-        memory.read(gpa, &mut buffer).unwrap();
+        memory.read(GuestAddress(gpa), &mut buffer).unwrap();
         black_box(&buffer);
     }
     seconds() - start
@@ -344,11 +345,11 @@ impl IncomingVm for StaticIncomingVm {
 
 /// Moves a guest of which `used` pages are in use. Returns what the source reports, milliseconds.
 fn migrate_untouched(pages: u64, used: u64) -> f64 {
-    let source = make_memory([(0, pages * LOG_PAGE)], false).unwrap();
+    let source = make_memory([(GuestAddress(0), pages * LOG_PAGE)], false).unwrap();
     let mut bytes = [0; 4096];
     for page in used_runs(pages, used).flatten() {
         fill_page("data", page, &mut bytes);
-        source.write(page * LOG_PAGE, &bytes).unwrap();
+        source.write(GuestAddress(page * LOG_PAGE), &bytes).unwrap();
     }
     let socket = std::env::temp_dir().join(format!("stream-bench-{}", std::process::id()));
     let listener = StreamListener::bind(&Uri::Unix(socket)).unwrap();
@@ -367,8 +368,8 @@ fn migrate_untouched(pages: u64, used: u64) -> f64 {
     let destination = destination.0.unwrap();
     let mut arrived = [0; 4096];
     for page in used_runs(pages, used).flatten() {
-        source.read(page * LOG_PAGE, &mut bytes).unwrap();
-        destination.read(page * LOG_PAGE, &mut arrived).unwrap();
+        source.read(GuestAddress(page * LOG_PAGE), &mut bytes).unwrap();
+        destination.read(GuestAddress(page * LOG_PAGE), &mut arrived).unwrap();
         assert!(bytes == arrived, "page {page} differs");
     }
     report.total_ms
