@@ -13,17 +13,17 @@ use nix::sys::eventfd::EventFd;
 use vhost_migrate::abi::virtio::*;
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::frontend::{Device, RingSetup, UserDevice, UserOptions};
-use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase, RingLayout};
 use zerocopy::IntoBytes;
 
 // The memory map: everything has a page of its own.
-const DESCRIPTORS: u64 = 0x1000;
-const AVAIL: u64 = 0x2000;
-const USED: u64 = 0x3000;
-const HEADER: u64 = 0x4000;
-const DATA: u64 = 0x5000;
-const STATUS: u64 = 0x6000;
+const DESCRIPTORS: GuestAddress = GuestAddress(0x1000);
+const AVAIL: GuestAddress = GuestAddress(0x2000);
+const USED: GuestAddress = GuestAddress(0x3000);
+const HEADER: GuestAddress = GuestAddress(0x4000);
+const DATA: GuestAddress = GuestAddress(0x5000);
+const STATUS: GuestAddress = GuestAddress(0x6000);
 const MEMORY: u64 = 0x10000;
 
 const QUEUE_SIZE: u16 = 16;
@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut disk = UserDevice::connect(socket, UserOptions::default(), Instant::now() + TIMEOUT)?;
     let features = disk.features() & VIRTIO_F_VERSION_1;
     disk.set_features(features)?;
-    let region = Region::share(sealed_memfd("guest", MEMORY)?, 0, MEMORY, 0)?;
+    let region = Region::share(sealed_memfd("guest", MEMORY)?, GuestAddress(0), MEMORY, 0)?;
     let memory = Memory::new([Arc::new(region)])?;
     disk.set_memory(&memory)?;
 
@@ -54,7 +54,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // Start ring 0.
     let (kick, call) = (Arc::new(OwnedFd::from(EventFd::new()?)), Arc::new(OwnedFd::from(EventFd::new()?)));
-    let mut ring = DriverRing::new(&memory, RingLayout::new(features, QUEUE_SIZE, DESCRIPTORS, AVAIL, USED), features)?;
+    let layout = RingLayout::new(features, QUEUE_SIZE, [DESCRIPTORS, AVAIL, USED]);
+    let mut ring = DriverRing::new(&memory, layout, features)?;
     let setup = RingSetup {
         size: QUEUE_SIZE,
         desc: DESCRIPTORS,

@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use vhost_migrate::dirty::{DirtySource, Log, LogSource};
-use vhost_migrate::memory::{LOG_PAGE, Memory, MemoryError, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, MemoryError, Region, sealed_memfd};
 use vhost_migrate::migrate::*;
 use vhost_migrate::stream::{CancelToken, StreamListener, StreamOptions, Uri, connect};
 
@@ -25,7 +25,7 @@ struct Vm {
 }
 
 impl Vm {
-    fn new(gpa: u64, size: u64) -> Result<Vm, VmError> {
+    fn new(gpa: GuestAddress, size: u64) -> Result<Vm, VmError> {
         let region = Region::share(sealed_memfd("guest", size)?, gpa, size, 0)?;
         let memory = Memory::new([Arc::new(region)])?;
         let (log, _fd_for_devices) = Log::create(memory.end())?;
@@ -37,7 +37,7 @@ impl Vm {
             // The last step that wrote this page, 0 if none did.
             let expected = if self.step > page { (self.step - 1 - page) / PAGES * PAGES + page } else { 0 };
             let mut found = [0; 8];
-            self.memory.read(page * LOG_PAGE, &mut found)?;
+            self.memory.read(GuestAddress(page * LOG_PAGE), &mut found)?;
             if u64::from_le_bytes(found) != expected {
                 return Err(format!("page {page} has {found:?} and should have step {expected}").into());
             }
@@ -72,7 +72,7 @@ impl SourceVm for Vm {
         let (stop, stopped) = mpsc::channel::<()>();
         let thread = thread::spawn(move || {
             while stopped.recv_timeout(Duration::from_micros(20)) == Err(mpsc::RecvTimeoutError::Timeout) {
-                let gpa = step % PAGES * LOG_PAGE;
+                let gpa = GuestAddress(step % PAGES * LOG_PAGE);
                 memory.write(gpa, &step.to_le_bytes())?;
                 log.mark(gpa, 8);
                 step += 1;
@@ -108,7 +108,7 @@ impl IncomingVm for Incoming {
 }
 
 fn source(uri: &Uri) -> Result<(), VmError> {
-    let mut vm = Vm::new(0, PAGES * LOG_PAGE)?;
+    let mut vm = Vm::new(GuestAddress(0), PAGES * LOG_PAGE)?;
     vm.resume()?;
     thread::sleep(Duration::from_millis(500));
     let parameters = MigrationParameters::default();

@@ -8,7 +8,12 @@ use std::sync::Arc;
 
 use vhost_migrate::dirty::{Log, LogBitmap, LogSwitch, PageSet};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+/// Start of the second region.
+const HIGH: GuestAddress = GuestAddress(4 << 30);
+/// The status byte of the device.
+const STATUS: GuestAddress = GuestAddress(0x8000);
 
 /// Guest memory as the device sees it: the bitmap of each region leads to the switch.
 type Memory = GuestMemoryMmap<LogBitmap<LogSwitch>>;
@@ -17,14 +22,14 @@ type Memory = GuestMemoryMmap<LogBitmap<LogSwitch>>;
 struct Counter(Memory);
 
 impl Counter {
-    fn fill(&self, buffer: u64, len: usize, status: u64) -> Result<(), vm_memory::GuestMemoryError> {
+    fn fill(&self, buffer: GuestAddress, len: usize) -> Result<(), vm_memory::GuestMemoryError> {
         let numbers: Vec<u8> = (0..len).map(|i| i as u8).collect();
-        self.0.write_slice(&numbers, GuestAddress(buffer))?;
-        self.0.write_obj(1u8, GuestAddress(status))
+        self.0.write_slice(&numbers, buffer)?;
+        self.0.write_obj(1u8, STATUS)
     }
 }
 
-fn memory(switch: &Arc<LogSwitch>, regions: &[(u64, usize)]) -> Result<Memory, Box<dyn Error>> {
+fn memory(switch: &Arc<LogSwitch>, regions: &[(GuestAddress, usize)]) -> Result<Memory, Box<dyn Error>> {
     let mut mapped = Vec::new();
     for &(gpa, size) in regions {
         let bitmap = LogBitmap::new(Arc::clone(switch), gpa);
@@ -32,7 +37,7 @@ fn memory(switch: &Arc<LogSwitch>, regions: &[(u64, usize)]) -> Result<Memory, B
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE)
             .build()?;
-        mapped.push(GuestRegionMmap::new(mapping, GuestAddress(gpa)).ok_or("a region that wraps around")?);
+        mapped.push(GuestRegionMmap::new(mapping, gpa).ok_or("a region that wraps around")?);
     }
     Ok(Memory::from_regions(mapped)?)
 }
@@ -45,28 +50,28 @@ fn harvest(log: &Log) -> PageSet {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let switch = Arc::new(LogSwitch::new()?);
-    let device = Counter(memory(&switch, &[(0, 64 << 20), (4 << 30, 64 << 20)])?);
+    let device = Counter(memory(&switch, &[(GuestAddress(0), 64 << 20), (HIGH, 64 << 20)])?);
 
     // Without a migration there is no log: these writes are not recorded.
-    device.fill(0x1000, 4096, 0x8000)?;
+    device.fill(GuestAddress(0x1000), 4096)?;
 
     // A migration begins: VHOST_USER_SET_LOG_BASE brings a log. Once `set` returns, answer the request.
-    let (log, _fd_for_the_back_end) = Log::create((4 << 30) + (64 << 20))?;
+    let (log, _fd_for_the_back_end) = Log::create(HIGH.unchecked_add(64 << 20))?;
     let log = Arc::new(log);
     switch.set(Some(Arc::clone(&log)))?;
-    device.fill((4 << 30) + 0xfff, 2, 0x8000)?;
+    device.fill(HIGH.unchecked_add(0xfff), 2)?;
     let round = harvest(&log);
     println!("written while logging: {round:?}");
     assert!(round.iter().eq([0x8, 0x10_0000, 0x10_0001]), "the buffer is two pages, the status is one");
 
-    device.fill(0x5000, 10_000, 0x8000)?;
+    device.fill(GuestAddress(0x5000), 10_000)?;
     let round = harvest(&log);
     println!("and in the next round: {round:?}");
     assert!(round.iter().eq(5..9));
 
     // The migration ends: after `set` nothing is written to the log.
     switch.set(None)?;
-    device.fill(0x1000, 4096, 0x8000)?;
+    device.fill(GuestAddress(0x1000), 4096)?;
     assert!(harvest(&log).is_empty());
     Ok(())
 }
