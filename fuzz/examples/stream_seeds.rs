@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, Region, UserAddress, sealed_memfd};
 use vhost_migrate::stream::{Codec, FrameKind, Held, MigrationId, Started, ToSource};
 use vhost_migrate::unstable::stream::frame::{ChannelId, ConnectionHeader, FrameReader, FrameWriter, HEADER_BYTES};
 use vhost_migrate::unstable::stream::hashes::send_hashes;
@@ -43,10 +43,10 @@ const CHANNEL: ChannelId = ChannelId { migration: MigrationId(1), channel: 0 };
 fn frames(codec: Codec) -> Result<Vec<u8>, Box<dyn Error>> {
     let region = |gpa| -> Result<_, Box<dyn Error>> {
         let fd = sealed_memfd("seeds", 32 * LOG_PAGE)?;
-        Ok(Arc::new(Region::map(fd.as_fd(), gpa, 32 * LOG_PAGE, gpa, 0)?))
+        Ok(Arc::new(Region::map(fd.as_fd(), GuestAddress(gpa), 32 * LOG_PAGE, UserAddress(gpa), 0)?))
     };
     let memory = Memory::new([region(0)?, region(48 * LOG_PAGE)?])?;
-    memory.write(LOG_PAGE, &b"a page of text  ".repeat(256))?;
+    memory.write(GuestAddress(LOG_PAGE), &b"a page of text  ".repeat(256))?;
     let mut writer = FrameWriter::new(Vec::new(), CHANNEL);
     let to = &mut writer;
     ToDestination::Layout(MemoryLayout::from_memory(&memory)?).write(to)?;

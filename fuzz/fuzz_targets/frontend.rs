@@ -18,7 +18,7 @@ use vhost_migrate::abi::virtio::{VIRTIO_F_RING_PACKED, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, Iommu, Mapping, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::inflight;
-use vhost_migrate::memory::{Access, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Access, GuestAddress, Iova, Memory, Region, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -161,9 +161,10 @@ fn receive(socket: &UnixStream) -> Option<(Header, Option<OwnedFd>)> {
 struct Identity;
 
 impl Iommu for Identity {
-    fn translate(&self, iova: u64, _: Access) -> Option<Mapping> {
-        let page = iova & !0xfff;
-        (page != 0x3000).then_some(Mapping { iova: page, size: 0x1000, gpa: page, permission: Access::ReadWrite })
+    fn translate(&self, iova: Iova, _: Access) -> Option<Mapping> {
+        let page = iova.0 & !0xfff;
+        let (iova, gpa) = (Iova(page), GuestAddress(page));
+        (page != 0x3000).then_some(Mapping { iova, size: 0x1000, gpa, permission: Access::ReadWrite })
     }
 }
 
@@ -184,14 +185,13 @@ fn drive(path: PathBuf, features: VirtioFeatures, in_band: bool, memory: &Memory
     let base = RingBase::initial(device.acked_features());
     for index in 0..2 {
         let at = u64::from(index) * 0x1000;
-        let (kick, call) = (eventfd(), eventfd());
-        let setup =
-            RingSetup { size: 64, desc: at, avail: at + 0x400, used: at + 0x800, kick, call, error: None, base };
+        let ([desc, avail, used], kick, call) = ([at, at + 0x400, at + 0x800].map(GuestAddress), eventfd(), eventfd());
+        let setup = RingSetup { size: 64, desc, avail, used, kick, call, error: None, base };
         let _ = device.start_ring(index, setup);
     }
     let (log, fd) = Log::create(memory.end()).unwrap();
     let _ = device.start_logging(&Arc::new(log), fd.as_fd());
-    let _ = (device.invalidate(0..=0x1fff), device.stop_ring(0), device.take_events());
+    let _ = (device.invalidate(Iova(0)..=Iova(0x1fff)), device.stop_ring(0), device.take_events());
     if device.needs_reconnect() {
         let _ = device.reconnect(Instant::now());
     }
@@ -211,7 +211,7 @@ fuzz_target!(|input: &[u8]| {
     let before = count();
     {
         let listener = UnixListener::bind(&path).unwrap();
-        let memory = sealed_memfd("guest", 0x4000).and_then(|fd| Ok(Region::share(fd, 0, 0x4000, 0).unwrap())).unwrap();
+        let memory = sealed_memfd("guest", 0x4000).and_then(|fd| Ok(Region::share(fd, GuestAddress(0), 0x4000, 0).unwrap())).unwrap();
         let memory = Memory::new([Arc::new(memory)]).unwrap();
         std::thread::scope(|scope| {
             let (at, memory) = (path.clone(), &memory);

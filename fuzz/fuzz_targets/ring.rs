@@ -8,18 +8,20 @@ use std::sync::{Arc, LazyLock};
 
 use libfuzzer_sys::fuzz_target;
 use vhost_migrate::abi::virtio::VirtioFeatures;
-use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, Memory, Region, UserAddress, sealed_memfd};
 use vhost_migrate::ring::{
     Buffer, Chain, PackedDevice, PackedDriver, PackedLayout, RingBase, SplitDevice, SplitDriver, SplitLayout,
 };
 
 const BYTES: u64 = 0x2000;
-const LAYOUT: SplitLayout = SplitLayout { size: 64, desc: 0, avail: 0x400, used: 0x600 };
-const PACKED: PackedLayout = PackedLayout { size: 64, desc: 0, driver: 0x400, device: 0x404 };
+const LAYOUT: SplitLayout =
+    SplitLayout { size: 64, desc: GuestAddress(0), avail: GuestAddress(0x400), used: GuestAddress(0x600) };
+const PACKED: PackedLayout =
+    PackedLayout { size: 64, desc: GuestAddress(0), driver: GuestAddress(0x400), device: GuestAddress(0x404) };
 
 static MEMORY: LazyLock<Memory> = LazyLock::new(|| {
     let fd = sealed_memfd("fuzz", BYTES).unwrap();
-    Memory::new([Arc::new(Region::map(fd.as_fd(), 0, BYTES, 0, 0).unwrap())]).unwrap()
+    Memory::new([Arc::new(Region::map(fd.as_fd(), GuestAddress(0), BYTES, UserAddress(0), 0).unwrap())]).unwrap()
 });
 
 fuzz_target!(|input: &[u8]| {
@@ -46,10 +48,10 @@ fn split(layout: SplitLayout, features: VirtioFeatures, indexes: [u8; 4], reques
     let memory = &*MEMORY;
     let mut driver = SplitDriver::new(memory, layout, features).unwrap();
     for request in 0..u64::from(requests) {
-        let _ = driver.add(&[Buffer { gpa: request, len: 1 }], &[], None);
+        let _ = driver.add(&[Buffer { gpa: GuestAddress(request), len: 1 }], &[], None);
     }
     let _ = driver.publish();
-    memory.write(0, all).unwrap();
+    memory.write(GuestAddress(0), all).unwrap();
 
     let outstanding = driver.outstanding();
     let mut completed = 0;
@@ -61,8 +63,8 @@ fn split(layout: SplitLayout, features: VirtioFeatures, indexes: [u8; 4], reques
 
     let [base_low, base_high, ahead, lag] = indexes;
     let base = u16::from_le_bytes([base_low, base_high]);
-    memory.write(layout.avail + 2, &base.wrapping_add(ahead.into()).to_le_bytes()).unwrap();
-    memory.write(layout.used + 2, &base.wrapping_sub(lag.into()).to_le_bytes()).unwrap();
+    memory.write(layout.avail.unchecked_add(2), &base.wrapping_add(ahead.into()).to_le_bytes()).unwrap();
+    memory.write(layout.used.unchecked_add(2), &base.wrapping_sub(lag.into()).to_le_bytes()).unwrap();
     let mut device = SplitDevice::new(memory, layout, features, RingBase::split(base)).unwrap();
     let mut chain = Chain::default();
     let mut taken = 0;
@@ -80,10 +82,10 @@ fn packed(layout: PackedLayout, features: VirtioFeatures, base: [u8; 4], request
     let memory = &*MEMORY;
     let mut driver = PackedDriver::new(memory, layout, features).unwrap();
     for request in 0..u64::from(requests) {
-        let _ = driver.add(&[Buffer { gpa: request, len: 1 }; 3][request as usize % 3..], &[], None);
+        let _ = driver.add(&[Buffer { gpa: GuestAddress(request), len: 1 }; 3][request as usize % 3..], &[], None);
     }
     let _ = driver.publish();
-    memory.write(0, all).unwrap();
+    memory.write(GuestAddress(0), all).unwrap();
 
     let outstanding = driver.outstanding();
     let mut completed = 0;

@@ -14,7 +14,7 @@ use libfuzzer_sys::fuzz_target;
 use vhost_migrate::abi::vhost_user::{ProtocolFeatures, Request, unstable};
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::backend::{BackendError, Queue, VirtioDevice};
-use vhost_migrate::memory::sealed_memfd;
+use vhost_migrate::memory::{Iova, sealed_memfd};
 use vhost_migrate::ring::RingBase;
 use vhost_migrate::unstable::backend::{
     Logging, MessageOutcome, Notifier, Session, VhostUserMessage, VringConfig, VringController,
@@ -88,7 +88,7 @@ impl VringController for Checked {
         assert!(self.running[usize::from(index)]);
     }
 
-    fn invalidate(&mut self, _iovas: &RangeInclusive<u64>) {}
+    fn invalidate(&mut self, _iovas: &RangeInclusive<Iova>) {}
 
     fn kick(&mut self, index: u16) {
         assert!(self.running[usize::from(index)]);

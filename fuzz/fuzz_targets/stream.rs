@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, OnceLock};
 
 use libfuzzer_sys::fuzz_target;
-use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, Memory, Region, UserAddress, sealed_memfd};
 use vhost_migrate::stream::{FrameKind, MigrationId, ToSource};
 use vhost_migrate::unstable::stream::frame::{ChannelId, ConnectionHeader, FrameReader, FrameWriter};
 use vhost_migrate::unstable::stream::pages::{IncomingMemory, PageBatch, PageDecoder};
@@ -57,7 +57,10 @@ fn memory() -> &'static Arc<IncomingMemory> {
     static MEMORY: OnceLock<Arc<IncomingMemory>> = OnceLock::new();
     MEMORY.get_or_init(|| {
         let fd = sealed_memfd("fuzz", 64 << 12).expect("a memfd");
-        let region = |gpa, offset| Arc::new(Region::map(fd.as_fd(), gpa, 32 << 12, gpa, offset).expect("a mapping"));
+        let region = |start, offset| {
+            let region = Region::map(fd.as_fd(), GuestAddress(start), 32 << 12, UserAddress(start), offset);
+            Arc::new(region.expect("a mapping"))
+        };
         let memory = Memory::new([region(0, 0), region(48 << 12, 32 << 12)]).expect("regions apart");
         Arc::new(IncomingMemory::dirty(memory))
     })

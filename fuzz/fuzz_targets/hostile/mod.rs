@@ -22,7 +22,7 @@ use vhost_migrate::backend::VirtioDevice;
 use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
 use vhost_migrate::inflight;
-use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, Memory, Region, UserAddress, sealed_memfd};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 const PAGE: u64 = 4096;
@@ -140,9 +140,10 @@ pub struct Guest {
 impl Guest {
     pub fn new(device: &dyn VirtioDevice, bits: u8) -> Guest {
         let file = sealed_memfd("fuzz", FILE).unwrap();
-        let memory = Memory::new([Arc::new(Region::map(file.as_fd(), 0, FILE, 0, 0).unwrap())]).unwrap();
-        memory.write(0, &[PATTERN; FILE as usize]).unwrap();
-        memory.write(LOW.0, &[0; LOW.1 as usize]).unwrap();
+        let region = Region::map(file.as_fd(), GuestAddress(0), FILE, UserAddress(0), 0).unwrap();
+        let memory = Memory::new([Arc::new(region)]).unwrap();
+        memory.write(GuestAddress(0), &[PATTERN; FILE as usize]).unwrap();
+        memory.write(GuestAddress(LOW.0), &[0; LOW.1 as usize]).unwrap();
         let packed = if bits & 1 != 0 { PACKED } else { 0 };
         let features = 1 << 32 | 1 << 30 | packed | u64::from(bits >> 2 & 3) << 28 | u64::from(bits >> 4 & 1) << 35;
         let iommu = if bits & 0x20 != 0 { IOMMU } else { 0 };
@@ -178,7 +179,7 @@ impl Guest {
     /// What must hold when nothing reaches into memory any more.
     pub fn check(&self) {
         let mut all = vec![0; FILE as usize];
-        self.memory.read(0, &mut all).unwrap();
+        self.memory.read(GuestAddress(0), &mut all).unwrap();
         let is_untouched =
             |from: u64, len: u64| all[from as usize..(from + len) as usize].iter().all(|byte| *byte == PATTERN);
         assert!(is_untouched(0, PAGE) && is_untouched(17 * PAGE, PAGE) && is_untouched(20 * PAGE, PAGE));
@@ -434,7 +435,7 @@ impl Guest {
         if at + bytes.len() as u64 > LOW.1 {
             return true;
         }
-        self.memory.write(LOW.0 + at, bytes).unwrap();
+        self.memory.write(GuestAddress(LOW.0 + at), bytes).unwrap();
         for (at, byte) in (at..).zip(bytes) {
             if let Some(place) = at.checked_sub(HEADERS).and_then(|at| self.shadow.get_mut(at as usize)) {
                 *place = *byte;
