@@ -31,12 +31,12 @@
 //! use std::sync::Arc;
 //!
 //! use vhost_migrate::dirty::{Log, PageSet};
-//! use vhost_migrate::memory::{LOG_PAGE, Memory, Region, sealed_memfd};
+//! use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
 //!
 //! // Guest memory at the source and at the destination, 1 MiB each.
 //! fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
 //!     let fd = sealed_memfd("guest", 1 << 20)?;
-//!     Ok(Memory::new([Arc::new(Region::share(fd, 0, 1 << 20, 0)?)])?)
+//!     Ok(Memory::new([Arc::new(Region::share(fd, GuestAddress(0), 1 << 20, 0)?)])?)
 //! }
 //! let (source, destination) = (guest_memory()?, guest_memory()?);
 //!

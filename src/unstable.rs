@@ -30,9 +30,9 @@ pub mod guest {
 ///
 /// ```
 /// # use std::sync::Arc;
-/// # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+/// # use vhost_migrate::memory::{GuestAddress, Memory, Region, sealed_memfd};
 /// # fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
-/// #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?)
+/// #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, GuestAddress(0), 1 << 20, 0)?)])?)
 /// # }
 /// use std::os::unix::net::UnixStream;
 ///
@@ -42,7 +42,7 @@ pub mod guest {
 /// use vhost_migrate::unstable::stream::pages::{IncomingMemory, PageDecoder, PageEncoder};
 ///
 /// let (source, destination) = (guest_memory()?, guest_memory()?);
-/// source.write(0x5000, b"contents")?;
+/// source.write(GuestAddress(0x5000), b"contents")?;
 /// let (ours, theirs) = UnixStream::pair()?;
 /// let id = ChannelId { migration: MigrationId::random()?, channel: 0 };
 ///
@@ -58,7 +58,7 @@ pub mod guest {
 ///     received += decoder.receive(&header, &mut reader)?;
 /// }
 /// let mut contents = [0; 8];
-/// destination.read(0x5000, &mut contents)?;
+/// destination.read(GuestAddress(0x5000), &mut contents)?;
 /// assert_eq!(&contents, b"contents");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```

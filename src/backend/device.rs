@@ -253,9 +253,10 @@ pub trait Queue {
 ///
 /// ```compile_fail,E0616
 /// use vhost_migrate::backend::Request;
+/// use vhost_migrate::memory::GuestAddress;
 ///
 /// fn clear(request: &mut Request) {
-///     let _ = request.memory.write(0, &[0; 8]);
+///     let _ = request.memory.write(GuestAddress(0), &[0; 8]);
 /// }
 /// ```
 ///

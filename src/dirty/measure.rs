@@ -12,13 +12,14 @@ use super::{DirtyError, DirtyRate, DirtySource, PageSet, RateMeter};
 /// use std::time::Duration;
 ///
 /// use vhost_migrate::dirty::{DirtySource, Log, LogSource, measure_dirty_rate};
+/// use vhost_migrate::memory::GuestAddress;
 ///
-/// let log = Arc::new(Log::create(1 << 20)?.0);
+/// let log = Arc::new(Log::create(GuestAddress(1 << 20))?.0);
 /// let mut sources: [Box<dyn DirtySource>; 1] = [Box::new(LogSource::new("disk", log.clone()))];
 /// let (time, interval) = (Duration::from_millis(50), Duration::from_millis(10));
 /// let rate = measure_dirty_rate(&mut sources, time, interval, |interval| {
 ///     // The disk writes the same 8 KiB in every interval.
-///     log.mark(0x4000, 8192);
+///     log.mark(GuestAddress(0x4000), 8192);
 ///     std::thread::sleep(interval);
 ///     true
 /// })?;

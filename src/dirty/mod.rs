@@ -10,19 +10,21 @@
 //!
 //! ```
 //! use vhost_migrate::dirty::{Log, PageSet};
+//! use vhost_migrate::memory::GuestAddress;
 //!
 //! // The front-end makes a log for 1 GiB and sends its fd to the back-end.
-//! let (log, _fd) = Log::create(1 << 30)?;
+//! let (log, _fd) = Log::create(GuestAddress(1 << 30))?;
 //!
 //! // The back-end has written 16 bytes, which are on two pages.
-//! log.mark(0x1ff8, 16);
+//! let gpa = GuestAddress(0x1ff8);
+//! log.mark(gpa, 16);
 //!
 //! let mut pages = PageSet::default();
 //! assert_eq!(log.harvest(&mut pages).added, 2);
 //! assert_eq!(pages.iter().collect::<Vec<_>>(), [1, 2]);
 //!
 //! // The harvest has cleared the marks.
-//! assert!(!log.is_marked(0x1ff8));
+//! assert!(!log.is_marked(gpa));
 //! # Ok::<(), vhost_migrate::dirty::LogError>(())
 //! ```
 

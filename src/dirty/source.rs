@@ -123,15 +123,16 @@ impl DirtySource for LogSource {
 /// use std::sync::Arc;
 ///
 /// use vhost_migrate::dirty::{DirtySource, Log, LogSource, PageSet, UnionSource};
+/// use vhost_migrate::memory::GuestAddress;
 ///
-/// let disk = Arc::new(Log::create(1 << 20)?.0);
-/// let net = Arc::new(Log::create(1 << 20)?.0);
+/// let disk = Arc::new(Log::create(GuestAddress(1 << 20))?.0);
+/// let net = Arc::new(Log::create(GuestAddress(1 << 20))?.0);
 /// let sources = [("disk", &disk), ("net", &net)];
 /// let sources = sources.map(|(name, log)| Box::new(LogSource::new(name, log.clone())) as Box<dyn DirtySource>);
 /// let mut union = UnionSource::new(sources);
 /// union.start()?;
-/// disk.mark(0x1000, 1);
-/// net.mark(0x1000, 8192);
+/// disk.mark(GuestAddress(0x1000), 1);
+/// net.mark(GuestAddress(0x1000), 8192);
 ///
 /// let mut pages = PageSet::default();
 /// union.harvest(&mut pages)?;

@@ -102,21 +102,21 @@ pub enum IotlbError {
 /// ```
 /// # use std::{os::fd::AsFd, sync::Arc};
 /// # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
-/// use vhost_migrate::memory::{Access, Iotlb};
-/// # let user_addr = 0x7f00_0000_0000;
+/// use vhost_migrate::memory::{Access, GuestAddress, Iotlb, Iova, UserAddress};
+/// # let user_addr = UserAddress(0x7f00_0000_0000);
 /// # let fd = sealed_memfd("guest", 1 << 20)?;
-/// # let memory = Memory::new([Arc::new(Region::map(fd.as_fd(), 0, 1 << 20, user_addr, 0)?)])?;
+/// # let memory = Memory::new([Arc::new(Region::map(fd.as_fd(), GuestAddress(0), 1 << 20, user_addr, 0)?)])?;
 ///
 /// // The front-end permits reads of one page, which is at 0x8000 of the guest.
 /// let iotlb = Iotlb::default();
-/// iotlb.update(0xfff0_0000, 4096, user_addr + 0x8000, Some(Access::Read))?;
+/// iotlb.update(Iova(0xfff0_0000), 4096, UserAddress(user_addr.0 + 0x8000), Some(Access::Read))?;
 ///
-/// let mut pieces = Vec::new();
-/// iotlb.translate(&memory, 0xfff0_0010, 16, Access::Read, |gpa, len| pieces.push((gpa, len)))?;
-/// assert_eq!(pieces, [(0x8010, 16)]);
+/// let (iova, mut pieces) = (Iova(0xfff0_0010), Vec::new());
+/// iotlb.translate(&memory, iova, 16, Access::Read, |gpa, len| pieces.push((gpa, len)))?;
+/// assert_eq!(pieces, [(GuestAddress(0x8010), 16)]);
 ///
 /// // A write is a miss, for which the front-end is asked.
-/// assert!(iotlb.translate(&memory, 0xfff0_0010, 16, Access::Write, |_, _| {}).is_err());
+/// assert!(iotlb.translate(&memory, iova, 16, Access::Write, |_, _| {}).is_err());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug, Default)]

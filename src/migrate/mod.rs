@@ -81,7 +81,7 @@
 //! });
 //!
 //! let mut source = Vm(Some(guest_memory()?));
-//! source.memory().write(0x5000, b"contents")?;
+//! source.memory().write(GuestAddress(0x5000), b"contents")?;
 //! let parameters = MigrationParameters::default().with_verify(true);
 //! let connection = connect(&uri, &StreamOptions::new()?)?;
 //! let report = migrate(&mut source, connection, &parameters, &mut |_| {})?;

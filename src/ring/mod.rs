@@ -11,17 +11,18 @@
 //! ```
 //! # use std::sync::Arc;
 //! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
-//! # let memory = Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?;
+//! # let memory = Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, GuestAddress(0), 1 << 20, 0)?)])?;
 //! use vhost_migrate::abi::virtio::VirtioFeatures;
+//! use vhost_migrate::memory::GuestAddress;
 //! use vhost_migrate::ring::{Buffer, Chain, DeviceRing, DriverRing, RingBase, RingLayout};
 //!
 //! // A split ring of 64 entries, as no features are negotiated, with its three areas on a page each.
 //! let features = VirtioFeatures::empty();
-//! let layout = RingLayout::new(features, 64, 0x1000, 0x2000, 0x3000);
+//! let layout = RingLayout::new(features, 64, [0x1000, 0x2000, 0x3000].map(GuestAddress));
 //! let mut driver = DriverRing::new(&memory, layout, features)?;
 //! let mut device = DeviceRing::new(&memory, layout, features, RingBase::initial(features))?;
 //!
-//! let head = driver.add(&[], &[Buffer { gpa: 0x4000, len: 64 }], None)?;
+//! let head = driver.add(&[], &[Buffer { gpa: GuestAddress(0x4000), len: 64 }], None)?;
 //! assert!(driver.publish(), "the device wants a kick");
 //!
 //! let mut chain = Chain::default();

@@ -5,9 +5,9 @@
 //!
 //! ```
 //! # use std::sync::Arc;
-//! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+//! # use vhost_migrate::memory::{GuestAddress, Memory, Region, sealed_memfd};
 //! # fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
-//! #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?)
+//! #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, GuestAddress(0), 1 << 20, 0)?)])?)
 //! # }
 //! use vhost_migrate::stream::MigrationId;
 //! use vhost_migrate::unstable::stream::frame::{ChannelId, FrameReader, FrameWriter};
@@ -15,7 +15,7 @@
 //! use vhost_migrate::unstable::stream::pages::{IncomingMemory, PageDecoder};
 //!
 //! let (source, destination) = (guest_memory()?, guest_memory()?);
-//! source.write(0x5000, b"lost")?;
+//! source.write(GuestAddress(0x5000), b"lost")?;
 //! let id = ChannelId { migration: MigrationId(1), channel: 0 };
 //! let mut writer = FrameWriter::new(Vec::new(), id);
 //! send_hashes(&source, [0..256], &mut writer)?;

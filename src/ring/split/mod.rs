@@ -7,14 +7,16 @@
 //! ```
 //! # use std::sync::Arc;
 //! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
-//! # let memory = Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?;
+//! # let memory = Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, GuestAddress(0), 1 << 20, 0)?)])?;
 //! use vhost_migrate::abi::virtio::VirtioFeatures;
+//! use vhost_migrate::memory::GuestAddress;
 //! use vhost_migrate::ring::{Buffer, Chain, RingBase, SplitDevice, SplitDriver, SplitLayout};
 //!
 //! let features = VirtioFeatures::empty();
-//! let layout = SplitLayout { size: 64, desc: 0x1000, avail: 0x2000, used: 0x3000 };
+//! let [desc, avail, used] = [0x1000, 0x2000, 0x3000].map(GuestAddress);
+//! let layout = SplitLayout { size: 64, desc, avail, used };
 //! let mut driver = SplitDriver::new(&memory, layout, features)?;
-//! for gpa in [0x4000, 0x5000] {
+//! for gpa in [0x4000, 0x5000].map(GuestAddress) {
 //!     driver.add(&[Buffer { gpa, len: 512 }], &[], None)?;
 //! }
 //! let _kick = driver.publish();
@@ -30,7 +32,7 @@
 //!
 //! let mut successor = SplitDevice::new(&memory, layout, features, device.base())?;
 //! assert!(successor.pop(&mut chain)?);
-//! assert_eq!(chain.readable[0].gpa, 0x5000);
+//! assert_eq!(chain.readable[0].gpa, GuestAddress(0x5000));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
