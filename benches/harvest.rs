@@ -66,7 +66,7 @@ fn clustered(gib: u64) -> Vec<Range<u64>> {
 
 fn set(gib: u64) -> PageSet {
     let mut set = PageSet::new(gib * GIB / LOG_PAGE);
-    set.insert_range(0..set.capacity());
+    set.insert_range((0..set.capacity()).into());
     set.clear();
     set
 }
@@ -210,7 +210,7 @@ fn clear(gib: u64, pages: &[Range<u64>]) -> Contender<'_> {
     let mut set = set(gib);
     let turn = move || {
         pages.iter().for_each(|run| {
-            set.insert_range(run.clone());
+            set.insert_range(run.clone().into());
         });
         time(|| set.clear())
     };
@@ -220,7 +220,7 @@ fn clear(gib: u64, pages: &[Range<u64>]) -> Contender<'_> {
 fn runs(gib: u64, pages: &[Range<u64>]) -> Contender<'_> {
     let mut set = set(gib);
     pages.iter().for_each(|run| {
-        set.insert_range(run.clone());
+        set.insert_range(run.clone().into());
     });
     (label(gib, pages), Box::new(move || time(|| set.runs().count())))
 }

@@ -20,7 +20,9 @@ use tracked_ring::TrackedRing;
 use vhost_migrate::abi::virtio::{PackedDesc, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight::{InflightRegion, RingKind, recover_packed, recover_split};
-use vhost_migrate::memory::{Access, Iotlb, IovaWindow, LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{
+    Access, Address, GuestAddress, Iotlb, Iova, IovaWindow, LOG_PAGE, Memory, Region, UserAddress, sealed_memfd,
+};
 use vhost_migrate::ring::{Buffer, Chain, DeviceRing, DriverRing, RingBase, RingIommu, RingLayout, RingLog};
 use zerocopy::FromZeros;
 
@@ -76,7 +78,7 @@ fn serve(kind: VirtioFeatures, layout: RequestLayout, region: Option<&InflightRe
     let (mut driver, mut device) = rings(kind, layout.translated);
     device.set_log(log);
     let mut device = TrackedRing::new(device, region, 0);
-    let buffer = Buffer { gpa: 0x1_0000, len: 4096 };
+    let buffer = Buffer { gpa: GuestAddress(0x1_0000), len: 4096 };
     let writable = [buffer; 2];
     let mut chains: Vec<(Chain, u16)> = (0..BATCH).map(|_| Default::default()).collect();
     let mut spent = Duration::ZERO;
@@ -126,7 +128,8 @@ fn per_request() {
             serve(kind, CHAIN, Some(&region), None)
         };
         contenders.push(("a chain of three with inflight", Box::new(tracked)));
-        let log = RingLog { log: Arc::new(Log::create(1 << 20).unwrap().0), used_gpa: 0x8000 };
+        let log =
+            RingLog { log: Arc::new(Log::create(GuestAddress(1 << 20)).unwrap().0), used_gpa: GuestAddress(0x8000) };
         let logged = move || serve(kind, CHAIN, None, Some(log.clone()));
         contenders.push(("a chain of three with the log", Box::new(logged)));
         race(&format!("request, {name}"), TURNS, contenders);

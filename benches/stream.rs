@@ -149,7 +149,7 @@ impl Guest {
 
     fn wire(&self, codec: Codec) -> u64 {
         let mut writer = FrameWriter::new(std::io::sink(), ID);
-        PageEncoder::new(codec).unwrap().send(&self.source, [0..self.pages], &mut writer).unwrap().wire_bytes
+        PageEncoder::new(codec).unwrap().send(&self.source, [(0..self.pages).into()], &mut writer).unwrap().wire_bytes
     }
 
     fn verify(&self) {
@@ -219,7 +219,7 @@ fn encode(guest: &Guest, codec: Codec) -> f64 {
     let mut encoder = PageEncoder::new(codec).unwrap();
     let mut writer = FrameWriter::new(NullWriter, ID);
     let start = seconds();
-    encoder.send(&guest.source, [0..guest.pages], &mut writer).unwrap();
+    encoder.send(&guest.source, [(0..guest.pages).into()], &mut writer).unwrap();
     seconds() - start
 }
 
@@ -227,7 +227,7 @@ fn decode(guest: &Guest, codec: Codec) -> f64 {
     // A part is enough, and keeps the wire's copy small.
     let pages = guest.pages / 8;
     let mut writer = FrameWriter::new(Vec::new(), ID);
-    PageEncoder::new(codec).unwrap().send(&guest.source, [0..pages], &mut writer).unwrap();
+    PageEncoder::new(codec).unwrap().send(&guest.source, [(0..pages).into()], &mut writer).unwrap();
     let wire = writer.into_inner();
     let target = Arc::new(IncomingMemory::zeroed(guest.destination.clone()));
     let mut decoder = PageDecoder::new(target, 0, 1).unwrap();
@@ -250,7 +250,7 @@ fn end_to_end(guest: &Guest, listener: &StreamListener, codec: Codec) -> f64 {
         thread::scope(|scope| {
             for (mut writer, number) in from.writers().into_iter().zip(0..) {
                 scope.spawn(move || {
-                    let runs = runs_of_channel([0..guest.pages], number, CHANNELS);
+                    let runs = runs_of_channel([(0..guest.pages).into()], number, CHANNELS);
                     PageEncoder::new(codec).unwrap().send(&guest.source, runs, &mut writer).unwrap();
                     writer.into_inner().shutdown();
                 });

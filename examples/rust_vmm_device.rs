@@ -7,6 +7,7 @@ use std::error::Error;
 use std::sync::Arc;
 
 use vhost_migrate::dirty::{Log, LogBitmap, LogSwitch, PageSet};
+use vhost_migrate::memory::PageNumber;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -62,12 +63,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     device.fill(HIGH.unchecked_add(0xfff), 2)?;
     let round = harvest(&log);
     println!("written while logging: {round:?}");
-    assert!(round.iter().eq([0x8, 0x10_0000, 0x10_0001]), "the buffer is two pages, the status is one");
+    assert!(round.iter().eq([0x8, 0x10_0000, 0x10_0001].map(PageNumber)), "the buffer is two pages, the status is one");
 
     device.fill(GuestAddress(0x5000), 10_000)?;
     let round = harvest(&log);
     println!("and in the next round: {round:?}");
-    assert!(round.iter().eq(5..9));
+    assert!(round.iter().eq((5..9).map(PageNumber)));
 
     // The migration ends: after `set` nothing is written to the log.
     switch.set(None)?;

@@ -313,7 +313,7 @@ fn an_access_that_the_iommu_denies_breaks_its_ring_and_is_an_event(#[values(fals
     Slot(1).add(&mut bad, &memory, VIRTIO_BLK_T_IN, 77, 1024, false);
     bad.kick();
     assert!(is_readable(&error, 60_000u16), "the ring did not break");
-    assert_eq!(event(&mut setup.device), [DeviceEvent::AccessFailed(Slot(1).data())]);
+    assert_eq!(event(&mut setup.device), [DeviceEvent::AccessFailed(Iova(Slot(1).data().0))]);
     assert_eq!(setup.guest.bytes(gpa, LOG_PAGE as usize), before, "it was written");
     setup.table.set(page, Some((gpa, Access::ReadWrite)));
     setup.reads(&mut good, &Slot(2));

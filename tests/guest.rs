@@ -16,11 +16,10 @@ use ram_disk::{Faults, RamDisk};
 use rstest::rstest;
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::frontend::Device;
-use vhost_migrate::guest::{
-    ByteLocation, DeviceState, Guest, GuestConfig, GuestError, GuestState, RequestKind, make_memory,
-};
+use vhost_migrate::guest::{ByteLocation, Guest, GuestConfig, GuestError, GuestState, make_memory};
 use vhost_migrate::memory::{Address, GuestAddress, Memory, Region};
 use vhost_migrate::ring::DriverRingState;
+use vhost_migrate::unstable::guest::{DeviceState, RequestKind, RequestState};
 
 const MIB: u64 = 1 << 20;
 const DISK: usize = 8 << 20;
@@ -428,7 +427,7 @@ fn a_mismatched_state_is_refused(#[values(false, true)] packed: bool) {
     let extra = |state: &mut GuestState| {
         let slot = state.drivers[0].slots.iter_mut().find(|slot| slot.request.is_none()).unwrap();
         let kind = RequestKind::Flush;
-        slot.request = Some(vhost_migrate::guest::RequestState { head: 0, kind, sector: 0, sectors: 0, offset: 0 });
+        slot.request = Some(RequestState { head: 0, kind, sector: 0, sectors: 0, offset: 0 });
     };
     refused(extra);
     let mut other = Guest::restore(copy(guest.memory()), state.clone()).unwrap();

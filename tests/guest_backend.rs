@@ -33,7 +33,7 @@ use vhost_migrate::backend::{self, BackendError, BackendListener};
 use vhost_migrate::dirty::{DirtyError, DirtySource, Log, PageSet, Pagemap};
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestIncomingVm, GuestSourceVm, make_memory};
-use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory};
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, PageNumber, PageRange};
 use vhost_migrate::migrate::{
     ConvergencePolicy, GuestLocation, IncomingReport, IncomingVm, MigrateError, MigrationFailure, MigrationParameters,
     MigrationReport, Outcomes, RegionLayout, SWITCHOVER_TIMEOUT, SourceVm, VmError, migrate, receive,
@@ -335,7 +335,7 @@ fn a_switchover_cancelled_while_a_disk_hangs_resumes_cpus_and_other_disks_at_onc
 fn send(from: &Memory, to: &Memory, pages: &PageSet) {
     let mut bytes = [0; LOG_PAGE as usize];
     // The log ends like QEMU's, possibly after the guest's last page.
-    let addresses = pages.runs().flatten().map(|page| GuestAddress(page * LOG_PAGE));
+    let addresses = pages.iter().map(PageNumber::address);
     for gpa in addresses.filter(|gpa| from.slice(*gpa, LOG_PAGE).is_ok()) {
         from.read(gpa, &mut bytes).unwrap();
         to.write(gpa, &bytes).unwrap();
@@ -359,7 +359,7 @@ fn copy_and_restore(mut guest: Guest, backend: &mut Backend, trust_log: bool) ->
     let copy = make_memory(regions(&guest), false).unwrap();
     let mut all = PageSet::new(pages);
     for (gpa, size) in regions(&guest) {
-        all.insert_range(gpa.0 / LOG_PAGE..(gpa.0 + size) / LOG_PAGE);
+        all.insert_range(PageRange::inside(gpa, size));
     }
     send(&memory, &copy, &all);
     let harvest = |cpu: &mut Pagemap| {

@@ -36,7 +36,7 @@ fn changed(before: &[u8], after: &[u8], GuestAddress(used_gpa): GuestAddress) ->
 fn harvest(log: &Log) -> BTreeSet<u64> {
     let mut pages = PageSet::new(LOG_END.0 / LOG_PAGE);
     log.harvest(&mut pages);
-    pages.runs().flatten().collect()
+    pages.iter().map(|page| page.0).collect()
 }
 
 /// An address at which a ring may be logged.

@@ -11,7 +11,6 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use ring::{EVENT_IDX, IN_ORDER, INDIRECT, TABLES, buffer, layout, memory, put_desc, ring_at};
 use ring_sides::{exchange, op};
-use vhost_migrate::abi::vhost::{VHOST_ACCESS_RO, VHOST_ACCESS_RW};
 use vhost_migrate::abi::virtio::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, VIRTIO_F_RING_PACKED, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Access, Address, GuestAddress, Iotlb, IotlbMiss, Iova, IovaWindow, Memory, UserAddress};

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use proptest::prelude::*;
-use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, Region, UserAddress, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, PageNumber, PageRange, Region, UserAddress, sealed_memfd};
 use vhost_migrate::stream::{Codec, FrameKind, MigrationId, PageStats, StreamError};
 use vhost_migrate::unstable::stream::CopyingReader;
 use vhost_migrate::unstable::stream::frame::{ChannelId, FRAME_HEADER_BYTES, FrameReader, FrameWriter};
@@ -80,7 +80,8 @@ fn runs_of(pages: &BTreeSet<u64>) -> Vec<Range<u64>> {
 
 fn send(memory: &Memory, runs: Vec<Range<u64>>, codec: Codec) -> (Vec<u8>, PageStats) {
     let mut writer = FrameWriter::new(Vec::new(), ID);
-    let stats = PageEncoder::new(codec).unwrap().send(memory, runs, &mut writer).unwrap();
+    let stats =
+        PageEncoder::new(codec).unwrap().send(memory, runs.into_iter().map(PageRange::from), &mut writer).unwrap();
     (writer.into_inner(), stats)
 }
 
@@ -178,14 +179,14 @@ proptest! {
         }
         let mut seen = BTreeSet::new();
         for channel in 0..channels {
-            for run in runs_of_channel(runs.clone(), channel, channels) {
-                for page in run {
+            for run in runs_of_channel(runs.iter().cloned().map(PageRange::from), channel, channels) {
+                for page in run.iter() {
                     prop_assert_eq!(channel_of(page, channels), channel);
                     prop_assert!(seen.insert(page));
                 }
             }
         }
-        prop_assert_eq!(seen, runs.into_iter().flatten().collect::<BTreeSet<_>>());
+        prop_assert_eq!(seen, runs.into_iter().flatten().map(PageNumber).collect::<BTreeSet<_>>());
     }
 
     #[test]
@@ -213,7 +214,7 @@ fn sample(codec: Codec) -> (Vec<u8>, Arc<IncomingMemory>) {
     let mut writer = FrameWriter::new(Vec::new(), ID);
     let mut encoder = PageEncoder::new(codec).unwrap();
     for run in [16..19, 20..28, 17..18] {
-        encoder.send(&source, [run], &mut writer).unwrap();
+        encoder.send(&source, [run.into()], &mut writer).unwrap();
     }
     (writer.into_inner(), Arc::new(IncomingMemory::zeroed(memory(&[(16, 12)]))))
 }
@@ -376,7 +377,8 @@ fn a_hole_is_sent_as_zero_and_not_allocated() {
         let target = Arc::new(IncomingMemory::zeroed(destination));
         let round = |runs: &[Range<u64>]| {
             (0..channels).fold(PageStats::default(), |mut all, channel| {
-                let runs = runs_of_channel(runs.iter().cloned(), channel, channels).collect();
+                let runs = runs.iter().cloned().map(PageRange::from);
+                let runs = runs_of_channel(runs, channel, channels).map(PageRange::numbers).collect();
                 let (wire, sent) = send(&source, runs, Codec::None);
                 assert_eq!(receive_on(&target, wire.as_slice(), channel, channels).unwrap(), sent);
                 all += sent;

@@ -65,7 +65,7 @@ fn bytes(memory: &Memory) -> Vec<u8> {
 
 fn send(connection: &StreamConnection, memory: &Memory) -> Result<(), StreamError> {
     let mut writer = connection.writers().remove(0);
-    let sent = PageEncoder::new(Codec::None)?.send(memory, [0..memory.size() / LOG_PAGE], &mut writer)?;
+    let sent = PageEncoder::new(Codec::None)?.send(memory, [(0..memory.size() / LOG_PAGE).into()], &mut writer)?;
     ToDestination::RoundEnd(RoundEnd::new(0, true, &sent)).write(&mut writer)?;
     ToDestination::Commit(Commit { run: true }).write(&mut writer)?;
     Ok(())

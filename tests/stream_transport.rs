@@ -76,7 +76,7 @@ fn source(connection: &StreamConnection, memory: &Memory, codec: Codec) {
     thread::scope(|scope| {
         for (mut writer, number) in connection.writers().into_iter().zip(0..) {
             scope.spawn(move || {
-                let runs = runs_of_channel([0..pages], number, channels);
+                let runs = runs_of_channel([(0..pages).into()], number, channels);
                 let sent = PageEncoder::new(codec).unwrap().send(memory, runs, &mut writer).unwrap();
                 let end = RoundEnd::new(0, true, &sent);
                 ToDestination::RoundEnd(end).write(&mut writer).unwrap();

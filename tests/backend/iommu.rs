@@ -204,8 +204,8 @@ fn an_invalidation_waits_only_for_requests_that_use_the_range() {
     let server = Server::new(device);
     let space = IommuGuest::new(server.connect(), FEATURES);
     let mut ring = held(&space, VirtioFeatures::empty(), 4);
-    space.client.send_acknowledged(Code::IOTLB_MSG, &invalidate(page(4).gpa, 1 << 20), &[]);
-    space.client.send(Code::IOTLB_MSG, NEED_REPLY, invalidate(page(3).gpa + 4095, 1).as_bytes(), &[]);
+    space.client.send_acknowledged(Code::IOTLB_MSG, &invalidate(Iova(page(4).gpa.0), 1 << 20), &[]);
+    space.client.send(Code::IOTLB_MSG, NEED_REPLY, invalidate(Iova(page(3).gpa.0 + 4095), 1).as_bytes(), &[]);
     assert!(!is_readable(&space.client, 100u8), "it was acknowledged while a request used it");
     gate.write(1).unwrap();
     assert_eq!(space.client.reply(Code::IOTLB_MSG), [0; 8]);
@@ -217,7 +217,7 @@ fn an_invalidation_waits_only_for_requests_that_use_the_range() {
     while space.guest.bytes(space.gpa(page(7).gpa), 1) != [0x5a] {
         std::thread::yield_now();
     }
-    space.client.send(Code::IOTLB_MSG, NEED_REPLY, invalidate(ring.layout.used, 1).as_bytes(), &[]);
+    space.client.send(Code::IOTLB_MSG, NEED_REPLY, invalidate(Iova(ring.layout.used.0), 1).as_bytes(), &[]);
     assert!(!is_readable(&space.client, 100u8), "it was acknowledged while a request was to be published");
     gate.write(1).unwrap();
     assert_eq!(space.client.reply(Code::IOTLB_MSG), [0; 8]);

@@ -724,7 +724,7 @@ fn a_packet_larger_than_a_full_ring_of_buffers_is_dropped(#[values(SPLIT, PACKED
         net.rx[0].driver.add(&[], &[buffer], None).unwrap().unwrap();
     }
     net.rx[0].serve(256);
-    assert_eq!(net.guest.bytes(BUFFERS + 12, 255 * 12), frame(255 * 12, 2));
+    assert_eq!(net.guest.bytes(BUFFERS.unchecked_add(12), 255 * 12), frame(255 * 12, 2));
     assert_eq!(net.device.packet_counts().received_dropped, 1);
 }
 

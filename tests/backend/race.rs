@@ -208,7 +208,7 @@ fn race_on_an_interface(features: VirtioFeatures) {
     let buffer = Buffer { gpa: GuestAddress(BUFFERS.start), len: sent.len() as u32 };
     guest.memory.write(buffer.gpa, &sent).unwrap();
     loop {
-        tx.driver.add(&[Buffer { gpa: BUFFERS.start, len: sent.len() as u32 }], &[], None).unwrap().unwrap();
+        tx.driver.add(&[buffer], &[], None).unwrap().unwrap();
         tx.serve_one();
         rx.driver.add(&[], &[Buffer { gpa: HIGH, len: 0x2_0000 }], None).unwrap().unwrap();
         rx.kick();

@@ -21,7 +21,7 @@ use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
 use vhost_migrate::backend::{BackendError, VirtioDevice};
 use vhost_migrate::check::{CheckOptions, CheckReport, FrameSource, check};
 use vhost_migrate::dirty::{Log, PageSet};
-use vhost_migrate::memory::{Address, GuestAddress, Iova, LOG_PAGE};
+use vhost_migrate::memory::{Address, GuestAddress, Iova, LOG_PAGE, PageNumber};
 use vhost_migrate::ring::{RingBase, RingLayout};
 use vhost_migrate::unstable::backend::{
     Logging, MessageOutcome, Notifier, Session, VhostUserMessage, VringConfig, VringController, Workers,
@@ -114,10 +114,9 @@ impl FaultyBackend {
         if let Some((log, late)) = logs {
             let mut pages = PageSet::new(late.pages());
             late.harvest(&mut pages);
-            pages
-                .runs()
-                .flatten()
-                .for_each(|page| log.mark(GuestAddress(self.translations.marked(page) * LOG_PAGE), 1));
+            for page in pages.iter() {
+                log.mark(PageNumber(self.translations.marked(page.0)).address(), 1);
+            }
         }
     }
 

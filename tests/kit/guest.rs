@@ -297,7 +297,7 @@ impl PreviousBackend {
     /// One that takes the first `count` requests of `ring`, and notes them in a region that is fresh.
     pub(crate) fn of(ring: &Ring, guest: &Guest, region: &inflight::InflightRegion, count: usize) -> PreviousBackend {
         let SplitLayout { size, desc, avail, used } = ring.layout;
-        let layout = RingLayout::new(ring.features, size, desc, avail, used);
+        let layout = RingLayout::new(ring.features, size, [desc, avail, used]);
         let base = RingBase::initial(ring.features);
         let device = DeviceRing::new(&guest.memory, layout, ring.features, base).unwrap();
         let mut ring = TrackedRing::new(device, Some(region), ring.index as u16);
@@ -444,7 +444,7 @@ pub(crate) fn stop_logging(client: &RawFrontend, guest: &Guest, features: Virtio
 pub(crate) fn harvest(log: &Log) -> BTreeSet<u64> {
     let mut set = PageSet::new(log.pages());
     log.harvest(&mut set);
-    set.runs().flatten().collect()
+    set.iter().map(|page| page.0).collect()
 }
 
 /// The pages of a range of bytes.

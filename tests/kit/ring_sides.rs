@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 use vhost_migrate::abi::virtio::VirtioFeatures;
-use vhost_migrate::memory::Memory;
+use vhost_migrate::memory::{Address, Memory};
 use vhost_migrate::ring::{Buffer, Chain, DeviceRing, DriverRing, DriverRingState, PackedDevice, RingBase, RingLayout};
 
 use crate::ring::{IN_ORDER, TABLES, buffer};
@@ -110,7 +110,7 @@ pub(crate) fn exchange(
                 };
                 let (readable, writable) = (buffers(readable), buffers(writable));
                 let count = readable.len() + writable.len();
-                let table = indirect.then_some(TABLES + u64::from(serial) % 8192 * 128);
+                let table = indirect.then_some(TABLES.unchecked_add(u64::from(serial) % 8192 * 128));
                 let needed = if indirect { 1 } else { count };
                 let free = usize::from(driver.free());
                 match driver.add(&readable, &writable, table) {

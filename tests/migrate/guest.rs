@@ -468,8 +468,7 @@ impl DirtySource for Tracked {
         tracker.harvests = 0;
         tracker.unsent = PageSet::new(self.memory.end().0 / LOG_PAGE);
         for region in self.memory.regions() {
-            let first = region.gpa().0 / LOG_PAGE;
-            tracker.unsent.insert_range(first..first + region.size() / LOG_PAGE);
+            tracker.unsent.insert_range(region.pages());
         }
         tracker.union.start()
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use io_uring::{IoUring, opcode, types};
 use vhost_migrate::dirty::{DirtySource, Log, LogSource, PageSet, Pagemap, UnionSource};
-use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, PageNumber, Region, sealed_memfd};
 use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, SourceVm, VmError, migrate};
 use vhost_migrate::stream::{self};
 use vhost_migrate::unstable::with_causes;
@@ -88,7 +88,7 @@ impl StaticVm {
             Err(MigrateError::MemoryDiffers { pages, first_different: named }) => {
                 let failure = outcome.unwrap_err();
                 assert!(failure.location == GuestLocation::RunningHere && !self.paused, "{failure}");
-                Some((pages, named, with_causes(&failure).to_string()))
+                Some((pages, named.iter().map(|page| page.0).collect(), with_causes(&failure).to_string()))
             }
             // The destination always refuses the state, which it receives if memory matches.
             Err(MigrateError::Vm { .. }) => None,
@@ -202,7 +202,7 @@ fn a_write_through_pinned_pages_is_in_the_device_log_but_not_in_the_pagemap() {
     device.write();
     log.mark(PINNED_GPA, LOG_PAGE);
     both.harvest(&mut set).unwrap();
-    assert!(set.iter().eq([PINNED]), "{set:?}");
+    assert!(set.iter().eq([PageNumber(PINNED)]), "{set:?}");
     both.stop().unwrap();
 }
 

@@ -143,5 +143,5 @@ pub(crate) fn region(gpa: GuestAddress) -> Arc<Region> {
 pub(crate) fn harvest(log: &Log) -> Vec<u64> {
     let mut pages = PageSet::new(log.pages());
     log.harvest(&mut pages);
-    pages.runs().flatten().collect()
+    pages.iter().map(|page| page.0).collect()
 }

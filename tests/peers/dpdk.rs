@@ -195,7 +195,7 @@ fn connect(socket: &Path, features: VirtioFeatures, memory: &Memory) -> UserDevi
 fn harvest(log: &Log) -> BTreeSet<u64> {
     let mut pages = PageSet::new(log.pages());
     log.harvest(&mut pages);
-    pages.runs().flatten().collect()
+    pages.iter().map(|page| page.0).collect()
 }
 
 /// Rule R2.5.
