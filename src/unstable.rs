@@ -47,7 +47,7 @@ pub mod guest {
 /// let id = ChannelId { migration: MigrationId::random()?, channel: 0 };
 ///
 /// let mut writer = FrameWriter::new(ours, id);
-/// let sent = PageEncoder::new(Codec::None)?.send(&source, [0..256], &mut writer)?;
+/// let sent = PageEncoder::new(Codec::None)?.send(&source, [(0..256).into()], &mut writer)?;
 /// assert_eq!((sent.data_pages, sent.zero_pages), (1, 255));
 ///
 /// let mut reader = FrameReader::new(CopyingReader(theirs), id);

@@ -10,7 +10,7 @@
 //!
 //! ```
 //! use vhost_migrate::dirty::{Log, PageSet};
-//! use vhost_migrate::memory::GuestAddress;
+//! use vhost_migrate::memory::{GuestAddress, PageNumber};
 //!
 //! // The front-end makes a log for 1 GiB and sends its fd to the back-end.
 //! let (log, _fd) = Log::create(GuestAddress(1 << 30))?;
@@ -21,7 +21,7 @@
 //!
 //! let mut pages = PageSet::default();
 //! assert_eq!(log.harvest(&mut pages).added, 2);
-//! assert_eq!(pages.iter().collect::<Vec<_>>(), [1, 2]);
+//! assert!(pages.iter().eq([PageNumber(1), PageNumber(2)]));
 //!
 //! // The harvest has cleared the marks.
 //! assert!(!log.is_marked(gpa));

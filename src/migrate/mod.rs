@@ -20,9 +20,9 @@
 //!
 //! ```
 //! # use std::sync::Arc;
-//! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
+//! # use vhost_migrate::memory::{GuestAddress, Memory, Region, sealed_memfd};
 //! # fn guest_memory() -> Result<Memory, VmError> {
-//! #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, 0, 1 << 20, 0)?)])?)
+//! #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, GuestAddress(0), 1 << 20, 0)?)])?)
 //! # }
 //! # let folder = tempfile::tempdir()?;
 //! # let path = folder.path().join("incoming");
@@ -89,7 +89,7 @@
 //!
 //! let mut contents = [0; 8];
 //! let arrived = destination.join().map_err(|_| "the destination panicked")??;
-//! arrived.memory().read(0x5000, &mut contents)?;
+//! arrived.memory().read(GuestAddress(0x5000), &mut contents)?;
 //! assert_eq!(&contents, b"contents");
 //! # Ok::<(), VmError>(())
 //! ```

@@ -5,7 +5,7 @@
 //!
 //! ```
 //! # use std::sync::Arc;
-//! # use vhost_migrate::memory::{GuestAddress, Memory, Region, sealed_memfd};
+//! # use vhost_migrate::memory::{GuestAddress, Memory, PageNumber, Region, sealed_memfd};
 //! # fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
 //! #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, GuestAddress(0), 1 << 20, 0)?)])?)
 //! # }
@@ -18,14 +18,14 @@
 //! source.write(GuestAddress(0x5000), b"lost")?;
 //! let id = ChannelId { migration: MigrationId(1), channel: 0 };
 //! let mut writer = FrameWriter::new(Vec::new(), id);
-//! send_hashes(&source, [0..256], &mut writer)?;
+//! send_hashes(&source, [(0..256).into()], &mut writer)?;
 //!
 //! let bytes = writer.into_inner();
 //! let mut reader = FrameReader::new(&bytes[..], id);
 //! let header = reader.next_frame()?;
 //! let decoder = PageDecoder::new(Arc::new(IncomingMemory::zeroed(destination)), 0, 1)?;
 //! let found = decoder.compare(&header, &mut reader)?;
-//! assert_eq!((found.pages, found.first_different), (256, vec![5]));
+//! assert_eq!((found.pages, found.first_different), (256, vec![PageNumber(5)]));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 #![forbid(unsafe_code)]

@@ -9,12 +9,13 @@
 //! Each channel sends its own chunks of 1 MiB:
 //!
 //! ```
+//! use vhost_migrate::memory::{PageNumber, PageRange};
 //! use vhost_migrate::unstable::stream::pages::{channel_of, runs_of_channel};
 //!
-//! let dirty = [100..600];
+//! let dirty = [PageRange::from(100..600)];
 //! let second: Vec<_> = runs_of_channel(dirty, 1, 2).collect();
-//! assert_eq!(second, [256..512]);
-//! assert_eq!(channel_of(300, 2), 1);
+//! assert_eq!(second, [PageRange::from(256..512)]);
+//! assert_eq!(channel_of(PageNumber(300), 2), 1);
 //! ```
 #![forbid(unsafe_code)]
 
