@@ -211,7 +211,9 @@ fuzz_target!(|input: &[u8]| {
     let before = count();
     {
         let listener = UnixListener::bind(&path).unwrap();
-        let memory = sealed_memfd("guest", 0x4000).and_then(|fd| Ok(Region::share(fd, GuestAddress(0), 0x4000, 0).unwrap())).unwrap();
+        let memory = sealed_memfd("guest", 0x4000)
+            .and_then(|fd| Ok(Region::share(fd, GuestAddress(0), 0x4000, 0).unwrap()))
+            .unwrap();
         let memory = Memory::new([Arc::new(memory)]).unwrap();
         std::thread::scope(|scope| {
             let (at, memory) = (path.clone(), &memory);
