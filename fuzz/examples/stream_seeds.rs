@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, Region, UserAddress, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, PageRange, Region, UserAddress, sealed_memfd};
 use vhost_migrate::stream::{Codec, FrameKind, Held, MigrationId, Started, ToSource};
 use vhost_migrate::unstable::stream::frame::{ChannelId, ConnectionHeader, FrameReader, FrameWriter, HEADER_BYTES};
 use vhost_migrate::unstable::stream::hashes::send_hashes;
@@ -52,8 +52,8 @@ fn frames(codec: Codec) -> Result<Vec<u8>, Box<dyn Error>> {
     ToDestination::Layout(MemoryLayout::from_memory(&memory)?).write(to)?;
     ToDestination::DataRuns(DataRuns::from_memory(&memory)).write(to)?;
     ToDestination::Devices(b"devices".into()).write(to)?;
-    let sent = PageEncoder::new(codec)?.send(&memory, [1..3, 48..50], to)?;
-    send_hashes(&memory, [1..3, 48..50], to)?;
+    let sent = PageEncoder::new(codec)?.send(&memory, [1..3, 48..50].map(PageRange::from), to)?;
+    send_hashes(&memory, [1..3, 48..50].map(PageRange::from), to)?;
     ToDestination::RoundEnd(RoundEnd::new(0, true, &sent)).write(to)?;
     ToDestination::State(b"state".into()).write(to)?;
     ToDestination::Commit(Commit { run: true }).write(to)?;

@@ -105,7 +105,7 @@ impl Iommu {
     }
 }
 
-/// What a driver's address is to the IOMMU.
+/// The I/O virtual address that a ring has in place of a guest-physical one.
 pub(crate) fn iova(address: GuestAddress) -> Iova {
     Iova(address.0)
 }
