@@ -7,11 +7,9 @@ use std::io;
 use crate::abi::features::{feature_names, protocol_feature_names};
 use crate::abi::vhost_user::{ProtocolFeatures, Request as Code};
 use crate::abi::virtio::VirtioFeatures;
-use crate::dirty::LogError;
+use crate::dirty::DirtyError;
 use crate::inflight::InflightError;
-use crate::memory::{
-    Access, GuestAddress, IotlbError, Iova, MemoryError, TranslationError, UserAddress, UserfaultError,
-};
+use crate::memory::{Access, GuestAddress, Iova, MemoryError, UserAddress};
 use crate::ring::RingError;
 
 /// The reason for which a message was refused, a ring stopped, or a connection closed.
@@ -208,7 +206,7 @@ pub enum BackendError {
     },
     /// The dirty log is invalid.
     #[error(transparent)]
-    Log(#[from] LogError),
+    Log(#[from] DirtyError),
     /// The inflight region is invalid.
     #[error(transparent)]
     Inflight(#[from] InflightError),
@@ -251,11 +249,8 @@ pub enum BackendError {
         /// The ring.
         index: u16,
         /// The fault.
-        source: TranslationError,
+        source: MemoryError,
     },
-    /// A translation is invalid.
-    #[error(transparent)]
-    Iotlb(#[from] IotlbError),
     /// An IOTLB message of a kind that is not for back-ends.
     #[error("IOTLB_MSG of kind {kind}: a front-end sends updates (2) and invalidations (3) (rule T2.1)")]
     IotlbKind {
@@ -304,9 +299,6 @@ pub enum BackendError {
         /// The message and the state in which it arrived.
         why: &'static str,
     },
-    /// The system does not support postcopy.
-    #[error(transparent)]
-    Userfault(#[from] UserfaultError),
     /// The device state cannot be saved or loaded.
     #[error("the device state is refused: {why} (rule D1.4)")]
     DeviceState {

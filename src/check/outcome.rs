@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::abi::vhost_user::Request as Code;
-use crate::dirty::LogError;
+use crate::dirty::DirtyError;
 use crate::memory::MemoryError;
 use crate::ring::RingError;
 use crate::sys::with_causes::with_causes;
@@ -65,7 +65,7 @@ pub(super) enum CheckAbort {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error(transparent)]
-    Log(#[from] LogError),
+    Log(#[from] DirtyError),
     #[error(transparent)]
     System(#[from] io::Error),
 }

@@ -9,7 +9,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use nix::errno::Errno;
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
-use super::log::{Log, LogError};
+use super::error::DirtyError;
+use super::log::Log;
 use crate::memory::{Address, GuestAddress};
 
 /// Marks pages by guest-physical address.
@@ -46,8 +47,8 @@ impl LogSwitch {
     /// A switch without a log.
     ///
     /// # Errors
-    /// [`LogError::System`] if the kernel has no `membarrier` (added in Linux 4.14) or a filter forbids it.
-    pub fn new() -> Result<LogSwitch, LogError> {
+    /// [`DirtyError::System`] if the kernel has no `membarrier` (added in Linux 4.14) or a filter forbids it.
+    pub fn new() -> Result<LogSwitch, DirtyError> {
         membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED)?;
         Ok(LogSwitch { installed: AtomicBool::new(false), log: RwLock::new(None) })
     }
@@ -59,8 +60,8 @@ impl LogSwitch {
     /// then.
     ///
     /// # Errors
-    /// [`LogError::System`] if the barrier fails. The log is installed then, but must not be acknowledged.
-    pub fn set(&self, log: Option<Arc<Log>>) -> Result<(), LogError> {
+    /// [`DirtyError::System`] if the barrier fails. The log is installed then, but must not be acknowledged.
+    pub fn set(&self, log: Option<Arc<Log>>) -> Result<(), DirtyError> {
         {
             let mut current = self.log.write().unwrap_or_else(PoisonError::into_inner);
             self.installed.store(log.is_some(), Ordering::SeqCst);
@@ -97,10 +98,10 @@ impl PageMarker for LogSwitch {
     }
 }
 
-fn membarrier(command: i32) -> Result<(), LogError> {
+fn membarrier(command: i32) -> Result<(), DirtyError> {
     // SAFETY: membarrier takes three integers and accesses no memory of this process.
     let result = unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) };
-    Errno::result(result).map(drop).map_err(LogError::system("order writers with membarrier (Linux 4.14 or later)"))
+    Errno::result(result).map(drop).map_err(DirtyError::system("order writers with membarrier (Linux 4.14 or later)"))
 }
 
 /// The bitmap of one vm-memory region. It marks pages in a log, at the region's guest-physical address.
@@ -116,7 +117,7 @@ fn membarrier(command: i32) -> Result<(), LogError> {
 /// let bitmap = LogBitmap::new(Arc::clone(&log), GuestAddress(0x8000));
 /// bitmap.mark_dirty(0x10, 4);
 /// assert!(log.is_marked(GuestAddress(0x8010)));
-/// # Ok::<(), vhost_migrate::dirty::LogError>(())
+/// # Ok::<(), vhost_migrate::dirty::DirtyError>(())
 /// ```
 #[derive(Debug)]
 pub struct LogBitmap<M = Log> {

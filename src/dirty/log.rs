@@ -15,6 +15,7 @@ use nix::sys::stat::fstat;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
+use super::error::DirtyError;
 use super::harvest::{self, Harvest};
 use super::page_set::{PageSet, word_masks};
 use crate::memory::{GuestAddress, LOG_PAGE, Memory, PageNumber, sealed_memfd};
@@ -26,49 +27,6 @@ const SPARSE_MIN: u64 = 256 << 10;
 /// Inverse of the populated part below which a log is searched for holes. Finding a populated range takes two system
 /// calls, about the time of reading eight pages of log.
 const SPARSE_RATIO: u64 = 8;
-
-/// An error of a dirty log.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum LogError {
-    /// The log has 0 bytes.
-    #[error("the dirty log has size 0: give it one bit per 4 KiB page of guest memory (rule L2.3)")]
-    Empty,
-    /// The file ends before the log does. An access beyond its end would raise SIGBUS.
-    #[error(
-        "the dirty log needs {size} bytes at offset {offset}, but its file has {file} bytes: enlarge the file \
-         (rule L2.2)"
-    )]
-    ShortFile {
-        /// Size of the log, bytes.
-        size: u64,
-        /// Offset of the log in the file, bytes.
-        offset: u64,
-        /// Size of the file, bytes.
-        file: u64,
-    },
-    /// The log does not start at a whole 64-bit word.
-    #[error("the dirty log starts at offset {offset}, which is not a multiple of 8: align it (rule L2.3)")]
-    Misaligned {
-        /// Offset of the log in the file, bytes.
-        offset: u64,
-    },
-    /// A system call failed.
-    #[error("the dirty log: cannot {operation}")]
-    System {
-        /// The operation that failed, as an infinitive.
-        operation: &'static str,
-        /// Error of the system.
-        #[source]
-        cause: std::io::Error,
-    },
-}
-
-impl LogError {
-    pub(super) fn system<E: Into<std::io::Error>>(operation: &'static str) -> impl FnOnce(E) -> LogError {
-        move |cause| LogError::System { operation, cause: cause.into() }
-    }
-}
 
 /// A dirty log mapped into this process. The threads that mark and the one that harvests share it as `Arc<Log>`.
 #[derive(Debug)]
@@ -91,25 +49,26 @@ impl Log {
     /// The size may be any number of bytes. All of them are used, and none beyond is written.
     ///
     /// # Errors
-    /// [`LogError::Empty`] for size 0, [`LogError::Misaligned`] for an offset that is not a multiple of 8,
-    /// [`LogError::ShortFile`] for a file that ends before the log does, [`LogError::System`] if the system refuses.
-    pub fn map(fd: BorrowedFd<'_>, size: u64, offset: u64) -> Result<Log, LogError> {
+    /// [`DirtyError::EmptyLog`] for size 0, [`DirtyError::MisalignedLog`] for an offset that is not a multiple of 8,
+    /// [`DirtyError::ShortLogFile`] for a file that ends before the log does, [`DirtyError::System`] if the system refuses.
+    pub fn map(fd: BorrowedFd<'_>, size: u64, offset: u64) -> Result<Log, DirtyError> {
         if size == 0 {
-            return Err(LogError::Empty);
+            return Err(DirtyError::EmptyLog);
         }
         if !offset.is_multiple_of(8) {
-            return Err(LogError::Misaligned { offset });
+            return Err(DirtyError::MisalignedLog { offset });
         }
-        let file = fstat(fd).map_err(LogError::system("get the size of its file"))?.st_size.cast_unsigned();
+        let file = fstat(fd).map_err(DirtyError::system("get the size of its file"))?.st_size.cast_unsigned();
         let len = match (offset.checked_add(size), usize::try_from(size)) {
             (Some(end), Ok(len)) if end <= file => len,
-            _ => return Err(LogError::ShortFile { size, offset, file }),
+            _ => return Err(DirtyError::ShortLogFile { size, offset, file }),
         };
-        let map = MmapOptions::new().offset(offset).len(len).map_raw(&fd).map_err(LogError::system("map its file"))?;
+        let map =
+            MmapOptions::new().offset(offset).len(len).map_raw(&fd).map_err(DirtyError::system("map its file"))?;
         Ok(Log {
             map,
             size,
-            file: fd.try_clone_to_owned().map_err(LogError::system("duplicate its fd"))?,
+            file: fd.try_clone_to_owned().map_err(DirtyError::system("duplicate its fd"))?,
             offset,
             holes: fstatfs(fd).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC),
             out_of_range: AtomicU64::new(0),
@@ -123,11 +82,11 @@ impl Log {
     /// so that no peer can make others fault. Peers can map and write it.
     ///
     /// # Errors
-    /// [`LogError::Empty`] if `memory_end` is 0, [`LogError::System`] if the system refuses.
-    pub fn create(memory_end: GuestAddress) -> Result<(Log, OwnedFd), LogError> {
-        let last = memory_end.0.checked_sub(1).ok_or(LogError::Empty)?;
+    /// [`DirtyError::EmptyLog`] if `memory_end` is 0, [`DirtyError::System`] if the system refuses.
+    pub fn create(memory_end: GuestAddress) -> Result<(Log, OwnedFd), DirtyError> {
+        let last = memory_end.0.checked_sub(1).ok_or(DirtyError::EmptyLog)?;
         let size = (last / (64 * LOG_PAGE) + 1) * 8;
-        let fd = sealed_memfd("vhost-dirty-log", size).map_err(LogError::system("create its memfd"))?;
+        let fd = sealed_memfd("vhost-dirty-log", size).map_err(DirtyError::system("create its memfd"))?;
         Ok((Log::map(fd.as_fd(), size, 0)?, fd))
     }
 
@@ -383,7 +342,7 @@ impl Log {
 /// drop(burst);
 /// // From here on the completions may be published.
 /// assert!(log.is_marked(GuestAddress(0x5000)));
-/// # Ok::<(), vhost_migrate::dirty::LogError>(())
+/// # Ok::<(), vhost_migrate::dirty::DirtyError>(())
 /// ```
 #[derive(Debug)]
 pub struct Burst<'a> {
@@ -406,8 +365,8 @@ impl Burst<'_> {
     /// (rule L12.1).
     ///
     /// # Errors
-    /// [`LogError::System`] if the signal fails. The marks are in the log in any case.
-    pub fn signal(self, to: &LogSignal) -> Result<(), LogError> {
+    /// [`DirtyError::System`] if the signal fails. The marks are in the log in any case.
+    pub fn signal(self, to: &LogSignal) -> Result<(), DirtyError> {
         if self.changed.get() { to.signal() } else { Ok(()) }
     }
 }
@@ -425,9 +384,9 @@ impl LogSignal {
     /// Signals once, without blocking. A pending signal is not an error: the receiver has yet to handle it.
     ///
     /// # Errors
-    /// [`LogError::System`], for example if the other end of a socket is closed.
-    pub fn signal(&self) -> Result<(), LogError> {
-        nonblocking::signal(self.0.as_fd()).map_err(LogError::system("signal its eventfd"))
+    /// [`DirtyError::System`], for example if the other end of a socket is closed.
+    pub fn signal(&self) -> Result<(), DirtyError> {
+        nonblocking::signal(self.0.as_fd()).map_err(DirtyError::system("signal its eventfd"))
     }
 }
 
@@ -507,15 +466,15 @@ mod tests {
         let fd = memfd(100);
         let error = |size, offset| Log::map(fd.as_fd(), size, offset).unwrap_err().to_string();
         assert!(error(0, 0).contains("L2.3"), "{}", error(0, 0));
-        assert!(matches!(Log::map(fd.as_fd(), 0, 0), Err(LogError::Empty)));
-        assert!(matches!(Log::map(fd.as_fd(), 8, 4), Err(LogError::Misaligned { offset: 4 })));
-        assert!(matches!(Log::map(fd.as_fd(), 101, 0), Err(LogError::ShortFile { file: 100, .. })));
-        assert!(matches!(Log::map(fd.as_fd(), 93, 8), Err(LogError::ShortFile { .. })));
-        assert!(matches!(Log::map(fd.as_fd(), u64::MAX, 8), Err(LogError::ShortFile { .. })));
-        assert!(matches!(Log::map(fd.as_fd(), u64::MAX - 7, 0), Err(LogError::ShortFile { .. })));
+        assert!(matches!(Log::map(fd.as_fd(), 0, 0), Err(DirtyError::EmptyLog)));
+        assert!(matches!(Log::map(fd.as_fd(), 8, 4), Err(DirtyError::MisalignedLog { offset: 4 })));
+        assert!(matches!(Log::map(fd.as_fd(), 101, 0), Err(DirtyError::ShortLogFile { file: 100, .. })));
+        assert!(matches!(Log::map(fd.as_fd(), 93, 8), Err(DirtyError::ShortLogFile { .. })));
+        assert!(matches!(Log::map(fd.as_fd(), u64::MAX, 8), Err(DirtyError::ShortLogFile { .. })));
+        assert!(matches!(Log::map(fd.as_fd(), u64::MAX - 7, 0), Err(DirtyError::ShortLogFile { .. })));
         assert!(error(101, 0).contains("101 bytes at offset 0") && error(101, 0).contains("L2.2"));
         assert!(Log::map(fd.as_fd(), 92, 8).is_ok());
-        assert!(matches!(Log::create(GuestAddress(0)), Err(LogError::Empty)));
+        assert!(matches!(Log::create(GuestAddress(0)), Err(DirtyError::EmptyLog)));
     }
 
     #[test]

@@ -25,11 +25,12 @@
 //!
 //! // The harvest has cleared the marks.
 //! assert!(!log.is_marked(gpa));
-//! # Ok::<(), vhost_migrate::dirty::LogError>(())
+//! # Ok::<(), vhost_migrate::dirty::DirtyError>(())
 //! ```
 
 #[cfg(feature = "vm-memory-bitmap")]
 mod bitmap;
+mod error;
 mod harvest;
 mod log;
 mod measure;
@@ -43,12 +44,13 @@ mod vector;
 
 #[cfg(feature = "vm-memory-bitmap")]
 pub use bitmap::{LogBitmap, LogSlice, LogSwitch, PageMarker};
+pub use error::DirtyError;
 pub use harvest::Harvest;
-pub use log::{Burst, Log, LogError, LogSignal};
+pub use log::{Burst, Log, LogSignal};
 pub use measure::measure_dirty_rate;
 pub use page_set::{PageSet, Runs};
-pub use pagemap::{Pagemap, PagemapError};
+pub use pagemap::Pagemap;
 pub use rate::{DirtyModel, DirtyRate, Forecast, RateMeter, SourceRate, forecast};
 #[cfg(feature = "vhost-user-backend")]
 pub use region_bitmap::{DeviceLog, LogMemory, RegionBitmap, RegionSlice};
-pub use source::{DirtyError, DirtySource, LogSource, SourceShare, UnionSource};
+pub use source::{DirtySource, LogSource, SourceShare, UnionSource};

@@ -9,16 +9,17 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use super::error::DirtyError;
 use super::harvest::Harvest;
 use super::page_set::PageSet;
-use super::source::{DirtyError, DirtySource};
+use super::source::DirtySource;
 use crate::abi::linux::{
     PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, PageRegion, PmScanArg, UFFD_FEATURE_PAGEFAULT_FLAG_WP,
     UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED, UFFD_USER_MODE_ONLY,
     UFFDIO_REGISTER_MODE_WP, UFFDIO_WRITEPROTECT_MODE_WP, UffdioRange, UffdioRegister, UffdioWriteprotect,
 };
 use crate::memory::userfault::{self, Refusal};
-use crate::memory::{Address, GuestAddress, LOG_PAGE, Memory, PageRange, Region};
+use crate::memory::{Address, LOG_PAGE, Memory, PageRange, Region};
 
 /// Maximum number of page ranges that the kernel reports with one call.
 const BATCH: usize = 4096;
@@ -27,35 +28,6 @@ const UFFD_FEATURES: u64 = UFFD_FEATURE_PAGEFAULT_FLAG_WP
     | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
     | UFFD_FEATURE_WP_UNPOPULATED
     | UFFD_FEATURE_WP_ASYNC;
-
-/// An error in the tracking of this process's own writes.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum PagemapError {
-    /// The kernel does not permit this process a userfaultfd.
-    #[error(
-        "userfaultfd refused (allow the call in the sandbox, set `sysctl vm.unprivileged_userfaultfd=1`, or run as \
-         root)"
-    )]
-    Userfaultfd(#[source] io::Error),
-    /// The kernel has no asynchronous write-protection or no PAGEMAP_SCAN.
-    #[error("this kernel can't track writes (use Linux 6.7 or later with CONFIG_PTE_MARKER_UFFD_WP)")]
-    Kernel(#[source] io::Error),
-    /// A region whose pages cannot be write-protected.
-    #[error("region at {:#x} ({size:#x} bytes): cannot track writes", gpa.0)]
-    Region {
-        /// Guest-physical start of the region.
-        gpa: GuestAddress,
-        /// Size of the region, bytes.
-        size: u64,
-        /// Error of the system.
-        #[source]
-        cause: io::Error,
-    },
-    /// The source is not started.
-    #[error("writes are not tracked: start the source before its harvest")]
-    NotStarted,
-}
 
 /// The pages that this process writes in guest memory.
 ///
@@ -93,12 +65,12 @@ impl Pagemap {
         Pagemap { name: name.into(), memory, tracking: None, returned: PageSet::default() }
     }
 
-    fn failed(&self, cause: PagemapError) -> DirtyError {
+    fn failed(&self, cause: DirtyError) -> DirtyError {
         DirtyError::Source { name: self.name.clone(), cause: cause.into() }
     }
 
-    fn scan(&mut self, into: &mut PageSet) -> Result<Harvest, PagemapError> {
-        let WriteTracking { pagemap, found, .. } = self.tracking.as_mut().ok_or(PagemapError::NotStarted)?;
+    fn scan(&mut self, into: &mut PageSet) -> Result<Harvest, DirtyError> {
+        let WriteTracking { pagemap, found, .. } = self.tracking.as_mut().ok_or(DirtyError::NotStarted)?;
         let mut all = Harvest::default();
         into.grow(self.memory.end().0.div_ceil(LOG_PAGE));
         into.union(&self.returned);
@@ -106,7 +78,7 @@ impl Pagemap {
         for region in self.memory.regions() {
             let (base, mut at, end) = range(region);
             while at < end {
-                let (regions, next) = written(pagemap, at, end, found).map_err(|cause| PagemapError::Region {
+                let (regions, next) = written(pagemap, at, end, found).map_err(|cause| DirtyError::Region {
                     gpa: region.gpa(),
                     size: region.size(),
                     cause,
@@ -125,30 +97,29 @@ impl Pagemap {
 }
 
 impl WriteTracking {
-    fn start(memory: &Memory) -> Result<WriteTracking, PagemapError> {
+    fn start(memory: &Memory) -> Result<WriteTracking, DirtyError> {
         let userfaultfd = userfaultfd()?;
         for region in memory.regions() {
-            protect(&userfaultfd, region).map_err(|cause| PagemapError::Region {
+            protect(&userfaultfd, region).map_err(|cause| DirtyError::Region {
                 gpa: region.gpa(),
                 size: region.size(),
                 cause,
             })?;
         }
-        let pagemap = File::open("/proc/self/pagemap").map_err(PagemapError::Kernel)?;
+        let pagemap = File::open("/proc/self/pagemap").map_err(DirtyError::Kernel)?;
         let mut found = vec![PageRegion::default(); BATCH];
         // An empty scan fails now, and not at the first harvest, if the kernel does not know the ioctl.
-        written(&pagemap, 0, 0, &mut found).map_err(PagemapError::Kernel)?;
+        written(&pagemap, 0, 0, &mut found).map_err(DirtyError::Kernel)?;
         Ok(WriteTracking { userfaultfd, pagemap, found })
     }
 
-    fn stop(self, memory: &Memory) -> Result<(), PagemapError> {
+    fn stop(self, memory: &Memory) -> Result<(), DirtyError> {
         for region in memory.regions() {
             let (_, start, end) = range(region);
             let mut range = UffdioRange { start, len: end - start };
             // SAFETY: the struct is the one this ioctl reads.
-            unsafe { userfault::ioctls::unregister(self.userfaultfd.as_raw_fd(), &mut range) }.map_err(|errno| {
-                PagemapError::Region { gpa: region.gpa(), size: region.size(), cause: errno.into() }
-            })?;
+            unsafe { userfault::ioctls::unregister(self.userfaultfd.as_raw_fd(), &mut range) }
+                .map_err(|errno| DirtyError::Region { gpa: region.gpa(), size: region.size(), cause: errno.into() })?;
         }
         Ok(())
     }
@@ -186,12 +157,12 @@ fn range(region: &Region) -> (u64, u64, u64) {
 }
 
 /// Creates a userfaultfd for asynchronous write-protection, which reports no faults.
-fn userfaultfd() -> Result<OwnedFd, PagemapError> {
+fn userfaultfd() -> Result<OwnedFd, DirtyError> {
     // USER_MODE_ONLY needs no privilege. It excludes faults of the kernel from reports, and there are no reports here.
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
     userfault::open(flags, UFFD_FEATURES).map_err(|refusal| match refusal {
-        Refusal::Fd(error) => PagemapError::Userfaultfd(error),
-        Refusal::Features(error) => PagemapError::Kernel(error),
+        Refusal::Fd(error) => DirtyError::Userfaultfd(error),
+        Refusal::Features(error) => DirtyError::Kernel(error),
     })
 }
 

@@ -4,29 +4,12 @@
 
 use std::sync::Arc;
 
+use super::error::DirtyError;
 use super::harvest::Harvest;
-use super::log::{Log, LogError};
+use super::log::Log;
 use super::page_set::PageSet;
 
 use crate::sys::with_causes::with_causes;
-
-/// An error of a source of dirty pages.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum DirtyError {
-    /// The shared log failed.
-    #[error(transparent)]
-    Log(#[from] LogError),
-    /// Another source failed.
-    #[error("the source {name} of dirty pages failed")]
-    Source {
-        /// The name of the source.
-        name: String,
-        /// The error, with the remedy in its message.
-        #[source]
-        cause: Box<dyn std::error::Error + Send + Sync>,
-    },
-}
 
 /// A source of dirty pages: a vhost log, KVM, pagemap, content hashes, or a union of several.
 ///

@@ -58,45 +58,6 @@ pub struct IotlbMiss {
     pub denied: bool,
 }
 
-/// An error in the translation of an I/O virtual address to guest memory.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TranslationError {
-    /// The cache has no translation, or one that does not permit the access.
-    #[error("I/O virtual address {iova:#x}: no translation for {access:?}", iova = .0.iova, access = .0.access)]
-    Missing(IotlbMiss),
-    /// The translation leads outside guest memory, or the range wraps around.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-}
-
-/// An invalid IOTLB message.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum IotlbError {
-    /// The range is empty or exceeds the 64-bit address space.
-    #[error("translation of {size:#x} bytes at {iova:#x} to {user:#x}: the range is empty or wraps around (rule T2.2)")]
-    Range {
-        /// I/O virtual address.
-        iova: Iova,
-        /// Length, bytes.
-        size: u64,
-        /// Address of the front-end.
-        user: UserAddress,
-    },
-    /// The permission has unknown bits.
-    #[error(
-        "translation at {iova:#x}: permission {permission} is invalid, only bits 0 (read) and 1 (write) are known \
-         (rule T2.2)"
-    )]
-    Permission {
-        /// I/O virtual address.
-        iova: Iova,
-        /// Permission in the message.
-        permission: u8,
-    },
-}
-
 /// A cache of translations, shared by the rings of a device.
 ///
 /// ```
@@ -143,15 +104,15 @@ impl Iotlb {
     /// access.
     ///
     /// # Errors
-    /// [`IotlbError::Range`] for an invalid range. The cache is unchanged then.
+    /// [`MemoryError::BadTranslation`] for an invalid range. The cache is unchanged then.
     pub fn update(
         &self,
         iova: Iova,
         size: u64,
         user: UserAddress,
         permitted: Option<Access>,
-    ) -> Result<(), IotlbError> {
-        let bad = IotlbError::Range { iova, size, user };
+    ) -> Result<(), MemoryError> {
+        let bad = MemoryError::BadTranslation { iova, size, user };
         let Some(more) = size.checked_sub(1) else { return Err(bad) };
         let (Some(last), Some(_)) = (iova.checked_add(more), user.checked_add(more)) else { return Err(bad) };
         let mut cache = self.0.write().unwrap_or_else(PoisonError::into_inner);
@@ -187,7 +148,7 @@ impl Iotlb {
     /// inside one translation and one region of `memory`.
     ///
     /// # Errors
-    /// [`TranslationError`] for the first byte that cannot be accessed. `each` may have been called for the bytes
+    /// [`MemoryError::Untranslated`], or an error of the memory, for the first byte that cannot be accessed. `each` may have been called for the bytes
     /// before it.
     pub fn translate(
         &self,
@@ -196,11 +157,11 @@ impl Iotlb {
         len: u64,
         access: Access,
         mut each: impl FnMut(GuestAddress, u64),
-    ) -> Result<(), TranslationError> {
+    ) -> Result<(), MemoryError> {
         let cache = self.0.read().unwrap_or_else(PoisonError::into_inner);
         let (mut at, mut left) = (iova.0, len);
         while left > 0 {
-            let missing = |denied| TranslationError::Missing(IotlbMiss { iova: Iova(at), access, denied });
+            let missing = |denied| MemoryError::Untranslated(IotlbMiss { iova: Iova(at), access, denied });
             let (start, entry) = cache.entry_at(at).ok_or(missing(false))?;
             if !entry.permitted.is_some_and(|permitted| permitted.permits(access)) {
                 return Err(missing(true));
@@ -211,7 +172,7 @@ impl Iotlb {
             at = match at.checked_add(here) {
                 Some(next) => next,
                 None if left == 0 => break,
-                None => return Err(MemoryError::IovaWraps { iova, len }.into()),
+                None => return Err(MemoryError::IovaWraps { iova, len }),
             };
         }
         Ok(())
@@ -254,13 +215,13 @@ impl IotlbEntries {
 /// address space is 0 in 64 bits.
 ///
 /// # Errors
-/// [`IotlbError::Range`] for an empty range elsewhere and for one that wraps around.
-pub fn invalidated(iova: Iova, size: u64) -> Result<RangeInclusive<Iova>, IotlbError> {
+/// [`MemoryError::BadTranslation`] for an empty range elsewhere and for one that wraps around.
+pub fn invalidated(iova: Iova, size: u64) -> Result<RangeInclusive<Iova>, MemoryError> {
     match (iova, size) {
         (Iova(0), 0) => Ok(Iova(0)..=Iova(u64::MAX)),
         _ => {
             let last = size.checked_sub(1).and_then(|more| iova.checked_add(more));
-            last.map(|last| iova..=last).ok_or(IotlbError::Range { iova, size, user: UserAddress(0) })
+            last.map(|last| iova..=last).ok_or(MemoryError::BadTranslation { iova, size, user: UserAddress(0) })
         }
     }
 }
@@ -284,7 +245,7 @@ mod tests {
     }
 
     /// Adds a translation with the permission bits of a message.
-    fn update(iotlb: &Iotlb, iova: u64, size: u64, user: u64, permission: u8) -> Result<(), IotlbError> {
+    fn update(iotlb: &Iotlb, iova: u64, size: u64, user: u64, permission: u8) -> Result<(), MemoryError> {
         iotlb.update(Iova(iova), size, UserAddress(user), Access::from_permission(permission))
     }
 
@@ -292,7 +253,7 @@ mod tests {
         let mut pieces = Vec::new();
         match iotlb.translate(&memory(), Iova(iova), len, access, |gpa, len| pieces.push((gpa.0, len))) {
             Ok(()) => Ok(pieces),
-            Err(TranslationError::Missing(miss)) => Err(miss),
+            Err(MemoryError::Untranslated(miss)) => Err(miss),
             Err(error) => panic!("{error}"),
         }
     }
@@ -362,7 +323,7 @@ mod tests {
         let iotlb = Iotlb::default();
         for (iova, size, user) in [(0x1000, 0, USER), (u64::MAX, 2, USER), (0, 2, u64::MAX), (1, u64::MAX, USER)] {
             assert!(
-                matches!(update(&iotlb, iova, size, user, 3), Err(IotlbError::Range { .. })),
+                matches!(update(&iotlb, iova, size, user, 3), Err(MemoryError::BadTranslation { .. })),
                 "{iova:#x} {size:#x}"
             );
         }
@@ -381,6 +342,6 @@ mod tests {
         let iotlb = Iotlb::default();
         update(&iotlb, 0, 0x1000, USER + 0x7800, 3).unwrap();
         let found = iotlb.translate(&memory(), Iova(0x700), 0x101, Access::Read, |_, _| {});
-        assert!(matches!(found, Err(TranslationError::Memory(MemoryError::UserNotMapped { .. }))));
+        assert!(matches!(found, Err(MemoryError::UserNotMapped { .. })));
     }
 }

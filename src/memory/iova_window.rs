@@ -6,7 +6,7 @@
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use super::{Access, Address, GuestAddress, Iotlb, Iova, Memory, MemoryError, Region, TranslationError};
+use super::{Access, Address, GuestAddress, Iotlb, Iova, Memory, MemoryError, Region};
 
 /// An area of a ring: I/O virtual address, length in bytes, and the access that the device needs.
 pub type RingArea = (Iova, u64, Access);
@@ -31,14 +31,14 @@ impl IovaWindow {
     /// mapped, as only its pages are logged.
     ///
     /// # Errors
-    /// [`TranslationError::Missing`] for the first part without a translation, [`TranslationError::Memory`] for areas
+    /// [`MemoryError::Untranslated`] for the first part without a translation, other errors of the memory for areas
     /// that overlap or that are scattered in pieces other than whole pages.
     pub fn open(
         memory: &Memory,
         iotlb: &Iotlb,
         areas: &[RingArea],
         logged: Option<(Iova, u64)>,
-    ) -> Result<IovaWindow, TranslationError> {
+    ) -> Result<IovaWindow, MemoryError> {
         let mut pieces = Vec::new();
         let mut regions = Vec::new();
         let find = |(iova, len, access): RingArea| {
@@ -47,7 +47,7 @@ impl IovaWindow {
                 found.push(IovaPiece { iova: at, len, gpa });
                 at = Iova(at.0.wrapping_add(len));
             })?;
-            Ok::<_, TranslationError>(found)
+            Ok::<_, MemoryError>(found)
         };
         for &area in areas {
             let found = find(area)?;
@@ -173,14 +173,11 @@ mod tests {
         iotlb.update(Iova(0x5000), 0x800, UserAddress(0x1000), Some(Access::ReadWrite)).unwrap();
         iotlb.update(Iova(0x5800), 0x800, UserAddress(0x3800), Some(Access::ReadWrite)).unwrap();
         let open = |areas: &[RingArea]| IovaWindow::open(&memory, &iotlb, areas, None).unwrap_err();
-        assert!(matches!(
-            open(&[(Iova(0x5700), 0x200, Access::Read)]),
-            TranslationError::Memory(MemoryError::Scattered { .. })
-        ));
+        assert!(matches!(open(&[(Iova(0x5700), 0x200, Access::Read)]), MemoryError::Scattered { .. }));
         let twice = [(Iova(0x5000), 0x10, Access::Read), (Iova(0x5008), 0x10, Access::Read)];
-        assert!(matches!(open(&twice), TranslationError::Memory(MemoryError::Overlap { .. })));
+        assert!(matches!(open(&twice), MemoryError::Overlap { .. }));
         assert!(
-            matches!(open(&[(Iova(0x6000), 1, Access::Read)]), TranslationError::Missing(miss) if miss.iova == Iova(0x6000))
+            matches!(open(&[(Iova(0x6000), 1, Access::Read)]), MemoryError::Untranslated(miss) if miss.iova == Iova(0x6000))
         );
     }
 }

@@ -30,6 +30,7 @@
 //! ```
 
 mod address;
+mod error;
 mod extent;
 mod iotlb;
 mod iova_window;
@@ -38,12 +39,13 @@ mod region;
 pub(crate) mod userfault;
 
 pub use address::{Address, FaultAddress, GuestAddress, Iova, UserAddress};
+pub use error::MemoryError;
 pub use extent::{Extent, ExtentFinder};
-pub use iotlb::{Access, Iotlb, IotlbError, IotlbMiss, TranslationError, invalidated};
+pub use iotlb::{Access, Iotlb, IotlbMiss, invalidated};
 pub use iova_window::{IovaWindow, RingArea, overlap};
 pub use page::{PageNumber, PageRange};
 pub use region::{Region, sealed_memfd};
-pub use userfault::{Userfault, UserfaultError};
+pub use userfault::Userfault;
 
 use std::fmt;
 use std::io;
@@ -58,99 +60,6 @@ use crate::sys::with_causes::with_causes;
 /// Size of a page of guest-physical memory, bytes: the unit of every dirty log and of every page that this crate moves.
 /// It does not depend on the page size of the host or the guest (rule L1.1).
 pub const LOG_PAGE: u64 = 4096;
-
-/// An error of guest memory.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum MemoryError {
-    /// The mapping is outside the file (rule M1.5).
-    #[error(
-        "region at {:#x}: needs bytes {offset:#x}..{end:#x} of a file of {file_size:#x} bytes: \
-         pass an fd of the region's full size (rule M1.5)",
-        gpa.0
-    )]
-    FileTooSmall {
-        /// Guest-physical start of the region.
-        gpa: GuestAddress,
-        /// Offset into the file, bytes.
-        offset: u64,
-        /// End of the mapping in the file, bytes.
-        end: u64,
-        /// Size of the file, bytes.
-        file_size: u64,
-    },
-    /// A region of 0 bytes, or one whose end exceeds the 64-bit address space (rule M1.4).
-    #[error("region at {:#x}: size {size:#x} is 0 or wraps around the address space (rule M1.4)", gpa.0)]
-    BadRange {
-        /// Guest-physical start of the region.
-        gpa: GuestAddress,
-        /// Size, bytes.
-        size: u64,
-    },
-    /// Two regions have addresses in common (rule M1.4).
-    #[error("regions at {:#x} and {:#x} overlap in {space} addresses (rule M1.4)", first.0, second.0)]
-    Overlap {
-        /// Guest-physical start of the first region.
-        first: GuestAddress,
-        /// Guest-physical start of the second region.
-        second: GuestAddress,
-        /// Address space: "guest-physical" or "front-end".
-        space: &'static str,
-    },
-    /// The operating system refused the mapping.
-    #[error("region at {:#x}: cannot map {size:#x} bytes", gpa.0)]
-    Map {
-        /// Guest-physical start of the region.
-        gpa: GuestAddress,
-        /// Size, bytes.
-        size: u64,
-        /// Error of the system.
-        source: std::io::Error,
-    },
-    /// A part of a ring behind an IOMMU that cannot be mapped contiguously.
-    #[error(
-        "ring area of {len:#x} bytes at I/O virtual address {iova:#x}: it is scattered over guest memory in pieces \
-         other than pages of 4 KiB: translate whole pages (rule T4.1)"
-    )]
-    Scattered {
-        /// I/O virtual address.
-        iova: Iova,
-        /// Bytes.
-        len: u64,
-    },
-    /// A guest-physical range that is not completely inside guest memory.
-    #[error("guest-physical range {:#x} + {len:#x} is not inside guest memory", gpa.0)]
-    NotMapped {
-        /// Start of the range.
-        gpa: GuestAddress,
-        /// Length, bytes.
-        len: u64,
-    },
-    /// A range of the front-end's address space that is not completely inside guest memory.
-    #[error("front-end range {user_addr:#x} + {len:#x} is not inside guest memory")]
-    UserNotMapped {
-        /// Start of the range.
-        user_addr: UserAddress,
-        /// Length, bytes.
-        len: u64,
-    },
-    /// A range of the bytes of a request that its buffers do not have.
-    #[error("range {offset:#x} + {len:#x} of a request is not inside its buffers")]
-    OutsideRequest {
-        /// Start of the range, bytes from the first byte of the request.
-        offset: u64,
-        /// Length, bytes.
-        len: u64,
-    },
-    /// A range of I/O virtual addresses that exceeds the 64-bit address space.
-    #[error("I/O virtual range {iova:#x} + {len:#x} is not inside guest memory")]
-    IovaWraps {
-        /// Start of the range.
-        iova: Iova,
-        /// Length, bytes.
-        len: u64,
-    },
-}
 
 /// An immutable set of regions, sorted by guest-physical address. Clones share the regions.
 ///

@@ -9,36 +9,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 
-use super::{FaultAddress, GuestAddress, Region};
+use super::{FaultAddress, MemoryError, Region};
 use crate::abi::linux::{
     UFFD_API, UFFD_FEATURE_MISSING_HUGETLBFS, UFFD_FEATURE_MISSING_SHMEM, UFFDIO_REGISTER_MODE_MISSING, UffdioApi,
     UffdioCopy, UffdioRange, UffdioRegister,
 };
 use crate::sys::nonblocking;
-
-/// An error of userfaultfd.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum UserfaultError {
-    /// The kernel does not permit this process a userfaultfd for its own faults and for those in system calls.
-    #[error(
-        "userfaultfd refused (allow the call in the sandbox, set `sysctl vm.unprivileged_userfaultfd=1`, or run as \
-         root)"
-    )]
-    Refused(#[source] io::Error),
-    /// The kernel does not support userfaultfd for shared memory and huge pages.
-    #[error("userfaultfd for shared memory is not supported by this kernel (use Linux 4.11 or later)")]
-    Kernel(#[source] io::Error),
-    /// A region that cannot be registered.
-    #[error("region at {:#x}: cannot be registered with userfaultfd (use a memfd, /dev/shm or hugetlbfs)", gpa.0)]
-    Region {
-        /// Guest-physical start of the region.
-        gpa: GuestAddress,
-        /// Error of the system.
-        #[source]
-        cause: io::Error,
-    },
-}
 
 /// A userfaultfd. When the last fd of it is closed, waiting threads continue, with zeros in pages that were not placed.
 #[derive(Debug)]
@@ -48,12 +24,12 @@ impl Userfault {
     /// Creates a userfaultfd for memory of this process.
     ///
     /// # Errors
-    /// [`UserfaultError::Refused`] and [`UserfaultError::Kernel`].
-    pub fn new() -> Result<Userfault, UserfaultError> {
+    /// [`MemoryError::UserfaultRefused`] and [`MemoryError::UserfaultKernel`].
+    pub fn new() -> Result<Userfault, MemoryError> {
         let fd = open(libc::O_CLOEXEC | libc::O_NONBLOCK, UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MISSING_HUGETLBFS);
         Ok(Userfault(fd.map_err(|refusal| match refusal {
-            Refusal::Fd(error) => UserfaultError::Refused(error),
-            Refusal::Features(error) => UserfaultError::Kernel(error),
+            Refusal::Fd(error) => MemoryError::UserfaultRefused(error),
+            Refusal::Features(error) => MemoryError::UserfaultKernel(error),
         })?))
     }
 
@@ -65,27 +41,27 @@ impl Userfault {
     /// Registers `region` for missing pages, before its first access. Pages that its file already has are not missing.
     ///
     /// # Errors
-    /// [`UserfaultError::Region`] if the kernel refuses the region.
-    pub fn register(&self, region: &Region) -> Result<(), UserfaultError> {
+    /// [`MemoryError::UserfaultRegion`] if the kernel refuses the region.
+    pub fn register(&self, region: &Region) -> Result<(), MemoryError> {
         region.avoid_huge_pages();
         let (start, len) = region.mapped();
         let range = UffdioRange { start, len };
         let mut register = UffdioRegister { range, mode: UFFDIO_REGISTER_MODE_MISSING, ioctls: 0 };
         // SAFETY: the struct is the one this ioctl reads and writes. The memory stays mapped; accesses may wait.
         unsafe { ioctls::register(self.0.as_raw_fd(), &mut register) }
-            .map_err(|errno| UserfaultError::Region { gpa: region.gpa(), cause: errno.into() })?;
+            .map_err(|errno| MemoryError::UserfaultRegion { gpa: region.gpa(), source: errno.into() })?;
         Ok(())
     }
 
     /// Ends the registration of `region`. Waiting threads continue, with zeros in pages that were not placed.
     ///
     /// # Errors
-    /// [`UserfaultError::Region`] if the kernel refuses the region.
-    pub fn unregister(&self, region: &Region) -> Result<(), UserfaultError> {
+    /// [`MemoryError::UserfaultRegion`] if the kernel refuses the region.
+    pub fn unregister(&self, region: &Region) -> Result<(), MemoryError> {
         let (start, len) = region.mapped();
         // SAFETY: the struct is the one this ioctl reads.
         unsafe { ioctls::unregister(self.0.as_raw_fd(), &mut UffdioRange { start, len }) }
-            .map_err(|errno| UserfaultError::Region { gpa: region.gpa(), cause: errno.into() })?;
+            .map_err(|errno| MemoryError::UserfaultRegion { gpa: region.gpa(), source: errno.into() })?;
         Ok(())
     }
 

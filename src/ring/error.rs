@@ -1,6 +1,6 @@
 //! Errors of a ring. Each of them ends the service of that ring alone, never the process.
 
-use crate::memory::{GuestAddress, IotlbMiss, MemoryError, TranslationError};
+use crate::memory::{GuestAddress, IotlbMiss, MemoryError};
 
 use super::Position;
 
@@ -164,7 +164,7 @@ pub enum RingError {
         /// Head of the chain.
         head: u16,
         /// Error of the translation.
-        source: TranslationError,
+        source: MemoryError,
     },
     /// The device completes more requests than are outstanding.
     #[error("used index {index} is ahead of {last} by more than the {outstanding} outstanding requests")]

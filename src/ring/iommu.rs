@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::dirty::{Burst, Log};
 
-use crate::memory::{Access, Address, GuestAddress, Iotlb, IotlbMiss, Iova, IovaWindow, Memory, TranslationError};
+use crate::memory::{Access, Address, GuestAddress, Iotlb, IotlbMiss, Iova, IovaWindow, Memory, MemoryError};
 
 use super::{Buffer, RingError};
 
@@ -89,9 +89,9 @@ pub(crate) fn iova(address: GuestAddress) -> Iova {
 }
 
 /// The error for a failed translation of chain `head`.
-fn untranslated(head: u16, source: TranslationError) -> RingError {
+fn untranslated(head: u16, source: MemoryError) -> RingError {
     match source {
-        TranslationError::Missing(miss) => RingError::Untranslated(miss),
+        MemoryError::Untranslated(miss) => RingError::Untranslated(miss),
         source => RingError::Translation { head, source },
     }
 }

@@ -17,7 +17,7 @@ use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
 use crate::abi::vhost_user::{BackendRequest, IotlbMsg};
 use crate::backend::session::VringConfig;
 use crate::backend::{BackendError, FrontendHandle};
-use crate::memory::{Access, Iotlb, IotlbMiss, Iova, IovaWindow, RingArea, TranslationError, overlap};
+use crate::memory::{Access, Iotlb, IotlbMiss, Iova, IovaWindow, MemoryError, RingArea, overlap};
 use crate::ring::{Buffer, RingIommu, RingLayout, iova};
 
 /// Interval at which a ring checks for the acknowledgement of a miss.
@@ -103,7 +103,7 @@ impl IotlbMisses {
                 self.clear();
                 Ok(Some(window))
             }
-            Err(TranslationError::Missing(miss)) => self.ask(miss).map(|()| None),
+            Err(MemoryError::Untranslated(miss)) => self.ask(miss).map(|()| None),
             Err(source) => Err(BackendError::RingTranslation { index, source }),
         }
     }

@@ -10,7 +10,7 @@ use super::{Session, VringController};
 use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use crate::abi::vhost_user::{IotlbMsg, MemoryHeader, MemoryRegion, Request as Code, VHOST_USER_MAX_RAM_SLOTS};
 use crate::backend::{BackendError, VhostUserMessage};
-use crate::memory::{Access, GuestAddress, IotlbError, Iova, Memory, Region, UserAddress, invalidated};
+use crate::memory::{Access, GuestAddress, Iova, Memory, MemoryError, Region, UserAddress, invalidated};
 
 impl Session {
     pub(super) fn add_region(
@@ -90,7 +90,7 @@ impl Session {
                 }
                 let permitted = Access::from_permission(perm);
                 if permitted.is_none() && perm != 0 {
-                    return Err(IotlbError::Permission { iova, permission: perm }.into());
+                    return Err(MemoryError::BadPermission { iova, permission: perm }.into());
                 }
                 self.iotlb.update(iova, size, user, permitted)?;
                 // Rings may wait for this translation.
