@@ -218,7 +218,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::memory::{PageNumber, UserAddress, sealed_memfd};
+    use crate::memory::{GuestAddress, PageNumber, UserAddress, sealed_memfd};
     use crate::sys::with_causes::with_causes;
 
     const MIB: u64 = 1 << 20;

@@ -148,8 +148,8 @@ impl Iotlb {
     /// inside one translation and one region of `memory`.
     ///
     /// # Errors
-    /// [`MemoryError::Untranslated`], or an error of the memory, for the first byte that cannot be accessed. `each` may have been called for the bytes
-    /// before it.
+    /// [`MemoryError::Untranslated`], or another error of the memory, for the first byte that cannot be accessed. `each`
+    /// may have been called for the bytes before it.
     pub fn translate(
         &self,
         memory: &Memory,
