@@ -63,10 +63,12 @@ impl PageRange {
     /// The pages of which all bytes are among `len` bytes at `gpa`.
     #[inline]
     pub const fn inside(gpa: GuestAddress, len: u64) -> PageRange {
-        PageRange {
-            start: PageNumber(gpa.0.div_ceil(LOG_PAGE)),
-            end: PageNumber::containing(GuestAddress(gpa.0.saturating_add(len))),
-        }
+        let end = match gpa.0.checked_add(len) {
+            Some(end) => end / LOG_PAGE,
+            // The last page of the address space is inside too.
+            None => u64::MAX / LOG_PAGE + 1,
+        };
+        PageRange { start: PageNumber(gpa.0.div_ceil(LOG_PAGE)), end: PageNumber(end) }
     }
 
     /// The guest-physical address of the first byte.
@@ -129,5 +131,59 @@ impl From<Range<u64>> for PageRange {
 impl fmt::Debug for PageRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}..{}", self.start.0, self.end.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The number of addresses.
+    const SPACE: u128 = 1 << 64;
+
+    /// Numbers near 0, near the borders of pages, and near the end of the address space.
+    fn number() -> impl Strategy<Value = u64> {
+        let near = |at: u64| (0..3 * LOG_PAGE).prop_map(move |offset| at.wrapping_add(offset));
+        prop_oneof![near(0), near(1 << 32), near(u64::MAX - 3 * LOG_PAGE + 1), near(1 << 52), any::<u64>()]
+    }
+
+    proptest! {
+        #[test]
+        fn the_pages_of_a_range_are_those_of_exact_arithmetic(gpa in number(), len in number()) {
+            let page = u128::from(LOG_PAGE);
+            let (first, end) = (u128::from(gpa), SPACE.min(u128::from(gpa) + u128::from(len)));
+            let wide = |pages: PageRange| u128::from(pages.start.0)..u128::from(pages.end.0);
+
+            let touched = PageRange::touched_by(GuestAddress(gpa), len);
+            prop_assert_eq!(touched.is_empty(), len == 0);
+            if len > 0 {
+                prop_assert_eq!(wide(touched), first / page..end.div_ceil(page));
+            }
+            let inside = PageRange::inside(GuestAddress(gpa), len);
+            let expected = first.div_ceil(page)..end / page;
+            prop_assert_eq!(inside.is_empty(), expected.is_empty());
+            if !expected.is_empty() {
+                prop_assert_eq!(wide(inside), expected.clone());
+                prop_assert_eq!(u128::from(inside.count()), expected.end - expected.start);
+                prop_assert_eq!(u128::from(inside.address().0), expected.start * page);
+            }
+        }
+
+        #[test]
+        fn no_range_of_numbers_overflows(start in number(), end in number(), page in number(), other in number()) {
+            let (pages, page) = (PageRange::from(start..end), PageNumber(page));
+            let bytes_of = |pages: u64| (u128::from(pages) * u128::from(LOG_PAGE)).min(SPACE - 1);
+            prop_assert_eq!(u128::from(page.address().0), bytes_of(page.0));
+            prop_assert_eq!(pages.count(), end.saturating_sub(start));
+            prop_assert_eq!(pages.is_empty(), start >= end);
+            prop_assert_eq!(u128::from(pages.bytes()), bytes_of(pages.count()));
+            prop_assert_eq!(pages.contains(page), (start..end).contains(&page.0));
+            let common = pages.intersection((other..page.0).into());
+            let is_in_both = |number| pages.contains(number) && (other..page.0).contains(&number.0);
+            let numbers = [start, end, other, page.0].map(PageNumber);
+            prop_assert!(numbers.into_iter().all(|number| common.contains(number) == is_in_both(number)));
+        }
     }
 }
