@@ -297,6 +297,7 @@ mod tests {
     use super::*;
     use std::os::fd::AsFd;
 
+    use proptest::prelude::*;
     use vm_memory::{Bytes, FileOffset};
 
     const HIGH: u64 = 1 << 32;
@@ -390,6 +391,49 @@ mod tests {
         let mut found = [0; 4];
         part.read(GuestAddress(4), &mut found).unwrap();
         assert_eq!(&found, b"here");
+    }
+
+    proptest! {
+        /// Regions that begin and end inside pages, low and at the end of the address space.
+        #[test]
+        fn the_pages_of_memory_are_those_that_are_completely_in_a_region(
+            at_end: bool,
+            sizes in proptest::collection::vec((0..0x1800u64, 1..0x3800u64), 1..4),
+            (first, count) in (0..12u64, 0..12u64),
+        ) {
+            let fd = sealed_memfd("memory-test", 0x4000).unwrap();
+            let total: u64 = sizes.iter().map(|(gap, size)| gap + size).sum();
+            // No region has the last byte of the address space.
+            let (mut at, first) = if at_end { (u64::MAX - total, (1 << 52) - 12 + first) } else { (0, first) };
+            let mut regions = Vec::new();
+            for (gap, size) in &sizes {
+                at += gap;
+                regions.push(Arc::new(Region::map(fd.as_fd(), GuestAddress(at), *size, UserAddress(at), 0).unwrap()));
+                at += size;
+            }
+            let memory = Memory::new(regions).unwrap();
+            prop_assert_eq!(memory.end().0, at);
+            let in_one_region = |page: &u64| {
+                let start = u128::from(*page) * u128::from(LOG_PAGE);
+                let is_in = |region: &Region| {
+                    let first = u128::from(region.gpa().0);
+                    first <= start && start + u128::from(LOG_PAGE) <= first + u128::from(region.size())
+                };
+                memory.regions().iter().any(|region| is_in(region))
+            };
+            let expected: Vec<u64> = (first..first + count).filter(in_one_region).collect();
+            let found = memory.pages((first..first + count).into()).flat_map(PageRange::iter).map(|page| page.0);
+            prop_assert_eq!(found.collect::<Vec<_>>(), expected);
+            memory.populate((first..first + count).into()).unwrap();
+
+            let mut data = Vec::new();
+            memory.data(|run| {
+                data.extend(run.numbers());
+                true
+            });
+            let whole = memory.pages((0..u64::MAX).into()).flat_map(PageRange::iter).map(|page| page.0);
+            prop_assert_eq!(data, whole.collect::<Vec<_>>());
+        }
     }
 
     /// The runs of pages that are data.
