@@ -14,7 +14,7 @@ pub const STATE_VERSION: u32 = 3;
 /// State of a guest without its memory and disks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GuestState {
-    /// [`STATE_VERSION`].
+    /// Version of the state. A guest is restored from its own version only.
     pub version: u32,
     /// Configuration of the guest.
     pub config: ConfigState,
@@ -93,7 +93,7 @@ pub struct SavedGuest {
 /// Description of a guest's devices while it runs, for preparing others in their place.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceSetup {
-    /// [`STATE_VERSION`].
+    /// Version of the state. A guest is restored from its own version only.
     pub version: u32,
     /// Configuration of the guest.
     pub config: ConfigState,

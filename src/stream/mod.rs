@@ -50,7 +50,7 @@ mod transport;
 pub use cancel::{CancelCallback, CancelToken};
 pub use codec::Codec;
 pub use error::StreamError;
-pub use frame::{FrameKind, MigrationId};
+pub use frame::{FrameKind, MAX_CHANNELS, MigrationId};
 pub use limiter::RateLimiter;
 pub use pages::PageStats;
 pub use record::{Held, RegionLayout, Started, ToSource};

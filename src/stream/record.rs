@@ -267,7 +267,7 @@ impl ToDestination {
     /// Writes the message as one frame. Returns its size on the wire.
     ///
     /// # Errors
-    /// Errors of [`FrameWriter::write`].
+    /// Errors of the transport.
     pub fn write<W: Write>(&self, to: &mut FrameWriter<W>) -> Result<u64, StreamError> {
         match self {
             ToDestination::Layout(layout) => to.write(FrameKind::Layout, [&encode(1, layout)?, &[]]),
@@ -306,7 +306,7 @@ impl ToSource {
     /// Writes the message as one frame and returns its bytes on the wire.
     ///
     /// # Errors
-    /// Errors of [`FrameWriter::write`].
+    /// Errors of the transport.
     pub fn write<W: Write>(&self, to: &mut FrameWriter<W>) -> Result<u64, StreamError> {
         match self {
             ToSource::Accepted => to.write(FrameKind::Accepted, [&[], &[]]),
@@ -342,7 +342,7 @@ impl ToSource {
     /// Reads the next message.
     ///
     /// # Errors
-    /// As [`FrameReader::next_frame`] and [`read`](Self::read).
+    /// As `FrameReader::next_frame` and [`read`](Self::read).
     pub fn next<R: Read>(from: &mut FrameReader<R>) -> Result<ToSource, StreamError> {
         let header = from.next_frame()?;
         ToSource::read(&header, from)

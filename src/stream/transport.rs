@@ -120,7 +120,7 @@ impl Uri {
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct StreamOptions {
-    /// Number of channels to open, 1 to [`MAX_CHANNELS`](super::frame::MAX_CHANNELS). A destination uses the source's
+    /// Number of channels to open, 1 to [`MAX_CHANNELS`](super::MAX_CHANNELS). A destination uses the source's
     /// number.
     pub channels: u16,
     /// The destination sends no replies: for `exec:` filters such as a compressor, and for pipes. Files are always one
