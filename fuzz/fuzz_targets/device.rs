@@ -1,14 +1,14 @@
-//! Whole sessions with real devices and workers: whatever front-end and guest do, also while the rings run, no panic, no
-//! write outside the memory they gave, nothing left behind.
+//! Sessions of a hostile front-end and guest with real devices and workers, also while the rings run: no panic, no
+//! write outside the memory table, no fd or thread left.
 //!
-//! Input: which device, features, and then what to do, step by step (`hostile`).
+//! Input: the device, the features, then the steps (`hostile`).
 #![no_main]
 
 mod hostile;
 
 use std::os::fd::OwnedFd;
 
-use hostile::{Guest, Input, Link, device, leaving_nothing_behind};
+use hostile::{Guest, Input, Link, check_for_leaks, device};
 use libfuzzer_sys::fuzz_target;
 use vhost_migrate::abi::vhost_user::Request as Code;
 use vhost_migrate::unstable::backend::{MessageOutcome, Session, VhostUserMessage, Workers};
@@ -27,10 +27,10 @@ impl Link for Direct {
 
 fuzz_target!(|input: &[u8]| {
     let mut input = Input(input);
-    // Made before things are counted: it stays.
+    // It stays open, so it is created before fds are counted.
     let disk = device(0);
     drop(disk);
-    leaving_nothing_behind(|| {
+    check_for_leaks(|| {
         let device = device(input.byte());
         let bits = input.byte();
         let mut guest = Guest::new(&*device, bits);

@@ -1,7 +1,7 @@
-//! Recovery from whatever bytes an inflight region holds: an error, or a result that makes sense and repeats itself.
+//! Recovery from any bytes of an inflight region: an error, or a valid result that a second recovery repeats.
 //!
-//! Input: queue size, used index, and the flags of a packed ring's descriptors, then the bytes of one queue's part,
-//! which are looked at as a split and as a packed ring's.
+//! Input: queue size, used index, and the flags of a packed ring's descriptors, then the bytes of one queue's part.
+//! They are read as the part of a split and of a packed ring.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -42,7 +42,7 @@ fn packed(bytes: &[u8], size: u16, base: RingBase, flags_of: impl Fn(u16) -> u16
     });
 }
 
-/// Recovery may die after any of its stores; a few of them do for large rings.
+/// Recovers again after a crash between the stores of a recovery. Of a large ring only a few stores are tried.
 fn killed(bytes: &[u8], stores: &[Store], again: impl Fn(&[u8])) {
     let mut repaired = bytes.to_vec();
     for stop in 0..=stores.len() {

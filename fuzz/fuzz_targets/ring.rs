@@ -1,6 +1,6 @@
-//! Both sides of a ring over whatever bytes its areas hold: bounded walks, bounded chains, no panic.
+//! Both sides of a ring with any bytes in its areas: bounded loops, bounded chains, no panic.
 //!
-//! Input: size and kind, features, indexes; the rest fills guest memory with the ring in it, again and again.
+//! Input: size and kind, features, indexes. The rest is repeated to fill guest memory, which has the ring in it.
 #![no_main]
 
 use std::os::fd::AsFd;

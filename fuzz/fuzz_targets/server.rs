@@ -1,6 +1,6 @@
-//! Whole connections: the messages of `device`, over a socket, cut into any segments, with headers that lie.
+//! Connections: the messages of `device` over a socket, in segments of any length, with wrong headers.
 //!
-//! Input: which device, features, and then what to do, step by step (`hostile`); before each message, how it is cut.
+//! Input: the device, the features, then the steps (`hostile`); before each message, the lengths of its segments.
 #![no_main]
 
 mod hostile;
@@ -9,7 +9,7 @@ use std::io::{IoSlice, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use hostile::{Guest, Input, Link, device, leaving_nothing_behind};
+use hostile::{Guest, Input, Link, check_for_leaks, device};
 use libfuzzer_sys::fuzz_target;
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -31,11 +31,11 @@ impl Link for Socket {
         let bytes = [Header { request: code.0, flags, size }.as_bytes(), payload].concat();
         let cut = if how & 1 == 0 { bytes.len() } else { 1 + usize::from(input.byte()) % bytes.len() };
         let (first, second) = bytes.split_at(cut);
-        // Fds with the first segment, as they should come, or with the second.
+        // The fds come with the first segment, as the specification says, or with the second.
         let early = how & 2 == 0 || second.is_empty();
         let sent =
             self.segment(first, if early { &fds } else { &[] }) && self.segment(second, if early { &[] } else { &fds });
-        // Answers are read, else nobody would write any more.
+        // Replies are read, because the device stops reading while its socket is full.
         let mut answers = [0; 4096];
         while matches!((&self.0).read(&mut answers), Ok(1..)) {}
         sent
@@ -64,7 +64,7 @@ fuzz_target!(|input: &[u8]| {
     let mut input = Input(input);
     let disk = device(0);
     drop(disk);
-    leaving_nothing_behind(|| {
+    check_for_leaks(|| {
         let device = device(input.byte());
         let bits = input.byte();
         let (ours, theirs) = UnixStream::pair().unwrap();

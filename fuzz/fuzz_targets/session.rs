@@ -1,4 +1,4 @@
-//! Whatever a front-end sends, in whatever order: no panic, and rings are commanded in an order that makes sense.
+//! Any messages of a front-end in any order: no panic, and a ring is not started twice or stopped before it is started.
 //!
 //! Input: messages, each a request number, flags, a count of fds, a length, and the payload.
 #![no_main]
@@ -61,7 +61,7 @@ impl VirtioDevice for Nothing {
     }
 }
 
-/// Rings that only check what they are told.
+/// Rings that only check the order of their commands.
 #[derive(Default)]
 struct Checked {
     running: [bool; 3],
@@ -102,7 +102,7 @@ impl VringController for Checked {
 fuzz_target!(|input: &[u8]| {
     let (mut session, mut rings) = (Session::new(Arc::new(Nothing)), Checked::default());
     let Ok(file) = sealed_memfd("fuzz", 1 << 16) else { return };
-    // A transfer of state reads it from its start.
+    // The device state is read from the start of its file.
     let _ = File::from(file.try_clone().unwrap()).write_at(input, 0);
     let mut rest = input;
     while let Some((&[code, flags, fds, len], after)) = rest.split_first_chunk() {

@@ -1,7 +1,7 @@
-//! A device's state as whatever a peer sends for one: through its pipe, with a hash that is right, and as the record within
-//! that the device reads itself. It is refused, or it is one that the device saves as it came.
+//! Any bytes as the state of a device: through its pipe with a correct hash, or as the record in it. The device refuses
+//! them, or saves the same state again.
 //!
-//! Input: which of the two, and the bytes.
+//! Input: pipe or record, and the bytes.
 #![no_main]
 
 use std::fs::File;
@@ -32,7 +32,7 @@ fuzz_target!(|input: &[u8]| {
     }
 });
 
-/// Whether it arrives over a connection.
+/// Loads the state over a connection. Returns true if the device accepted it.
 fn through_a_pipe(net: &Arc<NetDevice>, record: &[u8]) -> bool {
     let bytes = [record, &XxHash3_64::oneshot(record).to_le_bytes()].concat();
     let file = File::from(sealed_memfd("state", bytes.len() as u64).unwrap());

@@ -20,7 +20,7 @@ fuzz_target!(|input: &[u8]| {
     read(input);
     let Some((&first, body)) = input.split_first() else { return };
     let kind = FrameKind::ALL[usize::from(first) % FrameKind::ALL.len()];
-    // Pages twice as often as one in ten: they are what writes memory.
+    // Two of ten inputs are pages, because they are written to memory.
     let kind = if first >= 128 { FrameKind::Pages } else { kind };
     let mut writer = FrameWriter::new(Vec::new(), ID);
     if writer.write(kind, [body, &[]]).is_ok() {

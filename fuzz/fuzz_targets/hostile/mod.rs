@@ -1,9 +1,9 @@
-//! A front-end and a guest that do what the fuzzer's input says, to real devices with real workers.
+//! A front-end and a guest that execute the fuzzer's input on real devices with real workers.
 //!
-//! Guest memory is two regions of one file, with pages between and around them that nobody maps. Half of the inputs are
-//! *tame*: their descriptors ask for writes to one part of memory only, and then everything else must stay as it was,
-//! however wrong indexes, chains and requests are. After each input: no page outside the table has changed, and threads
-//! and fds are as many as before.
+//! Guest memory is two regions of one file, with unmapped pages between and around them. Half of the inputs are *tame*:
+//! their descriptors ask for writes to one part of memory only, and all other memory must stay unchanged, however wrong
+//! indexes, chains and requests are. After each input, no page outside the memory table has changed, and there are as
+//! many threads and fds as before.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -33,7 +33,7 @@ const HIGH: (u64, u64) = (18 * PAGE, 2 * PAGE);
 const HIGH_GPA: u64 = 1 << 32;
 const LOW_USER: u64 = 0x10_0000_0000;
 const HIGH_USER: u64 = 0x20_0000_0000;
-/// Parts of the low region: rings (a page each), headers, indirect tables, and what a tame guest has written to.
+/// Parts of the low region: rings (a page each), headers, indirect tables, and the buffers of a tame guest.
 const HEADERS: u64 = 0x4000;
 const TABLES: u64 = 0x5000;
 const BUFFERS: u64 = 0x8000;
@@ -46,12 +46,12 @@ const INDIRECT: u16 = 4;
 const PACKED: u64 = 1 << 34;
 const IOMMU: u64 = 1 << 33;
 
-/// Where messages go. False: the session is over.
+/// The receiver of messages. `send` returns false when the session has ended.
 pub trait Link {
     fn send(&mut self, input: &mut Input<'_>, code: Code, flags: u32, payload: &[u8], fds: Vec<OwnedFd>) -> bool;
 }
 
-/// The rest of the input; zeroes behind its end.
+/// The rest of the input. Zeros follow its end.
 pub struct Input<'a>(pub &'a [u8]);
 
 impl Input<'_> {
@@ -100,37 +100,37 @@ pub fn device(which: u8) -> Arc<dyn VirtioDevice> {
     }
 }
 
-/// How many fds and threads this process has.
-fn open_things() -> (usize, usize) {
+/// The numbers of fds and threads of this process.
+fn open_fds_and_threads() -> (usize, usize) {
     let count = |of: &str| std::fs::read_dir(of).unwrap().count();
     (count("/proc/self/fd"), count("/proc/self/task"))
 }
 
-/// Runs `session`, and checks that it leaves nothing behind.
-pub fn leaving_nothing_behind(session: impl FnOnce()) {
-    let before = open_things();
+/// Runs `session` and checks that it leaves no fd and no thread.
+pub fn check_for_leaks(session: impl FnOnce()) {
+    let before = open_fds_and_threads();
     session();
-    // A thread that was joined is still listed for a moment.
+    // The kernel lists a joined thread for a moment longer.
     for _ in 0..10_000 {
-        if open_things() == before {
+        if open_fds_and_threads() == before {
             return;
         }
         std::thread::sleep(Duration::from_micros(100));
     }
-    assert_eq!(open_things(), before, "file descriptors and threads");
+    assert_eq!(open_fds_and_threads(), before, "file descriptors and threads");
 }
 
-/// The guest, its memory and what else a front-end has in its hands.
+/// The guest and its memory, and the fds of its front-end.
 pub struct Guest {
     file: OwnedFd,
     memory: Memory,
     log: OwnedFd,
     inflight: (OwnedFd, u64),
     kicks: [EventFd; 3],
-    /// The back-end channel, once it has been given.
+    /// The back-end channel, after SET_BACKEND_REQ_FD.
     channel: Option<UnixStream>,
     tame: bool,
-    /// The bytes of headers and tables, as this side wrote them.
+    /// The bytes of headers and tables that the guest has written.
     shadow: Vec<u8>,
     features: u64,
     avail: [u16; 3],
@@ -166,7 +166,7 @@ impl Guest {
         }
     }
 
-    /// Does what the input says, until it ends or the session does.
+    /// Executes the input until it or the session ends.
     pub fn run(&mut self, input: &mut Input<'_>, link: &mut dyn Link) {
         let first = input.byte();
         let start = first & 0x80 == 0;
@@ -176,7 +176,7 @@ impl Guest {
         while !input.0.is_empty() && self.step(input, link) {}
     }
 
-    /// What must hold when nothing reaches into memory any more.
+    /// Checks guest memory after the last device has stopped.
     pub fn check(&self) {
         let mut all = vec![0; FILE as usize];
         self.memory.read(GuestAddress(0), &mut all).unwrap();
@@ -207,7 +207,7 @@ impl Guest {
         self.tell(input, link, Code::SET_BACKEND_REQ_FD, &[0u8; 0], vec![theirs.into()])
     }
 
-    /// Answers what came over the channel, rightly or not.
+    /// Replies to the requests on the back-end channel, correctly or not.
     fn answer(&self, input: &mut Input<'_>) -> bool {
         let (Some(mut channel), how) = (self.channel.as_ref(), input.byte()) else { return true };
         let mut heard = [0; 4096];
@@ -227,8 +227,8 @@ impl Guest {
         true
     }
 
-    /// Tells of translations: of all of the low region at its own addresses or at the front-end's, of the high one, of a
-    /// page of the low one, or of anything.
+    /// Sends a translation: of the whole low region at guest-physical or front-end addresses, of the high region, of a
+    /// page of the low one, or of any addresses.
     fn translate(&self, input: &mut Input<'_>, link: &mut dyn Link, what: u8) -> bool {
         let (iova, size, uaddr) = match what % 8 {
             0 => (0, LOW.1, LOW_USER),
@@ -282,7 +282,7 @@ impl Guest {
             },
         ];
         if wrong & 0xf0 != 0 {
-            // Anything but more of the file than this guest has.
+            // Wrong fields, but no valid region outside the guest's part of the file.
             match wrong & 3 {
                 0 => regions[1].guest_phys_addr = input.long(),
                 1 => regions[1].userspace_addr = input.long(),
@@ -316,7 +316,7 @@ impl Guest {
         }
     }
 
-    /// Everything that lets a ring run.
+    /// Sends all messages that start a ring.
     fn ring(&mut self, input: &mut Input<'_>, link: &mut dyn Link, ring: u32) -> bool {
         let bits = input.byte();
         let size = if bits & 0xf == 0xf { u32::from(input.word()) } else { 1 << (bits % 7) };
@@ -407,7 +407,7 @@ impl Guest {
         }
     }
 
-    /// Any message with any fds.
+    /// Sends any message with any fds.
     fn raw(&self, input: &mut Input<'_>, link: &mut dyn Link) -> bool {
         let (code, flags, len, fds) = (input.byte(), input.byte(), input.byte(), input.byte());
         let payload: Vec<u8> = (0..len).map(|_| input.byte()).collect();
@@ -444,12 +444,12 @@ impl Guest {
         true
     }
 
-    /// A descriptor of either kind of ring; one that a tame guest may write.
+    /// Writes a descriptor of either kind of ring, in the limits of a tame guest.
     fn desc(&mut self, at: u64, addr: u64, len: u32, flags: u16, next: u16) -> bool {
         let (mut addr, mut len, mut flags, mut next) = (addr, len, flags, next);
         if self.tame {
-            // Each place is for one kind: a device that reads it while it changes sees nothing that was not meant. Which of
-            // the two words are the flags depends on the kind of ring.
+            // Each place has descriptors of one kind only, because the device may read it while it changes. The
+            // position of the flags depends on the kind of ring.
             let forbidden = match at / 16 % 4 {
                 0 if at < TABLES => {
                     addr = TABLES + addr % (BUFFERS - TABLES) / 16 * 16;
@@ -469,7 +469,7 @@ impl Guest {
         self.put(at, &bytes)
     }
 
-    /// Some descriptors as the input wants them.
+    /// Writes descriptors with the fields of the input.
     fn descs(&mut self, input: &mut Input<'_>, at: u64) -> bool {
         for number in 0..u64::from(input.byte() % 8) {
             let [place, page, len, flags, next] = std::array::from_fn(|_| input.byte());
@@ -481,7 +481,7 @@ impl Guest {
                 _ => BUFFERS + u64::from(page) * 128,
             };
             let len = if len & 0x80 == 0 { u32::from(len) * 16 } else { u32::from(len) << (len % 25) };
-            // Bits 7 and 15 say of a packed descriptor whether it is available.
+            // Bits 7 and 15 of the flags make a packed descriptor available.
             let flags = u16::from(flags & 7) | u16::from(flags >> 6 & 1) << 7 | u16::from(flags >> 7) << 15;
             let next = u16::from(next);
             let packed = self.features & PACKED != 0;
@@ -506,7 +506,7 @@ impl Guest {
         true
     }
 
-    /// A request that makes sense: a header, data and a byte for the status, in order.
+    /// Adds a valid request: a header, data and a byte for the status, in this order.
     fn request(&mut self, input: &mut Input<'_>, ring: u32) -> bool {
         let [kind, sector, len, at, head] = std::array::from_fn(|_| input.byte());
         let kind = [0u32, 1, 4, 8, 11, 13, 0, 1][usize::from(kind % 8)];
