@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::{Command, Output};
 use vhost_migrate::abi::vhost::{VHOST_VRING_F_LOG, VringAddrFlags};
-use vhost_migrate::abi::vhost_user::{BackendRequest, Header, ProtocolFeatures, Request};
+use vhost_migrate::abi::vhost_user::{BackendRequest, FrontendRequest, Header, ProtocolFeatures};
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::abi::{vduse, vhost, virtio};
 use zerocopy::{FromBytes, IntoBytes};
@@ -148,10 +148,10 @@ fn items() -> Vec<Item> {
         }
         whole required vhost Msg = "struct vhost_msg" if VHOST_VIRTIO { kind: type, padding: -, iotlb, unused: - }
         whole required vhost MsgV2 = "struct vhost_msg_v2" if VHOST_VIRTIO { kind: type, asid: -, iotlb, unused: - }
-        whole required vhost MemoryRegion = "struct vhost_memory_region" if VHOST_VIRTIO {
+        whole required vhost VhostMemoryRegion = "struct vhost_memory_region" if VHOST_VIRTIO {
             guest_phys_addr, memory_size, userspace_addr, flags_padding,
         }
-        whole required vhost MemoryHeader = "struct vhost_memory" if VHOST_VIRTIO { nregions, padding }
+        whole required vhost VhostMemoryHeader = "struct vhost_memory" if VHOST_VIRTIO { nregions, padding }
         whole required vhost ScsiTarget = "struct vhost_scsi_target" if VHOST_VIRTIO {
             abi_version, vhost_wwpn, vhost_tpgt, reserved,
         }
@@ -378,9 +378,9 @@ fn every_number_of_the_headers_is_in_src_abi() {
 #[test]
 fn an_unknown_request_keeps_its_number() {
     for number in [0, 46, 99, 0x8000_0001, u32::MAX] {
-        let request = Request::read_from_bytes(&number.to_ne_bytes()).unwrap();
+        let request = FrontendRequest::read_from_bytes(&number.to_ne_bytes()).unwrap();
         assert_eq!(request.as_bytes(), number.to_ne_bytes());
-        assert_eq!((request, request.name()), (Request(number), None));
+        assert_eq!((request, request.name()), (FrontendRequest(number), None));
         assert_eq!(request.to_string(), format!("request {number}"));
 
         let request = BackendRequest::read_from_bytes(&number.to_ne_bytes()).unwrap();
@@ -397,20 +397,26 @@ fn an_unknown_request_keeps_its_number() {
 
 #[test]
 fn a_known_request_is_displayed_with_the_specifications_name() {
-    assert_eq!(Request(11).to_string(), "GET_VRING_BASE");
-    assert_eq!(Request(21).to_string(), "SET_BACKEND_REQ_FD");
+    assert_eq!(FrontendRequest(11).to_string(), "GET_VRING_BASE");
+    assert_eq!(FrontendRequest(21).to_string(), "SET_BACKEND_REQ_FD");
     assert_eq!(BackendRequest(2).to_string(), "BACKEND_CONFIG_CHANGE_MSG");
 }
 
 #[test]
 fn requests_and_protocol_features_are_numbered_without_gaps() {
-    assert!(Request::KNOWN.iter().map(|request| request.0).eq(1..=45));
+    assert!(FrontendRequest::KNOWN.iter().map(|request| request.0).eq(1..=45));
     assert!(BackendRequest::KNOWN.iter().map(|request| request.0).eq(1..=10));
     let features = ProtocolFeatures::FLAGS.iter().filter(|flag| flag.is_named());
     assert!(features.map(|flag| flag.value().bits()).eq((0..=23).map(|bit| 1 << bit)));
     // Single numbers of the specification, so that an insertion in the middle is noticed.
-    assert_eq!((Request::GET_QUEUE_NUM.0, Request::SET_CONFIG.0, Request::GET_INFLIGHT_FD.0), (17, 25, 31));
-    assert_eq!((Request::GPU_SET_SOCKET.0, Request::VRING_KICK.0, Request::REM_MEM_REG.0), (33, 35, 38));
+    assert_eq!(
+        (FrontendRequest::GET_QUEUE_NUM.0, FrontendRequest::SET_CONFIG.0, FrontendRequest::GET_INFLIGHT_FD.0),
+        (17, 25, 31)
+    );
+    assert_eq!(
+        (FrontendRequest::GPU_SET_SOCKET.0, FrontendRequest::VRING_KICK.0, FrontendRequest::REM_MEM_REG.0),
+        (33, 35, 38)
+    );
     assert_eq!((ProtocolFeatures::CONFIG.bits(), ProtocolFeatures::INFLIGHT_SHMFD.bits()), (1 << 9, 1 << 12));
     assert_eq!(
         (ProtocolFeatures::CONFIGURE_MEM_SLOTS.bits(), ProtocolFeatures::DEVICE_STATE.bits()),

@@ -12,7 +12,7 @@ use nix::poll::PollTimeout;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tempfile::TempDir;
 use vhost_migrate::abi::vhost_user::{
-    BackendRequest, Header, InflightDescription, ProtocolFeatures, Request as Code, VringArea, VringState,
+    BackendRequest, FrontendRequest as Code, Header, InflightDescription, ProtocolFeatures, VringArea, VringState,
     unstable::INFLIGHT_MIGRATION,
 };
 use vhost_migrate::abi::virtio::VirtioFeatures;

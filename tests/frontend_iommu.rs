@@ -17,7 +17,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use rstest::rstest;
 use vhost_migrate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE};
 use vhost_migrate::abi::vhost_user::{
-    BackendRequest, Header, IotlbMsg, ProtocolFeatures, Request as Code, VHOST_USER_F_PROTOCOL_FEATURES,
+    BackendRequest, FrontendRequest as Code, Header, IotlbMsg, ProtocolFeatures, VHOST_USER_F_PROTOCOL_FEATURES,
 };
 use vhost_migrate::abi::virtio::{
     VIRTIO_BLK_T_IN, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_INDIRECT_DESC,

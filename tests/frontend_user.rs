@@ -17,7 +17,7 @@ use rstest::rstest;
 use tempfile::TempDir;
 use vhost_migrate::abi::inflight;
 use vhost_migrate::abi::vhost_user::{
-    Header, ProtocolFeatures, Request, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES,
+    FrontendRequest, Header, ProtocolFeatures, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES,
 };
 use vhost_migrate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VirtioFeatures};
 use vhost_migrate::dirty::Log;
@@ -50,14 +50,14 @@ enum ScriptedReply {
 
 impl ScriptedReply {
     /// The reply to `request` with this payload.
-    fn of(request: Request, payload: &[u8]) -> ScriptedReply {
+    fn of(request: FrontendRequest, payload: &[u8]) -> ScriptedReply {
         ScriptedReply::Raw(reply(request, payload), vec![])
     }
 }
 
 #[derive(Clone, Debug, PartialEq)]
 struct Message {
-    request: Request,
+    request: FrontendRequest,
     flags: u32,
     payload: Vec<u8>,
 }
@@ -90,7 +90,7 @@ impl ScriptedBackend {
 
     /// Starts a back-end whose reaction to `request` is scripted.
     fn reacting_to(
-        request: Request,
+        request: FrontendRequest,
         mut script: impl FnMut(&Message) -> ScriptedReply + Send + 'static,
     ) -> ScriptedBackend {
         ScriptedBackend::start(ALL, move |message| match message.request == request {
@@ -135,7 +135,7 @@ fn serve(mut stream: UnixStream, protocol: ProtocolFeatures, received: &Mutex<Ve
         let header: Header = zerocopy::transmute!(header);
         let mut payload = vec![0; header.size as usize];
         stream.read_exact(&mut payload).unwrap();
-        let message = Message { request: Request(header.request), flags: header.flags, payload };
+        let message = Message { request: FrontendRequest(header.request), flags: header.flags, payload };
         received.lock().unwrap().push(message.clone());
         let (bytes, fds) = match script(&message) {
             ScriptedReply::Default => default_reply(&message, protocol),
@@ -158,15 +158,15 @@ fn default_reply(message: &Message, protocol: ProtocolFeatures) -> (Vec<u8>, Vec
     let request = message.request;
     let number = |value: u64| (reply(request, value.as_bytes()), vec![]);
     match request {
-        Request::GET_FEATURES => number((LOG_ALL | PROTOCOL | VERSION_1 | PACKED).bits()),
-        Request::GET_PROTOCOL_FEATURES => number(protocol.bits()),
-        Request::GET_QUEUE_NUM => number(4),
-        Request::GET_MAX_MEM_SLOTS => number(32),
-        Request::GET_STATUS => number(7),
-        Request::SET_LOG_BASE | Request::GET_VRING_BASE | Request::GET_CONFIG => {
+        FrontendRequest::GET_FEATURES => number((LOG_ALL | PROTOCOL | VERSION_1 | PACKED).bits()),
+        FrontendRequest::GET_PROTOCOL_FEATURES => number(protocol.bits()),
+        FrontendRequest::GET_QUEUE_NUM => number(4),
+        FrontendRequest::GET_MAX_MEM_SLOTS => number(32),
+        FrontendRequest::GET_STATUS => number(7),
+        FrontendRequest::SET_LOG_BASE | FrontendRequest::GET_VRING_BASE | FrontendRequest::GET_CONFIG => {
             (reply(request, &message.payload), vec![])
         }
-        Request::GET_INFLIGHT_FD => {
+        FrontendRequest::GET_INFLIGHT_FD => {
             let queues = u16::from_ne_bytes(message.payload[16..18].try_into().unwrap());
             let size = u16::from_ne_bytes(message.payload[18..20].try_into().unwrap());
             // Large enough for split and packed rings.
@@ -180,11 +180,11 @@ fn default_reply(message: &Message, protocol: ProtocolFeatures) -> (Vec<u8>, Vec
     }
 }
 
-fn reply(request: Request, payload: &[u8]) -> Vec<u8> {
+fn reply(request: FrontendRequest, payload: &[u8]) -> Vec<u8> {
     raw(request, Header::REPLY_FLAGS, payload)
 }
 
-fn raw(request: Request, flags: u32, payload: &[u8]) -> Vec<u8> {
+fn raw(request: FrontendRequest, flags: u32, payload: &[u8]) -> Vec<u8> {
     let header = Header { request: request.0, flags, size: payload.len() as u32 };
     [header.as_bytes(), payload].concat()
 }
@@ -240,8 +240,8 @@ fn log() -> (Arc<Log>, OwnedFd) {
 #[test]
 fn the_reply_to_set_log_base_may_have_any_length() {
     for len in [0, 8, 16, 24] {
-        let backend = ScriptedBackend::reacting_to(Request::SET_LOG_BASE, move |_| {
-            ScriptedReply::of(Request::SET_LOG_BASE, &vec![0xab; len])
+        let backend = ScriptedBackend::reacting_to(FrontendRequest::SET_LOG_BASE, move |_| {
+            ScriptedReply::of(FrontendRequest::SET_LOG_BASE, &vec![0xab; len])
         });
         let mut device = running(&backend, UserOptions::default());
         let (log, fd) = log();
@@ -260,7 +260,7 @@ fn logging_starts_with_the_log_then_features_then_rings() {
     device.start_logging(&log, fd.as_fd()).unwrap();
     let on = backend.take();
     let names: Vec<_> = on.iter().map(|message| message.request).collect();
-    assert_eq!(names, [Request::SET_LOG_BASE, Request::SET_FEATURES, Request::SET_VRING_ADDR]);
+    assert_eq!(names, [FrontendRequest::SET_LOG_BASE, FrontendRequest::SET_FEATURES, FrontendRequest::SET_VRING_ADDR]);
     assert_eq!(on[0].flags, 1, "SET_LOG_BASE has a reply of its own (rule F3.1)");
     assert_eq!(on[0].payload, [log.size(), 0].as_bytes());
     assert_eq!(on[1].payload, (LOG_ALL | PROTOCOL | VERSION_1).as_bytes());
@@ -271,7 +271,7 @@ fn logging_starts_with_the_log_then_features_then_rings() {
     device.stop_logging().unwrap();
     let off = backend.take();
     let names: Vec<_> = off.iter().map(|message| message.request).collect();
-    assert_eq!(names, [Request::SET_FEATURES, Request::SET_VRING_ADDR]);
+    assert_eq!(names, [FrontendRequest::SET_FEATURES, FrontendRequest::SET_VRING_ADDR]);
     assert_eq!(off[0].payload, (PROTOCOL | VERSION_1).as_bytes());
     assert_eq!(off[1].payload[4..8], [0; 4]);
 }
@@ -287,7 +287,7 @@ fn without_reply_ack_every_step_ends_with_a_get_features_round_trip() {
     assert_eq!(backend.requests(), ["SET_LOG_BASE", "SET_FEATURES", "SET_VRING_ADDR", "GET_FEATURES"]);
     device.set_memory(&memory(2)).unwrap();
     let received = backend.take();
-    assert_eq!(received.last().unwrap().request, Request::GET_FEATURES);
+    assert_eq!(received.last().unwrap().request, FrontendRequest::GET_FEATURES);
     assert!(received.iter().all(|message| message.flags == 1), "nobody may be asked for acknowledgements");
 }
 
@@ -295,14 +295,14 @@ fn without_reply_ack_every_step_ends_with_a_get_features_round_trip() {
 #[test]
 fn a_refusal_is_an_error_and_keeps_the_connection() {
     let mut calls = 0;
-    let backend = ScriptedBackend::reacting_to(Request::SET_MEM_TABLE, move |_| {
+    let backend = ScriptedBackend::reacting_to(FrontendRequest::SET_MEM_TABLE, move |_| {
         calls += 1;
         let code = u64::from(calls == 2);
-        ScriptedReply::of(Request::SET_MEM_TABLE, code.as_bytes())
+        ScriptedReply::of(FrontendRequest::SET_MEM_TABLE, code.as_bytes())
     });
     let mut device = running(&backend, UserOptions::default());
     let error = device.set_memory(&memory(3)).unwrap_err();
-    assert!(matches!(error, FrontendError::Refused { request: Request::SET_MEM_TABLE, code: 1 }), "{error}");
+    assert!(matches!(error, FrontendError::Refused { request: FrontendRequest::SET_MEM_TABLE, code: 1 }), "{error}");
     assert!(!device.needs_reconnect());
     assert_eq!(device.stop_ring(0).unwrap(), RingBase::split(0));
 }
@@ -311,21 +311,22 @@ fn a_refusal_is_an_error_and_keeps_the_connection() {
 fn an_invalid_reply_names_its_rule_and_closes_the_connection() {
     let number = 0u64;
     let bad = [
-        ("F2.2", raw(Request::GET_STATUS, 1, number.as_bytes())),
-        ("F2.2", raw(Request::GET_STATUS, 0xd, number.as_bytes())),
-        ("F10.1", reply(Request::GET_FEATURES, number.as_bytes())),
-        ("F3.1", reply(Request::GET_STATUS, &[0; 4])),
-        ("F3.1", reply(Request::GET_STATUS, &[0; 16])),
-        ("F1.4", reply(Request::GET_STATUS, &vec![0; 4097])),
-        ("F1.4", Header { request: Request::GET_STATUS.0, flags: 5, size: u32::MAX }.as_bytes().to_vec()),
+        ("F2.2", raw(FrontendRequest::GET_STATUS, 1, number.as_bytes())),
+        ("F2.2", raw(FrontendRequest::GET_STATUS, 0xd, number.as_bytes())),
+        ("F10.1", reply(FrontendRequest::GET_FEATURES, number.as_bytes())),
+        ("F3.1", reply(FrontendRequest::GET_STATUS, &[0; 4])),
+        ("F3.1", reply(FrontendRequest::GET_STATUS, &[0; 16])),
+        ("F1.4", reply(FrontendRequest::GET_STATUS, &vec![0; 4097])),
+        ("F1.4", Header { request: FrontendRequest::GET_STATUS.0, flags: 5, size: u32::MAX }.as_bytes().to_vec()),
     ];
     for (expected, bytes) in bad {
         let shown = format!("{bytes:x?}");
-        let backend =
-            ScriptedBackend::reacting_to(Request::GET_STATUS, move |_| ScriptedReply::Raw(bytes.clone(), vec![]));
+        let backend = ScriptedBackend::reacting_to(FrontendRequest::GET_STATUS, move |_| {
+            ScriptedReply::Raw(bytes.clone(), vec![])
+        });
         let mut device = backend.connect().unwrap();
         match device.status().unwrap_err() {
-            FrontendError::ProtocolViolation { request: Request::GET_STATUS, rule, .. } => {
+            FrontendError::ProtocolViolation { request: FrontendRequest::GET_STATUS, rule, .. } => {
                 assert_eq!(rule, expected, "{shown}")
             }
             other => panic!("{other} for {shown}"),
@@ -336,14 +337,18 @@ fn an_invalid_reply_names_its_rule_and_closes_the_connection() {
 
 #[test]
 fn a_connection_closed_at_any_byte_of_a_reply_is_a_hang_up() {
-    let whole = reply(Request::GET_STATUS, 0u64.as_bytes());
+    let whole = reply(FrontendRequest::GET_STATUS, 0u64.as_bytes());
     for len in 0..whole.len() {
         let part = whole[..len].to_vec();
-        let backend = ScriptedBackend::reacting_to(Request::GET_STATUS, move |_| ScriptedReply::HangUp(part.clone()));
+        let backend =
+            ScriptedBackend::reacting_to(FrontendRequest::GET_STATUS, move |_| ScriptedReply::HangUp(part.clone()));
         let mut device = backend.connect().unwrap();
         let watch = device.hang_up_fd().unwrap().unwrap();
         let error = device.status().unwrap_err();
-        assert!(matches!(error, FrontendError::HungUp { request: Request::GET_STATUS }), "{error} after {len} bytes");
+        assert!(
+            matches!(error, FrontendError::HungUp { request: FrontendRequest::GET_STATUS }),
+            "{error} after {len} bytes"
+        );
         assert!(device.needs_reconnect());
         let mut ready = [nix::poll::PollFd::new(watch.as_fd(), nix::poll::PollFlags::empty())];
         assert_eq!(nix::poll::poll(&mut ready, 10_000u16), Ok(1), "who watches is woken");
@@ -353,7 +358,7 @@ fn a_connection_closed_at_any_byte_of_a_reply_is_a_hang_up() {
 #[test]
 fn a_missing_reply_is_a_timeout_after_the_deadline() {
     let backend = ScriptedBackend::start(ALL, |message| match message.request {
-        Request::GET_STATUS | Request::GET_VRING_BASE => ScriptedReply::None,
+        FrontendRequest::GET_STATUS | FrontendRequest::GET_VRING_BASE => ScriptedReply::None,
         _ => ScriptedReply::Default,
     });
     let timeout = Duration::from_millis(30);
@@ -368,11 +373,11 @@ fn a_missing_reply_is_a_timeout_after_the_deadline() {
 }
 
 /// A back-end that waits for a signal before it replies to the first such request.
-fn backend_slow_at(request: Request, protocol: ProtocolFeatures) -> (ScriptedBackend, Sender<()>) {
+fn backend_slow_at(request: FrontendRequest, protocol: ProtocolFeatures) -> (ScriptedBackend, Sender<()>) {
     let (go, gone) = channel();
     let mut held = false;
     let backend = ScriptedBackend::start(protocol, move |message| {
-        let disables = request != Request::SET_VRING_ENABLE || message.payload.get(4) == Some(&0);
+        let disables = request != FrontendRequest::SET_VRING_ENABLE || message.payload.get(4) == Some(&0);
         if message.request == request && disables && !std::mem::replace(&mut held, true) {
             gone.recv().unwrap();
         }
@@ -384,7 +389,7 @@ fn backend_slow_at(request: Request, protocol: ProtocolFeatures) -> (ScriptedBac
 /// Runs `call`, whose reply does not arrive, and ends the wait with the interrupt.
 fn interrupted(
     backend: &ScriptedBackend,
-    slow: Request,
+    slow: FrontendRequest,
     device: &mut UserDevice,
     call: impl FnOnce(&mut UserDevice) -> Result<(), FrontendError>,
 ) {
@@ -407,7 +412,7 @@ fn interrupted(
 /// Rule F10.3.
 #[rstest]
 fn a_ring_whose_stop_was_interrupted_is_restarted_by_reconnect(
-    #[values(Request::SET_VRING_ENABLE, Request::GET_VRING_BASE)] slow: Request,
+    #[values(FrontendRequest::SET_VRING_ENABLE, FrontendRequest::GET_VRING_BASE)] slow: FrontendRequest,
     #[values(ALL, ALL & !ProtocolFeatures::INFLIGHT_SHMFD, ALL & !ProtocolFeatures::REPLY_ACK & !ProtocolFeatures::INFLIGHT_SHMFD)]
     protocol: ProtocolFeatures,
 ) {
@@ -432,16 +437,16 @@ fn a_ring_whose_stop_was_interrupted_is_restarted_by_reconnect(
     assert!(!device.needs_reconnect());
     let received = backend.take();
     let index = |request| received.iter().position(|message| message.request == request);
-    let enabled = index(Request::SET_VRING_ENABLE).unwrap();
+    let enabled = index(FrontendRequest::SET_VRING_ENABLE).unwrap();
     assert_eq!(received[enabled].payload[4], 1, "{received:?}");
     // GET_VRING_BASE was sent after the disable: the ring starts at the returned base.
-    assert!(index(Request::SET_VRING_KICK).is_some_and(|kick| kick < enabled), "{received:?}");
+    assert!(index(FrontendRequest::SET_VRING_KICK).is_some_and(|kick| kick < enabled), "{received:?}");
     assert_eq!(device.stop_ring(0).unwrap().bits(), 0);
 }
 
 /// A back-end that, once armed, waits for a signal at the next such request and then replies with `code`.
 fn backend_held_at(
-    request: Request,
+    request: FrontendRequest,
     protocol: ProtocolFeatures,
     code: u64,
 ) -> (ScriptedBackend, impl Fn(&ScriptedBackend), Sender<()>) {
@@ -476,16 +481,16 @@ fn long_timeout() -> UserOptions {
 }
 
 #[rstest]
-#[case::features(Request::SET_FEATURES, |device: &mut UserDevice| device.set_features(VERSION_1))]
-#[case::memory(Request::SET_MEM_TABLE, |device: &mut UserDevice| device.set_memory(&memory(2)))]
-#[case::memory_slots(Request::ADD_MEM_REG, |device: &mut UserDevice| device.set_memory(&memory(20)))]
-#[case::inflight(Request::GET_INFLIGHT_FD, |device: &mut UserDevice| device.set_inflight(1, 8, None).map(drop))]
-#[case::inflight_fd(Request::SET_INFLIGHT_FD, |device: &mut UserDevice| device.set_inflight(1, 8, None).map(drop))]
-#[case::configuration(Request::GET_CONFIG, |device: &mut UserDevice| device.config(0, &mut [0; 8]))]
-#[case::status(Request::SET_STATUS, |device: &mut UserDevice| device.set_status(1))]
-#[case::trial_of_a_ring(Request::SET_VRING_NUM, |device: &mut UserDevice| device.validate_ring(1, &setup()))]
+#[case::features(FrontendRequest::SET_FEATURES, |device: &mut UserDevice| device.set_features(VERSION_1))]
+#[case::memory(FrontendRequest::SET_MEM_TABLE, |device: &mut UserDevice| device.set_memory(&memory(2)))]
+#[case::memory_slots(FrontendRequest::ADD_MEM_REG, |device: &mut UserDevice| device.set_memory(&memory(20)))]
+#[case::inflight(FrontendRequest::GET_INFLIGHT_FD, |device: &mut UserDevice| device.set_inflight(1, 8, None).map(drop))]
+#[case::inflight_fd(FrontendRequest::SET_INFLIGHT_FD, |device: &mut UserDevice| device.set_inflight(1, 8, None).map(drop))]
+#[case::configuration(FrontendRequest::GET_CONFIG, |device: &mut UserDevice| device.config(0, &mut [0; 8]))]
+#[case::status(FrontendRequest::SET_STATUS, |device: &mut UserDevice| device.set_status(1))]
+#[case::trial_of_a_ring(FrontendRequest::SET_VRING_NUM, |device: &mut UserDevice| device.validate_ring(1, &setup()))]
 fn the_interrupt_ends_the_wait_for_any_reply_and_the_call_can_be_repeated(
-    #[case] slow: Request,
+    #[case] slow: FrontendRequest,
     #[case] call: Call,
     #[values(ALL, ALL & !ProtocolFeatures::REPLY_ACK)] protocol: ProtocolFeatures,
 ) {
@@ -507,11 +512,11 @@ fn the_interrupt_ends_the_wait_for_any_reply_and_the_call_can_be_repeated(
 fn a_ring_whose_start_was_interrupted_runs_after_reconnect(
     #[values(ALL, ALL & !ProtocolFeatures::REPLY_ACK)] protocol: ProtocolFeatures,
 ) {
-    let (backend, hold, go) = backend_held_at(Request::SET_VRING_KICK, protocol, 0);
+    let (backend, hold, go) = backend_held_at(FrontendRequest::SET_VRING_KICK, protocol, 0);
     let mut device = running(&backend, long_timeout());
     let call: Call = |device| device.start_ring(1, setup());
     hold(&backend);
-    interrupted(&backend, Request::SET_VRING_KICK, &mut device, call);
+    interrupted(&backend, FrontendRequest::SET_VRING_KICK, &mut device, call);
     device.interrupt().unwrap().clear();
     assert!(matches!(call(&mut device).unwrap_err(), FrontendError::Unavailable { .. }), "nothing is known of it");
     go.send(()).unwrap();
@@ -525,10 +530,10 @@ fn a_ring_whose_start_was_interrupted_runs_after_reconnect(
 /// Rule F10.4.
 #[test]
 fn a_start_refused_after_an_interrupt_is_repeated_on_a_new_connection() {
-    let (backend, hold, go) = backend_held_at(Request::SET_VRING_KICK, ALL, 1);
+    let (backend, hold, go) = backend_held_at(FrontendRequest::SET_VRING_KICK, ALL, 1);
     let mut device = running(&backend, long_timeout());
     hold(&backend);
-    interrupted(&backend, Request::SET_VRING_KICK, &mut device, |device| device.start_ring(1, setup()));
+    interrupted(&backend, FrontendRequest::SET_VRING_KICK, &mut device, |device| device.start_ring(1, setup()));
     device.interrupt().unwrap().clear();
     go.send(()).unwrap();
     assert_eq!(device.reconnect(Instant::now() + DEADLINE).unwrap().attempts, 1, "over a new connection");
@@ -538,7 +543,7 @@ fn a_start_refused_after_an_interrupt_is_repeated_on_a_new_connection() {
 
 #[test]
 fn a_stop_timeout_keeps_the_connection_when_there_is_no_inflight_region() {
-    let (backend, go) = backend_slow_at(Request::GET_VRING_BASE, ALL & !ProtocolFeatures::INFLIGHT_SHMFD);
+    let (backend, go) = backend_slow_at(FrontendRequest::GET_VRING_BASE, ALL & !ProtocolFeatures::INFLIGHT_SHMFD);
     let options = UserOptions::default().with_stop_timeout(Duration::from_millis(30));
     let mut device = running(&backend, options);
     let error = device.stop_ring(0).unwrap_err();
@@ -554,10 +559,15 @@ fn two_rings() -> [(u16, RingSetup); 2] {
 }
 
 /// A back-end that replies only after the last message in `last` for ring 1.
-fn backend_replying_after(last: &[Request], protocol: ProtocolFeatures) -> ScriptedBackend {
+fn backend_replying_after(last: &[FrontendRequest], protocol: ProtocolFeatures) -> ScriptedBackend {
     let (last, mut kept) = (last.to_vec(), Vec::new());
-    let rings = [Request::SET_VRING_CALL, Request::SET_VRING_KICK, Request::SET_VRING_NUM, Request::SET_VRING_BASE];
-    let more = [Request::SET_VRING_ADDR, Request::SET_VRING_ENABLE, Request::GET_VRING_BASE];
+    let rings = [
+        FrontendRequest::SET_VRING_CALL,
+        FrontendRequest::SET_VRING_KICK,
+        FrontendRequest::SET_VRING_NUM,
+        FrontendRequest::SET_VRING_BASE,
+    ];
+    let more = [FrontendRequest::SET_VRING_ADDR, FrontendRequest::SET_VRING_ENABLE, FrontendRequest::GET_VRING_BASE];
     ScriptedBackend::start(protocol, move |message| {
         if !rings.iter().chain(&more).any(|request| *request == message.request) {
             return ScriptedReply::Default;
@@ -575,14 +585,15 @@ fn backend_replying_after(last: &[Request], protocol: ProtocolFeatures) -> Scrip
 fn messages_that_start_and_stop_rings_are_sent_before_the_first_reply_is_read(
     #[values(ALL, ALL & !ProtocolFeatures::REPLY_ACK)] protocol: ProtocolFeatures,
 ) {
-    let backend = backend_replying_after(&[Request::SET_VRING_ENABLE], protocol);
+    let backend = backend_replying_after(&[FrontendRequest::SET_VRING_ENABLE], protocol);
     let mut device = ready(&backend, UserOptions::default());
     let mut started = Vec::new();
     device.start_rings(&two_rings(), &mut || {}, &mut |index| started.push(index)).unwrap();
     assert_eq!(started, [0, 1]);
     drop(device);
 
-    let backend = backend_replying_after(&[Request::SET_VRING_ENABLE, Request::GET_VRING_BASE], protocol);
+    let backend =
+        backend_replying_after(&[FrontendRequest::SET_VRING_ENABLE, FrontendRequest::GET_VRING_BASE], protocol);
     let mut device = ready(&backend, UserOptions::default());
     device.start_rings(&two_rings(), &mut || {}, &mut |_| {}).unwrap();
     backend.take();
@@ -590,7 +601,7 @@ fn messages_that_start_and_stop_rings_are_sent_before_the_first_reply_is_read(
     device.stop_rings(&[0, 1], &mut || {}, &mut |index, base| stopped.push((index, base.bits()))).unwrap();
     // The scripted back-end returns base 0.
     assert_eq!(stopped, [(0, 0), (1, 0)]);
-    let (enable, base) = (Request::SET_VRING_ENABLE, Request::GET_VRING_BASE);
+    let (enable, base) = (FrontendRequest::SET_VRING_ENABLE, FrontendRequest::GET_VRING_BASE);
     let received: Vec<_> = backend.take().iter().map(|message| (message.request, message.payload[0])).collect();
     assert_eq!(received, [(enable, 0), (enable, 1), (base, 0), (base, 1)]);
     // Both rings can be started again.
@@ -600,7 +611,7 @@ fn messages_that_start_and_stop_rings_are_sent_before_the_first_reply_is_read(
 /// The back-end of each device replies after both devices have sent their requests.
 #[test]
 fn one_thread_sends_to_two_devices_before_it_waits_for_either() {
-    let last = [Request::SET_VRING_NUM, Request::SET_VRING_ENABLE, Request::GET_VRING_BASE];
+    let last = [FrontendRequest::SET_VRING_NUM, FrontendRequest::SET_VRING_ENABLE, FrontendRequest::GET_VRING_BASE];
     let asked = std::sync::Arc::new(std::sync::Mutex::new(std::collections::HashMap::new()));
     let both_are_asked = std::sync::Arc::new(std::sync::Condvar::new());
     let fakes = [0, 1].map(|_| {
@@ -682,10 +693,10 @@ fn ring_parameters_are_sent_again_only_after_a_change() {
 /// Rule F10.2.
 #[test]
 fn rings_are_neither_validated_nor_stopped_while_a_reply_is_pending() {
-    let (backend, hold, go) = backend_held_at(Request::SET_FEATURES, ALL, 0);
+    let (backend, hold, go) = backend_held_at(FrontendRequest::SET_FEATURES, ALL, 0);
     let mut device = running(&backend, long_timeout());
     hold(&backend);
-    interrupted(&backend, Request::SET_FEATURES, &mut device, |device| device.set_features(VERSION_1));
+    interrupted(&backend, FrontendRequest::SET_FEATURES, &mut device, |device| device.set_features(VERSION_1));
     device.interrupt().unwrap().clear();
     let rings = [(1, setup())];
     let calls: [Call; 3] = [
@@ -709,13 +720,16 @@ fn setup_of(rings: &[(u16, RingSetup); 1]) -> RingSetup {
 #[test]
 fn a_refused_ring_does_not_stop_the_others_from_starting() {
     let backend = ScriptedBackend::start(ALL, |message| match (message.request, message.payload.first()) {
-        (Request::SET_VRING_ADDR, Some(0)) => ScriptedReply::of(message.request, &1u64.to_ne_bytes()),
+        (FrontendRequest::SET_VRING_ADDR, Some(0)) => ScriptedReply::of(message.request, &1u64.to_ne_bytes()),
         _ => ScriptedReply::Default,
     });
     let mut device = ready(&backend, UserOptions::default());
     let mut started = Vec::new();
     let refused = device.start_rings(&two_rings(), &mut || {}, &mut |index| started.push(index)).unwrap_err();
-    assert!(matches!(refused, FrontendError::Refused { request: Request::SET_VRING_ADDR, code: 1 }), "{refused}");
+    assert!(
+        matches!(refused, FrontendError::Refused { request: FrontendRequest::SET_VRING_ADDR, code: 1 }),
+        "{refused}"
+    );
     assert_eq!(started, [1]);
     assert!(matches!(device.stop_ring(0).unwrap_err(), FrontendError::InvalidRing { index: 0, .. }));
     device.stop_ring(1).unwrap();
@@ -726,7 +740,7 @@ fn stopped_rings_stay_stopped_when_the_wait_for_the_next_is_interrupted() {
     let (go, gone) = channel();
     let (asked, is_asked) = channel();
     let backend = ScriptedBackend::start(ALL, move |message| {
-        if (message.request, message.payload.first()) == (Request::GET_VRING_BASE, Some(&1)) {
+        if (message.request, message.payload.first()) == (FrontendRequest::GET_VRING_BASE, Some(&1)) {
             let _ = asked.send(());
             gone.recv().unwrap();
         }
@@ -744,14 +758,14 @@ fn stopped_rings_stay_stopped_when_the_wait_for_the_next_is_interrupted() {
             interrupt.set();
         });
         let error = device.stop_rings(&[0, 1, 2], &mut || {}, &mut |index, _| stopped.push(index)).unwrap_err();
-        assert!(matches!(error, FrontendError::Interrupted { request: Request::GET_VRING_BASE }), "{error}");
+        assert!(matches!(error, FrontendError::Interrupted { request: FrontendRequest::GET_VRING_BASE }), "{error}");
     });
     assert_eq!(stopped, [0]);
     interrupt.clear();
     backend.take();
     go.send(()).unwrap();
     assert_eq!(device.reconnect(Instant::now() + Duration::from_secs(60)).unwrap(), Reconnection::default());
-    let started = backend.take().into_iter().filter(|message| message.request == Request::SET_VRING_KICK);
+    let started = backend.take().into_iter().filter(|message| message.request == FrontendRequest::SET_VRING_KICK);
     assert_eq!(started.map(|message| message.payload[0]).collect::<Vec<_>>(), [1, 2]);
     assert!(matches!(device.stop_ring(0).unwrap_err(), FrontendError::InvalidRing { index: 0, .. }));
     go.send(()).unwrap();
@@ -763,7 +777,7 @@ fn stopped_rings_stay_stopped_when_the_wait_for_the_next_is_interrupted() {
 fn each_ring_has_its_own_stop_timeout() {
     let backend = ScriptedBackend::start(ALL & !ProtocolFeatures::INFLIGHT_SHMFD, |message| {
         match (message.request, message.payload.first()) {
-            (Request::GET_VRING_BASE, Some(1)) => ScriptedReply::None,
+            (FrontendRequest::GET_VRING_BASE, Some(1)) => ScriptedReply::None,
             _ => ScriptedReply::Default,
         }
     });
@@ -772,7 +786,7 @@ fn each_ring_has_its_own_stop_timeout() {
     device.start_rings(&two_rings(), &mut || {}, &mut |_| {}).unwrap();
     let mut stopped = Vec::new();
     let error = device.stop_rings(&[0, 1], &mut || {}, &mut |index, _| stopped.push(index)).unwrap_err();
-    assert!(matches!(error, FrontendError::Timeout { request: Request::GET_VRING_BASE, .. }), "{error}");
+    assert!(matches!(error, FrontendError::Timeout { request: FrontendRequest::GET_VRING_BASE, .. }), "{error}");
     assert_eq!(stopped, [0]);
 }
 
@@ -830,9 +844,9 @@ fn unexpected_fds_in_a_reply_are_closed() {
     let (mut reader, writer) = std::io::pipe().unwrap();
     let mut writer = Some(OwnedFd::from(writer));
     let backend = ScriptedBackend::start(ALL, move |message| match (message.request, writer.take()) {
-        (Request::GET_STATUS, Some(fd)) => {
+        (FrontendRequest::GET_STATUS, Some(fd)) => {
             let second = fd.try_clone().unwrap();
-            ScriptedReply::Raw(reply(Request::GET_STATUS, 0u64.as_bytes()), vec![fd, second])
+            ScriptedReply::Raw(reply(FrontendRequest::GET_STATUS, 0u64.as_bytes()), vec![fd, second])
         }
         (_, fd) => {
             writer = fd;
@@ -855,12 +869,12 @@ fn a_get_config_reply_with_another_offset_or_size_is_an_error() {
         |payload| [&payload[..4], &[0; 4], &payload[8..]].concat(),
     ];
     for answer in answers {
-        let backend = ScriptedBackend::reacting_to(Request::GET_CONFIG, move |message| {
+        let backend = ScriptedBackend::reacting_to(FrontendRequest::GET_CONFIG, move |message| {
             ScriptedReply::of(message.request, &answer(&message.payload))
         });
         assert!(backend.connect().unwrap().config(8, &mut [0; 8]).is_err());
     }
-    let backend = ScriptedBackend::reacting_to(Request::GET_CONFIG, |message| {
+    let backend = ScriptedBackend::reacting_to(FrontendRequest::GET_CONFIG, |message| {
         let payload = [&message.payload[..12], b"01234567"].concat();
         ScriptedReply::of(message.request, &payload)
     });
@@ -877,7 +891,7 @@ fn set_config_and_restore_config_send_their_flags_and_report_refusals() {
     for (flags, write) in [(0u32, UserDevice::set_config as Write), (1, UserDevice::restore_config)] {
         let backend = ScriptedBackend::start(ALL, |message| match message.request {
             // The only field is at offset 8.
-            Request::SET_CONFIG if message.payload[..4] != 8u32.to_ne_bytes() => {
+            FrontendRequest::SET_CONFIG if message.payload[..4] != 8u32.to_ne_bytes() => {
                 ScriptedReply::of(message.request, 1u64.as_bytes())
             }
             _ => ScriptedReply::Default,
@@ -888,9 +902,9 @@ fn set_config_and_restore_config_send_their_flags_and_report_refusals() {
         let received = backend.take();
         let payload = [[8, 5, flags].as_bytes(), b"bytes"].concat();
         let need_reply = 1 | Header::FLAG_NEED_REPLY;
-        assert_eq!(received, [Message { request: Request::SET_CONFIG, flags: need_reply, payload }]);
+        assert_eq!(received, [Message { request: FrontendRequest::SET_CONFIG, flags: need_reply, payload }]);
         let error = write(&mut device, 9, b"bytes").unwrap_err();
-        assert!(matches!(error, FrontendError::Refused { request: Request::SET_CONFIG, code: 1 }), "{error}");
+        assert!(matches!(error, FrontendError::Refused { request: FrontendRequest::SET_CONFIG, code: 1 }), "{error}");
         assert_eq!(backend.requests(), ["SET_CONFIG"]);
         for bytes in [&[0; 257][..], &[]] {
             let error = write(&mut device, 8, bytes).unwrap_err();
@@ -921,7 +935,7 @@ fn an_invalid_inflight_region_is_refused() {
         (needed, 0, 2, 8, needed, 2),
     ];
     for case @ (size, offset, queues, entries, bytes, fds) in bad {
-        let backend = ScriptedBackend::reacting_to(Request::GET_INFLIGHT_FD, move |message| {
+        let backend = ScriptedBackend::reacting_to(FrontendRequest::GET_INFLIGHT_FD, move |message| {
             let numbers = [queues, entries, 0, 0u16];
             let payload = [[size, offset].as_bytes(), numbers.as_bytes()].concat();
             let fds = (0..fds).map(|_| sealed_memfd("bad", bytes).unwrap()).collect();
@@ -935,7 +949,7 @@ fn an_invalid_inflight_region_is_refused() {
 /// Rules L15.4 and R6.1.
 #[rstest]
 fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(VirtioFeatures::empty(), PACKED)] kind: VirtioFeatures) {
-    let backend = ScriptedBackend::reacting_to(Request::SEND_RARP, |_| ScriptedReply::HangUp(vec![]));
+    let backend = ScriptedBackend::reacting_to(FrontendRequest::SEND_RARP, |_| ScriptedReply::HangUp(vec![]));
     let mut device = backend.connect().unwrap();
     device.set_features(VERSION_1 | kind).unwrap();
     assert!(device.set_inflight(1, 8, None).unwrap());
@@ -946,7 +960,7 @@ fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(VirtioFeatures::e
     let (log, fd) = log();
     device.start_logging(&log, fd.as_fd()).unwrap();
     let started = backend.take();
-    let inflight = started.iter().find(|message| message.request == Request::SET_INFLIGHT_FD).unwrap();
+    let inflight = started.iter().find(|message| message.request == FrontendRequest::SET_INFLIGHT_FD).unwrap();
     // The guest has seen 0x1234 completions; the failed back-end has marked three requests.
     memory.write(GuestAddress(0x3002), &0x1234u16.to_le_bytes()).unwrap();
     let mut state = device.inflight_state().unwrap().unwrap();
@@ -986,15 +1000,15 @@ fn reconnect_restores_the_device_in_the_order_of_qemu(#[values(VirtioFeatures::e
     assert_eq!(rest_heard, rest);
     let payload = |request| &received.iter().find(|message| message.request == request).unwrap().payload;
     assert_eq!(
-        payload(Request::SET_FEATURES),
+        payload(FrontendRequest::SET_FEATURES),
         (LOG_ALL | PROTOCOL | VERSION_1 | kind).as_bytes(),
         "LOG_ALL (rule L8.1)"
     );
-    assert_eq!(payload(Request::SET_INFLIGHT_FD), &inflight.payload, "the region is kept");
+    assert_eq!(payload(FrontendRequest::SET_INFLIGHT_FD), &inflight.payload, "the region is kept");
     // The used index (rule I3.4); the position of a packed ring is only in the region (rule I4.5).
     let base = if kind == PACKED { 0x8000_8000u32 } else { 0x1234 };
-    assert_eq!(payload(Request::SET_VRING_BASE)[4..], base.to_ne_bytes());
-    assert_eq!(payload(Request::SET_VRING_ADDR)[4..8], 1u32.to_ne_bytes(), "VHOST_VRING_F_LOG");
+    assert_eq!(payload(FrontendRequest::SET_VRING_BASE)[4..], base.to_ne_bytes());
+    assert_eq!(payload(FrontendRequest::SET_VRING_ADDR)[4..8], 1u32.to_ne_bytes(), "VHOST_VRING_F_LOG");
     assert!(log.is_marked(GuestAddress(0x3000)), "the old back-end may have died before it logged the used ring");
     assert_eq!(log.is_marked(GuestAddress(0x1000)), kind == PACKED, "a device writes the descriptors of packed rings");
     for fd in [&setup.kick, &setup.call] {
@@ -1043,7 +1057,7 @@ fn reconnect_refuses_a_back_end_with_fewer_features() {
 fn reconnect_does_not_install_a_log_that_ended_the_connection() {
     let mut crashes = 1;
     let backend = ScriptedBackend::start(ALL, move |message| match message.request {
-        Request::SET_LOG_BASE if crashes > 0 => {
+        FrontendRequest::SET_LOG_BASE if crashes > 0 => {
             crashes -= 1;
             ScriptedReply::HangUp(vec![])
         }
@@ -1129,17 +1143,17 @@ fn connect_waits_for_a_starting_back_end_until_the_deadline() {
 /// `check`.
 fn with_state(code: u64, mut fds: Vec<OwnedFd>, check: impl Fn() -> ScriptedReply + Send + 'static) -> UserDevice {
     let backend = ScriptedBackend::start(ALL | ProtocolFeatures::DEVICE_STATE, move |message| match message.request {
-        Request::SET_DEVICE_STATE_FD => {
+        FrontendRequest::SET_DEVICE_STATE_FD => {
             ScriptedReply::Raw(reply(message.request, code.as_bytes()), std::mem::take(&mut fds))
         }
-        Request::CHECK_DEVICE_STATE => check(),
+        FrontendRequest::CHECK_DEVICE_STATE => check(),
         _ => ScriptedReply::Default,
     });
     backend.connect_with(UserOptions::default().with_stop_timeout(Duration::from_millis(200))).unwrap()
 }
 
 fn checked(code: u64) -> impl Fn() -> ScriptedReply {
-    move || ScriptedReply::of(Request::CHECK_DEVICE_STATE, code.as_bytes())
+    move || ScriptedReply::of(FrontendRequest::CHECK_DEVICE_STATE, code.as_bytes())
 }
 
 #[test]
@@ -1195,15 +1209,17 @@ fn a_failed_device_state_transfer_is_an_error() {
 fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
     for change in [0, 8, 16, 24] {
         let backend = ScriptedBackend::start(ALL | ProtocolFeatures::PAGEFAULT, move |message| match message.request {
-            Request::SET_MEM_TABLE if message.payload.len() == 8 => ScriptedReply::None,
-            Request::SET_MEM_TABLE => {
+            FrontendRequest::SET_MEM_TABLE if message.payload.len() == 8 => ScriptedReply::None,
+            FrontendRequest::SET_MEM_TABLE => {
                 let mut payload = message.payload.clone();
                 // Guest-physical address, size, user address (which may differ), offset (which is ignored).
                 payload[8 + change] ^= 1;
                 ScriptedReply::of(message.request, &payload)
             }
-            Request::POSTCOPY_LISTEN | Request::POSTCOPY_END => ScriptedReply::of(message.request, 0u64.as_bytes()),
-            Request::POSTCOPY_ADVISE => ScriptedReply::of(message.request, &[]),
+            FrontendRequest::POSTCOPY_LISTEN | FrontendRequest::POSTCOPY_END => {
+                ScriptedReply::of(message.request, 0u64.as_bytes())
+            }
+            FrontendRequest::POSTCOPY_ADVISE => ScriptedReply::of(message.request, &[]),
             _ => ScriptedReply::Default,
         });
         let protocol_features = UserOptions::default().protocol_features | ProtocolFeatures::PAGEFAULT;
@@ -1224,9 +1240,10 @@ fn a_postcopy_memory_table_reply_with_other_regions_is_a_protocol_violation() {
         device.postcopy_end().unwrap();
         let messages = backend.take();
         let last = |request| messages.iter().rfind(|message| message.request == request).unwrap();
-        let sent = last(Request::SET_MEM_TABLE);
+        let sent = last(FrontendRequest::SET_MEM_TABLE);
         assert_eq!((sent.flags, &sent.payload[..]), (1, 0u64.as_bytes()), "the acknowledgement");
-        let need_reply = [Request::POSTCOPY_LISTEN, Request::POSTCOPY_END].map(|request| last(request).flags);
+        let need_reply =
+            [FrontendRequest::POSTCOPY_LISTEN, FrontendRequest::POSTCOPY_END].map(|request| last(request).flags);
         assert_eq!(need_reply, [9, 9], "some answer only then");
         let (told, user) = (told.unwrap(), memory.regions()[0].user_addr().0 ^ u64::from(change == 16));
         let (gpa, address) = (GuestAddress(5), FaultAddress(user + 5));
@@ -1250,9 +1267,9 @@ fn rarp_mtu_and_log_fd_are_sent_and_restored_by_reconnect() {
     let received: Vec<_> = backend.take().into_iter().map(|message| (message.request, message.payload)).collect();
     let numbers = |number: u64| number.as_bytes().to_vec();
     let expected = [
-        (Request::SEND_RARP, numbers(0x0504_0302_0102)),
-        (Request::NET_SET_MTU, numbers(9000)),
-        (Request::SET_LOG_FD, vec![]),
+        (FrontendRequest::SEND_RARP, numbers(0x0504_0302_0102)),
+        (FrontendRequest::NET_SET_MTU, numbers(9000)),
+        (FrontendRequest::SET_LOG_FD, vec![]),
     ];
     assert_eq!(received, expected);
 

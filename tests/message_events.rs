@@ -16,7 +16,7 @@ use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry;
-use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request as Code};
+use vhost_migrate::abi::vhost_user::{BackendRequest, FrontendRequest as Code, Header};
 use vhost_migrate::abi::virtio::{VIRTIO_F_VERSION_1, VirtioFeatures};
 use vhost_migrate::backend::{BackendError, FrontendHandle, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice};
 use vhost_migrate::dirty::Log;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use bitflags::Flags;
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::{BackendRequest, ProtocolFeatures, Request};
+use vhost_migrate::abi::vhost_user::{BackendRequest, FrontendRequest, ProtocolFeatures};
 use vhost_migrate::check;
 
 const PAGE: &str = include_str!("../docs/protocol.md");
@@ -44,7 +44,7 @@ fn cited(text: &'static str, folders: &'static [&'static str]) -> impl Iterator<
 
 #[test]
 fn every_request_has_a_row_and_no_row_is_about_anything_else() {
-    let known: BTreeSet<_> = (1..=64).filter_map(|number| Request(number).name()).map(str::to_owned).collect();
+    let known: BTreeSet<_> = (1..=64).filter_map(|number| FrontendRequest(number).name()).map(str::to_owned).collect();
     assert!(known.len() > 40);
     assert_eq!(names("request"), known);
 }

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 
 use hostile::{Guest, Input, Link, check_for_leaks, device};
 use libfuzzer_sys::fuzz_target;
-use vhost_migrate::abi::vhost_user::Request as Code;
+use vhost_migrate::abi::vhost_user::FrontendRequest as Code;
 use vhost_migrate::unstable::backend::{MessageOutcome, Session, VhostUserMessage, Workers};
 
 struct Direct {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use libfuzzer_sys::fuzz_target;
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use vhost_migrate::abi::vhost_user::{Header, InflightDescription, ProtocolFeatures, Request as Code};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, Header, InflightDescription, ProtocolFeatures};
 use vhost_migrate::abi::virtio::{VIRTIO_F_RING_PACKED, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, Iommu, Mapping, RingSetup, UserDevice, UserOptions};

@@ -13,7 +13,7 @@ use hostile::{Guest, Input, Link, check_for_leaks, device};
 use libfuzzer_sys::fuzz_target;
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use vhost_migrate::abi::vhost_user::{Header, Request as Code};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, Header};
 use vhost_migrate::backend::serve_connection;
 use zerocopy::IntoBytes;
 

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use vhost_migrate::abi::vhost_user::{ProtocolFeatures, Request, unstable};
+use vhost_migrate::abi::vhost_user::{FrontendRequest, ProtocolFeatures, unstable};
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::backend::{BackendError, Queue, VirtioDevice};
 use vhost_migrate::memory::{Iova, sealed_memfd};
@@ -109,8 +109,12 @@ fuzz_target!(|input: &[u8]| {
         let (payload, after) = after.split_at(after.len().min(len.into()));
         rest = after;
         let fds = (0..fds % 4).filter_map(|_| file.as_fd().try_clone_to_owned().ok()).collect();
-        let message =
-            VhostUserMessage { code: Request(code.into()), flags: flags.into(), payload: payload.to_vec(), fds };
+        let message = VhostUserMessage {
+            code: FrontendRequest(code.into()),
+            flags: flags.into(),
+            payload: payload.to_vec(),
+            fds,
+        };
         match session.handle_message(message, &mut rings) {
             MessageOutcome::NoReply => {}
             MessageOutcome::Reply(reply) => assert_eq!(reply.to_bytes().len(), 12 + reply.payload.len()),

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use libfuzzer_sys::fuzz_target;
 use twox_hash::XxHash3_64;
 use vhost_migrate::abi::vhost_user::{
-    DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, DeviceStateTransfer, ProtocolFeatures, Request as Code,
+    DEVICE_STATE_LOAD, DEVICE_STATE_PHASE_STOPPED, DeviceStateTransfer, FrontendRequest as Code, ProtocolFeatures,
 };
 use vhost_migrate::backend::VirtioDevice;
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};

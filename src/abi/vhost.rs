@@ -119,7 +119,7 @@ wire! {
     }
 
     /// `struct vhost_memory_region`.
-    MemoryRegion, 32 bytes {
+    VhostMemoryRegion, 32 bytes {
         /// Guest-physical address, a multiple of 4096.
         guest_phys_addr: u64 => 0,
         /// Size, bytes, a multiple of 4096.
@@ -131,7 +131,7 @@ wire! {
     }
 
     /// `struct vhost_memory` without its regions, which follow immediately.
-    MemoryHeader, 8 bytes {
+    VhostMemoryHeader, 8 bytes {
         /// Number of regions that follow.
         nregions: u32 => 0,
         /// 0.
@@ -255,8 +255,8 @@ pub const VHOST_SET_FEATURES: u32 = iow::<u64>(VHOST_VIRTIO, 0x00);
 pub const VHOST_SET_OWNER: u32 = io(VHOST_VIRTIO, 0x01);
 /// Releases ownership and resets the device.
 pub const VHOST_RESET_OWNER: u32 = io(VHOST_VIRTIO, 0x02);
-/// Sets the memory table: [`MemoryHeader`] and regions.
-pub const VHOST_SET_MEM_TABLE: u32 = iow::<MemoryHeader>(VHOST_VIRTIO, 0x03);
+/// Sets the memory table: [`VhostMemoryHeader`] and regions.
+pub const VHOST_SET_MEM_TABLE: u32 = iow::<VhostMemoryHeader>(VHOST_VIRTIO, 0x03);
 /// Sets the address of the dirty log, u64. It has no size.
 pub const VHOST_SET_LOG_BASE: u32 = iow::<u64>(VHOST_VIRTIO, 0x04);
 /// Sets the eventfd signalled after logging; -1 removes it (rules L12.1, L12.2).

@@ -6,12 +6,12 @@
 //! The first message of a front-end:
 //!
 //! ```
-//! use vhost_migrate::abi::vhost_user::{Header, Request};
+//! use vhost_migrate::abi::vhost_user::{Header, FrontendRequest};
 //! use zerocopy::IntoBytes;
 //!
-//! let header = Header { request: Request::GET_FEATURES.0, flags: Header::FLAG_VERSION, size: 0 };
+//! let header = Header { request: FrontendRequest::GET_FEATURES.0, flags: Header::FLAG_VERSION, size: 0 };
 //! assert_eq!(header.as_bytes().len(), 12);
-//! assert_eq!(Request(header.request).to_string(), "GET_FEATURES");
+//! assert_eq!(FrontendRequest(header.request).to_string(), "GET_FEATURES");
 //! ```
 use super::wire;
 use std::fmt;
@@ -87,10 +87,10 @@ pub mod own {
     pub const F_DISK_GENERATION: super::ProtocolFeatures = super::ProtocolFeatures::from_bits_retain(1 << 62);
     /// Asks a disk that no ring uses for its [`DiskGeneration`](super::DiskGeneration). A reply without payload means
     /// that the generation is not known.
-    pub const GET_DISK_GENERATION: super::Request = super::Request(0x7664_0001);
+    pub const GET_DISK_GENERATION: super::FrontendRequest = super::FrontendRequest(0x7664_0001);
     /// Asks a disk for the identity in its [`DiskGeneration`](super::DiskGeneration), a `u128`, also while rings run. A
     /// reply without payload means that the identity is not known.
-    pub const GET_DISK_IDENTITY: super::Request = super::Request(0x7664_0002);
+    pub const GET_DISK_IDENTITY: super::FrontendRequest = super::FrontendRequest(0x7664_0002);
 }
 
 /// Protocol feature bits of GET_PROTOCOL_FEATURES and SET_PROTOCOL_FEATURES. Unknown bits are kept.
@@ -200,7 +200,7 @@ macro_rules! codes {
 
 codes! {
     /// Number of a front-end message and of its reply.
-    Request, "", "request" {
+    FrontendRequest, "", "request" {
         /// Offered feature bits, u64.
         GET_FEATURES = 1;
         /// Acknowledged feature bits, u64.
@@ -336,7 +336,7 @@ impl Header {
 wire! {
     /// Header of every message (rule F1.1).
     Header, 12 bytes {
-        /// A [`Request`] or, on the back-end channel, a [`BackendRequest`].
+        /// A [`FrontendRequest`] or, on the back-end channel, a [`BackendRequest`].
         request: u32 => 0,
         /// Version and the flags reply and need-reply.
         flags: u32 => 4,
@@ -468,6 +468,6 @@ const _: () = {
     assert!(size_of::<MemoryHeader>() + VHOST_MEMORY_BASELINE_NREGIONS * size_of::<MemoryRegion>() == 264);
     assert!(size_of::<MemoryHeader>() + UML_MEM_TABLE_REGIONS * size_of::<MemoryRegion>() == 72);
     assert!(size_of::<ConfigHeader>() + VHOST_USER_MAX_CONFIG_SIZE == 268);
-    assert!(size_of::<Request>() == 4 && size_of::<BackendRequest>() == 4);
+    assert!(size_of::<FrontendRequest>() == 4 && size_of::<BackendRequest>() == 4);
     assert!(Header::REPLY_FLAGS == 5);
 };

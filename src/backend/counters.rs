@@ -3,7 +3,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::abi::vhost_user::Request as Code;
+use crate::abi::vhost_user::FrontendRequest as Code;
 use crate::backend::Request;
 use crate::memory::LOG_PAGE;
 use crate::sys::counters::{Counter, counter};

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::sys::eventfd::EventFd;
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::abi::vhost_user::{DiskGeneration, ProtocolFeatures, Request as Code};
+use crate::abi::vhost_user::{DiskGeneration, FrontendRequest as Code, ProtocolFeatures};
 use crate::abi::virtio::{
     VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
 };

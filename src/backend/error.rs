@@ -5,7 +5,7 @@
 use std::io;
 
 use crate::abi::features::{feature_names, protocol_feature_names};
-use crate::abi::vhost_user::{ProtocolFeatures, Request as Code};
+use crate::abi::vhost_user::{FrontendRequest as Code, ProtocolFeatures};
 use crate::abi::virtio::VirtioFeatures;
 use crate::dirty::DirtyError;
 use crate::inflight::InflightError;

@@ -16,7 +16,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::abi::vhost_user::{Header, Request as Code};
+use crate::abi::vhost_user::{FrontendRequest as Code, Header};
 use crate::backend::rings::ring_lock::{RingLock, RingLockClient};
 use crate::backend::session::replies::PendingReplies;
 use crate::backend::session::{MessageOutcome, Session};

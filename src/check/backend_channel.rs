@@ -16,7 +16,9 @@ use super::harness::{Harness, MAX_REQUESTS, RequestSize, wait_until};
 use super::outcome::{CheckAbort, Outcome};
 use super::stop::Deadline;
 use super::target::Target;
-use crate::abi::vhost_user::{BackendRequest, Header, ProtocolFeatures, Request as Code, VRING_NOFD_MASK, VringState};
+use crate::abi::vhost_user::{
+    BackendRequest, FrontendRequest as Code, Header, ProtocolFeatures, VRING_NOFD_MASK, VringState,
+};
 
 /// Number of batches whose notifications stay unread; more than fit into the socket.
 const UNREAD: u32 = 64;

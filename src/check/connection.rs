@@ -19,7 +19,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use super::options::CheckOptions;
 use super::outcome::{CheckAbort, Outcome};
 use super::stop::{Deadline, StopToken};
-use crate::abi::vhost_user::{BackendRequest, Header, Request as Code};
+use crate::abi::vhost_user::{BackendRequest, FrontendRequest as Code, Header};
 use crate::sys::socket;
 
 /// Maximum payload of a reply, bytes. The largest defined one has 268 (GET_CONFIG).

@@ -11,7 +11,7 @@ use super::harness::{Harness, RequestSize, describe};
 use super::outcome::{CheckAbort, Outcome};
 use super::target::Target;
 use crate::abi::vhost_user::{
-    ConfigHeader, Header, InflightDescription, MemoryHeader, MemoryRegion, ProtocolFeatures, Request as Code,
+    ConfigHeader, FrontendRequest as Code, Header, InflightDescription, MemoryHeader, MemoryRegion, ProtocolFeatures,
     VringAddr, VringState,
 };
 use crate::abi::virtio::VirtioFeatures;

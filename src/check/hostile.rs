@@ -15,8 +15,8 @@ use super::outcome::{CheckAbort, Outcome, Verdict};
 use super::target::Target;
 use crate::abi::inflight::{PACKED_HEADER_BYTES, SPLIT_HEADER_BYTES, VERSION};
 use crate::abi::vhost_user::{
-    ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, ProtocolFeatures,
-    Request as Code, VringAddr, VringState,
+    ConfigHeader, FrontendRequest as Code, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader,
+    MemoryRegion, ProtocolFeatures, VringAddr, VringState,
 };
 use crate::abi::virtio::{
     DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc, PACKED_DESC_F_AVAIL, PackedDesc, VirtioFeatures,

@@ -17,7 +17,7 @@ use super::pages::changed;
 use super::target::Target;
 use crate::abi::inflight::{PackedEntry, PackedHeader, SplitEntry, SplitHeader, VERSION};
 use crate::abi::vhost_user::{
-    Header, InflightDescription, ProtocolFeatures, Request as Code, unstable::INFLIGHT_MIGRATION,
+    FrontendRequest as Code, Header, InflightDescription, ProtocolFeatures, unstable::INFLIGHT_MIGRATION,
 };
 use crate::abi::virtio::VirtioFeatures;
 use crate::inflight::RingKind;

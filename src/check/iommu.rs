@@ -18,7 +18,7 @@ use crate::abi::vhost::{
     VHOST_ACCESS_RO, VHOST_ACCESS_RW, VHOST_ACCESS_WO, VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_INVALIDATE,
     VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE,
 };
-use crate::abi::vhost_user::{IotlbMsg, ProtocolFeatures, Request as Code};
+use crate::abi::vhost_user::{FrontendRequest as Code, IotlbMsg, ProtocolFeatures};
 use crate::abi::virtio::{VIRTIO_RING_F_EVENT_IDX, VirtioFeatures};
 use crate::memory::{Address, GuestAddress, Iova, LOG_PAGE};
 use crate::sys::with_causes::with_causes;

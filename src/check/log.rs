@@ -13,7 +13,7 @@ use super::harness::{Harness, LOW_BYTES, MAX_REQUESTS, RequestSize, UNUSED_AREA,
 use super::outcome::{CheckAbort, Outcome, Verdict};
 use super::pages::{Pages, changed, harvest, pages};
 use super::target::Target;
-use crate::abi::vhost_user::{Header, LogDescription, Request as Code};
+use crate::abi::vhost_user::{FrontendRequest as Code, Header, LogDescription};
 use crate::abi::virtio::{
     RING_ELEMENTS_OFFSET, RING_IDX_OFFSET, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures, avail_event_offset, used_ring_bytes,
 };

@@ -9,7 +9,7 @@ use super::log::{MarkComparison, harness_with_log};
 use super::outcome::{CheckAbort, Outcome, Verdict};
 use super::pages::harvest;
 use super::target::Target;
-use crate::abi::vhost_user::{MemRegMsg, ProtocolFeatures, Request as Code, VHOST_USER_MAX_RAM_SLOTS};
+use crate::abi::vhost_user::{FrontendRequest as Code, MemRegMsg, ProtocolFeatures, VHOST_USER_MAX_RAM_SLOTS};
 use crate::abi::virtio::VirtioFeatures;
 use crate::dirty::Log;
 use crate::memory::{Address, GuestAddress, Memory, Region, sealed_memfd};

@@ -3,7 +3,7 @@
 use super::connection::Connection;
 use super::outcome::CheckAbort;
 use crate::abi::features::protocol_feature_names;
-use crate::abi::vhost_user::{ProtocolFeatures, Request as Code, VHOST_USER_F_PROTOCOL_FEATURES};
+use crate::abi::vhost_user::{FrontendRequest as Code, ProtocolFeatures, VHOST_USER_F_PROTOCOL_FEATURES};
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VirtioFeatures};
 
 /// Protocol features to negotiate if they are offered.

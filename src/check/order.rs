@@ -13,7 +13,7 @@ use super::pages::changed;
 use super::ring_variant::Flow;
 use super::target::Target;
 use crate::abi::vhost_user::{
-    Header, ProtocolFeatures, Request as Code, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VringAddr,
+    FrontendRequest as Code, Header, ProtocolFeatures, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VringAddr,
 };
 use crate::abi::virtio::VirtioFeatures;
 use crate::dirty::Log;

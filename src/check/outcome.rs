@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::abi::vhost_user::Request as Code;
+use crate::abi::vhost_user::FrontendRequest as Code;
 use crate::dirty::DirtyError;
 use crate::memory::MemoryError;
 use crate::ring::RingError;

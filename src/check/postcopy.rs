@@ -18,7 +18,7 @@ use super::page_server::{MemoryContents, PageServer};
 use super::pages::{Pages, noise};
 use super::ring_variant::Flow;
 use super::target::Target;
-use crate::abi::vhost_user::{Header, MemoryHeader, MemoryRegion, ProtocolFeatures, Request as Code};
+use crate::abi::vhost_user::{FrontendRequest as Code, Header, MemoryHeader, MemoryRegion, ProtocolFeatures};
 use crate::abi::virtio::VirtioFeatures;
 use crate::memory::{GuestAddress, LOG_PAGE, Userfault};
 use crate::ring::Buffer;

@@ -12,7 +12,7 @@ use super::outcome::{CheckAbort, Outcome};
 use super::pages::{changed, harvest};
 use super::ring_variant::Flow;
 use super::target::Target;
-use crate::abi::vhost_user::{ProtocolFeatures, Request as Code, VHOST_USER_F_PROTOCOL_FEATURES};
+use crate::abi::vhost_user::{FrontendRequest as Code, ProtocolFeatures, VHOST_USER_F_PROTOCOL_FEATURES};
 use crate::abi::virtio::VirtioFeatures;
 
 /// Number of drains. A request may complete before the message arrives.

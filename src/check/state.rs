@@ -14,7 +14,8 @@ use super::pages::noise;
 use super::target::Target;
 use crate::abi::vhost_user::{
     CONFIG_TYPE_MIGRATION, ConfigHeader, DEVICE_STATE_ERROR_MASK, DEVICE_STATE_LOAD, DEVICE_STATE_NOFD_MASK,
-    DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE, DeviceStateTransfer, Header, ProtocolFeatures, Request as Code,
+    DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE, DeviceStateTransfer, FrontendRequest as Code, Header,
+    ProtocolFeatures,
 };
 use crate::sys::pipe::{WaitLimit, read_all, write_all};
 use crate::sys::with_causes::with_causes;

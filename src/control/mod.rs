@@ -57,7 +57,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::abi::vhost_user::{Header, Request};
+use crate::abi::vhost_user::{FrontendRequest, Header};
 use crate::guest::{DeviceConnection, MeasuredRate, OwnerStatus};
 use crate::migrate::MigrationEvent;
 use crate::sys::listen::{self, SocketPathGuard, listen};
@@ -447,7 +447,7 @@ pub fn call_with_timeout(
 
 /// Returns true if the socket replies to GET_FEATURES.
 fn is_vhost_user_socket(path: &Path) -> bool {
-    let header = |flags, size| Header { request: Request::GET_FEATURES.0, flags, size };
+    let header = |flags, size| Header { request: FrontendRequest::GET_FEATURES.0, flags, size };
     let ask = || {
         let deadline = Instant::now() + PROBE_TIMEOUT;
         let mut stream = socket::connect(path)?;

@@ -2,16 +2,16 @@
 
 #![forbid(unsafe_code)]
 
-use crate::abi::vhost_user::Request;
+use crate::abi::vhost_user::FrontendRequest;
 use crate::sys::counters::counter;
 
 /// Counts a message that was sent.
-pub(super) fn message_sent(request: Request) {
+pub(super) fn message_sent(request: FrontendRequest) {
     counter!("vhost_frontend_messages_total", "request" => request.name().unwrap_or("unknown")).increment(1);
 }
 
 /// Counts a message that the back-end refused.
-pub(super) fn message_refused(request: Request) {
+pub(super) fn message_refused(request: FrontendRequest) {
     counter!("vhost_frontend_refused_total", "request" => request.name().unwrap_or("unknown")).increment(1);
 }
 

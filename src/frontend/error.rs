@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::abi::vhost_user::Request;
+use crate::abi::vhost_user::FrontendRequest;
 use crate::memory::{GuestAddress, Iova, MemoryError};
 
 /// Error of a call on a [`Device`](super::Device).
@@ -24,7 +24,7 @@ pub enum FrontendError {
     #[error("the back-end closed the connection during {request}. Start it again and reconnect (rule R9.1)")]
     HungUp {
         /// Request in progress.
-        request: Request,
+        request: FrontendRequest,
     },
     /// The back-end did not reply in time. The connection is closed unless the reply stays pending, because a late
     /// reply could be mistaken for another one.
@@ -34,7 +34,7 @@ pub enum FrontendError {
     )]
     Timeout {
         /// Request without a reply.
-        request: Request,
+        request: FrontendRequest,
         /// Time waited for the reply.
         waited: Duration,
     },
@@ -48,7 +48,7 @@ pub enum FrontendError {
         /// Path of the socket.
         path: PathBuf,
         /// Request without a reply.
-        request: Request,
+        request: FrontendRequest,
         /// Time waited for the reply.
         waited: Duration,
         /// True if another front-end is known to be connected.
@@ -59,7 +59,7 @@ pub enum FrontendError {
     #[error("the wait for the reply to {request} was interrupted. Reconnect before the next call")]
     Interrupted {
         /// Request whose reply is pending.
-        request: Request,
+        request: FrontendRequest,
     },
     /// The back-end was disconnected or silent for too long, or the wait for it has ended.
     #[error("{device}: its back-end is away{}. Start it again, or wait until it replies", after_colon(.reason))]
@@ -73,7 +73,7 @@ pub enum FrontendError {
     #[error("the back-end refused {request} with {code:#x} (rule F4.1). Its log has the reason")]
     Refused {
         /// The request.
-        request: Request,
+        request: FrontendRequest,
         /// The non-zero reply.
         code: u64,
     },
@@ -81,7 +81,7 @@ pub enum FrontendError {
     #[error("the back-end violated the protocol: {request}: {what} (rule {rule})")]
     ProtocolViolation {
         /// The request.
-        request: Request,
+        request: FrontendRequest,
         /// Description of the violation.
         what: String,
         /// Obligation of `docs/protocol.md` that was violated.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use nix::poll::PollTimeout;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt::SndBuf};
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::{BackendRequest, Header, ProtocolFeatures, Request as Code, VringState};
+use vhost_migrate::abi::vhost_user::{BackendRequest, FrontendRequest as Code, Header, ProtocolFeatures, VringState};
 use vhost_migrate::abi::virtio::{
     DESC_F_INDIRECT, PACKED_DESC_F_AVAIL, PackedDesc, VIRTIO_F_VERSION_1, VirtioFeatures,
 };

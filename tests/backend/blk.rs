@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::{ConfigHeader, ProtocolFeatures, Request as Code, VHOST_F_LOG_ALL};
+use vhost_migrate::abi::vhost_user::{ConfigHeader, FrontendRequest as Code, ProtocolFeatures, VHOST_F_LOG_ALL};
 use vhost_migrate::abi::virtio::{
     BlkConfig, BlkDiscardWriteZeroes, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,

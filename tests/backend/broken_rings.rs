@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 
 use nix::sys::eventfd::EventFd;
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::Request as Code;
+use vhost_migrate::abi::vhost_user::FrontendRequest as Code;
 use vhost_migrate::abi::virtio::{Desc, PackedDesc, VirtioFeatures};
 use vhost_migrate::memory::Address;
 use vhost_migrate::ring::Buffer;

@@ -8,7 +8,7 @@ use std::process::{Child, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::Request as Code;
+use vhost_migrate::abi::vhost_user::FrontendRequest as Code;
 
 use crate::raw::{DEADLINE, RawFrontend, VERSION};
 use crate::server::{Process, disk_options};

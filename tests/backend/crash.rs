@@ -12,7 +12,9 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::{Header, InflightDescription, LogDescription, Request as Code, VringState};
+use vhost_migrate::abi::vhost_user::{
+    FrontendRequest as Code, Header, InflightDescription, LogDescription, VringState,
+};
 use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VIRTIO_RING_F_EVENT_IDX, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::inflight;

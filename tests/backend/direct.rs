@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
-use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, VringState};
 use vhost_migrate::abi::virtio::{
     BlkDiscardWriteZeroes, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VirtioFeatures,
 };

@@ -8,7 +8,7 @@ use nix::poll::PollTimeout;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
-use vhost_migrate::abi::vhost_user::{ProtocolFeatures, Request as Code, VringState};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, ProtocolFeatures, VringState};
 use vhost_migrate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_IN_ORDER, VirtioFeatures};
 use vhost_migrate::backend::{Queue, RING_FEATURES, Request, VirtioDevice};
 use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Region, sealed_memfd};

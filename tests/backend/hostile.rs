@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{
-    ConfigHeader, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, Request as Code,
-    VringAddr, VringState,
+    ConfigHeader, FrontendRequest as Code, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader,
+    MemoryRegion, VringAddr, VringState,
 };
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::memory::{GuestAddress, Region, sealed_memfd};

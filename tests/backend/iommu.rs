@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use nix::sys::eventfd::EventFd;
 use std::os::fd::AsFd;
-use vhost_migrate::abi::vhost_user::{InflightDescription, IotlbMsg, Request as Code, VringAddr, VringState};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, InflightDescription, IotlbMsg, VringAddr, VringState};
 use vhost_migrate::abi::virtio::{
     VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,
 };

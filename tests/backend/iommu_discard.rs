@@ -1,6 +1,6 @@
 //! Behind an IOMMU: events after which the back-end discards translations without an invalidation (rule T3.7).
 
-use vhost_migrate::abi::vhost_user::{MemoryHeader, MemoryRegion, Request as Code};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, MemoryHeader, MemoryRegion};
 use vhost_migrate::abi::virtio::{VIRTIO_BLK_T_IN, VIRTIO_F_RING_PACKED, VirtioFeatures};
 use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Region, UserAddress};
 use zerocopy::IntoBytes;

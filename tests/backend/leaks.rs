@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::{Header, InflightDescription, Request as Code, VringState};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, Header, InflightDescription, VringState};
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::memory::sealed_memfd;
 use vhost_migrate::unstable::backend::MAX_FDS;

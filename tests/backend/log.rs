@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::{LogDescription, Request as Code};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, LogDescription};
 use vhost_migrate::abi::virtio::{VIRTIO_RING_F_EVENT_IDX, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Region, UserAddress, sealed_memfd};

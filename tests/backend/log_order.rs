@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, VringState};
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE};

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr};
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::{LogDescription, Request as Code};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, LogDescription};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::memory::GuestAddress;
 use zerocopy::IntoBytes;

@@ -9,7 +9,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, UnixAddr, shutdown};
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{
-    BackendRequest, CONFIG_TYPE_MIGRATION, ConfigHeader, ProtocolFeatures, Request as Code,
+    BackendRequest, CONFIG_TYPE_MIGRATION, ConfigHeader, FrontendRequest as Code, ProtocolFeatures,
 };
 use vhost_migrate::abi::virtio::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,

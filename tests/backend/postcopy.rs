@@ -12,7 +12,7 @@ use std::time::Instant;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::{ProtocolFeatures, Request as Code};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, ProtocolFeatures};
 use vhost_migrate::abi::virtio::{VIRTIO_NET_F_MRG_RXBUF, VirtioFeatures};
 use vhost_migrate::backend::blk::Aio;
 use vhost_migrate::dirty::Log;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use vhost_migrate::abi::vhost_user::{Request as Code, VringState};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, VringState};
 use vhost_migrate::abi::virtio::{
     VIRTIO_F_RING_PACKED, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ,
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC, VirtioFeatures,

@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::Request as Code;
+use vhost_migrate::abi::vhost_user::FrontendRequest as Code;
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::ring::{Chain, DeviceRing, RingBase, RingLayout, SplitLayout};
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{
-    ConfigHeader, Header, InflightDescription, LogDescription, MemoryHeader, ProtocolFeatures, Request as Code,
+    ConfigHeader, FrontendRequest as Code, Header, InflightDescription, LogDescription, MemoryHeader, ProtocolFeatures,
     VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VRING_NOFD_MASK, VringState, own,
 };
 use vhost_migrate::abi::virtio::{

@@ -12,7 +12,9 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, pipe, write};
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::{DEVICE_STATE_LOAD, DeviceStateTransfer, ProtocolFeatures, Request as Code};
+use vhost_migrate::abi::vhost_user::{
+    DEVICE_STATE_LOAD, DeviceStateTransfer, FrontendRequest as Code, ProtocolFeatures,
+};
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use zerocopy::IntoBytes;
 

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use vhost_migrate::abi::vhost_user::{
-    CONFIG_TYPE_MIGRATION, ConfigHeader, DEVICE_STATE_LOAD, DEVICE_STATE_SAVE, DeviceStateTransfer, ProtocolFeatures,
-    Request as Code, VringState,
+    CONFIG_TYPE_MIGRATION, ConfigHeader, DEVICE_STATE_LOAD, DEVICE_STATE_SAVE, DeviceStateTransfer,
+    FrontendRequest as Code, ProtocolFeatures, VringState,
 };
 use vhost_migrate::abi::virtio::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP, VirtioFeatures};
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};

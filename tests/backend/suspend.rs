@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use nix::sys::eventfd::EventFd;
 use vhost_migrate::abi::vhost_user::unstable::INFLIGHT_MIGRATION;
-use vhost_migrate::abi::vhost_user::{InflightDescription, ProtocolFeatures, Request as Code, VringState};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, InflightDescription, ProtocolFeatures, VringState};
 use vhost_migrate::abi::virtio::{VIRTIO_F_IN_ORDER, VirtioFeatures};
 use vhost_migrate::backend::{Queue, RING_FEATURES, Request, VirtioDevice};
 use vhost_migrate::dirty::Log;

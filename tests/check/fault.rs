@@ -1,6 +1,6 @@
 //! Faults that the back-ends of these tests inject.
 
-use vhost_migrate::abi::vhost_user::Request as Code;
+use vhost_migrate::abi::vhost_user::FrontendRequest as Code;
 
 use crate::backend_channel::ChannelFault;
 use crate::iommu::IommuFault;

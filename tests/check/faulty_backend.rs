@@ -15,7 +15,7 @@ use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::stat::{SFlag, fstat};
 use tempfile::TempDir;
-use vhost_migrate::abi::vhost_user::{Header, Request as Code};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, Header};
 use vhost_migrate::backend::blk::{BlkDevice, BlkOptions};
 use vhost_migrate::backend::net::{NetDevice, NetOptions, NetPeer};
 use vhost_migrate::backend::{BackendError, VirtioDevice};

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use vhost_migrate::abi::inflight::{SPLIT_HEADER_BYTES, SplitEntry};
-use vhost_migrate::abi::vhost_user::{ProtocolFeatures, Request as Code};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, ProtocolFeatures};
 use vhost_migrate::abi::virtio::{BlkConfig, BlkRequestHeader, VirtioFeatures};
 use vhost_migrate::backend::blk::BlkDevice;
 use vhost_migrate::backend::{BackendError, FrontendHandle, Queue, Request, VirtioDevice};

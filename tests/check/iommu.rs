@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vhost_migrate::abi::vhost::{VHOST_ACCESS_RW, VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
-use vhost_migrate::abi::vhost_user::{Header, IotlbMsg, MemoryRegion, Request as Code};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, Header, IotlbMsg, MemoryRegion};
 use vhost_migrate::memory::{Access, Address, GuestAddress, Iova, IovaWindow, LOG_PAGE};
 use vhost_migrate::unstable::backend::{VhostUserMessage, VringConfig};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
 use nix::sys::eventfd::EventFd;
-use vhost_migrate::abi::vhost_user::{Header, ProtocolFeatures, Request as Code};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, Header, ProtocolFeatures};
 use vhost_migrate::unstable::backend::VhostUserMessage;
 use zerocopy::IntoBytes;
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rstest::rstest;
-use vhost_migrate::abi::vhost_user::Request as Code;
+use vhost_migrate::abi::vhost_user::FrontendRequest as Code;
 use vhost_migrate::check::Rule::{self, *};
 use vhost_migrate::check::{CheckOptions, CheckReport, FrameSource, Verdict};
 use vhost_migrate::inflight::RingKind;

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recv, recvmsg, sendmsg};
-use vhost_migrate::abi::vhost_user::{Header, Request as Code};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, Header};
 use vhost_migrate::unstable::backend::VhostUserMessage;
 use zerocopy::{FromZeros, IntoBytes};
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use vhost_migrate::abi::vhost_user::{BackendRequest, Header, Request, VringState};
+use vhost_migrate::abi::vhost_user::{BackendRequest, FrontendRequest, Header, VringState};
 use zerocopy::IntoBytes;
 
 use super::message::{has_reply, pass_on, receive};
@@ -99,7 +99,7 @@ struct ProxySession<'a> {
     backend: UnixStream,
     shared: &'a FloodState,
     /// Descriptors for signals to the front-end.
-    fds: Vec<(Request, OwnedFd)>,
+    fds: Vec<(FrontendRequest, OwnedFd)>,
 }
 
 impl ProxySession<'_> {
@@ -130,8 +130,9 @@ impl ProxySession<'_> {
     /// Relays a message and its reply.
     fn pass(&mut self) -> Option<()> {
         let message = receive(&self.frontend)?;
-        let request = Request(message.header.request);
-        let signals = [Request::SET_VRING_CALL, Request::SET_VRING_ERR, Request::SET_BACKEND_REQ_FD];
+        let request = FrontendRequest(message.header.request);
+        let signals =
+            [FrontendRequest::SET_VRING_CALL, FrontendRequest::SET_VRING_ERR, FrontendRequest::SET_BACKEND_REQ_FD];
         if let (true, Some(fd)) = (signals.contains(&request), message.fds.first()) {
             // SAFETY: the descriptor came with the message, and is closed when that is relayed.
             let fd = unsafe { BorrowedFd::borrow_raw(*fd) };
@@ -147,7 +148,7 @@ impl ProxySession<'_> {
         if flood == Flood::Refusals && is_ack {
             reply.payload = (1 + self.shared.count()).as_bytes().to_vec();
         }
-        if flood == Flood::Events && request == Request::GET_CONFIG {
+        if flood == Flood::Events && request == FrontendRequest::GET_CONFIG {
             // The capacity follows the message's own header.
             let capacity = (1 + self.shared.count()).as_bytes().to_vec();
             reply.payload.splice(12..20, capacity);
@@ -159,7 +160,7 @@ impl ProxySession<'_> {
     fn events(&mut self) {
         let file = std::fs::File::open("/dev/zero").unwrap();
         for (request, fd) in &self.fds {
-            if *request != Request::SET_BACKEND_REQ_FD {
+            if *request != FrontendRequest::SET_BACKEND_REQ_FD {
                 let _ = nix::unistd::write(fd, &1u64.to_ne_bytes());
                 self.shared.count();
                 continue;

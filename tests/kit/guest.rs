@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::abi::vhost_user::{
-    InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion, ProtocolFeatures, Request as Code,
-    VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VringAddr, VringState,
+    FrontendRequest as Code, InflightDescription, LogDescription, MemRegMsg, MemoryHeader, MemoryRegion,
+    ProtocolFeatures, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VringAddr, VringState,
 };
 use vhost_migrate::abi::virtio::{
     BlkRequestHeader, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VirtioFeatures,

@@ -16,7 +16,7 @@ use vhost_migrate::abi::vhost::{
     VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE,
 };
 use vhost_migrate::abi::vhost_user::{
-    BackendRequest, Header, IotlbMsg, ProtocolFeatures, Request as Code, VringAddr, VringState,
+    BackendRequest, FrontendRequest as Code, Header, IotlbMsg, ProtocolFeatures, VringAddr, VringState,
 };
 use vhost_migrate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VirtioFeatures};
 use vhost_migrate::memory::{Access, Address, GuestAddress, Iotlb, Iova, IovaWindow, LOG_PAGE, Memory, UserAddress};

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use nix::unistd::close;
-use vhost_migrate::abi::vhost_user::{Header, Request};
+use vhost_migrate::abi::vhost_user::{FrontendRequest, Header};
 use zerocopy::{FromBytes, IntoBytes};
 
 const MAX_FDS: usize = 8;
@@ -21,20 +21,20 @@ pub(crate) struct Message {
 
 /// Returns true if the back-end replies to this message (rules F3.1 and F4.1).
 pub(crate) fn has_reply(header: &Header) -> bool {
-    const ANSWERED: &[Request] = &[
-        Request::GET_FEATURES,
-        Request::GET_PROTOCOL_FEATURES,
-        Request::GET_QUEUE_NUM,
-        Request::GET_VRING_BASE,
-        Request::SET_LOG_BASE,
-        Request::GET_CONFIG,
-        Request::GET_INFLIGHT_FD,
-        Request::GET_MAX_MEM_SLOTS,
-        Request::GET_STATUS,
-        Request::SET_DEVICE_STATE_FD,
-        Request::CHECK_DEVICE_STATE,
+    const ANSWERED: &[FrontendRequest] = &[
+        FrontendRequest::GET_FEATURES,
+        FrontendRequest::GET_PROTOCOL_FEATURES,
+        FrontendRequest::GET_QUEUE_NUM,
+        FrontendRequest::GET_VRING_BASE,
+        FrontendRequest::SET_LOG_BASE,
+        FrontendRequest::GET_CONFIG,
+        FrontendRequest::GET_INFLIGHT_FD,
+        FrontendRequest::GET_MAX_MEM_SLOTS,
+        FrontendRequest::GET_STATUS,
+        FrontendRequest::SET_DEVICE_STATE_FD,
+        FrontendRequest::CHECK_DEVICE_STATE,
     ];
-    header.flags & Header::FLAG_NEED_REPLY != 0 || ANSWERED.contains(&Request(header.request))
+    header.flags & Header::FLAG_NEED_REPLY != 0 || ANSWERED.contains(&FrontendRequest(header.request))
 }
 
 /// Receives a message; `None` at the end of the connection.

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
-use vhost_migrate::abi::vhost_user::{Header, Request as Code, VringState};
+use vhost_migrate::abi::vhost_user::{FrontendRequest as Code, Header, VringState};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Time limit of every wait in a test.

@@ -17,8 +17,8 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost_migrate::abi::vhost_user::{
-    Header, LogDescription, MemoryHeader, MemoryRegion, ProtocolFeatures, Request, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG,
-    VringAddr, VringState,
+    FrontendRequest, Header, LogDescription, MemoryHeader, MemoryRegion, ProtocolFeatures, VHOST_F_LOG_ALL,
+    VHOST_VRING_F_LOG, VringAddr, VringState,
 };
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use zerocopy::{FromBytes, IntoBytes};
@@ -223,21 +223,21 @@ impl Session {
 
     fn forward(&mut self) -> Option<()> {
         let mut message = receive(&self.frontend)?;
-        match Request(message.header.request) {
-            Request::SET_FEATURES => self.features = VirtioFeatures::read_from_bytes(&message.payload).ok()?,
-            Request::SET_PROTOCOL_FEATURES => {
+        match FrontendRequest(message.header.request) {
+            FrontendRequest::SET_FEATURES => self.features = VirtioFeatures::read_from_bytes(&message.payload).ok()?,
+            FrontendRequest::SET_PROTOCOL_FEATURES => {
                 let features = ProtocolFeatures::read_from_bytes(&message.payload).ok()?;
                 self.reply_ack = features.contains(ProtocolFeatures::REPLY_ACK);
                 // For the proxy's own messages, if the front-end logs nothing itself.
                 message.payload = (features | ProtocolFeatures::LOG_SHMFD).as_bytes().to_vec();
             }
-            Request::SET_VRING_ADDR => {
+            FrontendRequest::SET_VRING_ADDR => {
                 let ring = VringAddr::read_from_bytes(&message.payload).ok()?;
                 self.rings.retain(|known| known.index != ring.index);
                 self.rings.push(ring);
             }
-            Request::SET_MEM_TABLE => *self.memory.lock().unwrap() = memory_table(&message)?,
-            Request::SET_LOG_BASE => {
+            FrontendRequest::SET_MEM_TABLE => *self.memory.lock().unwrap() = memory_table(&message)?,
+            FrontendRequest::SET_LOG_BASE => {
                 let done = self.before_log.lock().unwrap().take();
                 done.into_iter().for_each(|done| done());
             }
@@ -248,9 +248,9 @@ impl Session {
             return Some(());
         }
         let mut reply = receive(&self.backend)?;
-        let hidden = match Request(message.header.request) {
-            Request::GET_FEATURES => self.hidden.features.bits(),
-            Request::GET_PROTOCOL_FEATURES => self.hidden.protocol_features.bits(),
+        let hidden = match FrontendRequest(message.header.request) {
+            FrontendRequest::GET_FEATURES => self.hidden.features.bits(),
+            FrontendRequest::GET_PROTOCOL_FEATURES => self.hidden.protocol_features.bits(),
             _ => 0,
         };
         if hidden != 0 {
@@ -264,13 +264,13 @@ impl Session {
         match order {
             Order::Log(log, moved) => {
                 let description = LogDescription { mmap_size: TestLog::SIZE, mmap_offset: 0 };
-                self.inject(Request::SET_LOG_BASE, description.as_bytes(), &[log.as_raw_fd()])?;
+                self.inject(FrontendRequest::SET_LOG_BASE, description.as_bytes(), &[log.as_raw_fd()])?;
                 moved.map_or(Some(()), |moved| self.set_logging(Some(moved)))
             }
             Order::Off => self.set_logging(None),
             Order::Enable(on) => self.rings.clone().iter().try_for_each(|ring| {
                 let state = VringState { index: ring.index, num: (*on).into() };
-                self.inject(Request::SET_VRING_ENABLE, state.as_bytes(), &[])
+                self.inject(FrontendRequest::SET_VRING_ENABLE, state.as_bytes(), &[])
             }),
         }
     }
@@ -287,7 +287,7 @@ impl Session {
     fn set_logging(&mut self, moved: Option<u64>) -> Option<()> {
         let mut features = self.features;
         features.set(VHOST_F_LOG_ALL, moved.is_some());
-        self.inject(Request::SET_FEATURES, features.as_bytes(), &[])?;
+        self.inject(FrontendRequest::SET_FEATURES, features.as_bytes(), &[])?;
         for mut ring in self.rings.clone() {
             ring.flags = moved.map_or(0, |_| VHOST_VRING_F_LOG.bits());
             // User-mode Linux logs nothing itself and has no address for it.
@@ -295,15 +295,15 @@ impl Session {
                 ring.log_guest_addr = self.gpa(ring.used_user_addr)?;
             }
             ring.log_guest_addr += moved.unwrap_or(0);
-            self.inject(Request::SET_VRING_ADDR, ring.as_bytes(), &[])?;
+            self.inject(FrontendRequest::SET_VRING_ADDR, ring.as_bytes(), &[])?;
         }
         Some(())
     }
 
     /// Sends a message of the proxy's own and swallows the reply, which says that it was done (rule F4.1).
-    fn inject(&mut self, request: Request, payload: &[u8], fds: &[RawFd]) -> Option<()> {
+    fn inject(&mut self, request: FrontendRequest, payload: &[u8], fds: &[RawFd]) -> Option<()> {
         assert!(self.reply_ack, "the front-end has not negotiated REPLY_ACK");
-        let own_reply = request == Request::SET_LOG_BASE;
+        let own_reply = request == FrontendRequest::SET_LOG_BASE;
         let flags = Header::FLAG_VERSION | if own_reply { 0 } else { Header::FLAG_NEED_REPLY };
         let header = Header { request: request.0, flags, size: u32::try_from(payload.len()).ok()? };
         send(&self.backend, &Message { header, payload: payload.to_vec(), fds: fds.to_vec() })?;

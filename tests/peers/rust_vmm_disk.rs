@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use vhost_migrate::abi::vhost_user::{ProtocolFeatures, Request};
+use vhost_migrate::abi::vhost_user::{FrontendRequest, ProtocolFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestError, GuestIncomingVm, GuestSourceVm};
@@ -179,9 +179,9 @@ fn a_request_that_a_rust_vmm_disk_hangs_up_at_is_not_repeated_by_reconnect() {
     let signal = nix::sys::eventfd::EventFd::new().unwrap();
     let (short, short_fd) = Log::create(DATA).unwrap();
     let short = std::sync::Arc::new(short);
-    for request in [Request::SET_LOG_FD, Request::SET_LOG_BASE] {
+    for request in [FrontendRequest::SET_LOG_FD, FrontendRequest::SET_LOG_BASE] {
         let error = match request {
-            Request::SET_LOG_FD => rig.device.set_log_fd(Some(signal.as_fd())).unwrap_err(),
+            FrontendRequest::SET_LOG_FD => rig.device.set_log_fd(Some(signal.as_fd())).unwrap_err(),
             // A log that is too small for guest memory.
             _ => rig.device.start_logging(&short, short_fd.as_fd()).unwrap_err(),
         };

@@ -15,8 +15,8 @@ use std::time::Duration;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
 use vhost_migrate::abi::vhost_user::{
-    Header, InflightDescription, IotlbMsg, LogDescription, MemoryHeader, MemoryRegion, Request as Code, VringAddr,
-    VringState,
+    FrontendRequest as Code, Header, InflightDescription, IotlbMsg, LogDescription, MemoryHeader, MemoryRegion,
+    VringAddr, VringState,
 };
 use vhost_migrate::backend::VirtioDevice;
 use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};

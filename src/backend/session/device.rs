@@ -8,7 +8,9 @@ use std::sync::Arc;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::Session;
-use crate::abi::vhost_user::{ConfigHeader, InflightDescription, Request as Code, VHOST_USER_MAX_CONFIG_SIZE, own};
+use crate::abi::vhost_user::{
+    ConfigHeader, FrontendRequest as Code, InflightDescription, VHOST_USER_MAX_CONFIG_SIZE, own,
+};
 use crate::backend::session::transfer::StateTransfer;
 use crate::backend::{BackendError, VhostUserMessage, VhostUserReply};
 use crate::sys::log_limit::limited;

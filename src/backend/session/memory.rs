@@ -8,7 +8,7 @@ use zerocopy::FromBytes;
 
 use super::{Session, VringController};
 use crate::abi::vhost::{VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_UPDATE};
-use crate::abi::vhost_user::{IotlbMsg, MemoryHeader, MemoryRegion, Request as Code, VHOST_USER_MAX_RAM_SLOTS};
+use crate::abi::vhost_user::{FrontendRequest as Code, IotlbMsg, MemoryHeader, MemoryRegion, VHOST_USER_MAX_RAM_SLOTS};
 use crate::backend::{BackendError, VhostUserMessage};
 use crate::memory::{Access, GuestAddress, Iova, Memory, MemoryError, Region, UserAddress, invalidated};
 

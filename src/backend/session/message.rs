@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::abi::vhost_user::{Header, MemoryHeader, MemoryRegion, Request as Code};
+use crate::abi::vhost_user::{FrontendRequest as Code, Header, MemoryHeader, MemoryRegion};
 use crate::backend::BackendError;
 use crate::sys::socket;
 

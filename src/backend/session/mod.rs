@@ -41,8 +41,8 @@ use std::sync::atomic::AtomicU64;
 use tracing::debug;
 
 use crate::abi::vhost_user::{
-    ConfigHeader, DEVICE_STATE_NOFD_MASK, Header, MemRegMsg, ProtocolFeatures, Request as Code, VHOST_F_LOG_ALL,
-    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_RAM_SLOTS, VringState, own,
+    ConfigHeader, DEVICE_STATE_NOFD_MASK, FrontendRequest as Code, Header, MemRegMsg, ProtocolFeatures,
+    VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_MAX_RAM_SLOTS, VringState, own,
 };
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VirtioFeatures};
 use crate::backend::{BackendError, VirtioDevice, counters};

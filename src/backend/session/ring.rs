@@ -7,8 +7,8 @@ use std::sync::atomic::AtomicBool;
 
 use super::{Session, VringConfig, VringController};
 use crate::abi::vhost_user::{
-    ProtocolFeatures, Request as Code, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK, VringAddr,
-    VringAddrFlags, VringState,
+    FrontendRequest as Code, ProtocolFeatures, VHOST_F_LOG_ALL, VHOST_VRING_F_LOG, VRING_IDX_MASK, VRING_NOFD_MASK,
+    VringAddr, VringAddrFlags, VringState,
 };
 use crate::abi::virtio::VirtioFeatures;
 use crate::backend::{BackendError, FrontendHandle, Kick, Notifier, VhostUserMessage};

@@ -2,7 +2,7 @@
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use crate::abi::vhost_user::{CONFIG_TYPE_FRONTEND, ConfigHeader, ProtocolFeatures, Request as Code};
+use crate::abi::vhost_user::{CONFIG_TYPE_FRONTEND, ConfigHeader, FrontendRequest as Code, ProtocolFeatures};
 use crate::abi::virtio::{
     BlkConfig, BlkRequestHeader, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN,
 };

@@ -19,7 +19,7 @@ use super::{HIGH, HIGH_BYTES, Harness, LOW_BYTES, user_addr};
 use crate::abi::vhost::{
     VHOST_ACCESS_RW, VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_MISS, VHOST_IOTLB_UPDATE,
 };
-use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request as Code};
+use crate::abi::vhost_user::{BackendRequest, FrontendRequest as Code, Header, IotlbMsg};
 use crate::check::connection::BackendMessage;
 use crate::check::outcome::CheckAbort;
 use crate::check::queue::RING_SLOT_BYTES;

@@ -32,7 +32,7 @@ use super::queue::{DriverQueue, MAX_RINGS};
 use super::ring_variant::{Flow, RingVariant};
 use super::stop::Deadline;
 use crate::abi::vhost_user::{
-    Header, LogDescription, MemoryHeader, MemoryRegion, ProtocolFeatures, Request as Code, VHOST_F_LOG_ALL,
+    FrontendRequest as Code, Header, LogDescription, MemoryHeader, MemoryRegion, ProtocolFeatures, VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES, VHOST_VRING_F_LOG, VringAddr, VringState,
 };
 use crate::abi::virtio::{

@@ -27,7 +27,9 @@ use super::connection::ConnectionSocket;
 use super::signal;
 use super::translator::{MissResult, Translator};
 use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
-use crate::abi::vhost_user::{BackendRequest, Header, IotlbMsg, Request, VRING_IDX_MASK, VringArea, VringState};
+use crate::abi::vhost_user::{
+    BackendRequest, FrontendRequest, Header, IotlbMsg, VRING_IDX_MASK, VringArea, VringState,
+};
 use crate::memory::{Access, Iova};
 use crate::sys::{join::join, nonblocking, socket};
 use crate::sys::{lock, log_limit::limited};
@@ -323,8 +325,11 @@ impl ChannelState {
             return true;
         }
         let state = VringState { index: index.into(), num: 0 };
-        let header =
-            Header { request: Request::VRING_KICK.0, flags: Header::FLAG_VERSION, size: size_of_val(&state) as u32 };
+        let header = Header {
+            request: FrontendRequest::VRING_KICK.0,
+            flags: Header::FLAG_VERSION,
+            size: size_of_val(&state) as u32,
+        };
         let sent = self.connection.try_send(&[header.as_bytes(), state.as_bytes()].concat());
         if !sent {
             signal(kick);

@@ -14,7 +14,7 @@ use super::backend_channel::{BackendChannel, EventQueue};
 use super::connection::{Connection, TimeoutPolicy};
 use super::translator::Translator;
 use crate::abi::vhost_user::{
-    ProtocolFeatures, Request, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES,
+    FrontendRequest, ProtocolFeatures, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES,
 };
 use crate::abi::virtio::VirtioFeatures;
 use crate::sys::log_limit::limited;
@@ -46,8 +46,8 @@ pub(super) fn negotiate(
     let mut connection = Connection::connect(path, options.timeout, interrupt)?;
     connection.set_timeout_policy(TimeoutPolicy::Keep);
     let number = |connection: &mut Connection, request| connection.request(request, &[], &[])?.read::<u64>("F3.1");
-    connection.send(Request::SET_OWNER, &[], &[])?;
-    let features = VirtioFeatures::from_bits_retain(number(&mut connection, Request::GET_FEATURES)?);
+    connection.send(FrontendRequest::SET_OWNER, &[], &[])?;
+    let features = VirtioFeatures::from_bits_retain(number(&mut connection, FrontendRequest::GET_FEATURES)?);
     let mut negotiated =
         Negotiated { features, protocol: ProtocolFeatures::empty(), queues: 1, slots: VHOST_MEMORY_BASELINE_NREGIONS };
     if !features.contains(VHOST_USER_F_PROTOCOL_FEATURES) {
@@ -55,21 +55,21 @@ pub(super) fn negotiate(
         negotiated.queues = u16::from(u8::MAX) + 1;
         return Ok((connection, negotiated, None));
     }
-    let offered = number(&mut connection, Request::GET_PROTOCOL_FEATURES)?;
+    let offered = number(&mut connection, FrontendRequest::GET_PROTOCOL_FEATURES)?;
     negotiated.protocol = ProtocolFeatures::from_bits_retain(offered) & options.protocol_features;
     if !negotiated.protocol.contains(IN_BAND_REQUIREMENTS) {
         negotiated.protocol &= !ProtocolFeatures::INBAND_NOTIFICATIONS;
     }
-    connection.send(Request::SET_PROTOCOL_FEATURES, negotiated.protocol.as_bytes(), &[])?;
+    connection.send(FrontendRequest::SET_PROTOCOL_FEATURES, negotiated.protocol.as_bytes(), &[])?;
     let has = |feature| negotiated.protocol.contains(feature);
     if has(ProtocolFeatures::MQ) {
-        negotiated.queues = u16::try_from(number(&mut connection, Request::GET_QUEUE_NUM)?).unwrap_or(u16::MAX);
+        negotiated.queues = u16::try_from(number(&mut connection, FrontendRequest::GET_QUEUE_NUM)?).unwrap_or(u16::MAX);
     }
     if options.queue_pairs {
         negotiated.queues = negotiated.queues.saturating_mul(2).saturating_add(1);
     }
     if has(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-        let slots = number(&mut connection, Request::GET_MAX_MEM_SLOTS)?;
+        let slots = number(&mut connection, FrontendRequest::GET_MAX_MEM_SLOTS)?;
         negotiated.slots = negotiated.slots.max(usize::try_from(slots).unwrap_or(usize::MAX));
     }
     if has(ProtocolFeatures::REPLY_ACK) {
@@ -82,7 +82,7 @@ pub(super) fn negotiate(
     let kicks = has(ProtocolFeatures::INBAND_NOTIFICATIONS);
     let (backend_channel, theirs) =
         BackendChannel::open(events.clone(), translator.clone(), connection.socket().clone(), kicks)?;
-    connection.send(Request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()])?;
+    connection.send(FrontendRequest::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()])?;
     match connection.wait_for_acks() {
         Ok(()) => Ok((connection, negotiated, Some(backend_channel))),
         Err(error @ FrontendError::Refused { .. }) if !has(ProtocolFeatures::INBAND_NOTIFICATIONS) => {

@@ -20,7 +20,7 @@ use tracing::debug;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::super::{FrontendError, Interrupt, counters};
-use crate::abi::vhost_user::{Header, Request};
+use crate::abi::vhost_user::{FrontendRequest, Header};
 use crate::sys::socket;
 
 /// Maximum payload of a reply. GET_CONFIG has 268 bytes; the rest is reserve for later versions of the protocol.
@@ -60,7 +60,7 @@ pub(super) struct Connection {
     /// True if REPLY_ACK was negotiated.
     pub(super) acks: bool,
     /// Requests sent and not yet acknowledged.
-    unacked: Vec<Request>,
+    unacked: Vec<FrontendRequest>,
     send_buffer: Option<SendBuffer>,
 }
 
@@ -69,7 +69,7 @@ struct SendBuffer {
     bytes: Vec<u8>,
     /// Descriptor of the first message.
     fd: Option<Arc<OwnedFd>>,
-    last: Request,
+    last: FrontendRequest,
     /// Number of messages counted in [`Connection::unacked`].
     unacked: usize,
 }
@@ -88,7 +88,7 @@ pub(super) enum TimeoutPolicy {
 /// A reply that has not arrived.
 #[derive(Clone, Copy)]
 struct PendingReply {
-    request: Request,
+    request: FrontendRequest,
     /// True for an acknowledgement, false for a reply of the request's own.
     is_ack: bool,
 }
@@ -114,7 +114,7 @@ impl ConnectionSocket {
 
 /// Payload and fds of a reply.
 pub(super) struct Reply {
-    pub(super) request: Request,
+    pub(super) request: FrontendRequest,
     pub(super) payload: Vec<u8>,
     pub(super) fds: Vec<OwnedFd>,
 }
@@ -186,7 +186,7 @@ impl Connection {
             if is_ack {
                 let acknowledged = self.check_ack(&reply);
                 self.late_replies.refused = self.late_replies.refused.take().or(acknowledged.err());
-            } else if matches!(request, Request::GET_VRING_BASE | Request::GET_VRING_BASE_SKIP_DRAIN) {
+            } else if matches!(request, FrontendRequest::GET_VRING_BASE | FrontendRequest::GET_VRING_BASE_SKIP_DRAIN) {
                 self.late_replies.base_replies.push(reply);
             }
         }
@@ -196,7 +196,7 @@ impl Connection {
     /// Sends a request that has no reply of its own.
     pub(super) fn send(
         &mut self,
-        request: Request,
+        request: FrontendRequest,
         payload: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), FrontendError> {
@@ -208,7 +208,7 @@ impl Connection {
     /// latest before the next wait.
     pub(super) fn send_buffered(
         &mut self,
-        request: Request,
+        request: FrontendRequest,
         payload: &[u8],
         fd: Option<&Arc<OwnedFd>>,
     ) -> Result<(), FrontendError> {
@@ -225,7 +225,7 @@ impl Connection {
 
     fn buffer_message(
         &mut self,
-        request: Request,
+        request: FrontendRequest,
         flags: u32,
         payload: &[u8],
         fd: Option<&Arc<OwnedFd>>,
@@ -241,14 +241,14 @@ impl Connection {
         Header::FLAG_VERSION | if self.acks { Header::FLAG_NEED_REPLY } else { 0 }
     }
 
-    fn count_unacked(&mut self, request: Request) -> Result<(), FrontendError> {
+    fn count_unacked(&mut self, request: FrontendRequest) -> Result<(), FrontendError> {
         self.unacked.push(request);
         // More unread acknowledgements than a socket holds would block both sides.
         if self.acks && self.unacked.len() >= MAX_UNACKED { self.wait_for_acks() } else { Ok(()) }
     }
 
     /// Sends a message that is never answered, whatever was negotiated.
-    pub(super) fn send_without_reply(&mut self, request: Request, payload: &[u8]) -> Result<(), FrontendError> {
+    pub(super) fn send_without_reply(&mut self, request: FrontendRequest, payload: &[u8]) -> Result<(), FrontendError> {
         self.send_message(request, Header::FLAG_VERSION, payload, &[])
     }
 
@@ -272,7 +272,7 @@ impl Connection {
         self.flush()?;
         let elapsed = time_of(sent);
         if !self.acks && !self.unacked.is_empty() {
-            self.request_within(timeout, Request::GET_FEATURES, &[], &[])?;
+            self.request_within(timeout, FrontendRequest::GET_FEATURES, &[], &[])?;
         }
         self.receive_replies(timeout, elapsed, &[], &mut Vec::new())
     }
@@ -289,7 +289,7 @@ impl Connection {
         &mut self,
         timeout: Duration,
         elapsed: Duration,
-        requests: &[Request],
+        requests: &[FrontendRequest],
         replies: &mut Vec<Reply>,
     ) -> Result<Refusals, FrontendError> {
         let unacked = std::mem::take(&mut self.unacked).into_iter().filter(|_| self.acks);
@@ -324,7 +324,7 @@ impl Connection {
     pub(super) fn request_each<'a>(
         &mut self,
         timeout: Duration,
-        request: Request,
+        request: FrontendRequest,
         payloads: impl IntoIterator<Item = &'a [u8]>,
         sent: &mut dyn FnMut(),
         replies: &mut Vec<Reply>,
@@ -354,7 +354,7 @@ impl Connection {
     /// Sends a request that has a reply of its own, and waits for the reply (rule F3.1).
     pub(super) fn request(
         &mut self,
-        request: Request,
+        request: FrontendRequest,
         payload: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Reply, FrontendError> {
@@ -365,7 +365,7 @@ impl Connection {
     pub(super) fn request_within(
         &mut self,
         timeout: Duration,
-        request: Request,
+        request: FrontendRequest,
         payload: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Reply, FrontendError> {
@@ -394,7 +394,7 @@ impl Connection {
 
     fn send_message(
         &mut self,
-        request: Request,
+        request: FrontendRequest,
         flags: u32,
         payload: &[u8],
         fds: &[BorrowedFd<'_>],
@@ -411,7 +411,7 @@ impl Connection {
     }
 
     /// Sends messages, the last of which is `request`.
-    fn send_bytes(&self, request: Request, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), FrontendError> {
+    fn send_bytes(&self, request: FrontendRequest, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), FrontendError> {
         if self.has_pending_replies() {
             return Err(FrontendError::Interrupted { request });
         }
@@ -458,7 +458,12 @@ impl Connection {
     }
 
     /// Waits until data is available or the back-end has closed the connection. Returns false at the deadline.
-    fn wait_readable(&self, request: Request, deadline: Instant, interruptible: bool) -> Result<bool, FrontendError> {
+    fn wait_readable(
+        &self,
+        request: FrontendRequest,
+        deadline: Instant,
+        interruptible: bool,
+    ) -> Result<bool, FrontendError> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
@@ -478,7 +483,7 @@ impl Connection {
         }
     }
 
-    fn receive_reply(&mut self, request: Request, timeout: Duration) -> Result<Reply, FrontendError> {
+    fn receive_reply(&mut self, request: FrontendRequest, timeout: Duration) -> Result<Reply, FrontendError> {
         let deadline = Instant::now() + timeout;
         let mut fds = Vec::new();
         let mut header = [0; size_of::<Header>()];
@@ -489,7 +494,7 @@ impl Connection {
             Err(FrontendError::ProtocolViolation { request, what, rule })
         };
         if header.request != request.0 {
-            return breach(format!("a reply to {}", Request(header.request)), "F10.1");
+            return breach(format!("a reply to {}", FrontendRequest(header.request)), "F10.1");
         }
         if header.flags != Header::REPLY_FLAGS {
             return breach(format!("flags {:#x} instead of {:#x}", header.flags, Header::REPLY_FLAGS), "F2.2");
@@ -508,7 +513,7 @@ impl Connection {
         &self,
         buf: &mut [u8],
         fds: &mut Vec<OwnedFd>,
-        request: Request,
+        request: FrontendRequest,
         deadline: Instant,
         timeout: Duration,
     ) -> Result<(), FrontendError> {
@@ -535,7 +540,7 @@ impl Connection {
         Ok(())
     }
 
-    fn io_error(&self, request: Request, waited: Duration, error: io::Error) -> FrontendError {
+    fn io_error(&self, request: FrontendRequest, waited: Duration, error: io::Error) -> FrontendError {
         use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected, TimedOut};
         match error.kind() {
             BrokenPipe | ConnectionReset | NotConnected => FrontendError::HungUp { request },
@@ -553,7 +558,7 @@ impl Connection {
     }
 
     /// Returns the error for a reply that did not arrive in time, as specific as can be known.
-    fn timeout_error(&self, request: Request, waited: Duration) -> FrontendError {
+    fn timeout_error(&self, request: FrontendRequest, waited: Duration) -> FrontendError {
         if self.has_replied || !socket::is_unread(self.socket.fd()).unwrap_or(false) {
             return FrontendError::Timeout { request, waited };
         }
@@ -563,7 +568,7 @@ impl Connection {
 }
 
 /// Encodes a message.
-fn encode(request: Request, flags: u32, payload: &[u8]) -> Vec<u8> {
+fn encode(request: FrontendRequest, flags: u32, payload: &[u8]) -> Vec<u8> {
     debug!("{request}: {} bytes", payload.len());
     counters::message_sent(request);
     let header = Header { request: request.0, flags, size: payload.len() as u32 };
@@ -603,8 +608,8 @@ mod tests {
     #[test]
     fn a_longer_timeout_applies_without_reply_ack() {
         let (mut connection, mut back_end) = connection_with_1ms_timeout();
-        connection.send(Request::SET_VRING_ENABLE, &[0; 8], &[]).unwrap();
-        let request = Request::GET_VRING_BASE;
+        connection.send(FrontendRequest::SET_VRING_ENABLE, &[0; 8], &[]).unwrap();
+        let request = FrontendRequest::GET_VRING_BASE;
         let replies_thread = std::thread::spawn(move || {
             let mut received = [0; 3 * (size_of::<Header>() + 8)];
             back_end.read_exact(&mut received).unwrap();
@@ -624,13 +629,13 @@ mod tests {
     fn a_reply_in_pieces_keeps_at_most_max_fds() {
         let (mut connection, back_end) = connection_with_1ms_timeout();
         let replies_thread = std::thread::spawn(move || {
-            let header = Header { request: Request::GET_QUEUE_NUM.0, flags: Header::REPLY_FLAGS, size: 8 };
+            let header = Header { request: FrontendRequest::GET_QUEUE_NUM.0, flags: Header::REPLY_FLAGS, size: 8 };
             for byte in [header.as_bytes(), &[0; 8]].concat() {
                 socket::send(back_end.as_fd(), &[byte], &[back_end.as_fd(); 20]).unwrap();
             }
             back_end
         });
-        let reply = connection.request_within(PATIENCE, Request::GET_QUEUE_NUM, &[], &[]).unwrap();
+        let reply = connection.request_within(PATIENCE, FrontendRequest::GET_QUEUE_NUM, &[], &[]).unwrap();
         assert!(reply.fds.len() <= MAX_FDS, "{}", reply.fds.len());
         replies_thread.join().unwrap();
     }

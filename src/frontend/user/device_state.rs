@@ -12,7 +12,7 @@ use super::super::{FrontendError, Interrupt};
 use super::connection::Connection;
 use crate::abi::vhost_user::{
     DEVICE_STATE_ERROR_MASK, DEVICE_STATE_LOAD, DEVICE_STATE_NOFD_MASK, DEVICE_STATE_PHASE_STOPPED, DEVICE_STATE_SAVE,
-    DeviceStateTransfer, Request,
+    DeviceStateTransfer, FrontendRequest,
 };
 use crate::sys::pipe::{WaitLimit, read_all, write_all};
 
@@ -57,7 +57,7 @@ pub(super) fn load(
 fn failed(operation: &'static str, source: std::io::Error, interrupt: &Interrupt) -> FrontendError {
     match source.kind() {
         std::io::ErrorKind::TimedOut if interrupt.is_set() => {
-            FrontendError::Interrupted { request: Request::SET_DEVICE_STATE_FD }
+            FrontendError::Interrupted { request: FrontendRequest::SET_DEVICE_STATE_FD }
         }
         _ => FrontendError::DeviceState { operation, source },
     }
@@ -65,7 +65,7 @@ fn failed(operation: &'static str, source: std::io::Error, interrupt: &Interrupt
 
 /// Passes `theirs` to the back-end. Returns the fd to use instead of the pipe's other end, if the back-end sends one.
 fn begin(connection: &mut Connection, direction: u32, theirs: OwnedFd) -> Result<Option<OwnedFd>, FrontendError> {
-    let request = Request::SET_DEVICE_STATE_FD;
+    let request = FrontendRequest::SET_DEVICE_STATE_FD;
     let transfer = DeviceStateTransfer { direction, phase: DEVICE_STATE_PHASE_STOPPED };
     let mut reply = connection.request(request, transfer.as_bytes(), &[theirs.as_fd()])?;
     let code: u64 = reply.read("D1.2").inspect_err(|_| connection.close())?;
@@ -85,7 +85,7 @@ fn begin(connection: &mut Connection, direction: u32, theirs: OwnedFd) -> Result
 
 /// Requests the result of the transfer.
 fn check(connection: &mut Connection, timeout: Duration) -> Result<(), FrontendError> {
-    let request = Request::CHECK_DEVICE_STATE;
+    let request = FrontendRequest::CHECK_DEVICE_STATE;
     let reply = connection.request_within(timeout, request, &[], &[])?;
     match reply.read("D1.4").inspect_err(|_| connection.close())? {
         0 => Ok(()),

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use super::super::{FrontendError, InflightState};
 use super::connection::Reply;
 use crate::abi::inflight::{PACKED_ENTRY_BYTES, PACKED_HEADER_BYTES, SPLIT_ENTRY_BYTES, SPLIT_HEADER_BYTES};
-use crate::abi::vhost_user::{InflightDescription, Request};
+use crate::abi::vhost_user::{FrontendRequest, InflightDescription};
 use crate::inflight::RingKind;
 
 /// Excess over the needed size that is accepted, for back-ends that round up to huge pages.
@@ -31,7 +31,7 @@ impl InflightFile {
         queue_size: u16,
         packed: bool,
     ) -> Result<InflightFile, FrontendError> {
-        let request = Request::GET_INFLIGHT_FD;
+        let request = FrontendRequest::GET_INFLIGHT_FD;
         let breach = |what: String| FrontendError::ProtocolViolation { request, what, rule: "I1.2" };
         // Some back-ends omit the four bytes of padding at the end (rule F6.3).
         let mut bytes = [0; size_of::<InflightDescription>()];

@@ -10,7 +10,7 @@ use super::connect::negotiate;
 use super::connection::TimeoutPolicy;
 use super::{UserDevice, UserOptions, device_state, signal};
 use crate::abi::features::{feature_names, protocol_feature_names};
-use crate::abi::vhost_user::{ProtocolFeatures, Request, own};
+use crate::abi::vhost_user::{FrontendRequest, ProtocolFeatures, own};
 use crate::abi::virtio;
 use crate::memory::{GuestAddress, Memory};
 use crate::ring::RingBase;
@@ -55,7 +55,11 @@ impl UserDevice {
         self.send_features()?;
         self.send_mtu()?;
         if let Some(inflight) = &self.inflight {
-            self.connection.send(Request::SET_INFLIGHT_FD, inflight.description().as_bytes(), &[inflight.fd()])?;
+            self.connection.send(
+                FrontendRequest::SET_INFLIGHT_FD,
+                inflight.description().as_bytes(),
+                &[inflight.fd()],
+            )?;
         }
         if !self.memory.regions().is_empty() {
             self.send_memory_table(&Memory::default())?;

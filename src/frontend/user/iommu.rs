@@ -10,7 +10,7 @@ use super::super::{FrontendError, Iommu};
 use super::UserDevice;
 use super::backend_channel::BackendChannel;
 use crate::abi::vhost::VHOST_IOTLB_INVALIDATE;
-use crate::abi::vhost_user::{IotlbMsg, Request};
+use crate::abi::vhost_user::{FrontendRequest, IotlbMsg};
 use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VirtioFeatures};
 use crate::memory::{GuestAddress, Iova, Memory};
 use crate::ring::iova;
@@ -52,7 +52,7 @@ impl UserDevice {
         let send_lock = translator.lock();
         for (iova, size) in ranges {
             let message = IotlbMsg { iova, size, kind: VHOST_IOTLB_INVALIDATE, ..IotlbMsg::new_zeroed() };
-            self.connection.send(Request::IOTLB_MSG, message.as_bytes(), &[])?;
+            self.connection.send(FrontendRequest::IOTLB_MSG, message.as_bytes(), &[])?;
         }
         drop(send_lock);
         Ok(())

@@ -31,8 +31,8 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::{Device, DeviceEvent, FrontendError, InflightState, Interrupt, Reconnection, RingSetup, counters};
 use crate::abi::features::feature_names;
 use crate::abi::vhost_user::{
-    CONFIG_TYPE_FRONTEND, ConfigHeader, DiskGeneration, InflightDescription, LogDescription, MemRegMsg,
-    ProtocolFeatures, Request, VHOST_F_LOG_ALL, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES,
+    CONFIG_TYPE_FRONTEND, ConfigHeader, DiskGeneration, FrontendRequest, InflightDescription, LogDescription,
+    MemRegMsg, ProtocolFeatures, VHOST_F_LOG_ALL, VHOST_MEMORY_BASELINE_NREGIONS, VHOST_USER_F_PROTOCOL_FEATURES,
     VHOST_USER_MAX_CONFIG_SIZE, VHOST_VRING_F_LOG, VRING_NOFD_MASK, VringAddr, VringState, own,
     unstable::INFLIGHT_MIGRATION,
 };
@@ -52,7 +52,7 @@ use translator::Translator;
 
 /// Feature bits of the transport, which the driver does not acknowledge.
 const TRANSPORT_FEATURES: VirtioFeatures = VHOST_F_LOG_ALL.union(VHOST_USER_F_PROTOCOL_FEATURES);
-const SET_LOG_BASE: Request = Request::SET_LOG_BASE;
+const SET_LOG_BASE: FrontendRequest = FrontendRequest::SET_LOG_BASE;
 /// Timeout for stopping the log once the interrupt is set. The acknowledgement stays pending after it.
 const STOP_LOGGING_TIMEOUT: Duration = Duration::from_millis(500);
 /// Number of messages that start a ring: CALL, ERR, NUM, BASE, ADDR, KICK and ENABLE.
@@ -174,7 +174,7 @@ impl UserDevice {
         self.forget_placements();
         let mut features = self.features | self.negotiated.features & VHOST_USER_F_PROTOCOL_FEATURES;
         features.set(VHOST_F_LOG_ALL, self.log.is_some());
-        self.connection.send(Request::SET_FEATURES, features.as_bytes(), &[])
+        self.connection.send(FrontendRequest::SET_FEATURES, features.as_bytes(), &[])
     }
 
     /// Changes the back-end's memory from `before` to the recorded memory.
@@ -194,17 +194,17 @@ impl UserDevice {
     fn send_regions(&mut self, before: &Memory, memory: &Memory) -> Result<(), FrontendError> {
         if memory.regions().len() <= VHOST_MEMORY_BASELINE_NREGIONS {
             let (payload, fds) = memory_table(memory)?;
-            return self.connection.send(Request::SET_MEM_TABLE, &payload, &fds);
+            return self.connection.send(FrontendRequest::SET_MEM_TABLE, &payload, &fds);
         }
         let has = |memory: &Memory, region: &Arc<Region>| memory.regions().iter().any(|r| Arc::ptr_eq(r, region));
         for region in before.regions().iter().filter(|region| !has(memory, region)) {
             let message = MemRegMsg { padding: 0, region: region_message(region)?.0 };
-            self.connection.send(Request::REM_MEM_REG, message.as_bytes(), &[])?;
+            self.connection.send(FrontendRequest::REM_MEM_REG, message.as_bytes(), &[])?;
         }
         for region in memory.regions().iter().filter(|region| !has(before, region)) {
             let (region, fd) = region_message(region)?;
             let message = MemRegMsg { padding: 0, region };
-            self.connection.send(Request::ADD_MEM_REG, message.as_bytes(), &[fd])?;
+            self.connection.send(FrontendRequest::ADD_MEM_REG, message.as_bytes(), &[fd])?;
         }
         Ok(())
     }
@@ -230,7 +230,7 @@ impl UserDevice {
     fn send_kick(&mut self, index: u16, setup: &RingSetup) -> Result<(), FrontendError> {
         // The back-end may forget the ring's parameters when it is stopped.
         self.sent_rings.remove(&index);
-        self.send_ring_fd(Request::SET_VRING_KICK, index, Some(&setup.kick))
+        self.send_ring_fd(FrontendRequest::SET_VRING_KICK, index, Some(&setup.kick))
     }
 
     /// Sends all messages that start a ring except kick and enable, unless the back-end has received them.
@@ -242,8 +242,8 @@ impl UserDevice {
         }
         let addresses = self.vring_addr(index, setup)?;
         let state = VringState { index: index.into(), num: base.bits() };
-        self.connection.send_buffered(Request::SET_VRING_BASE, state.as_bytes(), None)?;
-        self.connection.send_buffered(Request::SET_VRING_ADDR, addresses.as_bytes(), None)?;
+        self.connection.send_buffered(FrontendRequest::SET_VRING_BASE, state.as_bytes(), None)?;
+        self.connection.send_buffered(FrontendRequest::SET_VRING_ADDR, addresses.as_bytes(), None)?;
         self.sent_rings.get_mut(&index).into_iter().for_each(|sent| sent.placement = placement);
         Ok(())
     }
@@ -257,10 +257,10 @@ impl UserDevice {
         if self.sent_rings.get(&index).is_some_and(is_known) {
             return Ok(());
         }
-        self.send_ring_fd(Request::SET_VRING_CALL, index, Some(&setup.call))?;
-        self.send_ring_fd(Request::SET_VRING_ERR, index, setup.error.as_ref())?;
+        self.send_ring_fd(FrontendRequest::SET_VRING_CALL, index, Some(&setup.call))?;
+        self.send_ring_fd(FrontendRequest::SET_VRING_ERR, index, setup.error.as_ref())?;
         let state = VringState { index: index.into(), num: setup.size.into() };
-        self.connection.send_buffered(Request::SET_VRING_NUM, state.as_bytes(), None)?;
+        self.connection.send_buffered(FrontendRequest::SET_VRING_NUM, state.as_bytes(), None)?;
         let sent = SentRing { size: setup.size, call: setup.call.clone(), error: setup.error.clone(), placement: None };
         self.sent_rings.insert(index, sent);
         Ok(())
@@ -318,7 +318,12 @@ impl UserDevice {
     }
 
     /// Sends a ring's kick, call or error fd, or its in-band replacement (rule B3.2).
-    fn send_ring_fd(&mut self, request: Request, index: u16, fd: Option<&Arc<OwnedFd>>) -> Result<(), FrontendError> {
+    fn send_ring_fd(
+        &mut self,
+        request: FrontendRequest,
+        index: u16,
+        fd: Option<&Arc<OwnedFd>>,
+    ) -> Result<(), FrontendError> {
         match fd {
             _ if self.has(ProtocolFeatures::INBAND_NOTIFICATIONS) => {
                 self.connection.send_buffered(request, (u64::from(index) | VRING_NOFD_MASK).as_bytes(), None)
@@ -334,12 +339,12 @@ impl UserDevice {
             return Ok(());
         }
         let state = VringState { index: index.into(), num: enable.into() };
-        self.connection.send_buffered(Request::SET_VRING_ENABLE, state.as_bytes(), None)
+        self.connection.send_buffered(FrontendRequest::SET_VRING_ENABLE, state.as_bytes(), None)
     }
 
     fn send_status(&mut self) -> Result<(), FrontendError> {
         let status = u64::from(self.status);
-        self.connection.send(Request::SET_STATUS, status.as_bytes(), &[])
+        self.connection.send(FrontendRequest::SET_STATUS, status.as_bytes(), &[])
     }
 
     /// Sends SET_LOG_BASE with the recorded log. Its reply may have any length (rule F7.2).
@@ -354,7 +359,7 @@ impl UserDevice {
         self.send_features()?;
         for (&index, setup) in &self.rings {
             let addresses = self.vring_addr(index, setup)?;
-            self.connection.send(Request::SET_VRING_ADDR, addresses.as_bytes(), &[])?;
+            self.connection.send(FrontendRequest::SET_VRING_ADDR, addresses.as_bytes(), &[])?;
         }
         self.connection.wait_for_acks()
     }
@@ -438,12 +443,12 @@ impl Device for UserDevice {
         }
         let wish =
             InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: queues, queue_size, padding: [0; 4] };
-        let reply = self.connection.request(Request::GET_INFLIGHT_FD, wish.as_bytes(), &[])?;
+        let reply = self.connection.request(FrontendRequest::GET_INFLIGHT_FD, wish.as_bytes(), &[])?;
         let inflight = InflightFile::from_reply(reply, queues, queue_size, self.is_packed())?;
         if let Some(restored) = restored {
             inflight.restore(restored, self.is_packed())?;
         }
-        self.connection.send(Request::SET_INFLIGHT_FD, inflight.description().as_bytes(), &[inflight.fd()])?;
+        self.connection.send(FrontendRequest::SET_INFLIGHT_FD, inflight.description().as_bytes(), &[inflight.fd()])?;
         self.inflight = Some(inflight);
         self.connection.wait_for_acks()?;
         Ok(true)
@@ -498,7 +503,7 @@ impl Device for UserDevice {
     }
 
     fn stop_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
-        self.stop_ring_with(Request::GET_VRING_BASE, index)
+        self.stop_ring_with(FrontendRequest::GET_VRING_BASE, index)
     }
 
     fn stop_rings(
@@ -507,7 +512,7 @@ impl Device for UserDevice {
         sent: &mut dyn FnMut(),
         stopped: &mut dyn FnMut(u16, RingBase),
     ) -> Result<(), FrontendError> {
-        self.stop_rings_with(Request::GET_VRING_BASE, indices, sent, stopped)
+        self.stop_rings_with(FrontendRequest::GET_VRING_BASE, indices, sent, stopped)
     }
 
     fn can_suspend_rings(&self) -> bool {
@@ -516,7 +521,7 @@ impl Device for UserDevice {
 
     fn suspend_ring(&mut self, index: u16) -> Result<RingBase, FrontendError> {
         self.check_suspend()?;
-        self.stop_ring_with(Request::GET_VRING_BASE_SKIP_DRAIN, index)
+        self.stop_ring_with(FrontendRequest::GET_VRING_BASE_SKIP_DRAIN, index)
     }
 
     fn suspend_rings(
@@ -526,7 +531,7 @@ impl Device for UserDevice {
         stopped: &mut dyn FnMut(u16, RingBase),
     ) -> Result<(), FrontendError> {
         self.check_suspend()?;
-        self.stop_rings_with(Request::GET_VRING_BASE_SKIP_DRAIN, indices, sent, stopped)
+        self.stop_rings_with(FrontendRequest::GET_VRING_BASE_SKIP_DRAIN, indices, sent, stopped)
     }
 
     fn start_logging(&mut self, log: &Arc<Log>, fd: BorrowedFd<'_>) -> Result<(), FrontendError> {
@@ -596,7 +601,7 @@ impl Device for UserDevice {
     }
 
     fn config(&mut self, offset: u32, buf: &mut [u8]) -> Result<(), FrontendError> {
-        let request = Request::GET_CONFIG;
+        let request = FrontendRequest::GET_CONFIG;
         let header = self.config_header(offset, buf.len())?;
         let payload = [header.as_bytes(), buf].concat();
         let reply = self.connection.request(request, &payload, &[])?;
@@ -628,7 +633,7 @@ impl Device for UserDevice {
         if !self.has(ProtocolFeatures::STATUS) {
             return Ok(None);
         }
-        let status: u64 = self.connection.request(Request::GET_STATUS, &[], &[])?.read("F3.1")?;
+        let status: u64 = self.connection.request(FrontendRequest::GET_STATUS, &[], &[])?.read("F3.1")?;
         Ok(Some(status as u8))
     }
 
@@ -753,7 +758,7 @@ impl UserDevice {
     }
 
     /// Stops a ring with GET_VRING_BASE or GET_VRING_BASE_SKIP_DRAIN.
-    fn stop_ring_with(&mut self, request: Request, index: u16) -> Result<RingBase, FrontendError> {
+    fn stop_ring_with(&mut self, request: FrontendRequest, index: u16) -> Result<RingBase, FrontendError> {
         let mut stopped = None;
         self.stop_rings_with(request, &[index], &mut || {}, &mut |_, base| stopped = Some(base))?;
         stopped.ok_or_else(|| FrontendError::InvalidRing { index, reason: "it is not started".into() })
@@ -762,7 +767,7 @@ impl UserDevice {
     /// Stops rings with one of these requests, and calls `stopped` for each stopped ring.
     fn stop_rings_with(
         &mut self,
-        request: Request,
+        request: FrontendRequest,
         indices: &[u16],
         sent: &mut dyn FnMut(),
         stopped: &mut dyn FnMut(u16, RingBase),
@@ -788,14 +793,14 @@ impl UserDevice {
 
     fn request_bases(
         &mut self,
-        request: Request,
+        request: FrontendRequest,
         indices: &[u16],
         sent: &mut dyn FnMut(),
         stopped: &mut dyn FnMut(u16, RingBase),
     ) -> Result<(), FrontendError> {
         self.connection.wait_for_acks()?;
         // Disabling a ring may drain it.
-        if request == Request::GET_VRING_BASE {
+        if request == FrontendRequest::GET_VRING_BASE {
             indices.iter().try_for_each(|index| self.send_enable(*index, false))?;
         }
         let states: Vec<_> = indices.iter().map(|index| VringState { index: (*index).into(), num: 0 }).collect();
@@ -892,7 +897,7 @@ impl UserDevice {
 
     fn write_config(&mut self, offset: u32, bytes: &[u8], flags: u32) -> Result<(), FrontendError> {
         let header = ConfigHeader { flags, ..self.config_header(offset, bytes.len())? };
-        self.connection.send(Request::SET_CONFIG, &[header.as_bytes(), bytes].concat(), &[])?;
+        self.connection.send(FrontendRequest::SET_CONFIG, &[header.as_bytes(), bytes].concat(), &[])?;
         self.connection.wait_for_acks()
     }
 
@@ -902,7 +907,7 @@ impl UserDevice {
     }
 
     /// Requests the disk's identity or generation.
-    fn request_disk_value<T: FromBytes>(&mut self, request: Request) -> Result<Option<T>, FrontendError> {
+    fn request_disk_value<T: FromBytes>(&mut self, request: FrontendRequest) -> Result<Option<T>, FrontendError> {
         if !self.has(own::F_DISK_GENERATION) {
             return Ok(None);
         }

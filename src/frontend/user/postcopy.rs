@@ -6,7 +6,7 @@ use zerocopy::IntoBytes;
 
 use super::UserDevice;
 use super::payload::memory_table;
-use crate::abi::vhost_user::{MemoryHeader, MemoryRegion, ProtocolFeatures, Request};
+use crate::abi::vhost_user::{FrontendRequest, MemoryHeader, MemoryRegion, ProtocolFeatures};
 use crate::frontend::FrontendError;
 use crate::memory::{FaultAddress, GuestAddress, Memory, Userfault};
 
@@ -43,7 +43,7 @@ impl UserDevice {
     pub fn postcopy_advise(&mut self) -> Result<Userfault, FrontendError> {
         let advice = "start the back-end with --postcopy; the log of this project's back-end has the reason";
         self.require(ProtocolFeatures::PAGEFAULT, "PAGEFAULT", advice)?;
-        let mut reply = self.connection.request(Request::POSTCOPY_ADVISE, &[], &[])?;
+        let mut reply = self.connection.request(FrontendRequest::POSTCOPY_ADVISE, &[], &[])?;
         let fd = reply.fds.pop().ok_or(FrontendError::NotOffered { what: "a userfaultfd".into(), advice })?;
         Ok(Userfault::from_fd(fd))
     }
@@ -53,7 +53,7 @@ impl UserDevice {
     /// # Errors
     /// [`FrontendError::Refused`]; errors of the connection.
     pub fn postcopy_listen(&mut self) -> Result<(), FrontendError> {
-        self.postcopy_ask(Request::POSTCOPY_LISTEN)
+        self.postcopy_ask(FrontendRequest::POSTCOPY_LISTEN)
     }
 
     /// Like [`set_memory`](crate::frontend::Device::set_memory), for incomplete memory. Calls `ready` with the
@@ -66,7 +66,7 @@ impl UserDevice {
         memory: &Memory,
         ready: impl FnOnce(BackendAddresses),
     ) -> Result<(), FrontendError> {
-        let request = Request::SET_MEM_TABLE;
+        let request = FrontendRequest::SET_MEM_TABLE;
         let (payload, fds) = memory_table(memory)?;
         let reply = self.connection.request(request, &payload, &fds)?;
         let ours = addresses(&payload);
@@ -89,10 +89,10 @@ impl UserDevice {
     /// # Errors
     /// [`FrontendError::Refused`]; errors of the connection.
     pub fn postcopy_end(&mut self) -> Result<(), FrontendError> {
-        self.postcopy_ask(Request::POSTCOPY_END)
+        self.postcopy_ask(FrontendRequest::POSTCOPY_END)
     }
 
-    fn postcopy_ask(&mut self, request: Request) -> Result<(), FrontendError> {
+    fn postcopy_ask(&mut self, request: FrontendRequest) -> Result<(), FrontendError> {
         if !self.negotiated.protocol.contains(ProtocolFeatures::PAGEFAULT) {
             return Err(FrontendError::NotOffered {
                 what: "PAGEFAULT".into(),

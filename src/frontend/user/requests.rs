@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 
 use super::super::{Device, FrontendError};
 use super::UserDevice;
-use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, ProtocolFeatures, Request};
+use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, FrontendRequest, ProtocolFeatures};
 use crate::abi::virtio::VirtioFeatures;
 
 impl UserDevice {
@@ -20,7 +20,7 @@ impl UserDevice {
         self.require(ProtocolFeatures::RARP, "RARP", "let the guest's driver announce itself")?;
         let [a, b, c, d, e, f] = mac;
         let payload = u64::from_le_bytes([a, b, c, d, e, f, 0, 0]);
-        self.connection.send(Request::SEND_RARP, payload.as_bytes(), &[])?;
+        self.connection.send(FrontendRequest::SEND_RARP, payload.as_bytes(), &[])?;
         self.connection.wait_for_acks()
     }
 
@@ -42,7 +42,7 @@ impl UserDevice {
     /// Sends the recorded MTU.
     pub(super) fn send_mtu(&mut self) -> Result<(), FrontendError> {
         match self.mtu {
-            Some(mtu) => self.connection.send(Request::NET_SET_MTU, u64::from(mtu).as_bytes(), &[]),
+            Some(mtu) => self.connection.send(FrontendRequest::NET_SET_MTU, u64::from(mtu).as_bytes(), &[]),
             None => Ok(()),
         }
     }
@@ -73,7 +73,7 @@ impl UserDevice {
     /// Sends the recorded log fd.
     pub(super) fn send_log_fd(&mut self) -> Result<(), FrontendError> {
         let fds: Vec<BorrowedFd<'_>> = self.log_signal.iter().map(AsFd::as_fd).collect();
-        self.connection.send(Request::SET_LOG_FD, &[], &fds)
+        self.connection.send(FrontendRequest::SET_LOG_FD, &[], &fds)
     }
 
     /// Resets the device as its driver would: removes rings, drops requests in flight and clears features. Memory and
@@ -100,7 +100,7 @@ impl UserDevice {
 
     fn request_reset(&mut self) -> Result<(), FrontendError> {
         match self.has(ProtocolFeatures::RESET_DEVICE) {
-            true => self.connection.send(Request::RESET_DEVICE, &[], &[])?,
+            true => self.connection.send(FrontendRequest::RESET_DEVICE, &[], &[])?,
             false => {
                 self.require(ProtocolFeatures::STATUS, "RESET_DEVICE or STATUS", "stop its rings instead")?;
                 self.set_status(0)?;

@@ -8,7 +8,7 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::super::{FrontendError, Iommu, Mapping};
 use super::connection::ConnectionSocket;
 use crate::abi::vhost::VHOST_IOTLB_UPDATE;
-use crate::abi::vhost_user::{Header, IotlbMsg, Request};
+use crate::abi::vhost_user::{FrontendRequest, Header, IotlbMsg};
 use crate::memory::{Access, Address, GuestAddress, Iova, LOG_PAGE, Memory, Region};
 use crate::sys::log_limit::limited;
 
@@ -77,8 +77,11 @@ impl Translator {
         let Some(update) = found.or_else(|| denial(memory, iova).filter(|_| acknowledged)) else {
             return MissResult::NotMapped;
         };
-        let header =
-            Header { request: Request::IOTLB_MSG.0, flags: Header::FLAG_VERSION, size: size_of_val(&update) as u32 };
+        let header = Header {
+            request: FrontendRequest::IOTLB_MSG.0,
+            flags: Header::FLAG_VERSION,
+            size: size_of_val(&update) as u32,
+        };
         match socket.try_send(&[header.as_bytes(), update.as_bytes()].concat()) {
             false => MissResult::Deferred,
             true if update.perm == 0 => MissResult::NotMapped,

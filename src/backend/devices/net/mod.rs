@@ -47,7 +47,7 @@ use self::receive::ReceiveQueue;
 pub use self::state::PacketCounts;
 use self::state::{HEADER, PeerPort, SharedNetState};
 use self::transmit::TransmitQueue;
-use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, ProtocolFeatures, Request as Code};
+use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, FrontendRequest as Code, ProtocolFeatures};
 use crate::abi::virtio::{
     NetConfig, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
     VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
