@@ -13,7 +13,7 @@ use nix::sys::eventfd::EventFd;
 use vhost_migrate::abi::virtio::*;
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::frontend::{Device, RingSetup, UserDevice, UserOptions};
-use vhost_migrate::memory::{GuestAddress, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, Memory, Region};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase, RingLayout};
 use zerocopy::IntoBytes;
 
@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut disk = UserDevice::connect(socket, UserOptions::default(), Instant::now() + TIMEOUT)?;
     let features = disk.features() & VIRTIO_F_VERSION_1;
     disk.set_features(features)?;
-    let region = Region::share(sealed_memfd("guest", MEMORY)?, GuestAddress(0), MEMORY, 0)?;
+    let region = Region::create(GuestAddress(0), MEMORY)?;
     let memory = Memory::new([Arc::new(region)])?;
     disk.set_memory(&memory)?;
 

@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use vhost_migrate::dirty::{DirtySource, Log, LogSource};
-use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, MemoryError, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, MemoryError, Region};
 use vhost_migrate::migrate::*;
 use vhost_migrate::stream::{CancelToken, StreamListener, StreamOptions, Uri, connect};
 
@@ -26,7 +26,7 @@ struct Vm {
 
 impl Vm {
     fn new(gpa: GuestAddress, size: u64) -> Result<Vm, VmError> {
-        let region = Region::share(sealed_memfd("guest", size)?, gpa, size, 0)?;
+        let region = Region::create(gpa, size)?;
         let memory = Memory::new([Arc::new(region)])?;
         let (log, _fd_for_devices) = Log::create(memory.end())?;
         Ok(Vm { memory, log: Arc::new(log), step: 1, vcpu: None, stop: None })

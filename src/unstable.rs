@@ -30,9 +30,9 @@ pub mod guest {
 ///
 /// ```
 /// # use std::sync::Arc;
-/// # use vhost_migrate::memory::{GuestAddress, Memory, Region, sealed_memfd};
+/// # use vhost_migrate::memory::{GuestAddress, Memory, Region};
 /// # fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
-/// #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, GuestAddress(0), 1 << 20, 0)?)])?)
+/// #     Ok(Memory::new([Arc::new(Region::create(GuestAddress(0), 1 << 20)?)])?)
 /// # }
 /// use std::os::unix::net::UnixStream;
 ///

@@ -21,7 +21,7 @@ use vhost_migrate::backend::{self, FrontendHandle, Queue};
 use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig};
 use vhost_migrate::inflight::{InflightRegion, RingKind};
-use vhost_migrate::memory::{GuestAddress, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, Memory, Region};
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -110,7 +110,7 @@ fn eventfd() -> Arc<OwnedFd> {
 
 /// Returns memory and an empty ring 0.
 fn ring(device: &mut UserDevice) -> (Memory, RingSetup) {
-    let region = Region::share(sealed_memfd("guest", MIB).unwrap(), GuestAddress(0), MIB, 0).unwrap();
+    let region = Region::create(GuestAddress(0), MIB).unwrap();
     let memory = Memory::new([Arc::new(region)]).unwrap();
     device.set_features(VirtioFeatures::from_bits_retain(1 << 32)).unwrap();
     device.set_memory(&memory).unwrap();

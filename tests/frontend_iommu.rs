@@ -25,9 +25,7 @@ use vhost_migrate::abi::virtio::{
 };
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, DeviceEvent, FrontendError, Iommu, Mapping, RingSetup, UserDevice, UserOptions};
-use vhost_migrate::memory::{
-    Access, Address, GuestAddress, Iotlb, Iova, IovaWindow, LOG_PAGE, Memory, Region, sealed_memfd,
-};
+use vhost_migrate::memory::{Access, Address, GuestAddress, Iotlb, Iova, IovaWindow, LOG_PAGE, Memory, Region};
 use vhost_migrate::ring::RingBase;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -699,7 +697,7 @@ fn translations_are_deferred_until_the_memory_table_is_sent() {
     const MORE: u64 = 70;
     const FIRST: u64 = 1 << 36;
     let (backend, mut device, guest) = ManualBackend::connect(Arc::new(Identity));
-    let share = |gpa| Region::share(sealed_memfd("more", LOG_PAGE).unwrap(), gpa, LOG_PAGE, 0);
+    let share = |gpa| Region::create(gpa, LOG_PAGE);
     let more = (0..MORE).map(|number| Arc::new(share(GuestAddress(FIRST + number * REGION)).unwrap()));
     let memory = Memory::new(guest.memory.regions().iter().cloned().chain(more)).unwrap();
     let user = memory.regions().last().unwrap().user_addr();

@@ -21,7 +21,7 @@ use vhost_migrate::abi::virtio::{VIRTIO_F_VERSION_1, VirtioFeatures};
 use vhost_migrate::backend::{BackendError, FrontendHandle, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device as _, RingSetup, UserDevice, UserOptions};
-use vhost_migrate::memory::{GuestAddress, Iova, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{GuestAddress, Iova, Memory, Region};
 use vhost_migrate::ring::RingBase;
 use vhost_migrate::unstable::backend::{Logging, Notifier, Session, VhostUserMessage, VringConfig, VringController};
 
@@ -137,7 +137,7 @@ fn each_message_is_one_event_on_each_side_of_either_channel() {
     let mut device = UserDevice::connect(&path, UserOptions::default(), Instant::now() + PATIENCE).unwrap();
     device.set_features(VIRTIO_F_VERSION_1).unwrap();
     device.set_inflight(1, 8, None).unwrap();
-    let region = Region::share(sealed_memfd("guest", MIB).unwrap(), GuestAddress(0), MIB, 0).unwrap();
+    let region = Region::create(GuestAddress(0), MIB).unwrap();
     device.set_memory(&Memory::new([Arc::new(region)]).unwrap()).unwrap();
     let eventfd = || Arc::new(OwnedFd::from(EventFd::new().unwrap()));
     let (kick, call, base) = (eventfd(), eventfd(), RingBase::split(0));

@@ -12,7 +12,7 @@ use super::target::Target;
 use crate::abi::vhost_user::{FrontendRequest as Code, MemRegMsg, ProtocolFeatures, VHOST_USER_MAX_RAM_SLOTS};
 use crate::abi::virtio::VirtioFeatures;
 use crate::dirty::Log;
-use crate::memory::{Address, GuestAddress, Memory, Region, sealed_memfd};
+use crate::memory::{Address, GuestAddress, Memory, Region};
 
 /// Address and size of the added region, with room for one request per slot.
 const ADDED: GuestAddress = GuestAddress(HIGH.0 + (1 << 30));
@@ -35,7 +35,7 @@ pub(super) fn added_region(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.enable_logging(harness.ring.device_area())?;
     harness.add(MAX_REQUESTS, RequestSize::Large)?;
     harness.publish();
-    let region = Arc::new(Region::share(sealed_memfd("added", ADDED_BYTES)?, ADDED, ADDED_BYTES, 0)?);
+    let region = Arc::new(Region::create(ADDED, ADDED_BYTES)?);
     let message = MemRegMsg { padding: 0, region: describe(&region) };
     let fds: Vec<_> = region.shared().into_iter().map(|(fd, _)| fd).collect();
     harness.send_acked(Code::ADD_MEM_REG, message.as_bytes(), &fds)?;

@@ -24,12 +24,12 @@
 //!
 //! use vhost_migrate::abi::virtio::VIRTIO_F_VERSION_1;
 //! use vhost_migrate::frontend::{Device, UserDevice, UserOptions};
-//! use vhost_migrate::memory::{GuestAddress, Memory, Region, sealed_memfd};
+//! use vhost_migrate::memory::{GuestAddress, Memory, Region};
 //!
 //! // Tries again until the deadline: the back-end may still be starting.
 //! let mut disk = UserDevice::connect(&path, UserOptions::default(), Instant::now() + Duration::from_secs(10))?;
 //! disk.set_features(disk.features() & VIRTIO_F_VERSION_1)?;
-//! let region = Region::share(sealed_memfd("guest", 1 << 20)?, GuestAddress(0), 1 << 20, 0)?;
+//! let region = Region::create(GuestAddress(0), 1 << 20)?;
 //! disk.set_memory(&Memory::new([region.into()])?)?;
 //!
 //! let mut capacity = [0; 8];

@@ -4,6 +4,10 @@
 //! Values from a peer or a guest are not trusted: mappings are checked against the file behind them, and every returned
 //! range is inside its region. The logging of written pages is in [`crate::dirty`].
 //!
+//! [`Region::create`] makes guest memory, [`Region::share`] takes a file for it, and [`Region::map`] maps what a
+//! front-end has sent. Arithmetic on a [`GuestAddress`] needs the trait [`Address`] in scope. `{:#x}` prints addresses
+//! and page numbers. It does not print a `GuestAddress`, which is vm-memory's, but its field `0`.
+//!
 //! # Example
 //!
 //! Map a region that a front-end has sent, and translate an address of the front-end:

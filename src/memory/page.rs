@@ -39,7 +39,10 @@ impl fmt::LowerHex for PageNumber {
 /// assert_eq!(pages, PageRange::from(1..3));
 /// assert_eq!((pages.count(), pages.bytes()), (2, 8192));
 /// assert_eq!(pages.address(), GuestAddress(0x1000));
-/// assert!(pages.iter().eq([PageNumber(1), PageNumber(2)]));
+/// assert_eq!(pages, PageRange::from(PageNumber(1)..PageNumber(3)));
+/// for page in pages {
+///     assert!(pages.contains(page));
+/// }
 /// ```
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct PageRange {
@@ -125,6 +128,24 @@ impl From<Range<u64>> for PageRange {
     #[inline]
     fn from(numbers: Range<u64>) -> PageRange {
         PageRange { start: PageNumber(numbers.start), end: PageNumber(numbers.end) }
+    }
+}
+
+/// The pages of the range.
+impl From<Range<PageNumber>> for PageRange {
+    #[inline]
+    fn from(Range { start, end }: Range<PageNumber>) -> PageRange {
+        PageRange { start, end }
+    }
+}
+
+impl IntoIterator for PageRange {
+    type Item = PageNumber;
+    type IntoIter = std::iter::Map<Range<u64>, fn(u64) -> PageNumber>;
+
+    #[inline]
+    fn into_iter(self) -> Self::IntoIter {
+        self.numbers().map(PageNumber)
     }
 }
 

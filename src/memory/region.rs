@@ -210,6 +210,15 @@ impl Region {
         })
     }
 
+    /// Creates a region of zeros in a new sealed memfd, which it keeps to share it with devices.
+    ///
+    /// # Errors
+    /// [`MemoryError::BadRange`], or [`MemoryError::Map`] if the system refuses.
+    pub fn create(gpa: GuestAddress, size: u64) -> Result<Region, MemoryError> {
+        let fd = sealed_memfd("guest", size).map_err(|source| MemoryError::Map { gpa, size, source })?;
+        Region::share(fd, gpa, size, 0)
+    }
+
     /// Maps a region of this process's own guest memory and keeps `fd` to share it with devices. Its front-end address
     /// is its address in this process.
     ///

@@ -5,9 +5,9 @@
 //!
 //! ```
 //! # use std::sync::Arc;
-//! # use vhost_migrate::memory::{GuestAddress, Memory, PageNumber, Region, sealed_memfd};
+//! # use vhost_migrate::memory::{GuestAddress, Memory, PageNumber, Region};
 //! # fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
-//! #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, GuestAddress(0), 1 << 20, 0)?)])?)
+//! #     Ok(Memory::new([Arc::new(Region::create(GuestAddress(0), 1 << 20)?)])?)
 //! # }
 //! use vhost_migrate::stream::MigrationId;
 //! use vhost_migrate::unstable::stream::frame::{ChannelId, FrameReader, FrameWriter};

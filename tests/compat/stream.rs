@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use vhost_migrate::dirty::Log;
 use vhost_migrate::dirty::{DirtySource, LogSource};
-use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region};
 use vhost_migrate::migrate::{IncomingVm, Outcomes, RegionLayout, SourceVm, VmError, migrate, receive};
 use vhost_migrate::stream::{self, CancelToken, Codec, StreamListener, StreamOptions, Uri};
 
@@ -18,7 +18,7 @@ const STATE: &[u8] = b"state of a guest";
 
 /// Memory of two regions. Every second page is zero.
 fn memory(regions: impl IntoIterator<Item = (GuestAddress, u64)>) -> Memory {
-    let share = |(gpa, size)| Arc::new(Region::share(sealed_memfd("compat", size).unwrap(), gpa, size, 0).unwrap());
+    let share = |(gpa, size)| Arc::new(Region::create(gpa, size).unwrap());
     Memory::new(regions.into_iter().map(share)).unwrap()
 }
 

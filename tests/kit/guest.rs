@@ -15,7 +15,7 @@ use vhost_migrate::abi::virtio::{
 };
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::inflight::{self, recover_packed, recover_split};
-use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, UserAddress, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, UserAddress};
 use vhost_migrate::ring::{
     Buffer, Chain, DeviceRing, DriverRing, DriverRingState, Position, RingBase, RingLayout, SplitLayout,
 };
@@ -50,7 +50,7 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn new() -> Guest {
-        let share = |gpa| Arc::new(Region::share(sealed_memfd("guest", REGION).unwrap(), gpa, REGION, 0).unwrap());
+        let share = |gpa| Arc::new(Region::create(gpa, REGION).unwrap());
         Guest { memory: Memory::new([share(GuestAddress(0)), share(HIGH)]).unwrap() }
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded, unbounded};
 use vhost_migrate::dirty::{DirtyError, DirtySource, Harvest, Log, LogSource, PageSet, UnionSource};
-use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region};
 use vhost_migrate::migrate::{IncomingVm, RegionLayout, SourceVm, VmError};
 use vhost_migrate::stream::CancelToken;
 
@@ -405,11 +405,7 @@ fn mix(state: u64) -> u64 {
 
 fn make_memory(regions: &[RegionLayout]) -> Memory {
     // One memfd per region: no file is as large as all of memory.
-    Memory::new(regions.iter().map(|region| {
-        let fd = sealed_memfd("test-guest", region.size).unwrap();
-        Arc::new(Region::share(fd, region.gpa, region.size, 0).unwrap())
-    }))
-    .unwrap()
+    Memory::new(regions.iter().map(|region| Arc::new(Region::create(region.gpa, region.size).unwrap()))).unwrap()
 }
 
 /// Records about a guest's dirty sources. They outlive the migrations.

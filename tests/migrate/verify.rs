@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use io_uring::{IoUring, opcode, types};
 use vhost_migrate::dirty::{DirtySource, Log, LogSource, PageSet, Pagemap, UnionSource};
-use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, PageNumber, Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, PageNumber, Region};
 use vhost_migrate::migrate::{GuestLocation, MigrateError, MigrationEvent, SourceVm, VmError, migrate};
 use vhost_migrate::stream::{self};
 use vhost_migrate::unstable::with_causes;
@@ -59,7 +59,7 @@ impl StaticVm {
     fn new() -> StaticVm {
         let memory = Memory::new([GuestAddress(0), HIGH].map(|gpa| {
             let size = PAGES / 2 * LOG_PAGE;
-            Arc::new(Region::share(sealed_memfd("still", size).unwrap(), gpa, size, 0).unwrap())
+            Arc::new(Region::create(gpa, size).unwrap())
         }));
         let memory = memory.unwrap();
         for page in (0..PAGES / 2).filter(|page| page % 4 != 0) {

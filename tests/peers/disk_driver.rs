@@ -10,7 +10,7 @@ use vhost_migrate::abi::virtio::{
     BlkRequestHeader, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VirtioFeatures,
 };
 use vhost_migrate::dirty::{Log, PageSet};
-use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region};
 use vhost_migrate::ring::{Buffer, DriverRing, RingLayout};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U64};
@@ -136,7 +136,7 @@ impl DiskDriver {
 
 /// A region that can be shared.
 pub(crate) fn region(gpa: GuestAddress) -> Arc<Region> {
-    Arc::new(Region::share(sealed_memfd("guest", REGION).unwrap(), gpa, REGION, 0).unwrap())
+    Arc::new(Region::create(gpa, REGION).unwrap())
 }
 
 /// The pages that are marked; then they are not any more.

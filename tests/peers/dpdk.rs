@@ -11,7 +11,7 @@ use vhost_migrate::abi::virtio;
 use vhost_migrate::abi::virtio::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF, VirtioFeatures};
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::frontend::{Device, RingSetup, UserDevice, UserOptions};
-use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
+use vhost_migrate::memory::{Address, GuestAddress, LOG_PAGE, Memory, Region};
 use vhost_migrate::ring::{Buffer, DriverRing, RingBase, RingLayout};
 
 use crate::linux_net;
@@ -95,7 +95,7 @@ impl Rig {
         let features = VIRTIO_F_VERSION_1
             | VIRTIO_NET_F_MRG_RXBUF
             | if packed { VIRTIO_F_RING_PACKED } else { VirtioFeatures::empty() };
-        let region = Region::share(sealed_memfd("guest", REGION).unwrap(), GuestAddress(0), REGION, 0).unwrap();
+        let region = Region::create(GuestAddress(0), REGION).unwrap();
         let memory = Memory::new([Arc::new(region)]).unwrap();
         let layouts: Vec<_> = [0, 0x8000]
             .map(|at| RingLayout::new(features, SIZE, [at + 0x1000, at + 0x2000, at + 0x3000].map(GuestAddress)))

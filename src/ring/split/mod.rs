@@ -6,8 +6,8 @@
 //!
 //! ```
 //! # use std::sync::Arc;
-//! # use vhost_migrate::memory::{Memory, Region, sealed_memfd};
-//! # let memory = Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, GuestAddress(0), 1 << 20, 0)?)])?;
+//! # use vhost_migrate::memory::{Memory, Region};
+//! # let memory = Memory::new([Arc::new(Region::create(GuestAddress(0), 1 << 20)?)])?;
 //! use vhost_migrate::abi::virtio::VirtioFeatures;
 //! use vhost_migrate::memory::GuestAddress;
 //! use vhost_migrate::ring::{Buffer, Chain, RingBase, SplitDevice, SplitDriver, SplitLayout};
