@@ -13,6 +13,17 @@
 //! let offered = VIRTIO_BLK_F_FLUSH | VIRTIO_F_VERSION_1;
 //! assert_eq!(feature_names(offered, Some(VIRTIO_ID_BLOCK)), "VIRTIO_BLK_F_FLUSH, VIRTIO_F_VERSION_1");
 //! ```
+//!
+//! The structures convert to and from bytes by the traits of the crate [`zerocopy`], and begin as zeros:
+//!
+//! ```
+//! use vhost_migrate::abi::virtio::BlkConfig;
+//! use vhost_migrate::abi::zerocopy::{FromZeros, IntoBytes};
+//!
+//! let mut config = BlkConfig::new_zeroed();
+//! config.capacity = 2048.into();
+//! assert_eq!(config.as_bytes()[..8], 2048u64.to_le_bytes());
+//! ```
 #![forbid(unsafe_code)]
 
 pub mod features;
@@ -22,6 +33,8 @@ pub mod vduse;
 pub mod vhost;
 pub mod vhost_user;
 pub mod virtio;
+
+pub use zerocopy;
 
 /// Declares a plain structure with its size and the offset of every field in bytes, and checks both at compile time.
 /// The derived `IntoBytes` refuses padding that is not a field of its own.
