@@ -55,5 +55,5 @@ fn main() -> Result<(), Box<dyn Error>> {
     let [_, socket, image] = &arguments[..] else { return Err("usage: file_disk SOCKET IMAGE".into()) };
     let disk: Arc<dyn VirtioDevice> = Arc::new(Disk(Arc::new(File::options().read(true).write(true).open(image)?)));
     let (stop, _never) = UnixStream::pair()?;
-    Ok(serve(&BackendListener::bind(socket.as_ref())?, &disk, stop.as_fd())?)
+    Ok(serve(&BackendListener::bind(socket)?, &disk, stop.as_fd())?)
 }

@@ -496,7 +496,7 @@ fn stateful(folder: &Path, socket: &str, state: &[u8]) -> Arc<StatefulDevice> {
 
 /// Serves a device in this process until it ends.
 fn serve(folder: &Path, socket: &str, device: Arc<dyn backend::VirtioDevice>) {
-    let listener = BackendListener::bind(&folder.join(socket)).unwrap();
+    let listener = BackendListener::bind(folder.join(socket)).unwrap();
     std::thread::spawn(move || {
         let never = nix::sys::eventfd::EventFd::new().unwrap();
         backend::serve(&listener, &device, never.as_fd()).unwrap();

@@ -26,17 +26,20 @@ pub const RING_FEATURES: VirtioFeatures =
     VIRTIO_F_VERSION_1.union(VIRTIO_RING_F_INDIRECT_DESC).union(VIRTIO_RING_F_EVENT_IDX).union(VIRTIO_F_RING_PACKED);
 
 /// A vhost-user device: its features, its configuration space, and its queues.
+///
+/// A device needs [`features`](VirtioDevice::features), [`config`](VirtioDevice::config) and
+/// [`start_queue`](VirtioDevice::start_queue). Its methods are called by the threads of connections and rings.
 pub trait VirtioDevice: Send + Sync {
     /// Returns the virtio features of the device type and of its rings ([`RING_FEATURES`]). The back-end adds logging
     /// and protocol features.
     fn features(&self) -> VirtioFeatures;
 
-    /// Returns the number of queues.
+    /// Returns the number of queues, 1 by default.
     fn queues(&self) -> u16 {
         1
     }
 
-    /// Returns the maximum number of entries of a ring, a power of two.
+    /// Returns the maximum number of entries of a ring, a power of two: 1024 by default.
     fn max_queue_size(&self) -> u16 {
         1024
     }
@@ -60,7 +63,7 @@ pub trait VirtioDevice: Send + Sync {
         self.queues().into()
     }
 
-    /// Returns the protocol features of the device type, in addition to those of every device.
+    /// Returns the protocol features of the device type, in addition to those of every device. None by default.
     fn protocol_features(&self) -> ProtocolFeatures {
         ProtocolFeatures::empty()
     }
@@ -75,9 +78,9 @@ pub trait VirtioDevice: Send + Sync {
         Err(BackendError::Unsupported { code })
     }
 
-    /// Returns the maximum number of front-ends that may be connected at the same time. Only one of them can run rings.
-    /// More than one allows a migration whose source and destination are on one host and share the back-end. It
-    /// requires a device that keeps no driver state outside its queues.
+    /// Returns the maximum number of front-ends that may be connected at the same time, 1 by default. Only one of them
+    /// can run rings. More than one allows a migration whose source and destination are on one host and share the
+    /// back-end. It requires a device that keeps no driver state outside its queues.
     fn max_front_ends(&self) -> usize {
         1
     }
@@ -91,8 +94,8 @@ pub trait VirtioDevice: Send + Sync {
     /// Called before a ring runs for the first time on a connection. `resumed` is true if the base or the inflight
     /// region show that a back-end has served the ring before; otherwise its driver is new. `features` are the
     /// acknowledged features.
-    fn ring_activated(&self, goes_on: bool, features: VirtioFeatures) {
-        let _ = (goes_on, features);
+    fn ring_activated(&self, resumed: bool, features: VirtioFeatures) {
+        let _ = (resumed, features);
     }
 
     /// Called when the front-end enables logging, as it does before a migration. The device can start work on another
@@ -176,7 +179,7 @@ pub trait VirtioDevice: Send + Sync {
     fn start_queue(&self, index: u16, size: u16, features: VirtioFeatures) -> io::Result<Box<dyn Queue>>;
 }
 
-/// A running queue of a device, used by one thread. Devices whose requests never block can use a
+/// A running queue of a device, used by one thread. Devices that serve one request after the other use a
 /// [`SyncQueue`](crate::backend::SyncQueue).
 ///
 /// Requests may complete in any order. Dropping a queue waits until nothing accesses guest memory any more.

@@ -73,7 +73,8 @@ impl BackendListener {
     ///
     /// # Errors
     /// [`BackendError::Listen`], with advice.
-    pub fn bind(path: &Path) -> Result<BackendListener, BackendError> {
+    pub fn bind(path: impl AsRef<Path>) -> Result<BackendListener, BackendError> {
+        let path = path.as_ref();
         let (socket, place) = listen(path).map_err(|refused| BackendError::Listen {
             path: path.display().to_string(),
             advice: refused.advice,
@@ -109,7 +110,8 @@ pub enum InheritedSocket {
     Connection(UnixStream),
 }
 
-/// Serves `device` to one front-end after the other until `stop` is readable. The next front-end waits until the
+/// Serves `device` to one front-end after the other until `stop` is readable, for example a
+/// socket whose other end was dropped. The next front-end waits until the
 /// current one hangs up or stalls within a message for 10 seconds (rules R9.2, R9.3). A device with several front-ends
 /// ([`VirtioDevice::max_front_ends`]) serves that many at the same time; only one of them can run rings.
 ///
@@ -207,10 +209,11 @@ fn serve_several(
 /// # Errors
 /// [`BackendError::Connect`] for an invalid socket path. A front-end that does not listen yet is waited for.
 pub fn connect_and_serve(
-    path: &Path,
+    path: impl AsRef<Path>,
     device: &Arc<dyn VirtioDevice>,
     stop: BorrowedFd<'_>,
 ) -> Result<(), BackendError> {
+    let path = path.as_ref();
     let mut last_error = None;
     loop {
         match socket::connect(path).and_then(|connection| connection.set_nonblocking(false).map(|()| connection)) {

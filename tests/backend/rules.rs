@@ -437,7 +437,7 @@ fn a_stale_socket_file_is_replaced_and_other_files_are_reported() {
     let at = |name: &str| folder.path().join(name);
     let explain = |path: &Path| BackendListener::bind(path).unwrap_err().to_string();
     drop(std::os::unix::net::UnixListener::bind(at("stale")).unwrap());
-    let listener = BackendListener::bind(&at("stale")).unwrap();
+    let listener = BackendListener::bind(at("stale")).unwrap();
     assert!(explain(&at("stale")).contains("another process listens there"));
     drop(listener);
     assert!(!at("stale").exists());

@@ -372,11 +372,11 @@ impl VirtioDevice for NetDevice {
     }
 
     /// Discards the settings of a previous driver, unless the driver resumes and has a control queue to change them.
-    fn ring_activated(&self, goes_on: bool, features: VirtioFeatures) {
+    fn ring_activated(&self, resumed: bool, features: VirtioFeatures) {
         if !self.shared.state().from_previous_connection {
             return;
         }
-        let keeps = goes_on && features.contains(VIRTIO_NET_F_CTRL_VQ);
+        let keeps = resumed && features.contains(VIRTIO_NET_F_CTRL_VQ);
         self.shared.update(|state| {
             if std::mem::take(&mut state.from_previous_connection) && !keeps {
                 state.reset_driver_settings(self.options.mac);
