@@ -74,7 +74,9 @@ impl LogSource {
 }
 
 impl DirtySource for LogSource {
-    /// Does nothing. Devices may log already, and marks made before this call are kept.
+    /// Does nothing. Devices may log already, and marks made before this call are kept, also those of pages that a
+    /// failed migration has put back. The next migration sends all memory in its first round: harvest the log into an
+    /// unused [`PageSet`] before, or these pages are sent twice.
     fn start(&mut self) -> Result<(), DirtyError> {
         Ok(())
     }

@@ -40,7 +40,8 @@ struct ListenState {
 }
 
 impl MigrationListener {
-    /// Starts accepting connections of `listener`. `outcomes` answers queries.
+    /// Starts accepting connections of `listener`. `outcomes` answers queries. A migration ends if nothing arrives on
+    /// any of its channels for 60 s. To cancel one, use its connection's token.
     ///
     /// # Errors
     /// If no thread or file descriptor is available.
@@ -58,8 +59,8 @@ impl MigrationListener {
         Ok(MigrationListener { migrations: Mutex::new(Some(migrations)), shared, thread })
     }
 
-    /// Waits for the next migration that has sent its first frame. Returns `None` if there will be none: after [`close`](Self::close), or after the
-    /// only migration of a single-channel transport.
+    /// Waits for the next migration that has sent its first frame. Returns `None` if there will be none: after
+    /// [`close`](Self::close), or after the only migration of a single-channel transport.
     ///
     /// # Errors
     /// Errors of [`StreamListener::next`].

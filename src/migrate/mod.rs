@@ -20,9 +20,9 @@
 //!
 //! ```
 //! # use std::sync::Arc;
-//! # use vhost_migrate::memory::{GuestAddress, Memory, Region, sealed_memfd};
+//! # use vhost_migrate::memory::{GuestAddress, Memory, Region};
 //! # fn guest_memory() -> Result<Memory, VmError> {
-//! #     Ok(Memory::new([Arc::new(Region::share(sealed_memfd("guest", 1 << 20)?, GuestAddress(0), 1 << 20, 0)?)])?)
+//! #     Ok(Memory::new([Arc::new(Region::create(GuestAddress(0), 1 << 20)?)])?)
 //! # }
 //! # let folder = tempfile::tempdir()?;
 //! # let path = folder.path().join("incoming");
@@ -93,6 +93,30 @@
 //! assert_eq!(&contents, b"contents");
 //! # Ok::<(), VmError>(())
 //! ```
+//!
+//! # Cancel a migration
+//!
+//! Any thread can cancel a migration by the token of its connection: at the source until the commit is sent, at the
+//! destination until READY is sent. The guest then runs at the source as before:
+//!
+//! ```no_run
+//! # use std::{thread, time::Duration};
+//! # use vhost_migrate::migrate::{MigrationParameters, SourceVm, migrate};
+//! # fn cancel(vm: &mut dyn SourceVm, connection: vhost_migrate::stream::StreamConnection) {
+//! let token = connection.cancel_token().clone();
+//! thread::spawn(move || {
+//!     thread::sleep(Duration::from_secs(60));
+//!     token.cancel()
+//! });
+//! match migrate(vm, connection, &MigrationParameters::default(), &mut |_| {}) {
+//!     Ok(report) => println!("the guest has moved, downtime {:.1} ms", report.downtime_ms),
+//!     // "cancelled: RunningHere"
+//!     Err(failure) => println!("{failure}: {:?}", failure.location),
+//! }
+//! # }
+//! ```
+//!
+//! A token stays cancelled, so another attempt needs new [`StreamOptions`](crate::stream::StreamOptions).
 #![forbid(unsafe_code)]
 
 mod converge;

@@ -38,7 +38,8 @@ pub trait SourceVm {
         None
     }
 
-    /// Returns one source for everything that can dirty guest memory. The migration starts and stops it.
+    /// Returns one source for everything that can dirty guest memory. The migration starts and stops it. A log that an
+    /// earlier migration has used is harvested first, see [`LogSource`](crate::dirty::LogSource).
     ///
     /// # Errors
     /// If dirty pages cannot be tracked. The migration then fails and the guest keeps running.
