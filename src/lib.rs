@@ -31,12 +31,11 @@
 //! use std::sync::Arc;
 //!
 //! use vhost_migrate::dirty::{Log, PageSet};
-//! use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, Region, sealed_memfd};
+//! use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, Region};
 //!
 //! // Guest memory at the source and at the destination, 1 MiB each.
 //! fn guest_memory() -> Result<Memory, Box<dyn std::error::Error>> {
-//!     let fd = sealed_memfd("guest", 1 << 20)?;
-//!     Ok(Memory::new([Arc::new(Region::share(fd, GuestAddress(0), 1 << 20, 0)?)])?)
+//!     Ok(Memory::new([Arc::new(Region::create(GuestAddress(0), 1 << 20)?)])?)
 //! }
 //! let (source, destination) = (guest_memory()?, guest_memory()?);
 //!
@@ -78,10 +77,17 @@
 //! | `vm-memory-bitmap` | `dirty::LogBitmap`: the dirty log as the bitmap of vm-memory's guest memory |
 //! | `vhost-user-backend` | `dirty::RegionBitmap`: the dirty log for devices made of rust-vmm's crate of that name |
 //! | `unstable` | `unstable`: internals for this project's tests, which any version may change |
-//! | `command` | the command `vhost-migrate`, and [`control`]; includes all features above except the two before `unstable` |
+//! | `command` | the command `vhost-migrate`, and [`control`]; includes all features but `vm-memory-bitmap` and `vhost-user-backend` |
 //!
 //! The default is `command` and `vm-memory-bitmap`. Users of the library set `default-features = false` and the
 //! features that they need.
+//!
+//! # Rules and log messages
+//!
+//! "Rule R3.2" is an obligation of `docs/protocol.md`. `docs/glossary.md` has the terms.
+//!
+//! An error of a connection or of a ring ends only that, and is logged by the crate `tracing`. A program sees these
+//! messages if it installs a subscriber, for example by `tracing_subscriber::fmt::init()`.
 
 // docs.rs builds with a nightly toolchain and shows the feature that each item needs.
 #![cfg_attr(docsrs, feature(doc_cfg))]
