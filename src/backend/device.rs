@@ -495,7 +495,7 @@ fn for_each_piece(
     if range.end <= at {
         return Ok(());
     }
-    Err(MemoryError::OutsideRequest { offset: range.start, len: range.end - range.start })
+    Err(MemoryError::OutsideRequest { offset: range.start, len: range.end.saturating_sub(range.start) })
 }
 
 #[cfg(test)]
@@ -524,6 +524,10 @@ mod tests {
         assert!(request.read(5, &mut found).is_err(), "only 8 bytes are readable");
         assert!(request.write(8, b"x").is_err(), "only 8 bytes are writable");
         assert!(request.read(u64::MAX, &mut found).is_err());
+        assert!(
+            request.lend_readable(Range { start: 20, end: 10 }, &mut Vec::new()).is_err(),
+            "it ends before it starts"
+        );
     }
 
     #[test]

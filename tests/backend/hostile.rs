@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use rstest::rstest;
 use vhost_migrate::abi::vhost_user::{
     ConfigHeader, FrontendRequest as Code, Header, InflightDescription, LogDescription, MemRegMsg, MemoryHeader,
-    MemoryRegion, VringAddr, VringState,
+    MemoryRegion, ProtocolFeatures, VringAddr, VringState,
 };
 use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::memory::{GuestAddress, Region, sealed_memfd};
@@ -75,6 +75,12 @@ fn invalid_messages(guest: &Guest, ring: &Ring, features: VirtioFeatures) -> Vec
         ),
         invalid("features that a running ring does not have", Code::SET_FEATURES, &(features ^ PACKED ^ SPLIT), 0),
         invalid("protocol features that were not offered", Code::SET_PROTOCOL_FEATURES, &u64::MAX, 0),
+        invalid(
+            "a protocol feature without a name",
+            Code::SET_PROTOCOL_FEATURES,
+            &(PROTOCOL | ProtocolFeatures::from_bits_retain(1 << 50)),
+            0,
+        ),
         invalid("a table without fds", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 0)]).as_slice(), 0),
         invalid("a table with too many fds", Code::SET_MEM_TABLE, table(&[region(0, MIB, 0, 0)]).as_slice(), 2),
         invalid("a table shorter than it says", Code::SET_MEM_TABLE, more_than_sent.as_slice(), 2),
