@@ -26,7 +26,7 @@ pub enum MigrateError {
     #[error("the destination failed: {0}")]
     Destination(String),
     /// The source cancelled or failed, with its reason.
-    #[error("the source cancelled the migration: {0}")]
+    #[error("the source ended the migration: {0}")]
     Source(String),
     /// The peer sent a message that breaks the order of the handshake.
     #[error("the peer sent {found}, expected {wanted}. Do both sides run the same version?")]

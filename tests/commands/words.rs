@@ -66,7 +66,7 @@ fn each_side_reports_a_cancellation_by_the_other() {
     wait_for_state(&destination, "absent");
     wait_until_listening(&destination);
     let deadline = Instant::now() + PATIENCE;
-    for (cancelled, words) in [(&source, "the source cancelled the migration: cancelled"), (&destination, "")] {
+    for (cancelled, words) in [(&source, "the source ended the migration: cancelled"), (&destination, "")] {
         loop {
             assert!(Instant::now() < deadline, "{}", read(&log));
             let (mut slow, _events) = slow_migration(&source, &uri);
