@@ -240,7 +240,7 @@ fn recover_repeatedly(
         }
         harness.start()?;
     }
-    let seen = format!("{round} rounds, {open} requests in flight in total, {marked} of them marked");
+    let seen = format!("{round} rounds, {open} requests in flight in total, {marked} of them marked in the region");
     Ok(if open == 0 { Outcome::not_tested(seen) } else { Outcome::pass(seen) })
 }
 
