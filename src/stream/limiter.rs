@@ -27,7 +27,7 @@ impl RateLimiter {
         RateLimiter(Arc::new(Mutex::new(bucket)))
     }
 
-    /// Changes the limit, also for waiting writers.
+    /// Changes the limit to `rate` bytes per second, also for waiting writers; `None` for no limit.
     pub fn set(&self, rate: Option<u64>) {
         lock(&self.0).rate = rate.unwrap_or(0);
     }
