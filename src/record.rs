@@ -177,28 +177,28 @@ mod tests {
     use super::*;
 
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
-    struct State {
+    struct Example {
         name: String,
         words: Vec<u64>,
         inflight: Bytes,
     }
 
-    fn state() -> State {
-        State { name: "disk0".into(), words: vec![1, 2, 3], inflight: Bytes(vec![7; 1000]) }
+    fn state() -> Example {
+        Example { name: "disk0".into(), words: vec![1, 2, 3], inflight: Bytes(vec![7; 1000]) }
     }
 
     #[test]
     fn a_record_round_trips_as_fixed_width_little_endian() {
         let bytes = encode(3, &state()).unwrap();
         assert_eq!(version(&bytes).unwrap(), 3);
-        assert_eq!(decode::<State>("state", 3, &bytes, MAX_STATE).unwrap(), state());
+        assert_eq!(decode::<Example>("state", 3, &bytes, MAX_STATE).unwrap(), state());
         assert_eq!(encode(0x0102, &(0x0304u16, 5u32, Some(1u8))).unwrap(), [2, 1, 4, 3, 5, 0, 0, 0, 1, 1]);
     }
 
     #[test]
     fn a_record_version_error_names_the_side_to_update() {
         let bytes = encode(3, &state()).unwrap();
-        let error = decode::<State>("disk state", 2, &bytes, MAX_STATE).unwrap_err().to_string();
+        let error = decode::<Example>("disk state", 2, &bytes, MAX_STATE).unwrap_err().to_string();
         assert_eq!(
             error,
             "received disk state version 3, this program uses version 2: the peer is newer, update this program"
@@ -209,11 +209,11 @@ mod tests {
     fn truncated_and_overlong_records_are_refused() {
         let mut bytes = encode(3, &state()).unwrap();
         for length in 0..bytes.len() {
-            assert!(decode::<State>("state", 3, &bytes[..length], MAX_STATE).is_err(), "{length}");
+            assert!(decode::<Example>("state", 3, &bytes[..length], MAX_STATE).is_err(), "{length}");
         }
         bytes.push(0);
-        assert!(decode::<State>("state", 3, &bytes, MAX_STATE).is_err());
-        assert!(matches!(decode::<State>("state", 3, &bytes, 100), Err(RecordError::TooLong { .. })));
+        assert!(decode::<Example>("state", 3, &bytes, MAX_STATE).is_err());
+        assert!(matches!(decode::<Example>("state", 3, &bytes, 100), Err(RecordError::TooLong { .. })));
     }
 
     #[test]

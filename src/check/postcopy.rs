@@ -29,10 +29,10 @@ const PLAIN: u32 = Header::FLAG_VERSION;
 const ASKING: u32 = Header::FLAG_VERSION | Header::FLAG_NEED_REPLY;
 
 /// A point in the start of postcopy, and the function that gets there.
-type Stage = (&'static str, fn(&Harness) -> Result<Userfault, CheckAbort>);
+type SetupPoint = (&'static str, fn(&Harness) -> Result<Userfault, CheckAbort>);
 
 /// Points at which a front-end disconnects before any ring runs.
-const STAGES: &[Stage] = &[
+const SETUP_POINTS: &[SetupPoint] = &[
     ("POSTCOPY_ADVISE", |harness| advise(harness, PLAIN)),
     ("POSTCOPY_LISTEN", |harness| listen(harness, PLAIN)),
     ("an unacknowledged memory table", |harness| {
@@ -326,7 +326,7 @@ fn complete(harness: &mut Harness) -> Result<Vec<Buffer>, CheckAbort> {
 }
 
 pub(super) fn hang_ups(target: &mut Target) -> Result<Outcome, CheckAbort> {
-    for (what, come_to) in STAGES {
+    for (what, come_to) in SETUP_POINTS {
         let harness = pending_harness(target, 0)?;
         let userfault = come_to(&harness)?;
         harness.connection.close();
@@ -356,7 +356,7 @@ pub(super) fn hang_ups(target: &mut Target) -> Result<Outcome, CheckAbort> {
     harness.wait_quiet();
     let data = harness.fds().pop().map(fstat).transpose()?;
     let made_up = data.map_or(0, |data| data.st_blocks) * 512;
-    let stages = 1 + STAGES.len();
+    let stages = 1 + SETUP_POINTS.len();
     Ok(match made_up {
         0 => Outcome::pass(format!(
             "{stages} front-ends, one with requests that waited for pages; the next was served each time"

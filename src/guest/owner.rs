@@ -225,7 +225,7 @@ pub struct MeasuredRate {
 
 /// State of the guest, with what only this state has.
 #[derive(Clone, Debug, Default)]
-enum State {
+enum OwnedState {
     #[default]
     Absent,
     Running,
@@ -239,7 +239,7 @@ enum State {
 /// State and operation, under one lock.
 #[derive(Default)]
 struct Owned {
-    state: State,
+    state: OwnedState,
     /// View of the guest for status, which never waits.
     view: Option<GuestView>,
     /// The migration of an arrived guest that could not be started yet.
@@ -284,16 +284,16 @@ impl GuestOwner {
 
     /// Takes a guest that runs or is paused.
     pub fn own(&self, guest: Option<Guest>, running: bool) {
-        self.set(guest, if running { State::Running } else { State::Paused });
+        self.set(guest, if running { OwnedState::Running } else { OwnedState::Paused });
     }
 
     /// Takes a paused guest that has arrived and could not be started. [`resume`](Self::resume) tries again.
     pub fn own_unstarted(&self, guest: Option<Guest>, id: MigrationId) {
         lock(&self.owned).not_started = Some(id);
-        self.set(guest, State::Paused);
+        self.set(guest, OwnedState::Paused);
     }
 
-    fn set(&self, guest: Option<Guest>, state: State) {
+    fn set(&self, guest: Option<Guest>, state: OwnedState) {
         let view = guest.as_ref().map(Guest::view);
         *lock(&self.guest) = guest;
         let mut owned = lock(&self.owned);
@@ -304,16 +304,16 @@ impl GuestOwner {
     pub fn state(&self) -> OwnerState {
         let mut owned = lock(&self.owned);
         if owned.view.as_ref().is_some_and(|view| view.failure().is_some()) {
-            owned.state = State::Failed;
+            owned.state = OwnedState::Failed;
         }
         match owned.state {
-            State::Absent if self.outcomes.has_arrived() => OwnerState::Starting,
-            State::Absent => OwnerState::Absent,
-            State::Running => OwnerState::Running,
-            State::Paused => OwnerState::Paused,
-            State::Migrated => OwnerState::Migrated,
-            State::OutcomeUnknown(..) => OwnerState::OutcomeUnknown,
-            State::Failed => OwnerState::Failed,
+            OwnedState::Absent if self.outcomes.has_arrived() => OwnerState::Starting,
+            OwnedState::Absent => OwnerState::Absent,
+            OwnedState::Running => OwnerState::Running,
+            OwnedState::Paused => OwnerState::Paused,
+            OwnedState::Migrated => OwnerState::Migrated,
+            OwnedState::OutcomeUnknown(..) => OwnerState::OutcomeUnknown,
+            OwnedState::Failed => OwnerState::Failed,
         }
     }
 
@@ -321,7 +321,7 @@ impl GuestOwner {
     pub fn new_failure(&self) -> Option<Arc<GuestError>> {
         let mut owned = lock(&self.owned);
         let failure = owned.view.as_ref().and_then(GuestView::failure)?;
-        owned.state = State::Failed;
+        owned.state = OwnedState::Failed;
         (!std::mem::replace(&mut owned.failure_reported, true)).then_some(failure)
     }
 
@@ -409,15 +409,15 @@ impl GuestOwner {
             let mut owned = lock(&self.owned);
             let state = match &migrated {
                 Ok(_) if parameters.continue_here => return Ok(()),
-                Ok(_) => State::Migrated,
+                Ok(_) => OwnedState::Migrated,
                 Err(failure) => match failure.location {
-                    GuestLocation::RunningHere => State::Running,
-                    GuestLocation::PausedHere => State::Paused,
-                    GuestLocation::HandedOver => State::Migrated,
-                    GuestLocation::OutcomeUnknown => State::OutcomeUnknown(uri.clone(), id),
+                    GuestLocation::RunningHere => OwnedState::Running,
+                    GuestLocation::PausedHere => OwnedState::Paused,
+                    GuestLocation::HandedOver => OwnedState::Migrated,
+                    GuestLocation::OutcomeUnknown => OwnedState::OutcomeUnknown(uri.clone(), id),
                 },
             };
-            if matches!(state, State::Migrated) {
+            if matches!(state, OwnedState::Migrated) {
                 owned.view = None;
                 tracing::info!("the guest has moved to {uri}");
             }
@@ -440,8 +440,8 @@ impl GuestOwner {
                 other => return Err(OwnerError::State(other)),
             }
             let state = lock(&self.owned).state.clone();
-            let is_unknown = matches!(state, State::OutcomeUnknown(..));
-            if let State::OutcomeUnknown(uri, id) = &state {
+            let is_unknown = matches!(state, OwnedState::OutcomeUnknown(..));
+            if let OwnedState::OutcomeUnknown(uri, id) = &state {
                 self.query_before_resume(uri, *id)?;
             }
             let interrupt = self.interrupt_on(&cancel)?;
@@ -457,7 +457,7 @@ impl GuestOwner {
             drop(interrupt);
             let not_started = {
                 let mut owned = lock(&self.owned);
-                owned.state = State::Running;
+                owned.state = OwnedState::Running;
                 owned.not_started.take()
             };
             if let Some(id) = not_started {
@@ -471,7 +471,7 @@ impl GuestOwner {
     fn query_before_resume(&self, uri: &Uri, id: MigrationId) -> Result<(), OwnerError> {
         match query_outcome(uri, id, RESUME_QUERY_TIMEOUT) {
             Ok(ToSource::Started(_)) => {
-                self.set(None, State::Migrated);
+                self.set(None, OwnedState::Migrated);
                 Err(OwnerError::Refused("the destination confirms that it runs the guest: it was released here"))
             }
             Ok(ToSource::Held(held)) => Err(OwnerError::HeldByDestination(held.message)),
@@ -486,7 +486,7 @@ impl GuestOwner {
     pub fn forget(&self) -> Result<(), OwnerError> {
         self.run_exclusively(Operation::Forget, None, || match self.state() {
             OwnerState::OutcomeUnknown => {
-                self.set(None, State::Migrated);
+                self.set(None, OwnedState::Migrated);
                 tracing::info!("the guest was released by forget");
                 Ok(())
             }
@@ -508,7 +508,7 @@ impl GuestOwner {
                 OwnerState::Paused => return Err(OwnerError::Refused("the guest is paused already")),
                 other => return Err(OwnerError::State(other)),
             }
-            lock(&self.owned).state = State::Paused;
+            lock(&self.owned).state = OwnedState::Paused;
             Ok(())
         })
     }

@@ -31,13 +31,13 @@ pub struct Region {
     user_addr: UserAddress,
     /// Address of the first byte in this process. The mapping consists of whole pages and may begin before it.
     host: *mut u8,
-    mapping: Arc<Mapping>,
+    mapping: Arc<HostMapping>,
     page: u64,
     backing: Backing,
 }
 
 /// The mapping that holds the memory of a region.
-enum Mapping {
+enum HostMapping {
     Own(MmapRaw),
     /// Mapped by another library, until the owner is dropped.
     Other {
@@ -49,22 +49,22 @@ enum Mapping {
 
 // SAFETY: the pointer is only returned, never dereferenced here; its memory stays mapped until the owner, which is
 // `Send`, is dropped.
-unsafe impl Send for Mapping {}
+unsafe impl Send for HostMapping {}
 // SAFETY: as for `Send`; the owner is `Sync`.
-unsafe impl Sync for Mapping {}
+unsafe impl Sync for HostMapping {}
 
-impl Mapping {
+impl HostMapping {
     fn as_mut_ptr(&self) -> *mut u8 {
         match self {
-            Mapping::Own(mapping) => mapping.as_mut_ptr(),
-            Mapping::Other { start, .. } => *start,
+            HostMapping::Own(mapping) => mapping.as_mut_ptr(),
+            HostMapping::Other { start, .. } => *start,
         }
     }
 
     fn len(&self) -> usize {
         match self {
-            Mapping::Own(mapping) => mapping.len(),
-            Mapping::Other { len, .. } => *len,
+            HostMapping::Own(mapping) => mapping.len(),
+            HostMapping::Other { len, .. } => *len,
         }
     }
 }
@@ -132,7 +132,7 @@ impl Region {
             size,
             user_addr,
             host,
-            mapping: Arc::new(Mapping::Own(mapping)),
+            mapping: Arc::new(HostMapping::Own(mapping)),
             page,
             backing: Backing::Unknown,
         })
@@ -204,7 +204,7 @@ impl Region {
             size,
             user_addr: UserAddress(at.0),
             host,
-            mapping: Arc::new(Mapping::Own(mapping)),
+            mapping: Arc::new(HostMapping::Own(mapping)),
             page: LOG_PAGE,
             backing: Backing::Unknown,
         })
@@ -281,7 +281,7 @@ impl Region {
             }
             _ => Backing::Unknown,
         };
-        let mapping = Arc::new(Mapping::Other { start, len, _owner: other });
+        let mapping = Arc::new(HostMapping::Other { start, len, _owner: other });
         Ok(Region { gpa, size, user_addr: UserAddress(start.addr() as u64), host: start, mapping, page, backing })
     }
 

@@ -24,14 +24,16 @@ pub struct Outcomes(Arc<Mutex<OutcomeTable>>);
 
 #[derive(Default)]
 struct OutcomeTable {
-    by_id: HashMap<MigrationId, Outcome>,
+    by_id: HashMap<MigrationId, KnownOutcome>,
     /// True if no further migration may start.
     closed: bool,
 }
 
 impl OutcomeTable {
     fn has_arrived(&self) -> bool {
-        let arrived = |outcome: &_| matches!(outcome, Outcome::Starting(_) | Outcome::Held(_) | Outcome::Started(_));
+        let arrived = |outcome: &_| {
+            matches!(outcome, KnownOutcome::Starting(_) | KnownOutcome::Held(_) | KnownOutcome::Started(_))
+        };
         self.by_id.values().any(arrived)
     }
 }
@@ -39,7 +41,7 @@ impl OutcomeTable {
 /// Maximum number of stored outcomes. A source queries soon or never.
 const MAX_OUTCOMES: usize = 1024;
 
-enum Outcome {
+enum KnownOutcome {
     /// Not committed.
     Receiving { channels: Vec<StreamChannel>, cancel: CancelToken },
     /// Given up for good, with the reason.
@@ -57,13 +59,13 @@ impl Outcomes {
     pub fn answer(&self, id: MigrationId) -> ToSource {
         self.give_up(id, "the source lost the connection and queried the outcome before the commit arrived");
         match self.lock().by_id.get(&id) {
-            Some(Outcome::GivenUp(message)) => ToSource::Failed { message: message.clone() },
-            Some(Outcome::Starting(_)) => {
+            Some(KnownOutcome::GivenUp(message)) => ToSource::Failed { message: message.clone() },
+            Some(KnownOutcome::Starting(_)) => {
                 ToSource::Held(Held { starting: true, message: "the guest is being started".into() })
             }
-            Some(Outcome::Held(held)) => ToSource::Held(held.clone()),
-            Some(Outcome::Started(started)) => ToSource::Started(*started),
-            Some(Outcome::Receiving { .. }) | None => ToSource::Unknown,
+            Some(KnownOutcome::Held(held)) => ToSource::Held(held.clone()),
+            Some(KnownOutcome::Started(started)) => ToSource::Started(*started),
+            Some(KnownOutcome::Receiving { .. }) | None => ToSource::Unknown,
         }
     }
 
@@ -76,9 +78,9 @@ impl Outcomes {
     /// before, which has ended its stream.
     pub(super) fn record_failure(&self, id: MigrationId, error: MigrateError) -> MigrateError {
         match self.lock().by_id.get_mut(&id) {
-            Some(Outcome::GivenUp(why)) => MigrateError::GivenUp(why.clone()),
-            Some(outcome @ Outcome::Receiving { .. }) => {
-                *outcome = Outcome::GivenUp(with_causes(&error).to_string());
+            Some(KnownOutcome::GivenUp(why)) => MigrateError::GivenUp(why.clone()),
+            Some(outcome @ KnownOutcome::Receiving { .. }) => {
+                *outcome = KnownOutcome::GivenUp(with_causes(&error).to_string());
                 error
             }
             _ => error,
@@ -93,7 +95,7 @@ impl Outcomes {
     /// Cancels the start of an arrived guest, which is kept paused. Returns true if one was being started.
     pub fn cancel_start(&self) -> bool {
         let known = self.lock();
-        let cancelled = |outcome: &Outcome| matches!(outcome, Outcome::Starting(cancel) if cancel.cancel());
+        let cancelled = |outcome: &KnownOutcome| matches!(outcome, KnownOutcome::Starting(cancel) if cancel.cancel());
         known.by_id.values().fold(false, |any, outcome| cancelled(outcome) | any)
     }
 
@@ -118,7 +120,7 @@ impl Outcomes {
 
     /// Records that the guest of the migration `id` runs.
     pub fn record_started(&self, id: MigrationId, started: Started) {
-        self.lock().by_id.insert(id, Outcome::Started(started));
+        self.lock().by_id.insert(id, KnownOutcome::Started(started));
     }
 
     /// Records the start of a migration.
@@ -137,9 +139,9 @@ impl Outcomes {
             return Err(MigrateError::GivenUp("this destination is ending".into()));
         }
         if known.by_id.len() >= MAX_OUTCOMES {
-            known.by_id.retain(|_, outcome| !matches!(outcome, Outcome::GivenUp(_)));
+            known.by_id.retain(|_, outcome| !matches!(outcome, KnownOutcome::GivenUp(_)));
         }
-        let begun = Outcome::Receiving { channels: channels.to_vec(), cancel: cancel.clone() };
+        let begun = KnownOutcome::Receiving { channels: channels.to_vec(), cancel: cancel.clone() };
         match known.by_id.entry(id) {
             // A file may be restored repeatedly.
             Entry::Occupied(_) if !one_way => Err(MigrateError::GivenUp("the migration id was used before".into())),
@@ -163,11 +165,11 @@ impl Outcomes {
         let starting = CancelToken::new()?;
         let mut known = self.lock();
         match known.by_id.get_mut(&id) {
-            Some(outcome @ Outcome::Receiving { .. }) => {
-                *outcome = Outcome::Starting(starting.clone());
+            Some(outcome @ KnownOutcome::Receiving { .. }) => {
+                *outcome = KnownOutcome::Starting(starting.clone());
                 Ok(starting)
             }
-            Some(Outcome::GivenUp(why)) => Err(MigrateError::GivenUp(why.clone())),
+            Some(KnownOutcome::GivenUp(why)) => Err(MigrateError::GivenUp(why.clone())),
             _ => Err(MigrateError::GivenUp("the migration is not under way".into())),
         }
     }
@@ -175,7 +177,7 @@ impl Outcomes {
     /// Records that the guest could not be started.
     pub(super) fn record_held(&self, id: MigrationId, message: &str) -> Held {
         let held = Held { starting: false, message: message.into() };
-        self.lock().by_id.insert(id, Outcome::Held(held.clone()));
+        self.lock().by_id.insert(id, KnownOutcome::Held(held.clone()));
         held
     }
 
@@ -185,13 +187,13 @@ impl Outcomes {
 }
 
 /// Gives up an uncommitted migration and ends its stream. Returns false for other migrations.
-fn give_up_uncommitted(outcome: &mut Outcome, why: &str) -> bool {
-    let Outcome::Receiving { channels, cancel } = outcome else { return false };
+fn give_up_uncommitted(outcome: &mut KnownOutcome, why: &str) -> bool {
+    let KnownOutcome::Receiving { channels, cancel } = outcome else { return false };
     // A source that has sent its commit can still receive the answer.
     if !cancel.cancel() {
         channels.iter().for_each(StreamChannel::shutdown_read);
     }
-    *outcome = Outcome::GivenUp(why.into());
+    *outcome = KnownOutcome::GivenUp(why.into());
     true
 }
 

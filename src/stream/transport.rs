@@ -269,9 +269,9 @@ impl fmt::Debug for StreamConnection {
 
 /// One channel of a migration. Clones share it, so that one thread can read while another writes.
 #[derive(Clone)]
-pub struct StreamChannel(Arc<ChannelState>);
+pub struct StreamChannel(Arc<StreamChannelState>);
 
-struct ChannelState {
+struct StreamChannelState {
     fd: OwnedFd,
     /// Shared by all channels of the connection.
     last_received: Arc<LastReceived>,
@@ -352,7 +352,7 @@ impl StreamChannel {
             }
             enable_keepalive(&fd);
         }
-        let inner = Arc::new(ChannelState {
+        let inner = Arc::new(StreamChannelState {
             fd,
             last_received: activity.clone(),
             kind,
@@ -366,7 +366,7 @@ impl StreamChannel {
             allow_after_cancel: AtomicBool::new(false),
             on_finish: Mutex::new(end),
         });
-        let target: Weak<ChannelState> = Arc::downgrade(&inner);
+        let target: Weak<StreamChannelState> = Arc::downgrade(&inner);
         options.cancel.register(target);
         let channel = StreamChannel(inner);
         channel.set_timeout(options.timeout)?;
@@ -485,7 +485,7 @@ impl Write for StreamChannel {
     }
 }
 
-impl ChannelState {
+impl StreamChannelState {
     fn read(&self, mut read: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>) -> io::Result<usize> {
         let count = self.retry_io(PollFlags::POLLIN, || read(self.fd.as_fd()))?;
         self.received.fetch_add(count as u64, Ordering::Relaxed);
@@ -650,7 +650,7 @@ impl ChannelState {
     }
 }
 
-impl CancelTarget for ChannelState {
+impl CancelTarget for StreamChannelState {
     /// Ends reads. Writers end after the current frame.
     fn interrupt(&self) {
         self.shutdown(Shutdown::Read);
@@ -661,7 +661,7 @@ impl CancelTarget for ChannelState {
     }
 }
 
-impl Drop for ChannelState {
+impl Drop for StreamChannelState {
     /// Kills the command of an unfinished migration.
     fn drop(&mut self) {
         match &mut *lock(&self.on_finish) {
