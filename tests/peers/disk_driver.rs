@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use vhost_migrate::abi::virtio::{
     BlkRequestHeader, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VirtioFeatures,
@@ -88,8 +88,8 @@ impl DiskDriver {
                 continue;
             }
             let mut ready = [PollFd::new(self.call.as_fd(), PollFlags::POLLIN)];
-            let millis = u16::try_from(DEADLINE.as_millis()).unwrap();
-            assert_eq!(poll(&mut ready, millis), Ok(1), "{} requests without an answer", self.ring.outstanding());
+            let limit = PollTimeout::try_from(DEADLINE).unwrap();
+            assert_eq!(poll(&mut ready, limit), Ok(1), "{} requests without an answer", self.ring.outstanding());
             nix::unistd::read(&self.call, &mut [0; 8]).unwrap();
         }
         for slot in 0..slots {
