@@ -19,7 +19,7 @@ const STATUS: GuestAddress = GuestAddress(0x8000);
 /// Guest memory as the device sees it: the bitmap of each region leads to the switch.
 type Memory = GuestMemoryMmap<LogBitmap<LogSwitch>>;
 
-/// A device that fills a buffer of the guest with numbers, and then tells it so in a status byte.
+/// A device that fills a buffer of the guest with numbers, and then writes a status byte.
 struct Counter(Memory);
 
 impl Counter {

@@ -163,7 +163,7 @@ fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
             let config = arguments.config();
             let (backends, overwrite) = (arguments.backend.clone(), arguments.workload.overwrite);
             let (done, booted) = bounded(1);
-            // On a separate thread, so that quit ends this process at once whatever a back-end does.
+            // On a separate thread, so that quit ends this process at once even if a back-end hangs.
             let boot = move || drop(done.send(boot(config, &backends, overwrite)));
             std::thread::Builder::new().name("boot".into()).spawn(boot)?;
             select! {

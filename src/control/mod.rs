@@ -679,7 +679,7 @@ mod tests {
         let (listener, _path) = bind(&path).unwrap();
         nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
         std::thread::scope(|scope| {
-            // More than there is room for.
+            // More connections than the queue holds.
             let callers: Vec<_> =
                 (0..4).map(|_| scope.spawn(|| call(&path, &ControlCommand::Cancel {}, |_| ()))).collect();
             for callers in callers {

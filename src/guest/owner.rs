@@ -384,7 +384,7 @@ impl GuestOwner {
     /// Migrates the guest to `uri` and reports events until the end.
     ///
     /// # Errors
-    /// If there is no guest, or the migration failed. The state then tells where the guest is.
+    /// If there is no guest, or the migration failed. The state then says where the guest is.
     pub fn migrate(
         &self,
         uri: &Uri,

@@ -195,7 +195,7 @@ impl Convergence {
     fn update_rate(&mut self, round: RoundResult) {
         let long = round.data_pages >= MIN_RATED_PAGES;
         let per_second = |pages: u64| pages as f64 / round.duration.as_secs_f64().max(1e-6);
-        // The first round tells nothing about rewritten pages.
+        // The first round has no information about rewritten pages.
         if round.data_pages == 0 && round.zero_pages > 0 && self.rounds > 1 {
             self.zeros_per_second = Some(per_second(round.zero_pages));
         }

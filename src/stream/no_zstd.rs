@@ -1,4 +1,4 @@
-//! Stand-ins for the contexts of zstd where the feature `zstd` is off: whatever needs one is refused with the reason.
+//! Replaces the contexts of zstd without the feature `zstd`: compression is refused with the reason.
 #![forbid(unsafe_code)]
 
 use std::io;

@@ -1,16 +1,15 @@
-//! Disk I/O straight from and to the guest memory of a request: through io_uring, or by threads. The room's only
-//! `unsafe`.
+//! Disk I/O directly from and to the guest memory of a request, through io_uring or by threads.
 //!
 //! | file | purpose |
 //! |---|---|
-//! | `files` | the open image, and what of it is not on the disk yet |
-//! | `write_back` | the page cache written back ahead of the end of a migration |
-//! | `uring` | io_uring; `no_uring` where it is left out |
-//! | `attempt` | the way that an attempt goes: past the page cache, through aligned memory, or through the page cache |
+//! | `files` | the open files of an image, and whether changes are not on stable storage yet |
+//! | `write_back` | write-back of the page cache during a migration |
+//! | `uring` | I/O through io_uring; `no_uring` without the feature `io-uring` |
+//! | `attempt` | one attempt: past the page cache, through aligned memory, or through the page cache |
 //!
-//! An [`Engine`] makes one attempt per [`Io`] and hands it back with what the system said. Retries, short transfers and
-//! what an error means are the caller's. An `Io` owns its request, and with it the guest memory, until then: that is
-//! what makes it safe to let the kernel write there.
+//! A [`DiskEngine`] makes one attempt per [`DiskIo`] and returns it with the result of the system call. The caller
+//! handles retries, short transfers and errors. A `DiskIo` owns its request until then, and so the guest memory that the
+//! kernel writes.
 
 mod attempt;
 mod files;
@@ -229,8 +228,8 @@ fn transfer(files: &ImageFiles, attempt: &Attempt, io: &DiskIo) -> io::Result<u6
     let offset = i64::try_from(attempt.start).map_err(|_| Errno::EFBIG)?;
     let len = i64::try_from(io.len()).map_err(|_| Errno::EFBIG)?;
     let (iovecs, count) = (attempt.iovecs.as_ptr(), attempt.iovecs.len() as i32);
-    // SAFETY: the ranges are guest memory of the request in `io`, or what stands for it in `attempt`; writing there from
-    // outside Rust is what both are for.
+    // SAFETY: the ranges are guest memory of the request in `io`, or the aligned memory of `attempt`. The kernel may write
+    // both, and both outlive this call.
     let result = unsafe {
         match io.op {
             DiskOp::Read => libc::preadv(attempt.fd, iovecs, count, offset),
@@ -256,7 +255,7 @@ mod tests {
     use crate::memory::{GuestAddress, Memory, Region, UserAddress, sealed_memfd};
     use crate::ring::Buffer;
 
-    /// A direct disk of 16 KiB, served in each way, and what it holds.
+    /// Calls `each` with a direct disk of 16 KiB, for each engine, and its contents.
     fn direct_disks(each: impl Fn(&ImageFiles, &mut dyn FnMut(DiskIo) -> (DiskIo, u64), &mut Vec<u8>)) {
         for uring in [true, false] {
             let image = tempfile::NamedTempFile::new().unwrap();

@@ -207,7 +207,7 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.ring_lock.iter().for_each(RingLockClient::mark_releasing);
         self.stop_workers(|| WorkerCommand::Abandon);
-        // All threads are told to end before the first is joined.
+        // All threads receive the command to end before the first is joined.
         self.threads.iter_mut().flatten().for_each(|thread| thread.jobs = None);
         self.ring_lock.iter().for_each(RingLockClient::release);
     }

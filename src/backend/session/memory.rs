@@ -57,7 +57,8 @@ impl Session {
         self.apply_ring_states(rings)
     }
 
-    /// The front-end hears of faults from here on, so rings may run (rule P1.5).
+    /// Handles the acknowledgement of a memory table. The front-end serves faults from here on, so rings may run
+    /// (rule P1.5).
     pub(super) fn acknowledge_memory(
         &mut self,
         message: &VhostUserMessage,

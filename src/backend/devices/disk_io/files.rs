@@ -38,8 +38,8 @@ pub(crate) struct ImageFiles {
 
 impl ImageFiles {
     /// # Errors
-    /// What the system says of `direct`, which was opened with O_DIRECT; [`io::ErrorKind::Unsupported`] if its I/O would go
-    /// through the page cache all the same.
+    /// The error of the system for `direct`, which was opened with O_DIRECT; [`io::ErrorKind::Unsupported`] if its I/O
+    /// would use the page cache nevertheless.
     pub(crate) fn new(buffered: File, direct: Option<File>) -> io::Result<ImageFiles> {
         let direct = direct.map(|file| alignment(&file).map(|alignment| (file, alignment))).transpose()?;
         Ok(ImageFiles { buffered, direct, unsynced: AtomicBool::new(false), used_page_cache: AtomicBool::new(false) })
@@ -63,7 +63,7 @@ impl ImageFiles {
     /// Records the start of an attempt.
     pub(super) fn note_start(&self, op: DiskOp, way: IoPath) {
         match op {
-            // What completes while it is under way may not be in it.
+            // A write that completes during the flush may not be part of it.
             DiskOp::Flush => self.unsynced.store(false, Ordering::Release),
             // File systems zero the parts of a block through the page cache.
             DiskOp::Discard | DiskOp::Zero { .. } => self.used_page_cache.store(true, Ordering::Release),
@@ -120,7 +120,7 @@ impl ImageFiles {
 
 #[cfg(test)]
 impl ImageFiles {
-    /// As if direct I/O needed blocks of that many bytes.
+    /// Sets the block size of direct I/O, for tests.
     pub(super) fn with_blocks(mut self, bytes: u64) -> ImageFiles {
         if let Some((_, alignment)) = &mut self.direct {
             alignment.block = bytes;
@@ -135,10 +135,10 @@ impl ImageFiles {
 
 /// Returns the alignment required for direct I/O on this file (STATX_DIOALIGN), as far as its file system reports it.
 fn alignment(file: &File) -> io::Result<Alignment> {
-    // SAFETY: all of its fields are integers.
+    // SAFETY: all fields of the structure are integers.
     let mut status: libc::statx = unsafe { std::mem::zeroed() };
     let (fd, flags) = (file.as_raw_fd(), libc::AT_EMPTY_PATH);
-    // SAFETY: the path is a constant, and the structure is this call's.
+    // SAFETY: the path is a constant, and only this call writes the structure.
     let asked = unsafe { libc::statx(fd, c"".as_ptr(), flags, libc::STATX_DIOALIGN, &raw mut status) };
     if asked == 0 && status.stx_mask & libc::STATX_DIOALIGN != 0 {
         let (memory, block) = (status.stx_dio_mem_align.into(), u64::from(status.stx_dio_offset_align));

@@ -1,4 +1,4 @@
-//! Stand-ins for the rings of io_uring where the feature `io-uring` is off: none can be set up, and threads do the I/O.
+//! Replaces `uring` without the feature `io-uring`: no ring can be set up, and threads do the I/O.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::{DiskEngine, DiskIo, Done, ImageFiles};
 
-/// Rings that were set up in advance: none.
+/// An empty pool of rings.
 #[derive(Debug)]
 pub(crate) struct UringPool(Infallible);
 
@@ -20,7 +20,7 @@ impl UringPool {
     }
 }
 
-/// An engine over a ring, of which there is none.
+/// An engine that cannot be made, because there are no rings.
 pub(crate) struct UringEngine(Infallible);
 
 impl UringEngine {

@@ -1,4 +1,4 @@
-//! Disk I/O through io_uring: rings that are set up in advance, and the engine over one of them.
+//! Disk I/O through io_uring: a pool of rings that are set up in advance, and the engine that uses one of them.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -14,8 +14,8 @@ use io_uring::{IoUring, opcode, squeue, types};
 use super::attempt::Attempt;
 use super::{DiskEngine, DiskIo, DiskOp, Done, ImageFiles, MAX_BATCH};
 
-/// Rings of io_uring, made before anybody is served: each takes disk I/O and nothing else from then on. A process whose
-/// system calls are filtered can't make others.
+/// Rings of io_uring. They are set up before the first front-end is served, because the sandbox then refuses the system
+/// call. Each accepts only disk I/O.
 pub(crate) struct UringPool(Mutex<Vec<IoUring>>);
 
 impl fmt::Debug for UringPool {
@@ -25,7 +25,7 @@ impl fmt::Debug for UringPool {
 }
 
 impl UringPool {
-    /// One for each of `queues` queues, with up to `depth` pieces of I/O at a time.
+    /// Sets up a ring for each of `queues` queues, with up to `depth` operations in flight.
     pub(crate) fn new(queues: u16, depth: u16) -> io::Result<UringPool> {
         let depth = u32::from(depth.max(1)).next_power_of_two();
         let make = |_| {
@@ -40,8 +40,8 @@ impl UringPool {
             ring.submitter().register_enable_rings()?;
             Ok(ring)
         };
-        // When a ring is closed, the kernel interrupts the thread that made it in whatever it does then: one is made for
-        // this that has ended by then.
+        // The kernel interrupts the thread that set a ring up when the ring is closed. A thread of its own does it, which
+        // has ended by then.
         let rings = thread::scope(|scope| scope.spawn(|| (0..queues).map(make).collect::<io::Result<_>>()).join());
         Ok(UringPool(Mutex::new(rings.map_err(|_| io::Error::other("a thread has failed"))??)))
     }
@@ -70,7 +70,7 @@ struct Slot {
 }
 
 impl UringEngine {
-    /// On one of the rings, if not all are in use.
+    /// Creates an engine with a free ring; `None` if all are in use.
     pub(crate) fn new(files: Arc<ImageFiles>, pool: &Arc<UringPool>) -> Option<UringEngine> {
         let ring = ManuallyDrop::new(pool.idle().pop()?);
         Some(UringEngine { ring, pool: pool.clone(), files, slots: Vec::new(), free: Vec::new(), failed: Vec::new() })
@@ -95,7 +95,7 @@ impl UringEngine {
         }
     }
 
-    /// Passes everything on to the kernel. When it has no room for more, completions have to be taken first.
+    /// Submits all queued entries. If the kernel accepts no more, completions must be taken first.
     fn submit_queued(&mut self) {
         while !self.ring.submission().is_empty() {
             match self.ring.submit() {
@@ -111,7 +111,7 @@ impl UringEngine {
     }
 }
 
-/// Bytes of a range, as one call takes them; the rest is left to the next attempt.
+/// Returns the number of bytes of a range for one call. The rest is left to the next attempt.
 fn length(iovec: &libc::iovec) -> u32 {
     iovec.iov_len.min(1 << 30) as u32
 }
@@ -130,11 +130,11 @@ impl DiskEngine for UringEngine {
         }
         let entry = UringEngine::submission_entry(&slot.attempt, &io).user_data(index as u64);
         slot.io = Some(io);
-        // SAFETY: the buffers are guest memory of the request in `slot.io` or what stands for it in `slot.attempt`, which
-        // has the list of them too; neither is touched until the completion with this index has been taken, for which `drop` waits too. The
-        // file is open as long as `self.files` lives.
+        // SAFETY: the buffers are guest memory of the request in `slot.io` or aligned memory in `slot.attempt`, which also
+        // has the list of them. Neither is accessed until the completion with this index has been taken; `drop` waits for
+        // it too. The file is open as long as `self.files` exists.
         while unsafe { self.ring.submission().push(&entry) }.is_err() {
-            // The queue is full, and the kernel is about to take what is in it.
+            // The queue is full: the kernel must take entries first.
             if let Err(error) = self.ring.submit()
                 && error.raw_os_error() != Some(libc::EINTR)
             {
@@ -153,7 +153,7 @@ impl DiskEngine for UringEngine {
     fn cancel(&mut self) {
         self.submit_queued();
         let entry = opcode::AsyncCancel2::new(types::CancelBuilder::any()).build().user_data(u64::MAX);
-        // SAFETY: it refers to no memory. Its own completion belongs to no slot.
+        // SAFETY: the entry refers to no memory. Its completion belongs to no slot.
         let _ = unsafe { self.ring.submission().push(&entry) };
         self.submit_queued();
     }
@@ -174,7 +174,7 @@ impl DiskEngine for UringEngine {
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the ring owns its fd, and this borrow borrows the ring.
+        // SAFETY: the ring owns the fd, and the result borrows the ring.
         unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
     }
 }
@@ -184,7 +184,7 @@ impl Drop for UringEngine {
         let mut done = VecDeque::new();
         self.completions(&mut done);
         while self.in_flight() > 0 {
-            // An interrupted wait is taken up again.
+            // An interrupted wait is repeated.
             let _ = self.ring.submit_and_wait(1);
             self.completions(&mut done);
         }

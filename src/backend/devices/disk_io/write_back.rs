@@ -32,7 +32,7 @@ impl WriteBack {
 
 fn write_back_loop(files: &ImageFiles, ended: &Receiver<()>) {
     loop {
-        // The flush at the end says what could not be written.
+        // The flush at the end reports errors of the write.
         if let Err(error) = begin_write_back(files.buffered.as_fd()) {
             return limited!(warn, "the image is not written back ahead of a migration's end: {error}");
         }
