@@ -1,6 +1,6 @@
-//! Devices and queues that are others with a few functions of their own.
+//! Devices and queues that wrap another one and replace a few of its functions.
 
-/// In an `impl`: these functions are those of the device or queue in a field.
+/// Implements functions of a trait by those of the device or queue in a field.
 macro_rules! forward {
     ($field:tt: $($function:ident -> $value:ty),+) => {
         $(fn $function(&self) -> $value {

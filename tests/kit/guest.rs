@@ -28,10 +28,10 @@ use crate::wait::is_readable;
 pub(crate) const LOG_ALL: VirtioFeatures = VHOST_F_LOG_ALL;
 pub(crate) const PROTOCOL_FEATURES_BIT: VirtioFeatures = VHOST_USER_F_PROTOCOL_FEATURES;
 pub(crate) const BASIC: VirtioFeatures = PROTOCOL_FEATURES_BIT.union(VIRTIO_F_VERSION_1);
-/// Features that a driver of split rings acknowledges at least, and a driver of packed rings.
+/// The features that a driver always acknowledges, with split and with packed rings.
 pub(crate) const SPLIT: VirtioFeatures = BASIC;
 pub(crate) const PACKED: VirtioFeatures = BASIC.union(VIRTIO_F_RING_PACKED);
-/// Bytes of each of the two regions; the second lies above 4 GiB.
+/// Size of each of the two regions, bytes. The second begins above 4 GiB.
 pub(crate) const REGION: u64 = 16 << 20;
 pub(crate) const HIGH: GuestAddress = GuestAddress(1 << 32);
 pub(crate) const PROTOCOL: ProtocolFeatures = ProtocolFeatures::MQ
@@ -102,7 +102,7 @@ impl Guest {
     }
 }
 
-/// A ring in guest memory: one per index, each in a 1 MiB of its own, 1 MiB from the start.
+/// A ring in guest memory. Each index has 1 MiB of its own, after the first MiB.
 pub(crate) struct Ring {
     pub(crate) index: u32,
     /// Addresses of its parts; of a packed ring the event areas instead of avail and used ring.
@@ -172,7 +172,7 @@ impl Ring {
         self.flags(guest, position.index) & 0x8080 == if position.wrap { 0x8080 } else { 0 }
     }
 
-    /// The used index that stands in a split ring.
+    /// The used index of a split ring in memory.
     pub(crate) fn used_index(&self, guest: &Guest) -> u16 {
         let bytes = guest.bytes(self.layout.used.unchecked_add(2), 2);
         u16::from_le_bytes([bytes[0], bytes[1]])
@@ -186,7 +186,7 @@ impl Ring {
         }
     }
 
-    /// Notes the first `count` requests of this ring as taken, in a region that is fresh: as a back-end which dies then.
+    /// Marks the first `count` requests of this ring in a new region, like a back-end that is killed then.
     pub(crate) fn take_requests(&self, guest: &Guest, region: &inflight::InflightRegion, count: usize) {
         PreviousBackend::of(self, guest, region, count);
     }
@@ -228,7 +228,7 @@ impl Ring {
         }
     }
 
-    /// NUM, BASE, ADDR, CALL and KICK (rule R6.1).
+    /// Sends NUM, BASE, ADDR, CALL and KICK (rule R6.1).
     pub(crate) fn set_up(&self, client: &RawFrontend, guest: &Guest, base: u32) {
         let index = self.index;
         client.send(Code::SET_VRING_CALL, VERSION, u64::from(index).as_bytes(), &[self.call.as_fd()]);
@@ -248,14 +248,14 @@ impl Ring {
         client.send_acknowledged(Code::SET_VRING_ENABLE, &VringState { index: self.index, num: yes.into() }, &[]);
     }
 
-    /// Makes what was added visible, and kicks if the device wants it.
+    /// Publishes the added requests, and kicks if the device needs it.
     pub(crate) fn kick(&mut self) {
         if self.driver.publish() {
             self.kick.write(1).unwrap();
         }
     }
 
-    /// Waits for one completion; its head and its length.
+    /// Waits for one completion. Returns its head and its length.
     pub(crate) fn completion(&mut self) -> (u16, u32) {
         let end = Instant::now() + DEADLINE;
         loop {
@@ -270,12 +270,12 @@ impl Ring {
         }
     }
 
-    /// Makes what was added visible, and waits for the completion of one request.
+    /// Publishes the added requests, and waits for one completion.
     pub(crate) fn serve_one(&mut self) {
         self.serve(1);
     }
 
-    /// Makes what was added visible, and waits for this many completions.
+    /// Publishes the added requests, and waits for this many completions.
     pub(crate) fn serve(&mut self, count: usize) {
         self.kick();
         self.completions(count);
@@ -289,12 +289,12 @@ impl Ring {
 /// A back-end that serves a ring before the tested one does.
 pub(crate) struct PreviousBackend {
     ring: TrackedRing,
-    /// Requests under way, with what names them in the region.
+    /// Requests in flight, with their slots in the region.
     taken: VecDeque<(Chain, u16)>,
 }
 
 impl PreviousBackend {
-    /// One that takes the first `count` requests of `ring`, and notes them in a region that is fresh.
+    /// Takes the first `count` requests of `ring`, and marks them in a new region.
     pub(crate) fn of(ring: &Ring, guest: &Guest, region: &inflight::InflightRegion, count: usize) -> PreviousBackend {
         let SplitLayout { size, desc, avail, used } = ring.layout;
         let layout = RingLayout::new(ring.features, size, [desc, avail, used]);
@@ -310,7 +310,7 @@ impl PreviousBackend {
         PreviousBackend { ring, taken }
     }
 
-    /// Completes the oldest request, as one that was well, and publishes it.
+    /// Completes the oldest request with success, and publishes it.
     pub(crate) fn complete_one(&mut self, guest: &Guest) {
         let (chain, name) = self.taken.pop_front().unwrap();
         guest.memory.write(chain.writable.last().unwrap().gpa, &[0]).unwrap();
@@ -319,12 +319,12 @@ impl PreviousBackend {
     }
 }
 
-/// Waits until a ring says over its error fd that it is broken.
+/// Waits for the signal on the error fd of a broken ring.
 pub(crate) fn wait_for_error(error: &EventFd, what: &str) {
     assert!(is_readable(error, DEADLINE.as_millis() as u16), "the ring did not break: {what}");
 }
 
-/// Connects far enough for rings to be set up: protocol features, owner, features, memory.
+/// Sends all messages before those of rings: protocol features, owner, features, memory.
 pub(crate) fn negotiate(client: &RawFrontend, guest: &Guest, features: VirtioFeatures) {
     negotiate_with(client, guest, features, PROTOCOL);
 }
@@ -349,7 +349,7 @@ pub(crate) fn inflight_kind(features: VirtioFeatures) -> inflight::RingKind {
     if features.contains(VIRTIO_F_RING_PACKED) { inflight::RingKind::Packed } else { inflight::RingKind::Split }
 }
 
-/// A fresh inflight region for rings of the kind that `features` say, its fd, and what SET_INFLIGHT_FD says of it.
+/// A new inflight region for rings of the kind in `features`, its fd, and the payload of SET_INFLIGHT_FD.
 pub(crate) fn inflight_region(
     features: VirtioFeatures,
     queues: u16,
@@ -363,7 +363,7 @@ pub(crate) fn inflight_region(
     (region, fd, description)
 }
 
-/// A disk request at `gpa`: header, then at the next two pages' starts whatever the caller puts there.
+/// Writes the header of a disk request at `gpa`. The caller writes the starts of the next two pages.
 pub(crate) fn header(guest: &Guest, gpa: GuestAddress, request_type: u32, sector: u64) -> Buffer {
     let header = BlkRequestHeader { request_type: request_type.into(), ioprio: 0.into(), sector: sector.into() };
     guest.memory.write(gpa, header.as_bytes()).unwrap();
@@ -417,7 +417,7 @@ pub(crate) fn send_log(client: &RawFrontend, log: &Log, fd: &OwnedFd) {
     assert_eq!(client.reply(Code::SET_LOG_BASE), description.as_bytes(), "the 16 bytes that everybody takes (F7.1)");
 }
 
-/// LOG_ALL, then F_LOG on every ring, as front-ends do (rule L7.1).
+/// Sets LOG_ALL, then F_LOG on every ring, as front-ends do (rule L7.1).
 pub(crate) fn start_logging(
     client: &RawFrontend,
     guest: &Guest,

@@ -27,13 +27,13 @@ use crate::raw::{RawFrontend, VERSION};
 
 /// All I/O virtual addresses begin here, where there is no guest memory.
 pub(crate) const BASE: GuestAddress = GuestAddress(0x70_0000_0000);
-/// Those of rings' buffers.
+/// I/O virtual address of the buffers of rings.
 pub(crate) const DATA: GuestAddress = GuestAddress(BASE.0 + (16 << 20));
 pub(crate) const FEATURES: VirtioFeatures = BASIC.union(VIRTIO_F_ACCESS_PLATFORM);
 /// The protocol features that translation needs.
 pub(crate) const CHANNEL: ProtocolFeatures = PROTOCOL.union(ProtocolFeatures::BACKEND_REQ);
 
-/// Numbers that look random and are the same in every run.
+/// Pseudo-random numbers, the same in every run.
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
@@ -63,7 +63,7 @@ pub(crate) struct Iommu {
 }
 
 impl Iommu {
-    /// An update or an invalidation, without waiting.
+    /// Sends an update or an invalidation without waiting.
     pub(crate) fn tell(&self, message: &IotlbMsg) {
         self.updates.send_body(Code::IOTLB_MSG, message);
     }
@@ -95,7 +95,7 @@ impl Iommu {
         }
     }
 
-    /// Sends the translation, before anybody can change it.
+    /// Sends the translation while the map is locked, so that it is current.
     fn send_translation(&self, asked: &IotlbMsg) -> bool {
         let map = self.map.lock().unwrap();
         let page = asked.iova / LOG_PAGE;
@@ -166,7 +166,7 @@ impl IommuGuest {
         pages(address, len).map(|page| self.gpa(GuestAddress(page * LOG_PAGE)).0 / LOG_PAGE)
     }
 
-    /// As the driver sees a range: in one piece.
+    /// A range as the driver sees it: contiguous.
     pub(crate) fn driver_memory(&self, address: GuestAddress, len: u64) -> Memory {
         let iotlb = Iotlb::default();
         for (page, (user, _)) in self.iommu.map.lock().unwrap().iter() {
@@ -176,7 +176,7 @@ impl IommuGuest {
         IovaWindow::open(&self.guest.memory, &iotlb, &area, None).unwrap().memory().clone()
     }
 
-    /// A ring whose parts are scattered; all its buffers are addressed as [`Space::view`] has them.
+    /// A ring with scattered parts. Its buffers have addresses of [`Space::view`].
     pub(crate) fn ring(&self, index: u32, size: u16, features: VirtioFeatures) -> Ring {
         Ring::at(&self.driver_memory(BASE, 24 << 20), BASE.unchecked_add(u64::from(index) << 20), index, size, features)
     }
@@ -192,7 +192,7 @@ impl IommuGuest {
         }
     }
 
-    /// Starts a ring; its error eventfd.
+    /// Starts a ring. Returns its error eventfd.
     pub(crate) fn start(&self, ring: &Ring, base: u32) -> EventFd {
         let (client, index) = (&self.client, ring.index);
         let number = u64::from(index);
@@ -207,7 +207,7 @@ impl IommuGuest {
         error
     }
 
-    /// Changes translations, tells the back-end, and waits until it has forgotten the old ones.
+    /// Changes translations, and waits until the back-end has acknowledged the invalidation of the old ones.
     pub(crate) fn remap(&self, pages: impl IntoIterator<Item = (GuestAddress, Option<(UserAddress, u8)>)>) {
         let mut changed = Vec::new();
         let mut map = self.iommu.map.lock().unwrap();
@@ -231,7 +231,7 @@ impl Drop for IommuGuest {
             let _ = channel.shutdown(std::net::Shutdown::Both);
         }
         if let Some(thread) = self.thread.take() {
-            // What it has to say is said in tests that end well.
+            // A failure of the thread is reported only if the test has not failed.
             let ended = thread.join();
             assert!(ended.is_ok() || std::thread::panicking(), "the IOMMU's thread has failed");
         }

@@ -26,7 +26,7 @@ pub(crate) fn bytes(memory: &Memory, address: GuestAddress, len: u64) -> Vec<u8>
     bytes
 }
 
-/// Room of one request: header, status, table, and 64 KiB of data.
+/// Memory of one request: header, status, table, and 64 KiB of data.
 pub(crate) struct Slot(pub(crate) u64);
 
 impl Slot {
@@ -38,7 +38,7 @@ impl Slot {
     }
 
     pub(crate) fn header(&self) -> GuestAddress {
-        // Over the end of a page, as all the others are.
+        // It crosses a page boundary, like the other parts.
         self.at().unchecked_add(LOG_PAGE - 7)
     }
 
@@ -83,12 +83,12 @@ pub(crate) struct DiskLoad {
 }
 
 impl DiskLoad {
-    /// For a fresh disk of `bytes`.
+    /// A load for a new disk of `bytes`.
     pub(crate) fn new(bytes: u64) -> DiskLoad {
         DiskLoad { dice: Random(1), disk: contents(0, bytes), by_device: BTreeSet::new(), by_driver: BTreeSet::new() }
     }
 
-    /// Eight requests at once, all of which must be right. `memory` is the driver's, and `pages` are the guest-physical
+    /// Executes eight requests at once and checks them. `memory` is the driver's, and `pages` returns the guest-physical
     /// pages of a range of it.
     pub(crate) fn round<P: Iterator<Item = u64>>(
         &mut self,

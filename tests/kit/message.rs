@@ -1,4 +1,4 @@
-//! vhost-user messages with their fds, as something between a front-end and a back-end passes them on.
+//! vhost-user messages with their fds, for a proxy between a front-end and a back-end.
 
 use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -68,7 +68,7 @@ pub(crate) fn receive(mut stream: &UnixStream) -> Option<Message> {
     Some(Message { header, payload, fds })
 }
 
-/// Sends a received message and closes its fds, which the other side has now.
+/// Forwards a received message and closes its fds.
 pub(crate) fn pass_on(stream: &UnixStream, message: &Message) -> Option<()> {
     let sent = send(stream, message);
     for &fd in &message.fds {
@@ -77,7 +77,7 @@ pub(crate) fn pass_on(stream: &UnixStream, message: &Message) -> Option<()> {
     sent
 }
 
-/// Sends a message; its fds stay open here.
+/// Sends a message. Its fds stay open.
 pub(crate) fn send(mut stream: &UnixStream, message: &Message) -> Option<()> {
     let bytes = [message.header.as_bytes(), &message.payload].concat();
     let rights = [ControlMessage::ScmRights(&message.fds)];

@@ -31,9 +31,9 @@ pub(crate) struct Faults {
 /// Makes calls return only once all disks have been called.
 #[derive(Default)]
 pub(crate) struct Barrier {
-    /// Disks that must come; 0 waits for none.
+    /// Number of disks that the barrier waits for; 0 for no wait.
     pub(crate) disks: AtomicU32,
-    /// Disks that have come, by call.
+    /// Number of disks that have arrived, by call.
     here: Mutex<BTreeMap<&'static str, u32>>,
     came: Condvar,
 }
@@ -108,7 +108,7 @@ fn serve(
             match ring.pop(&mut chain) {
                 Ok(true) => {}
                 Ok(false) => break,
-                // What it did wrong itself has broken the ring.
+                // An injected fault has broken the ring.
                 Err(_) => return ring.base(),
             }
             let status = *chain.writable.last().unwrap();
@@ -220,7 +220,7 @@ impl Device for RamDisk {
         let (memory, bytes, faults) = (self.memory.clone(), self.bytes.clone(), self.faults.clone());
         let (stop, kick) = (Arc::new(AtomicBool::new(false)), setup.kick.clone());
         let stopped = stop.clone();
-        // As a back-end may that hears of a kick before it is told that the ring is enabled.
+        // Some back-ends read the kick before the message that enables the ring.
         let _ = nix::unistd::read(&setup.kick, &mut [0; 8]);
         let worker = std::thread::spawn(move || serve(ring, &memory, &setup, &bytes, &faults, &stopped));
         self.queues[usize::from(index)] = Some(Queue { stop, kick, worker });

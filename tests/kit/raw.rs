@@ -33,7 +33,7 @@ impl RawFrontend {
         RawFrontend { socket }
     }
 
-    /// Any header, any payload, any fds.
+    /// Sends any header, payload and fds.
     pub(crate) fn send(&self, code: Code, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
         let header = Header { request: code.0, flags, size: payload.len() as u32 };
         self.send_bytes(&[header.as_bytes(), payload].concat(), fds);
@@ -99,7 +99,7 @@ impl RawFrontend {
         self.send(code, VERSION, body.as_bytes(), &[]);
     }
 
-    /// A request with need-reply; 0 is done (rule F4.1).
+    /// Sends a request with need-reply. Returns its acknowledgement, 0 for success (rule F4.1).
     pub(crate) fn acknowledged(&self, code: Code, payload: &[u8], fds: &[BorrowedFd<'_>]) -> u64 {
         self.send(code, NEED_REPLY, payload, fds);
         u64::read_from_bytes(&self.reply(code)).unwrap()
@@ -120,7 +120,7 @@ impl RawFrontend {
         state.num
     }
 
-    /// Everything sent so far is done when this returns (rule F4.4).
+    /// Waits until the back-end has processed all messages sent so far (rule F4.4).
     pub(crate) fn wait_until_processed(&self) {
         self.request_u64(Code::GET_FEATURES);
     }

@@ -95,7 +95,7 @@ impl Relay {
                         (Some(open), Ok(destination)) => {
                             open.extend([source.try_clone().unwrap(), destination.try_clone().unwrap()]);
                         }
-                        // The destination does not listen any more, which the source notices.
+                        // The destination no longer listens. The source receives a hang-up.
                         (Some(_), Err(_)) => continue,
                     }
                     let destination = destination.unwrap();
@@ -118,7 +118,7 @@ impl Drop for Relay {
             let _ = stream.shutdown(Shutdown::Both);
         }
         let Uri::Unix(path) = &self.uri else { return };
-        // Wakes it up.
+        // Wakes the relay thread.
         let _ = UnixStream::connect(path);
         let ended = self.thread.take().unwrap().join();
         assert!(ended.is_ok() || std::thread::panicking());

@@ -24,7 +24,7 @@ impl Served {
     }
 }
 
-/// Ends it; everything it had under way is then done, or never will be.
+/// Stops the server. Requests in flight are complete or abandoned when this returns.
 impl Drop for Served {
     fn drop(&mut self) {
         self.stop.write(1).unwrap();

@@ -65,7 +65,7 @@ impl Server {
         RawFrontend::connect(&self.folder.path().join("socket"))
     }
 
-    /// Ends it; everything it had under way is then done, or never will be.
+    /// Stops the server. Requests in flight are complete or abandoned when this returns.
     pub(crate) fn stop(&mut self) {
         self.served = None;
     }
@@ -132,7 +132,7 @@ impl Process {
         Process { child }
     }
 
-    /// Its standard error, after it has ended.
+    /// The standard error of the process, after its end.
     pub(crate) fn stderr(&mut self) -> String {
         let mut said = String::new();
         self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
@@ -147,21 +147,21 @@ impl Process {
         std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap().count()
     }
 
-    /// Lets it have fds with numbers below `limit`, and no others, from now on.
+    /// Limits the numbers of new fds of the process to those below `limit`.
     pub(crate) fn limit_fds(&self, limit: u64) {
         let limit = libc::rlimit { rlim_cur: limit, rlim_max: 4096 };
-        // SAFETY: of the two structures one is alive and the other is not asked for.
+        // SAFETY: the first structure exists during the call, and the second pointer is null.
         let done = unsafe { libc::prlimit(self.child.id() as i32, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) };
         assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
     }
 
-    /// Mappings of files, which guest memory, logs and inflight regions are.
+    /// The number of file mappings, such as those of guest memory, logs and inflight regions.
     pub(crate) fn mapped_files(&self) -> usize {
         let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.child.id())).unwrap();
         maps.lines().filter(|line| line.contains("memfd:")).count()
     }
 
-    /// KiB of memory that belongs to it alone.
+    /// Private memory of the process, KiB.
     pub(crate) fn memory_kib(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
