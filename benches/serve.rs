@@ -1,9 +1,9 @@
 //! Cost of a request in a ring's thread without its device, and the share of the counters in it.
 //!
-//! A device that does nothing, a ring of 256, batches of 64 requests of three descriptors: the driver publishes a batch,
-//! kicks, and waits in a loop until all of it is used; all of that is in the clock. First as it is in a process without
-//! `--metrics`, then with the recorder that `--metrics` installs. Then a signal to the driver alone, beside a write to the same eventfd,
-//! which a peer can make wait (rule F9.1).
+//! A device that completes requests at once, a ring of 256 entries, and batches of 64 requests of three descriptors. The
+//! driver publishes a batch, kicks, and waits in a loop for all completions. The figure is the time of all that. It is
+//! measured without `--metrics`, and with the recorder that `--metrics` installs. A signal to the driver is measured
+//! alone, beside a write to the same eventfd, which a peer can block (rule F9.1).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 mod race;

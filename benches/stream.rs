@@ -7,13 +7,14 @@
 //!                                                                                     peer with it
 //! cargo bench --bench stream -- --untouched 1 --size-mib 4096 --used-mib 1024     one whole migration, milliseconds
 //! ```
-//! `--used-mib` leaves the rest of guest and image holes, between runs of 16 MiB that are used. `--untouched` moves the `data`
-//! image by `migrate` and `receive` over a UNIX socket, into memory that was never touched.
-//! `--cpu-time 1` divides by the CPU time of all threads, both sides, instead of the time that passed: GB per core
-//! second, which other users of the machine change less. Images are made of 4096-byte pages, page `p` of 512 words `w`, `r = splitmix64(512 p + w)`:
-//! - `data`: word `w` is `r` if `w % 16 < 5`, else the text word `TEXT[w % 8]`: zstd:1 makes about a third of it.
-//! - `mix`: the same, but page `p` is zero if `splitmix64(p) % 10 < 4`; so zero and data pages alternate at random.
-//! - `zero`: nothing.
+//! With `--used-mib`, the guest and the image have runs of 16 MiB of data, and holes between them. `--untouched` migrates
+//! the `data` image over a UNIX socket, into memory that was never accessed. `--cpu-time 1` divides by the CPU time of all
+//! threads of both sides instead of the elapsed time: GB per core second, which other load on the machine changes less.
+//!
+//! Images consist of 4096-byte pages. Page `p` has 512 words `w`, with `r = splitmix64(512 p + w)`:
+//! - `data`: word `w` is `r` if `w % 16 < 5`, otherwise the text word `TEXT[w % 8]`. zstd:1 compresses it to a third.
+//! - `mix`: as `data`, but page `p` is zero if `splitmix64(p) % 10 < 4`, so zero and data pages alternate at random.
+//! - `zero`: only zeros.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::single_range_in_vec_init, missing_docs)]
 
 use std::hint::black_box;
@@ -224,7 +225,7 @@ fn encode(guest: &Guest, codec: Codec) -> f64 {
 }
 
 fn decode(guest: &Guest, codec: Codec) -> f64 {
-    // A part is enough, and keeps the wire's copy small.
+    // A part of the guest is enough, and needs less memory for the stream.
     let pages = guest.pages / 8;
     let mut writer = FrameWriter::new(Vec::new(), ID);
     PageEncoder::new(codec).unwrap().send(&guest.source, [(0..pages).into()], &mut writer).unwrap();

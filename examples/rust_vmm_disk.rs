@@ -1,10 +1,11 @@
-//! A disk out of a file, made of rust-vmm's crates: `vhost-user-backend` for the protocol and `virtio-queue` for the rings, used as
-//! their documentation has it. `cargo run --features vhost-user-backend --example rust_vmm_disk -- SOCKET IMAGE [logged]`
+//! A disk with an image file, made of rust-vmm's crates: `vhost-user-backend` for the protocol and `virtio-queue` for the
+//! rings, used as in their documentation.
+//! `cargo run --features vhost-user-backend --example rust_vmm_disk -- SOCKET IMAGE [logged]`
 //!
-//! Nothing of it is ours: it is here to be driven, migrated, killed and checked as other people's devices are. What it breaks, and
-//! why, is in `docs/check.md`. With `logged` its memory has our bitmap instead of the crates' own, which keeps those rules of the
-//! dirty log that a device can keep under `vhost-user-backend`: a [`DeviceLog`] is told of features and memory, and that is all. A
-//! disk that keeps all the rules is `file_disk.rs`.
+//! Tests drive, migrate, kill and check it as a device of another project. `docs/check.md` lists the rules that it breaks.
+//! With `logged`, its memory has this project's bitmap instead of the crates'. It then keeps the rules of the dirty log that
+//! a device under `vhost-user-backend` can keep: the device only passes features and memory to a [`DeviceLog`]. The
+//! example `file_disk.rs` keeps all rules.
 
 use std::error::Error;
 use std::fs::File;
@@ -72,7 +73,7 @@ impl<B: Logged> Disk<B> {
         self.image.metadata().map_or(0, |metadata| metadata.len())
     }
 
-    /// Serves one request; how many bytes it has written.
+    /// Serves one request. Returns the number of bytes written.
     fn serve(
         &self,
         memory: &Ram<B>,
@@ -161,16 +162,16 @@ impl<B: Logged> VhostUserBackend for Disk<B> {
     }
 
     fn update_memory(&self, memory: Memory<B>) -> io::Result<()> {
-        // It is the one that the daemon was given, with other contents.
+        // It is the memory of the daemon, with another table.
         B::memory(&self.log, &memory.memory());
         Ok(())
     }
 
     fn handle_event(&self, queue: u16, _: EventSet, vrings: &[Self::Vring], _thread: usize) -> io::Result<()> {
         let memory = self.memory.memory();
-        // Held until nothing is left to do, so GET_VRING_BASE has to wait for that.
+        // The lock is held until the ring is empty, so GET_VRING_BASE waits for that.
         let Some(mut vring) = vrings.get(usize::from(queue)).map(VringT::get_mut) else { return Ok(()) };
-        // The event may have been on its way when the ring was stopped.
+        // The event may have been sent before the ring was stopped.
         while vring.is_enabled() && vring.get_queue().ready() {
             vring.disable_notification().map_err(io::Error::other)?;
             while let Some(chain) = vring.get_queue_mut().iter(memory.clone()).map_err(io::Error::other)?.next() {
@@ -206,7 +207,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn serve<B: Logged>(socket: &str, image: &str) -> Result<(), Box<dyn Error>> {
     let mut listener = Listener::new(socket, true)?;
     loop {
-        // A daemon serves one connection and keeps what that has left: the next front-end gets a new one.
+        // A daemon serves one connection and keeps its state, so the next front-end gets a new daemon.
         let image = File::options().read(true).write(true).open(image)?;
         let memory = Memory::<B>::new(Ram::new());
         let disk = Arc::new(Disk { image, memory: memory.clone(), log: B::Log::default() });

@@ -1,5 +1,5 @@
-//! `check` on qemu-storage-daemon, rust-vmm's crates and devices, virtiofsd, DPDK, and our network interface on a tap
-//! with frames from the host. `docs/check.md` explains the findings. Needs root for the tap.
+//! `check` on qemu-storage-daemon, rust-vmm's crates and devices, virtiofsd, DPDK, and `backend net` on a tap with frames
+//! from the host. `docs/check.md` explains the findings. The tap needs root.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -70,7 +70,7 @@ fn requests_to_a_storage_daemon_with_large_blocks_cover_whole_blocks() {
     let report = check(&socket, &options).unwrap();
     for rule in only {
         let expected = if rule == M1 { Verdict::Warning } else { Verdict::Pass };
-        // It fails a read now and then at a repeated memory table.
+        // It sometimes fails a read at a repeated memory table.
         let fails_reads = rule == L9
             && report
                 .findings
@@ -347,7 +347,7 @@ fn dpdk_behind_an_iommu_fails_the_documented_rules() {
     assert_eq!(of(Verdict::Warning), BTreeSet::from(warned), "{report}");
 }
 
-/// Runs `before` and then checks our back-end on a new tap in its own network namespace.
+/// Runs `before`, then checks `backend net` on a new tap in a network namespace.
 fn on_a_tap(lab: &Lab, before: &str, options: &str) -> Output {
     let (program, socket) = (env!("CARGO_BIN_EXE_vhost-migrate"), lab.file("net.sock"));
     let socket = socket.display();

@@ -1,4 +1,4 @@
-//! DPDK on either side of our own: testpmd drives our network back-end, and is driven by our front-end.
+//! DPDK as front-end and as back-end: testpmd drives `backend net`, and this project's front-end drives testpmd.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
@@ -24,11 +24,11 @@ const PACKET: u64 = 60;
 fn testpmd_drives_a_loopback(queues: u16, options: &str) {
     let lab = Lab::new();
     let mut backend = linux_net::backend(&lab, "net", &format!("--loopback --queue-pairs {queues}"));
-    // The second one finds the back-end as the first did (rule R9.1).
+    // The back-end serves the second testpmd like the first (rule R9.1).
     for _ in 0..2 {
         let mut testpmd = Testpmd::frontend(&lab, &lab.file("net.sock"), queues, options);
         let seen = wait_for("packets go round", || testpmd.counters().filter(|seen| seen.received >= 2000));
-        // Packets are counted after their bytes, and each counter is read at a moment of its own.
+        // Packets are counted after their bytes, and the counters are not read at the same time.
         assert_eq!((seen.received_bytes % PACKET, seen.errors), (0, 0), "{seen:?}");
         assert!(seen.received_bytes >= seen.received * PACKET, "{seen:?}");
         assert!(seen.sent >= seen.received, "{seen:?}");
@@ -61,10 +61,10 @@ fn testpmd_drives_a_loopback_with_two_pairs_of_packed_rings() {
 const HEADER: usize = 12;
 const REGION: u64 = 4 << 20;
 const SIZE: u16 = 64;
-/// Addresses of the packets that arrive and of those that leave: a page for each. The device writes the former.
+/// Addresses of received and of sent packets, one page for each packet. The device writes the received ones.
 const ARRIVALS: GuestAddress = GuestAddress(0x10_0000);
 const DEPARTURES: GuestAddress = GuestAddress(0x20_0000);
-/// The status of a driver that is ready.
+/// The device status with DRIVER_OK.
 const READY: u8 = virtio::VIRTIO_CONFIG_S_ACKNOWLEDGE
     | virtio::VIRTIO_CONFIG_S_DRIVER
     | virtio::VIRTIO_CONFIG_S_FEATURES_OK
@@ -73,7 +73,7 @@ const READY: u8 = virtio::VIRTIO_CONFIG_S_ACKNOWLEDGE
 const RX: usize = 0;
 const TX: usize = 1;
 
-/// A driver of testpmd's rings, whose parts that the driver writes share no page with those that the device writes.
+/// A driver of testpmd's rings. The driver and the device write different pages.
 struct Rig {
     device: UserDevice,
     memory: Memory,
@@ -123,9 +123,9 @@ impl Rig {
             let setup = RingSetup { size: layout.size(), desc, avail, used, kick, call, error: None, base };
             self.device.start_ring(index, setup).unwrap();
         }
-        // It works for drivers that are ready, not for rings that run.
+        // It serves rings only after DRIVER_OK.
         self.device.set_status(READY).unwrap();
-        // Until its link is up it takes packets from one ring already that it can't put into the other, and drops them.
+        // Until its link is up, it takes packets from one ring and drops them.
         wait_for("its link is up", || (self.testpmd.link_changes() > before).then_some(()));
     }
 
@@ -133,14 +133,14 @@ impl Rig {
         [0, 1].map(|index| self.device.stop_ring(index).unwrap())
     }
 
-    /// Makes a buffer for an arrival available.
+    /// Makes a receive buffer available.
     fn offer(&mut self, slot: u16) {
         let buffer = Buffer { gpa: ARRIVALS.unchecked_add(u64::from(slot) * LOG_PAGE), len: 2048 };
         assert!(self.rings[RX].add(&[], &[buffer], None).unwrap().is_some());
     }
 
-    /// Sends `count` packets one after the other and waits for each to come back with every byte right; returns the pages that the
-    /// device wrote.
+    /// Sends `count` packets one after the other, waits for the return of each, and checks every byte. Returns the pages that
+    /// the device wrote.
     fn send(&mut self, count: u32) -> BTreeSet<u64> {
         let before = self.contents();
         let mut own = BTreeSet::new();
@@ -157,7 +157,7 @@ impl Rig {
             let _ = self.rings[TX].publish(); // it polls
             let arrival = wait_for("the packet comes back", || self.rings[RX].pop_used().unwrap());
             wait_for("the packet is sent", || self.rings[TX].pop_used().unwrap());
-            // Buffers come back in order, each to where it was.
+            // Buffers are used in order, so each can be added at its place again.
             let slot = (number % u32::from(SIZE / 2)) as u16;
             assert_eq!(arrival.len as usize, packet.len());
             let mut found = vec![0; packet.len()];
@@ -166,7 +166,7 @@ impl Rig {
             self.offer(slot);
             let _ = self.rings[RX].publish();
         }
-        // A split ring's first two areas are the driver's, of a packed one the descriptor ring is both sides'.
+        // The driver writes the first two areas of a split ring. Both sides write the descriptor ring of a packed one.
         let packed = matches!(self.layouts[0], RingLayout::Packed(_));
         for layout in &self.layouts {
             let [desc, driver, _] = layout.areas();
@@ -212,7 +212,7 @@ fn testpmd_is_driven(packed: bool) {
         let missed: BTreeSet<_> = changed.difference(&marked).copied().collect();
         let extra: BTreeSet<_> = marked.difference(&changed).copied().collect();
         assert!(changed.len() > 20);
-        // It marks a packed ring's event area, which it has no reason to write, for what it writes into the descriptors (rule L4.2).
+        // It marks the device event area of a packed ring for its writes to the descriptors (rule L4.2).
         let area = |which: usize| rig.layouts.iter().map(|layout| layout.areas()[which].0 / LOG_PAGE).collect();
         let expected = if packed { [area(0), area(2)] } else { [BTreeSet::new(), BTreeSet::new()] };
         assert_eq!([missed, extra], expected);

@@ -1,4 +1,5 @@
-//! QEMU without a guest: migrations under load, with the memory of both sides compared byte by byte, and back-ends that are killed.
+//! QEMU without a guest: migrations under load, with a comparison of the memory of source and destination, and back-ends
+//! that are killed.
 
 use rstest::rstest;
 use serde_json::json;
@@ -19,7 +20,7 @@ const PACKED: Options = Options { packed: true, ..PLAIN };
 const PACKED_EVENTS: Options = Options { packed: true, ..EVENTS };
 const PACKED_MANY: Options = Options { packed: true, ..MANY };
 
-/// Memory that the "CPU" of the guest dirties, so that a migration does not converge by itself.
+/// The memory that the test dirties as the guest's CPU, so that a migration does not converge.
 const CPU_PAGES: (u64, u64) = (8 << 20, 8 << 20);
 
 /// A source with a load on its disk.
@@ -46,7 +47,7 @@ impl Source {
         Source { backend, other, qemu, machine, load, hosts: 1, lab }
     }
 
-    /// A QEMU on the other back-end, to migrate to.
+    /// Starts the destination's QEMU on the other back-end.
     fn destination(&mut self) -> Qemu {
         let name = format!("host-{}", self.hosts);
         self.hosts += 1;
@@ -54,14 +55,14 @@ impl Source {
         Qemu::guest_free_destination(&self.lab, &name, self.other.socket(), Disk { queues, queue_size, packed })
     }
 
-    /// Starts to migrate and goes on until `rounds` more rounds are over, under load all the time.
+    /// Starts a migration under load, and waits for `rounds` rounds.
     fn migrate(&mut self, destination: &mut Qemu, multifd: bool, rounds: u64) {
         let socket = self.lab.file(&format!("{}.migration", destination.name));
         migration::begin(&mut self.qemu, destination, &socket, multifd, NEVER_CONVERGES);
         self.rounds(rounds);
     }
 
-    /// Goes on under load until `rounds` more rounds are over.
+    /// Continues the load, and waits for `rounds` more rounds.
     fn rounds(&mut self, rounds: u64) {
         let goal = migration::rounds(&mut self.qemu) + rounds;
         let (start, len) = CPU_PAGES;
@@ -75,14 +76,14 @@ impl Source {
         });
     }
 
-    /// Completes the migration with as much as possible in flight.
+    /// Completes the migration with as many requests in flight as possible.
     fn complete(&mut self, destination: Qemu) {
         self.load.flood(&mut self.machine);
         self.hand_over(destination);
     }
 
-    /// Completes the migration as things are, and checks that nothing is lost: the memory of both sides is alike, and stays as it was
-    /// at the source until its back-end has ended. The load goes on at the destination.
+    /// Completes the migration, and checks that no write is lost: the memory of both sides is equal, and that of the source
+    /// does not change until its back-end has ended. The load continues at the destination.
     fn hand_over(&mut self, mut destination: Qemu) {
         self.qemu.qmp("stop", json!({})); // at once, so that what is in flight still is
         migration::let_converge(&mut self.qemu);
@@ -96,14 +97,14 @@ impl Source {
         self.go_on_at(destination, there);
     }
 
-    /// Ends the source and its back-end; the pages that still changed since `before`.
+    /// Ends the source and its back-end. Returns the pages that changed since `before`.
     fn late_writes(&mut self, before: &crate::ram::Snapshot) -> Vec<u64> {
         self.qemu.quit();
         self.backend.terminate();
         self.machine.ram.snapshot().differing_pages(before)
     }
 
-    /// The destination becomes the source of what follows; the back-end that ended becomes the next destination's.
+    /// Makes the destination the next source, and the ended back-end the next destination's.
     fn go_on_at(&mut self, mut destination: Qemu, ram: Ram) {
         wait_for("the destination may go on", || {
             let status = destination.qmp("query-status", json!({}));
@@ -243,7 +244,7 @@ fn a_back_end_killed_during_a_migration_loses_nothing() {
     }
 }
 
-/// QEMU throws the marks of a dead back-end away; its successor makes up for them (rule L15.2).
+/// QEMU drops the marks of a killed back-end. Its successor marks all memory (rule L15.2).
 #[test]
 fn what_a_killed_back_end_marked_reaches_the_destination() {
     for (multifd, options) in [(false, EVENTS), (true, EVENTS), (true, PACKED_EVENTS)] {
@@ -255,14 +256,14 @@ fn what_a_killed_back_end_marked_reaches_the_destination() {
         source.load.drain(&mut source.machine);
         source.backend.kill();
         source.backend.restart();
-        // One request, to see that the new one serves; no other page is written again.
+        // One request shows that the new back-end serves. No other page is written again.
         source.load.step(&mut source.machine, 1);
         source.load.drain(&mut source.machine);
         source.hand_over(destination);
     }
 }
 
-/// Shows that the comparison of memory detects a back-end that replies to GET_VRING_BASE with requests in flight.
+/// The comparison of memory finds a back-end that replies to GET_VRING_BASE with requests in flight.
 #[test]
 fn a_back_end_that_does_not_drain_is_noticed() {
     let slow = Kind::StorageDaemon { bytes_per_second: Some(1 << 20) };

@@ -1,5 +1,6 @@
-//! A network device of QEMU without a guest, whose rings start again during a migration: QEMU enables and kicks them before it
-//! sends SET_LOG_BASE (rules L8.3, L9.3), and frames come in between. The memory of both sides is compared byte by byte.
+//! A network device of QEMU without a guest, whose rings are restarted during a migration. QEMU enables and kicks them
+//! before it sends SET_LOG_BASE (rules L8.3, L9.3), and frames arrive in between. The memory of source and destination is
+//! compared byte by byte.
 
 use std::net::UdpSocket;
 use std::sync::Arc;
@@ -19,12 +20,12 @@ use crate::qemu::{Qemu, map_ram};
 use crate::qtest::Qtest;
 use crate::qtest_net::{BUFFERS, Receiver};
 
-/// Memory that the "CPU" of the guest dirties: start and length.
+/// The memory that the test dirties as the guest's CPU: start and length.
 const CPU_PAGES: (u64, u64) = (8 << 20, 8 << 20);
-/// Frames that come while there is no log, or the wrong one.
+/// Number of frames that arrive without a log, or with the wrong one.
 const FRAMES: u16 = 16;
 
-/// A guest that receives frames. The parts end from first to last.
+/// A guest that receives frames. The fields are dropped in their order.
 struct Source {
     cpu: Cpu,
     net: Process,
@@ -62,13 +63,13 @@ impl Cpu {
 impl Drop for Cpu {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
-        // One that could not talk to QEMU any more has said so.
+        // A thread that lost its connection to QEMU has reported it.
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
 impl Source {
-    /// A source that is being migrated, all of whose memory has been sent once.
+    /// Starts a migration, and waits until all memory of the source was sent once.
     fn migrating(packed: bool) -> Source {
         let (lab, network) = (Lab::new(), Network::new());
         let net = backend(&lab, "net-0", &tap(&network, 0));
@@ -115,7 +116,7 @@ impl Source {
         wait_for("the rounds", || (migration::rounds(&mut self.qemu) >= goal).then_some(()));
     }
 
-    /// Has frames come before the next SET_LOG_BASE reaches the back-end; tells when they have come.
+    /// Sends frames before the next SET_LOG_BASE reaches the back-end. Returns when they have arrived.
     fn receive_before_log(&self) -> mpsc::Receiver<()> {
         let (tell, told) = channel();
         let (sender, receiver) = (self.sender.clone(), self.receiver.clone());
@@ -126,7 +127,7 @@ impl Source {
         told
     }
 
-    /// Completes the migration: no page may be lost.
+    /// Completes the migration, and checks that no page is lost.
     fn hand_over(mut self) {
         self.rounds(1);
         drop(self.cpu);
@@ -143,7 +144,7 @@ fn tap(network: &Network, number: usize) -> String {
     format!("--tap {}", network.taps[number])
 }
 
-/// Sends frames until enough have come.
+/// Sends frames until enough have arrived.
 fn receive_some(sender: &UdpSocket, receiver: &Receiver) {
     let goal = receiver.received() + FRAMES;
     wait_for("frames are received", || {
@@ -153,7 +154,7 @@ fn receive_some(sender: &UdpSocket, receiver: &Receiver) {
     });
 }
 
-/// Rule L8.3: the marks of the back-end that died are gone, and its successor's rings run before there is a log.
+/// Rule L8.3: the marks of the killed back-end are lost, and the rings of its successor run before there is a log.
 #[test]
 fn what_a_restarted_network_back_end_received_before_there_was_a_log_reaches_the_destination() {
     let mut source = Source::migrating(false);

@@ -1,5 +1,5 @@
-//! A real Linux guest in QEMU with our back-end under its disk: it works on while it moves from host to host, and while its back-end
-//! dies, during a migration (rule L15.2) and in between.
+//! A Linux guest in QEMU whose disk is served by `backend blk`. It runs during migrations, and while its back-end is killed
+//! and restarted, also during a migration (rule L15.2).
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -13,11 +13,11 @@ use crate::process::{Lab, Process, wait_for};
 use crate::qemu::Qemu;
 
 const DISK_BYTES: u64 = 64 << 20;
-/// Each with or without several channels.
+/// For each migration, true for several channels.
 const MIGRATIONS: [bool; 4] = [false, true, false, true];
 const DISK: &str = "-device vhost-user-blk-pci,chardev=vu,num-queues=1";
 
-/// A QEMU with the guest in it or on its way to it.
+/// A QEMU that runs the guest or waits for it.
 pub(crate) struct Host {
     pub(crate) qemu: Qemu,
     console: PathBuf,
@@ -29,7 +29,7 @@ impl Host {
         Host::start_with(lab, name, boot, socket, "reconnect-ms=100", device)
     }
 
-    /// The same; `how` is how the front-end and the back-end connect.
+    /// As [`start`](Host::start), with `how` as the options of the connection.
     fn start_with(lab: &Lab, name: &str, boot: &str, socket: &Path, how: &str, device: &str) -> Host {
         let console = lab.file(&format!("{name}.console"));
         let arguments = format!(
@@ -41,18 +41,18 @@ impl Host {
         Host { qemu: Qemu::start(lab, name, &arguments), console }
     }
 
-    /// The last two counts that the guest printed here.
+    /// The last two counts that the guest printed on this host.
     pub(crate) fn counts(&self) -> Option<(u64, u64)> {
         counts(&String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()))
     }
 
-    /// Waits until the guest has done that much more here; of a guest with a disk, on that and in its memory.
+    /// Waits until both counts have grown that much on this host: those of its disk and of its memory.
     pub(crate) fn works(&self, disk: u64, memory: u64) {
         works(|| self.counts(), disk, memory);
     }
 }
 
-/// The last two counts of what a guest printed, which must not be a complaint.
+/// The last two counts in the output of a guest, which must have no error.
 pub(crate) fn counts(text: &str) -> Option<(u64, u64)> {
     assert!(!text.contains("\nBAD") && !text.contains("Kernel panic"), "the guest says:\n{text}");
     let complete = &text[..text.rfind('\n').unwrap_or(0)];
@@ -62,7 +62,7 @@ pub(crate) fn counts(text: &str) -> Option<(u64, u64)> {
     })
 }
 
-/// Waits until both counts have grown that much.
+/// Waits until both counts have grown by this number.
 pub(crate) fn works(counts: impl Fn() -> Option<(u64, u64)>, first: u64, second: u64) {
     let start = wait_for("the guest's first line", &counts);
     wait_for("the guest works on", || {
@@ -71,12 +71,12 @@ pub(crate) fn works(counts: impl Fn() -> Option<(u64, u64)>, first: u64, second:
     });
 }
 
-/// A guest that works on a disk.
+/// The arguments of QEMU that boot a guest with a load on its disk.
 fn boot(lab: &Lab) -> String {
     boot_with(lab, &[])
 }
 
-/// The same, with more words for its kernel.
+/// As [`boot`], with `more` parameters of the kernel.
 pub(crate) fn boot_with(lab: &Lab, more: &[&str]) -> String {
     initramfs::boot(&initramfs::make(lab, Kernel::Pc, &["virtio_pci", "virtio_blk"], "", "load"), more)
 }
@@ -104,7 +104,7 @@ fn a_linux_guest_whose_front_end_listens_works_on_with_the_successor_of_its_back
         let program = env!("CARGO_BIN_EXE_vhost-migrate");
         Process::start(name, program, &words(&arguments), &lab.file(&format!("{name}.log")))
     };
-    // It waits for QEMU to listen, and QEMU for it to connect.
+    // The back-end waits until QEMU listens, and QEMU until the back-end connects.
     let mut backend = start("backend");
     let host = Host::start_with(&lab, "host", &boot(&lab), &socket, "server=on", DISK);
     host.works(100, 100);
@@ -114,7 +114,7 @@ fn a_linux_guest_whose_front_end_listens_works_on_with_the_successor_of_its_back
     successor.assert_running();
 }
 
-/// Prints the disk's size, in sectors, again and again.
+/// A program that prints the disk's size in sectors repeatedly.
 const TELLS_SIZE: &str = "busybox mkdir -p /sys\nbusybox mount -t sysfs sys /sys\n\
     (while true; do busybox echo size $(busybox cat /sys/block/vda/size); busybox sleep 1; done) &";
 
@@ -171,7 +171,7 @@ fn a_linux_guest_works_on_its_disk_before_its_memory_has_arrived() {
     let speed = |bytes: u64| json!({"max-postcopy-bandwidth": bytes});
     source.qemu.qmp("migrate-set-parameters", speed(2 << 20));
     migration::begin(&mut source.qemu, &mut destination.qemu, &lab.file("migration"), false, NEVER_CONVERGES);
-    // Not a page has been sent twice, and few once.
+    // No page was sent twice, and few were sent before the switchover.
     source.qemu.qmp("migrate-start-postcopy", json!({}));
     destination.works(50, 100);
     let info = source.qemu.qmp("query-migrate", json!({}));
@@ -191,7 +191,7 @@ fn a_linux_guest_works_on_its_disk_before_its_memory_has_arrived() {
     assert!(!said.contains("refused"), "{said}");
 }
 
-/// Moves a guest that `boot` starts from host to host, whose back-ends die meanwhile; what those have said.
+/// Migrates a guest that `boot` starts, and kills its back-ends meanwhile. Returns their output.
 pub(crate) fn there_and_back(lab: &Lab, kind: Kind, boot: &str, device: &str, migrations: &[bool]) -> [String; 2] {
     let image = lab.disk();
     File::create(&image).unwrap().set_len(DISK_BYTES).unwrap();

@@ -1,5 +1,5 @@
-//! A real Linux guest in QEMU with our back-end under its network: taps on a bridge of the host, an echo at the bridge, and a guest that
-//! goes on talking to it while it moves from host to host. Needs root, for the taps.
+//! A Linux guest in QEMU whose network interface is served by `backend net`: taps on a bridge of the host, an echo at the
+//! bridge, and a guest that exchanges datagrams with it during migrations. The taps need root.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, UdpSocket};
@@ -20,16 +20,17 @@ use crate::linux_guest::Host;
 use crate::migration::{self, GENTLE};
 use crate::process::{Lab, Process, wait_for};
 
-/// More pairs than the guest has CPUs: it uses one of them, and what the tap has for the others must not be lost.
+/// Number of queue pairs, more than the guest has CPUs. The guest uses one. Frames that the tap has for the other pairs
+/// must not be lost.
 const DEVICE: &str = "-netdev vhost-user,id=net,chardev=vu,queues=2 \
                       -device virtio-net-pci,netdev=net,mq=on,mac=52:54:00:47:47:47";
 
-/// The address that sends datagrams back.
+/// The address of the echo.
 const ECHO: &str = "10.213.47.1:4747";
-/// Brings the guest's interface up and to the echo.
+/// Commands that set up the guest's interface for the echo.
 pub(crate) const UP: &str = "busybox ip link set eth0 up\nbusybox ip addr add 10.213.47.2/24 dev eth0";
 
-/// A bridge with two taps and an echo at its address; gone when dropped. There is one at a time, for the address.
+/// A bridge with two taps and an echo at its address, removed on drop. Its address permits one at a time.
 pub(crate) struct Network {
     _only: MutexGuard<'static, ()>,
     bridge: String,
@@ -85,7 +86,7 @@ fn ip(arguments: &str) {
     assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// `backend net` with `args`, at NAME.sock of the lab.
+/// Starts `backend net` with `args`, at NAME.sock of the lab.
 pub(crate) fn backend(lab: &Lab, name: &str, args: &str) -> Process {
     let args = format!("backend net --socket {} {args}", lab.file(&format!("{name}.sock")).display());
     let program = env!("CARGO_BIN_EXE_vhost-migrate");
@@ -94,7 +95,7 @@ pub(crate) fn backend(lab: &Lab, name: &str, args: &str) -> Process {
     process
 }
 
-/// Requests that a ring has completed, as `--metrics` at this socket says.
+/// The number of completed requests of a ring, from `--metrics` at this socket.
 fn completed(metrics: &Path, ring: u32) -> u64 {
     let mut socket = UnixStream::connect(metrics).unwrap();
     socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n").unwrap();
@@ -104,8 +105,8 @@ fn completed(metrics: &Path, ring: u32) -> u64 {
     answer.lines().find_map(|line| line.strip_prefix(&name)).map_or(0, |count| count.parse().unwrap())
 }
 
-/// QEMU serves the control queue itself: the back-end never hears how many pairs the driver uses, and goes by the rings that
-/// QEMU enables (rule R11.2).
+/// QEMU serves the control queue itself. The back-end does not receive the number of pairs that the driver uses, and
+/// receives on the rings that QEMU enables (rule R11.2).
 #[test]
 fn every_pair_that_qemu_enables_receives() {
     let (lab, network) = (Lab::new(), Network::new());

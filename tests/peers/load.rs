@@ -1,5 +1,5 @@
-//! A disk whose contents describe themselves, and a load that reads and writes it at random and checks every byte, every length and
-//! that each request is answered exactly once.
+//! A disk whose contents identify their sector and version, and a load that reads and writes it at random. The load checks
+//! every byte and length, and that each request is completed exactly once.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -9,7 +9,7 @@ use crate::process::{Lab, wait_for};
 use crate::qtest_blk::{Done, Driver, Kind, Machine, Options, SLOT_BYTES};
 
 pub(crate) const SECTOR: u64 = 512;
-/// Sectors that are only read; behind them each slot of the driver has some sectors of its own to write.
+/// Number of sectors that are only read. After them, each slot of the driver has sectors of its own to write.
 const READ_ONLY: u64 = (32 << 20) / SECTOR;
 const PER_SLOT: u64 = (32 << 10) / SECTOR;
 const SECTORS: u64 = READ_ONLY + 1024 * PER_SLOT;
@@ -17,7 +17,7 @@ const LONGEST_READ: u64 = SLOT_BYTES / SECTOR;
 const LONGEST_WRITE: u64 = 8;
 const SHORTEST: u64 = 3;
 
-/// Writes the disk image: every sector in its version 0.
+/// Writes the disk image: version 0 of every sector.
 pub(crate) fn make_image(lab: &Lab) -> PathBuf {
     let path = lab.disk();
     let mut image = BufWriter::with_capacity(1 << 20, File::create(&path).unwrap());
@@ -42,13 +42,13 @@ impl Request {
     }
 }
 
-/// The load: a driver, what it has in flight, and which version of every sector is on the disk.
+/// The load: a driver, its requests in flight, and the version of every sector on the disk.
 pub(crate) struct Load {
     pub(crate) driver: Driver,
     in_flight: Vec<Vec<Option<Request>>>,
     versions: Vec<u32>,
     random: u64,
-    /// Requests answered and found right.
+    /// Number of completed and checked requests.
     pub(crate) checked: u64,
 }
 
@@ -65,7 +65,7 @@ impl Load {
         self.submit(machine, count);
     }
 
-    /// Fills every free slot with a long read, so that much is in flight.
+    /// Fills every free slot with a long read.
     pub(crate) fn flood(&mut self, machine: &mut Machine) {
         self.take(machine);
         for queue in 0..self.driver.options.queues {
@@ -82,7 +82,7 @@ impl Load {
         }
     }
 
-    /// Waits until everything is answered, checking it.
+    /// Waits for all completions and checks them.
     pub(crate) fn drain(&mut self, machine: &mut Machine) {
         wait_for("all requests answered", || {
             self.take(machine);
@@ -90,7 +90,7 @@ impl Load {
         });
     }
 
-    /// Waits until `count` more requests have been answered, with new ones following.
+    /// Waits for `count` more completions, and makes new requests available meanwhile.
     pub(crate) fn run(&mut self, machine: &mut Machine, count: u64) {
         let goal = self.checked + count;
         wait_for("the load goes on", || {
@@ -103,7 +103,7 @@ impl Load {
         (0..self.driver.options.queues).map(|queue| self.driver.outstanding(queue)).sum()
     }
 
-    /// Takes completions and checks them; writes nothing into guest memory.
+    /// Takes completions and checks them, without a write to guest memory.
     pub(crate) fn take(&mut self, machine: &mut Machine) {
         for done in self.driver.completions(&machine.ram) {
             self.check(machine, &done);
@@ -121,7 +121,7 @@ impl Load {
         }
     }
 
-    /// The bytes of guest memory that the device writes for the requests in flight now: start and length.
+    /// The ranges of guest memory that the device writes for the requests in flight: start and length.
     pub(crate) fn device_writes(&self) -> Vec<(u64, u64)> {
         let mut ranges = Vec::new();
         for (queue, slots) in (0..).zip(&self.in_flight) {
@@ -205,7 +205,7 @@ impl Load {
     }
 }
 
-/// Contents of a sector: no two sectors, versions or words are alike, and nothing is zero.
+/// The contents of a version of a sector. All words of all versions of all sectors differ, and none is zero.
 fn contents(sector: u64, version: u32) -> [u8; SECTOR as usize] {
     let mut bytes = [0; SECTOR as usize];
     let mut word = mix(sector << 32 | u64::from(version));

@@ -1,4 +1,5 @@
-//! The dirty log itself, seen through a proxy: exactly the pages that the device wrote, nothing when it is off, everything across a switch.
+//! The contents of the dirty log, read through a proxy: exactly the pages that the device wrote, no page without logging,
+//! and all pages across a change of the log.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -17,7 +18,8 @@ const PLAIN: Options = Options { queues: 1, queue_size: 128, event_idx: false, i
 const EVENTS: Options = Options { queues: 1, queue_size: 1024, event_idx: true, indirect: false, packed: false };
 const MANY: Options = Options { queues: 2, queue_size: 256, event_idx: true, indirect: true, packed: false };
 
-/// A QEMU whose back-end is behind a proxy, with a load on its disk and nothing in flight. The parts end from first to last.
+/// A QEMU whose back-end is behind a proxy, with a load on its disk and no request in flight. The fields are dropped in
+/// their order.
 struct Logged {
     machine: Machine,
     load: Load,
@@ -27,7 +29,7 @@ struct Logged {
     _lab: Lab,
 }
 
-/// Pages that a log must hold, and those that it may hold.
+/// The pages that a log must have, and those that it may have.
 #[derive(Default)]
 struct Expected {
     must: BTreeSet<u64>,
@@ -49,7 +51,8 @@ impl Logged {
         Logged { machine, load, proxy, _qemu: qemu, _backend: backend, _lab: lab }
     }
 
-    /// Some requests from beginning to end; what the device wrote for them, with the used rings logged `moved` bytes further.
+    /// Executes requests. Returns the pages that the device wrote for them, with the used rings logged `moved` bytes
+    /// further.
     fn requests(&mut self, moved: u64) -> Expected {
         let mut expected = Expected::default();
         let (seen, events) = (self.seen(), self.events());
@@ -62,8 +65,8 @@ impl Logged {
         expected
     }
 
-    /// The writes into the rings since they were at `seen` and the device waited for `events`. A used ring and an event area are
-    /// logged `moved` bytes further, the descriptors of a packed ring where they are (rule L4.1).
+    /// The writes to the rings since they were at `seen` and the device waited for `events`. A used ring and an event area
+    /// are logged `moved` bytes further, the descriptors of a packed ring at their own address (rule L4.1).
     fn expect_rings(&self, expected: &mut Expected, seen: &[u64], events: &[Vec<u8>], moved: u64) {
         let driver = &self.load.driver;
         let on_descriptors = driver.options.packed;
@@ -101,7 +104,7 @@ fn pages(bytes: Range<u64>) -> Range<u64> {
     bytes.start / PAGE..(bytes.end - 1) / PAGE + 1
 }
 
-/// Compares a log with what it must and may hold: the pages missed and the pages marked for nothing.
+/// Compares a log with the pages that it must and may have. Returns the missing pages and the needless ones.
 fn compare(log: &TestLog, expected: &Expected) -> (Vec<u64>, Vec<u64>) {
     let found = log.pages();
     let missed = expected.must.difference(&found).copied().collect();
@@ -163,7 +166,7 @@ fn a_switch_of_the_log_under_load_loses_nothing_and_leaves_the_old_one_alone(#[v
     }
 }
 
-/// Shows that the comparison detects that `qemu-storage-daemon` does not log its writes of avail_event, which QEMU does not.
+/// The comparison finds that `qemu-storage-daemon` does not log its writes of avail_event. QEMU does not notice.
 #[test]
 fn a_back_end_that_does_not_log_avail_event_is_noticed() {
     let mut logged = Logged::start(Kind::StorageDaemon { bytes_per_second: None }, EVENTS);

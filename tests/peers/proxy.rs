@@ -1,6 +1,6 @@
-//! A proxy between a vhost-user front-end and its back-end that can switch the back-end's dirty log on, over to another and off by
-//! itself. So a test sees the log exactly as the back-end wrote it: QEMU would clear it while collecting, and hide what is missing of the
-//! used ring.
+//! A proxy between a vhost-user front-end and its back-end that can start, change and stop the back-end's logging. A test
+//! then reads the log as the back-end wrote it. QEMU would clear it at a harvest, and hide missing marks of the used
+//! ring.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -26,7 +26,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use crate::message::{Message, has_reply, pass_on, receive, send};
 use crate::process::{DEADLINE, Lab};
 
-/// A dirty log of the test's own, for the first 4 GiB of guest memory.
+/// A dirty log of the test, for the first 4 GiB of guest memory.
 pub(crate) struct TestLog(File);
 
 impl TestLog {
@@ -38,7 +38,7 @@ impl TestLog {
         TestLog(file)
     }
 
-    /// Forgets all marks; nothing may be marking.
+    /// Clears all marks. No device may mark meanwhile.
     pub(crate) fn clear(&self) {
         self.0.write_all_at(&vec![0; TestLog::SIZE as usize], 0).unwrap();
     }
@@ -55,9 +55,9 @@ impl TestLog {
 
 /// A command for the proxy.
 enum Order {
-    /// SET_LOG_BASE with this log; with ring log addresses moved by so many bytes: LOG_ALL and F_LOG too.
+    /// SET_LOG_BASE with this log. With a distance in bytes also LOG_ALL and F_LOG, with log addresses moved by it.
     Log(File, Option<u64>),
-    /// SET_FEATURES without LOG_ALL, SET_VRING_ADDR without F_LOG.
+    /// SET_FEATURES without LOG_ALL, and SET_VRING_ADDR without F_LOG.
     Off,
     /// SET_VRING_ENABLE of all rings.
     Enable(bool),
@@ -73,7 +73,7 @@ pub(crate) struct Hidden {
 /// Called before the next SET_LOG_BASE of the front-end reaches the back-end.
 type BeforeLog = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
 
-/// Guest memory as the front-end gave it to the back-end.
+/// Guest memory of the front-end's memory table.
 type Memory = Arc<Mutex<Vec<(MemoryRegion, File)>>>;
 
 pub(crate) struct Proxy {
@@ -85,12 +85,12 @@ pub(crate) struct Proxy {
 }
 
 impl Proxy {
-    /// Listens beside `backend` and serves one front-end after the other.
+    /// Listens beside the socket of `backend`, and serves one front-end after the other.
     pub(crate) fn start(lab: &Lab, name: &str, backend: &Path) -> Proxy {
         Proxy::hiding(lab, name, backend, Hidden::default())
     }
 
-    /// The same, with something of the offer hidden.
+    /// As [`start`](Proxy::start), with features of the back-end hidden.
     pub(crate) fn hiding(lab: &Lab, name: &str, backend: &Path, hidden: Hidden) -> Proxy {
         let socket = lab.file(name);
         let listener = UnixListener::bind(&socket).unwrap();
@@ -115,27 +115,28 @@ impl Proxy {
         &self.socket
     }
 
-    /// Holds the front-end's next SET_LOG_BASE back until `done` has returned.
+    /// Delays the front-end's next SET_LOG_BASE until `done` has returned.
     pub(crate) fn before_next_log(&self, done: impl FnOnce() + Send + 'static) {
         *self.before_log.lock().unwrap() = Some(Box::new(done));
     }
 
-    /// Switches logging on; when it returns, the back-end has acknowledged. The used rings are logged `moved` bytes behind where they are.
+    /// Starts logging. The back-end has acknowledged it when this returns. The used rings are logged `moved` bytes after
+    /// their addresses.
     pub(crate) fn log_on(&self, log: &TestLog, moved: u64) {
         self.order(Order::Log(log.0.try_clone().unwrap(), Some(moved)));
     }
 
-    /// Gives the back-end another log while logging is on; when it returns, the old one is out of use.
+    /// Replaces the log. The back-end no longer uses the old one when this returns.
     pub(crate) fn switch_log(&self, log: &TestLog) {
         self.order(Order::Log(log.0.try_clone().unwrap(), None));
     }
 
-    /// Switches logging off.
+    /// Stops logging.
     pub(crate) fn log_off(&self) {
         self.order(Order::Off);
     }
 
-    /// Disables all rings; when it returns, the back-end has finished what it had taken and writes nothing more.
+    /// Disables all rings. The back-end has completed its requests and writes no more when this returns.
     pub(crate) fn disable(&self) {
         self.order(Order::Enable(false));
     }
@@ -199,7 +200,7 @@ impl Session {
         }
     }
 
-    /// Forwards messages and obeys orders until one side hangs up; `None` when the test is over.
+    /// Forwards messages and executes commands until one side hangs up. Returns `None` at the end of the test.
     fn serve(mut self, mut woken: &UnixStream, orders: &Receiver<(Order, Sender<()>)>) -> Option<()> {
         loop {
             let mut fds = [
@@ -228,7 +229,7 @@ impl Session {
             FrontendRequest::SET_PROTOCOL_FEATURES => {
                 let features = ProtocolFeatures::read_from_bytes(&message.payload).ok()?;
                 self.reply_ack = features.contains(ProtocolFeatures::REPLY_ACK);
-                // For the proxy's own messages, if the front-end logs nothing itself.
+                // Needed for the proxy's messages, because the front-end may not log.
                 message.payload = (features | ProtocolFeatures::LOG_SHMFD).as_bytes().to_vec();
             }
             FrontendRequest::SET_VRING_ADDR => {
@@ -290,7 +291,7 @@ impl Session {
         self.inject(FrontendRequest::SET_FEATURES, features.as_bytes(), &[])?;
         for mut ring in self.rings.clone() {
             ring.flags = moved.map_or(0, |_| VHOST_VRING_F_LOG.bits());
-            // User-mode Linux logs nothing itself and has no address for it.
+            // User-mode Linux does not log and sends no log address.
             if ring.log_guest_addr == u64::MAX {
                 ring.log_guest_addr = self.gpa(ring.used_user_addr)?;
             }
@@ -300,7 +301,7 @@ impl Session {
         Some(())
     }
 
-    /// Sends a message of the proxy's own and swallows the reply, which says that it was done (rule F4.1).
+    /// Sends a message of the proxy, and checks its acknowledgement (rule F4.1).
     fn inject(&mut self, request: FrontendRequest, payload: &[u8], fds: &[RawFd]) -> Option<()> {
         assert!(self.reply_ack, "the front-end has not negotiated REPLY_ACK");
         let own_reply = request == FrontendRequest::SET_LOG_BASE;
@@ -314,7 +315,7 @@ impl Session {
     }
 }
 
-/// The regions of SET_MEM_TABLE with files of the proxy's own.
+/// The regions of SET_MEM_TABLE, mapped by the proxy.
 fn memory_table(message: &Message) -> Option<Vec<(MemoryRegion, File)>> {
     let regions = message.payload.get(size_of::<MemoryHeader>()..)?.chunks_exact(size_of::<MemoryRegion>());
     let with_files = regions.zip(&message.fds).map(|(bytes, fd)| {

@@ -1,4 +1,5 @@
-//! Our front-end against `qemu-storage-daemon`: rings, configuration, the log on, off and switched, a restart.
+//! This project's front-end with `qemu-storage-daemon`: rings, configuration, logging on, off and with another log, a
+//! restart.
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -35,7 +36,7 @@ impl Rig {
         Rig::on(Kind::StorageDaemon { bytes_per_second: None }, options)
     }
 
-    /// On another back-end without inflight tracking.
+    /// Connects to another back-end, without inflight tracking.
     pub(crate) fn on(kind: Kind, options: UserOptions) -> Rig {
         let lab = Lab::new();
         let image = lab.file("disk.img");
@@ -95,7 +96,7 @@ fn the_log_holds_what_the_device_wrote_while_it_is_on_and_nothing_else() {
         rig.driver.read(0, DATA, 0x11);
         rig.device.start_logging(&first, first_fd.as_fd()).unwrap();
         assert_eq!(harvest(&first), [0; 0], "nothing that was written before");
-        // Starts in the middle of a page and so ends in a third one; then a buffer above 4 GiB.
+        // The first buffer begins inside a page and touches three pages. The second is above 4 GiB.
         for gpa in [DATA.unchecked_add(0x4800), HIGH.unchecked_add(0x20000)] {
             let written = rig.driver.read(0, gpa, 0x11);
             assert_eq!(harvest(&first), written);

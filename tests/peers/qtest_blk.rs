@@ -1,14 +1,14 @@
-//! A virtio-blk driver on the other side of qtest: sets up rings in guest memory, submits requests and takes completions.
-//! What it reads and writes on the disk is `load`'s business.
+//! A virtio-blk driver over qtest: it sets up rings in guest memory, submits requests and takes completions. The contents
+//! of requests are in `load`.
 
 use crate::qtest::Qtest;
 use crate::qtest_virtio::{AVAIL_BIT, USED_BIT, VirtioPci, descriptor};
 use crate::ram::Ram;
 
-/// Bytes of data that one request can carry.
+/// Maximum number of data bytes of a request.
 pub(crate) const SLOT_BYTES: u64 = 64 << 10;
 
-/// Addresses of the parts of a queue in guest memory: parts that the device writes share no page with parts that the driver writes.
+/// Addresses of the parts of a queue in guest memory. The device and the driver write different pages.
 const QUEUES: u64 = 32 << 20;
 const QUEUE_STRIDE: u64 = 2 << 20;
 const AVAIL: u64 = 0x2_0000;
@@ -17,7 +17,7 @@ const HEADERS: u64 = 0x6_0000;
 const STATUS: u64 = 0x8_0000;
 const INDIRECT: u64 = 0xa_0000;
 const DATA: u64 = 64 << 20;
-/// Data does not start at a page: a chain's pages must be rounded outwards to be logged right.
+/// Offset of the data in a page, so that the pages of a buffer must be rounded outwards for the log.
 const DATA_SKEW: u64 = 512;
 
 const DESCRIPTORS_PER_REQUEST: u16 = 4;
@@ -58,11 +58,11 @@ struct Queue {
     avail: u16,
     kicked: u16,
     used: u16,
-    /// Descriptors of a packed ring that were made available, kicked for and seen used, in all.
+    /// Total numbers of descriptors of a packed ring: made available, kicked, and seen used.
     positions: [u64; 3],
 }
 
-/// The driver's state: what a real driver would have in guest memory and migrate with it.
+/// The state of the driver, which a real driver has in guest memory.
 #[derive(Clone)]
 pub(crate) struct Driver {
     pub(crate) options: Options,
@@ -70,7 +70,7 @@ pub(crate) struct Driver {
     function: VirtioPci,
 }
 
-/// The machine that a driver runs on: it changes at a migration.
+/// The QEMU that the driver runs on. It changes at a migration.
 pub(crate) struct Machine {
     pub(crate) qtest: Qtest,
     pub(crate) ram: Ram,
@@ -100,7 +100,7 @@ impl Driver {
         Driver { options, queues: vec![Queue::default(); options.queues.into()], function }
     }
 
-    /// Number of requests that fit into a queue at once.
+    /// Maximum number of requests of a queue.
     pub(crate) fn slots(&self) -> u16 {
         (self.options.queue_size / self.per_request()).min(self.max_slots())
     }
@@ -120,17 +120,17 @@ impl Driver {
         queue_base(queue) + USED
     }
 
-    /// The driver's position in the completions of the device: elements of the used ring, modulo 2^16, or descriptors of a packed ring.
+    /// The driver's position in the completions: elements of the used ring, modulo 2^16, or descriptors of a packed ring.
     pub(crate) fn seen(&self, queue: u16) -> u64 {
         let queue = &self.queues[usize::from(queue)];
         if self.options.packed { queue.positions[2] } else { queue.used.into() }
     }
 
-    /// The bytes of a ring that the device has written to use buffers since the driver had seen as much as `since`.
+    /// The ranges of a ring that the device has written for completions after the position `since`.
     pub(crate) fn used_since(&self, queue: u16, since: u64) -> Vec<(u64, u64)> {
         let (size, seen) = (u64::from(self.options.queue_size), self.seen(queue));
         if self.options.packed {
-            // Of a chain only the first descriptor is written.
+            // The device writes only the first descriptor of a chain.
             let positions = (since..seen).step_by(self.per_request().into());
             return positions.map(|position| (queue_base(queue) + position % size * 16, 16)).collect();
         }
@@ -139,7 +139,7 @@ impl Driver {
         elements.map(|at| (at, 8)).chain([(self.used_ring(queue) + 2, 2)]).collect()
     }
 
-    /// Address and size of the event that the device waits for: avail_event, or the event area of a packed ring.
+    /// Address and size of the device's event word: avail_event, or the event area of a packed ring.
     pub(crate) fn device_event(&self, queue: u16) -> (u64, u64) {
         match self.options.packed {
             true => (self.used_ring(queue), 4),
@@ -147,13 +147,13 @@ impl Driver {
         }
     }
 
-    /// Requests that were made available and have not been seen completed.
+    /// Number of requests without a completion.
     pub(crate) fn outstanding(&self, queue: u16) -> u16 {
         let queue = &self.queues[usize::from(queue)];
         queue.avail.wrapping_sub(queue.used)
     }
 
-    /// Makes a request of `len` bytes at `sector` available; the device may see it now and is told by [`Driver::kick`].
+    /// Makes a request of `len` bytes at `sector` available. [`Driver::kick`] notifies the device.
     pub(crate) fn submit(&mut self, qtest: &mut Qtest, queue: u16, slot: u16, kind: Kind, sector: u64, len: u64) {
         let base = queue_base(queue);
         let size = self.options.queue_size;
@@ -201,7 +201,7 @@ impl Driver {
         state.avail = state.avail.wrapping_add(1);
     }
 
-    /// Puts a request into a packed ring; the flags of its first descriptor come last.
+    /// Writes a request to a packed ring, with the flags of its first descriptor last.
     fn submit_packed(&mut self, qtest: &mut Qtest, queue: u16, slot: u16, table: &[(u64, u64, u16)]) {
         let base = queue_base(queue);
         let size = u64::from(self.options.queue_size);
@@ -228,7 +228,7 @@ impl Driver {
         state.avail = state.avail.wrapping_add(1);
     }
 
-    /// Publishes the avail index of a queue and notifies the device if it wants to be.
+    /// Publishes the avail index of a queue, and kicks if the device needs it.
     pub(crate) fn kick(&mut self, machine: &mut Machine, queue: u16) {
         let base = queue_base(queue);
         let size = u64::from(self.options.queue_size);
@@ -246,7 +246,7 @@ impl Driver {
             let (event, flags) = (machine.ram.u16(base + USED), machine.ram.u16(base + USED + 2));
             match flags & 3 {
                 1 => false,
-                // The descriptor it waits for, by position and wrap counter.
+                // Position and wrap counter of the descriptor that the device waits for.
                 2 => (kicked..avail).any(|position| {
                     u64::from(event & 0x7fff) == position % size && (event >> 15 == 0) == round_is_odd(position, size)
                 }),
@@ -264,7 +264,7 @@ impl Driver {
         }
     }
 
-    /// Takes what the device has put into the used rings since the last time; writes nothing.
+    /// Takes new completions of all rings, without a write to guest memory.
     pub(crate) fn completions(&mut self, ram: &Ram) -> Vec<Done> {
         let size = self.options.queue_size;
         let per_request = self.per_request();
@@ -328,7 +328,7 @@ fn queue_base(queue: u16) -> u64 {
     QUEUES + u64::from(queue) * QUEUE_STRIDE
 }
 
-/// Returns true if the wrap counter is 0 at a position of a packed ring that counts on from round to round.
+/// Returns true if the wrap counter is 0 at a position of a packed ring. Positions are not reduced by rounds.
 fn round_is_odd(position: u64, size: u64) -> bool {
     position / size % 2 == 1
 }

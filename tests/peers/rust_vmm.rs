@@ -1,4 +1,4 @@
-//! rust-vmm's front-end (the `vhost` crate) with our back-ends: start and stop of rings, logging, kills, memory slots,
+//! rust-vmm's front-end (the `vhost` crate) with this project's back-ends: rings, logging, kills, memory slots,
 //! the back-end channel, device state and postcopy.
 
 use std::fs::{self, File};
@@ -95,7 +95,7 @@ fn eventfd() -> EventFd {
     EventFd::new(0).unwrap()
 }
 
-/// A disk of ours, rust-vmm's front-end, and a driver of ring 0.
+/// `backend blk`, rust-vmm's front-end, and a driver of ring 0.
 struct Harness {
     _lab: Lab,
     backend: Backend,

@@ -1,5 +1,5 @@
-//! User-mode Linux as front-end: checked I/O on our back-ends, and the log that they keep of it. It logs nothing itself: a proxy in the
-//! middle switches that on. Its ways are rules F4.2, F6.2, F8.1, R4.4, R7.1 and B3.3.
+//! User-mode Linux as front-end: checked I/O on this project's back-ends, and their dirty log. It does not log, so a proxy
+//! switches logging on. Its properties are in rules F4.2, F6.2, F8.1, R4.4, R7.1 and B3.3.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,10 +22,11 @@ use crate::process::{Lab, Process, wait_for};
 use crate::proxy::{Hidden, Proxy, TestLog};
 
 const PAGE: usize = 4096;
-/// The guest's commands print into the kernel's log, whose way out takes a file.
+/// The guest's commands write to the kernel's log, which UML writes to a file.
 const TO_THE_LOG: &str = "exec >/dev/kmsg 2>&1";
 
-/// UML uses everything that it accepts of an offer: rings and signals of one kind and of the other.
+/// Features hidden from UML, which uses all features that it knows: split or packed rings, call fds or in-band
+/// notifications.
 const AS_OFFERED: Hidden = Hidden { features: VirtioFeatures::empty(), protocol_features: ProtocolFeatures::empty() };
 const SPLIT_WITH_FDS: Hidden =
     Hidden { features: VIRTIO_F_RING_PACKED, protocol_features: ProtocolFeatures::INBAND_NOTIFICATIONS };
@@ -45,7 +46,7 @@ impl Uml {
         Uml(Process::start("uml", "unshare", &words(&args), &lab.file("uml.console")))
     }
 
-    /// The guest's last count since it was told to continue.
+    /// The last count of the guest after it was continued.
     fn counts(&self) -> Option<(u64, u64)> {
         counts(self.0.output().rsplit("\nagain").next()?)
     }
@@ -54,7 +55,7 @@ impl Uml {
         works(|| self.counts(), first, second);
     }
 
-    /// Stops its CPU; when it returns, nothing of the guest runs.
+    /// Stops the guest's CPU. No thread of the guest runs when this returns.
     fn freeze(&self) {
         let main = self.main();
         kill(main, Signal::SIGSTOP).unwrap();
@@ -79,7 +80,7 @@ fn children(pid: Pid) -> Vec<Pid> {
     list.split_whitespace().map(|pid| Pid::from_raw(pid.parse().unwrap())).collect()
 }
 
-/// The letter of `/proc/PID/stat`; of a process that is gone, Z.
+/// The state letter of `/proc/PID/stat`; Z for a process that has ended.
 fn state(pid: Pid) -> Option<char> {
     let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return Some('Z') };
     stat.rsplit(") ").next()?.chars().next()
@@ -95,8 +96,8 @@ fn stop(backend: &Process) {
     });
 }
 
-/// Has the device work while the CPU stands still, so that all changes of guest memory are its own: the pages that changed, and those
-/// that were marked. `poke` gives it something to do.
+/// Runs the device while the guest's CPU is stopped, so that it alone changes guest memory. Returns the changed and the
+/// marked pages. `poke` gives the device a request.
 fn device_writes(
     uml: &Uml,
     backend: &Process,
@@ -136,7 +137,7 @@ fn differing_pages(before: &[(u64, Vec<u8>)], after: &[(u64, Vec<u8>)]) -> BTree
     pages.collect()
 }
 
-/// Looks at the log again and again, of a guest at work; `least` pages have to change in all.
+/// Compares the log of a running guest with the changes of its memory, repeatedly, until `least` pages have changed.
 fn the_log_misses_nothing(uml: &Uml, backend: &Process, proxy: &Proxy, least: usize, poke: impl Fn()) {
     let log = TestLog::new();
     proxy.log_on(&log, 0);
@@ -152,7 +153,7 @@ fn the_log_misses_nothing(uml: &Uml, backend: &Process, proxy: &Proxy, least: us
     }
     proxy.log_off();
     eprintln!("{all_changed} pages changed, {all_marked} marked");
-    // What is written with what was there already is marked and not seen.
+    // A write of equal contents is marked, and the comparison does not see it.
     assert!(all_marked <= 2 * all_changed + round * 8, "{all_marked} pages marked where {all_changed} changed");
 }
 
@@ -164,7 +165,7 @@ fn a_guest_works_on_its_disk(hidden: Hidden) {
     let backend = Backend::start(&lab, Kind::Ours, "backend", &image, 1);
     let proxy = Proxy::hiding(&lab, "proxy.sock", backend.socket(), hidden);
     let (again, off) = (lab.file("again"), lab.file("off"));
-    // Both parts end by unbinding the driver, which stops the rings, and the second one begins by binding it again.
+    // Both parts end with an unbound driver, which stops the rings. The second one begins with its bind.
     let commands = format!(
         "{TO_THE_LOG}
          busybox mkdir /host && busybox mount -t hostfs none /host -o {}
@@ -206,7 +207,7 @@ fn a_guest_whose_back_end_dies_loses_its_disk_for_good_and_the_next_guest_is_ser
     let empty = || File::create(&image).unwrap().set_len(64 << 20).unwrap();
     empty();
     let mut backend = Backend::start(&lab, Kind::Ours, "backend", &image, 1);
-    // Requests in flight are never completed: a process without one has to look.
+    // Requests in flight are never completed, so a process without one checks the guest.
     let commands = format!(
         "{TO_THE_LOG}
          watch() {{ while busybox head -c 1 /dev/vda >/dev/null; do busybox sleep 1; done; echo gone; }}
@@ -217,11 +218,11 @@ fn a_guest_whose_back_end_dies_loses_its_disk_for_good_and_the_next_guest_is_ser
     uml.works(200, 200);
     backend.kill();
     wait_for("the guest's kernel takes the disk away", || uml.0.output().contains("\ngone").then_some(()));
-    // What was read is right; what is read now fails.
+    // Earlier reads were right, later reads fail.
     let output = uml.0.output();
     let complaints = output.lines().filter(|line| line.starts_with("BAD"));
     complaints.for_each(|line| assert!(line.starts_with("BAD read at") || line.starts_with("BAD write at"), "{line}"));
-    // It does not come back to a back-end that does: another guest finds that free.
+    // It does not connect to a restarted back-end, so that another guest can use it.
     empty();
     backend.restart();
     let other = Uml::boot(&next, &initramfs, backend.socket(), 2);
