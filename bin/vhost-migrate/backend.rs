@@ -204,7 +204,7 @@ enum AioEngine {
     Threads,
 }
 
-/// Parses the identity of a disk.
+/// Parses the serial number of a disk.
 fn serial(text: &str) -> Result<String, String> {
     match text.len() {
         ..=VIRTIO_BLK_ID_BYTES => Ok(text.into()),
@@ -214,7 +214,7 @@ fn serial(text: &str) -> Result<String, String> {
 
 /// Runs the subcommand.
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
-    // First, so that threads started later don't receive the signals.
+    // The signals are blocked first, so that threads started later don't receive them.
     let limit = Duration::from_secs(arguments.device.stop_timeout());
     let ended = stop_on_interrupt(limit).and_then(|stop| match arguments.device {
         DeviceCommand::Blk(blk) => blk.run(&stop),
@@ -230,15 +230,16 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     }
 }
 
-/// Returns an event that a terminating signal sets. Requests under way are completed for at most `limit`; a successor
-/// resubmits those marked in the inflight region.
+/// Returns an eventfd that is signalled at SIGINT or SIGTERM. After the signal, requests under way are completed for at
+/// most `limit`, and then the process exits. A successor resubmits those that are left in the inflight region.
 fn stop_on_interrupt(limit: Duration) -> Result<Arc<EventFd>, Box<dyn std::error::Error>> {
     let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
     let signalled = stop.clone();
     on_interrupt(move || {
         let _ = signalled.write(1);
         std::thread::sleep(limit);
-        // The reader may have stopped reading.
+        // The message is logged on a separate thread, because the write blocks if the reader of stderr has stopped
+        // reading.
         let seconds = limit.as_secs();
         std::thread::spawn(move || {
             tracing::error!("requests are under way {seconds} s after the signal: they are left")
@@ -287,7 +288,8 @@ impl Blk {
     }
 }
 
-/// Serves `device` at its place until `stop` is set; `what` it is goes to stdout. Nothing else is opened from then on.
+/// Serves `device` at `place` until `stop` is signalled. Prints `what`, the description of the device, to stdout. The
+/// process opens nothing else from then on.
 fn serve(
     place: &SocketArguments,
     device: Arc<dyn VirtioDevice>,
@@ -295,7 +297,7 @@ fn serve(
     sandbox: Option<Sandbox>,
     stop: &EventFd,
 ) -> Result<(), Box<dyn std::error::Error>> {
-    // Everything that must be opened is open by then.
+    // When this closure is called, everything that must be opened is open.
     let SocketArguments { socket, connect, fd } = place;
     let confine = || {
         sandbox.map_or(Ok(()), |sandbox| {

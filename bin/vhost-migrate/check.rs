@@ -25,7 +25,7 @@ use crate::values;
 const NOT_CHECKED: u8 = 3;
 /// Exit status with `--strict` for warnings without a failure.
 const WARNINGS: u8 = 4;
-/// Maximum time from a signal to the end. Restoring changes takes less.
+/// Maximum time from a signal to the end of the check. Restoring changes takes less.
 const STOPPING: Duration = Duration::from_secs(20);
 
 /// Check a running vhost-user back-end against the rules of docs/protocol.md
@@ -153,7 +153,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let (strict, stop) = (arguments.strict, StopToken::default());
-    // Disconnected at the end of the check.
+    // The channel is disconnected at the end of the check.
     let (checking, checked) = crossbeam::channel::bounded::<()>(0);
     let stopping = stop.clone();
     let signals = before_termination(interrupts_and_hangup(), 2 * STOPPING, move |_| {
@@ -214,11 +214,11 @@ impl Arguments {
             .with_restart(self.restart)
             .with_kill_pid(self.kill_pid)
             .with_stop(stop);
-        // Created first: after a long run an error would lose the findings.
+        // The file is created first, because an error after a long run would lose the findings.
         let junit = self.junit.map(|path| Ok::<_, String>((File::create(&path).map_err(cannot_write(&path))?, path)));
         let junit = junit.transpose()?;
         let style = ProgressStyle::with_template("[{bar:30}] {pos}/{len} {wide_msg}");
-        // Shown on a terminal only.
+        // The bar is shown only on a terminal.
         let bar = ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         let socket = self.socket.unwrap_or_default();
         let report = check_with_progress(&socket, &options, &mut |step: &CheckProgress| {
@@ -228,7 +228,7 @@ impl Arguments {
         });
         bar.finish_and_clear();
         let report = report?;
-        // Written before the table: printing may fail if the reader has closed the pipe.
+        // The file is written before the table, because printing may fail if the reader has closed the pipe.
         if let Some((mut file, path)) = junit {
             file.write_all(report.junit().as_bytes()).map_err(cannot_write(&path))?;
         }

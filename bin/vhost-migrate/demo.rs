@@ -1,5 +1,5 @@
-//! `vhost-migrate demo`: live-migrates a guest with a disk between two processes on this machine while it writes. With
-//! `--kill` its back-ends are killed meanwhile.
+//! `vhost-migrate demo`: live-migrates a guest with a disk between two processes on this machine while the guest
+//! writes. With `--kill`, the demo kills the guest's back-ends meanwhile.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -96,7 +96,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 /// The interval at which the processes are polled.
 const WATCH_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The processes of the demo and the folder of their files. They end together.
+/// The processes of the demo and the folder of their files. `finish` ends the processes and removes the folder.
 struct DemoProcesses {
     output: OutputArguments,
     folder: Mutex<tempfile::TempDir>,
@@ -146,7 +146,7 @@ impl DemoProcesses {
     fn finish(&self, outcome: io::Result<Value>) -> ! {
         // Both locks are held until the exit: no process can be started, and no other thread can finish.
         let mut running = lock(&self.running);
-        // Guests first, so that none reports a disconnected back-end.
+        // Guests are killed first, so that none reports a disconnected back-end.
         running.sort_by_key(|(name, _)| name.ends_with("back-end"));
         running.iter_mut().for_each(|(_, child)| kill_and_wait(child));
         let folder = lock(&self.folder);
@@ -166,7 +166,7 @@ impl DemoProcesses {
 }
 
 fn kill_and_wait(child: &mut Child) {
-    // It may have ended by itself.
+    // The process may have ended already.
     let _ = child.kill();
     let _ = child.wait();
 }
@@ -289,7 +289,7 @@ impl<'a> Demo<'a> {
             self.progress.event(&event);
             let ControlEvent::Migration(event) = event else { return };
             match *event {
-                // During the migration: logging is on and most memory has not been sent.
+                // The back-end is killed while logging is on and most memory has not been sent.
                 MigrationEvent::Progress { .. } | MigrationEvent::Round(_) if matches!(kill, Some(Ok(()))) => {
                     kill = self.kill_backend(|demo| &demo.source).err().map(Err);
                 }

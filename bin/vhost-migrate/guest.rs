@@ -142,7 +142,8 @@ fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
     let owner = Arc::new(GuestOwner::default());
     let (quit, quitting) = bounded(1);
     let handler = Arc::new(GuestCommands { owner: owner.clone(), quit });
-    // Before the first answer: a client that learns that there is no guest can then migrate one to here.
+    // The listener is created before the first reply: a client that learns that this process has no guest can then
+    // migrate one to it.
     let incoming = match &arguments.incoming {
         Some(uri) => {
             Some((uri, Arc::new(MigrationListener::start(StreamListener::bind(uri)?, owner.outcomes().clone())?)))
@@ -153,7 +154,7 @@ fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
     std::thread::spawn(move || control::serve(listener, handler));
 
     match incoming {
-        // Kept to the end: a source may still query the outcome of its migration.
+        // The listener is kept to the end, because a source may still query the outcome of its migration.
         Some((uri, incoming)) => {
             println!("waits for a guest at {uri}");
             wait_for_arrival(&owner, &incoming, uri, arguments)?;
@@ -163,7 +164,7 @@ fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
             let config = arguments.config();
             let (backends, overwrite) = (arguments.backend.clone(), arguments.workload.overwrite);
             let (done, booted) = bounded(1);
-            // On a separate thread, so that quit ends this process at once even if a back-end hangs.
+            // The guest boots on a separate thread, so that quit ends this process at once even if a back-end hangs.
             let boot = move || drop(done.send(boot(config, &backends, overwrite)));
             std::thread::Builder::new().name("boot".into()).spawn(boot)?;
             select! {
@@ -206,7 +207,8 @@ fn boot(config: GuestConfig, backends: &[PathBuf], overwrite: bool) -> Result<Gu
     Ok(guest)
 }
 
-/// Receives a guest. A failed migration leaves the guest at its source, and the next one is waited for, until quit.
+/// Receives a guest. A failed migration leaves the guest at its source. This function then waits for the next
+/// migration, until quit.
 fn wait_for_arrival(
     owner: &GuestOwner,
     incoming: &MigrationListener,
@@ -279,14 +281,14 @@ struct GuestCommands {
     quit: crossbeam::channel::Sender<()>,
 }
 
-/// Returns true if a descriptor is close-on-exec: it was not passed to this process.
+/// Returns true if a descriptor is close-on-exec. Such a descriptor was not passed to this process.
 fn is_close_on_exec(number: i32) -> bool {
     let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{number}")).unwrap_or_default();
     let flags = info.lines().find_map(|line| i32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok());
     flags.is_some_and(|flags| flags & libc::O_CLOEXEC != 0)
 }
 
-/// Migrates the guest as `arguments` say, and sends events to `client`.
+/// Migrates the guest with the given arguments, and sends events to `client`.
 fn migrate(owner: &GuestOwner, arguments: &MigrateArguments, client: &ControlClient<'_>) -> Result<(), VmError> {
     let uri: Uri = arguments.uri.parse()?;
     if let Uri::Fd(number) = &uri
@@ -320,7 +322,7 @@ fn watch(owner: &GuestOwner, seconds: f64, client: &ControlClient<'_>) -> Result
         let mut connections = owner.connections();
         for (number, connection) in connections.iter_mut().enumerate() {
             let event = ControlEvent::Device(connection.clone());
-            // A longer unavailability alone is not reported.
+            // A change of the time of unavailability alone is not reported.
             connection.away_ms = connection.away_ms.map(|_| 0);
             if reported.get(number) != Some(connection) {
                 client.send_event(&event);
@@ -373,7 +375,7 @@ impl CommandHandler for GuestCommands {
 
     fn quit(&self) {
         tracing::info!("ends by quit");
-        // Full if quit was requested before.
+        // The channel is full if quit was requested before.
         let _ = self.quit.try_send(());
     }
 }

@@ -1,4 +1,5 @@
-//! `vhost-migrate inspect`: prints the contents of a saved dirty log, inflight region or stream. Memory stays bounded whatever the file.
+//! `vhost-migrate inspect`: prints the contents of a saved dirty log, inflight region or stream. The memory use is
+//! bounded for every file.
 
 mod inflight;
 mod log;
@@ -87,7 +88,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 /// Result of an inspection, apart from the lines already printed.
 struct Inspection {
     json: Value,
-    /// Reason that the file may be something else.
+    /// The reason why the file may be something else, if there is one.
     doubt: Option<String>,
 }
 

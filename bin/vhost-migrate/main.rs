@@ -1,4 +1,4 @@
-//! The command: parses arguments and calls the file of the subcommand.
+//! The command: parses the arguments and calls the module of the subcommand.
 
 mod backend;
 mod check;
@@ -61,7 +61,7 @@ Exit status: 0 the guest is gone from here; 1 it is not, and why; 2 wrong argume
     Check(check::Arguments),
 }
 
-/// Ends the process like the command line parser, with exit status 2: for an invalid combination of arguments.
+/// Reports an invalid combination of arguments as the command line parser does, and exits with status 2.
 fn wrong_arguments(why: impl Display) -> ! {
     Command::command().error(ErrorKind::ValueValidation, why).exit()
 }

@@ -1,7 +1,7 @@
 //! `--metrics`: counters for Prometheus to fetch over HTTP.
 //!
-//! A few threads serve one connection at a time each, with a time limit. Therefore no more descriptors than threads are
-//! in use; more clients wait in the system's backlog.
+//! Each of a few threads serves one connection at a time, with a time limit. The number of connections in use is
+//! therefore at most the number of threads. Further clients wait in the listener's backlog.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -18,11 +18,11 @@ use crate::values;
 
 /// Number of threads that serve connections.
 const THREADS: usize = 4;
-/// Time limit from a connection to the end of its answer.
+/// Time limit from accepting a connection to the end of the reply.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
-/// Delay after the system had no descriptor left.
+/// Delay after a connection could not be accepted, for example for lack of file descriptors.
 const RETRY_DELAY: Duration = Duration::from_secs(1);
-/// Longest request, bytes.
+/// Maximum size of a request in bytes.
 const MAX_REQUEST: usize = 8 << 10;
 
 /// Arguments for metrics.
@@ -60,14 +60,14 @@ impl MetricsArguments {
     /// Starts counting and serving, if requested.
     ///
     /// # Errors
-    /// An unusable address.
+    /// An error if the address cannot be used.
     pub(crate) fn start(&self) -> Result<(), Box<dyn std::error::Error>> {
         let Some(place) = &self.metrics else { return Ok(()) };
         match place {
             MetricsAddress::Unix(path) => {
                 let (listener, path) = control::bind(path)?;
                 serve(&MetricsListener::Unix(listener))?;
-                // The socket exists until the end of the process, which removes it.
+                // The socket exists until the process ends. `control::remove_sockets` removes it.
                 std::mem::forget(path);
             }
             MetricsAddress::Tcp(address) => {
@@ -148,11 +148,11 @@ fn answer_all(listener: &MetricsListener, counters: &PrometheusHandle) {
     }
 }
 
-/// Reads one request and answers it.
+/// Reads one request and sends the reply.
 fn answer(connection: &mut dyn MetricsConnection, counters: &PrometheusHandle) -> io::Result<()> {
     let deadline = Instant::now() + ANSWER_TIMEOUT;
     let limit = |connection: &dyn MetricsConnection| {
-        // A zero timeout would mean no timeout.
+        // A timeout of zero would disable the time limit.
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { connection.limit(left) }
     };

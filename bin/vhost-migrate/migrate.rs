@@ -133,7 +133,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     }
 }
 
-/// Makes the path of a URI absolute: the guest's process may have another working directory.
+/// Makes the path of a URI absolute, because the guest's process may have another working directory.
 fn absolute_uri(uri: Uri) -> String {
     match uri {
         Uri::File(path) => Uri::File(std::path::absolute(&path).unwrap_or(path)),
@@ -145,7 +145,7 @@ fn absolute_uri(uri: Uri) -> String {
 
 /// Time limit for a cancelled migration to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(30);
-/// Time limit for the guest's process to reply meanwhile.
+/// Time limit for the guest's process to reply while a cancelled migration ends.
 const STATUS_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// Cancels the migration at the first SIGINT or SIGTERM, and ends this process at the second, or when the guest's
@@ -155,7 +155,7 @@ fn cancel_on_interrupt(control: &Path) -> io::Result<()> {
     on_every_interrupt(move |count| {
         let control = control.clone();
         let cancel = move || cancel(&control);
-        // On a separate thread, so that this one is free for the next signal.
+        // The cancellation runs on a separate thread, so that this one can handle the next signal.
         let waits = count == 1 && std::thread::Builder::new().name("cancel".into()).spawn(cancel).is_ok();
         if !waits {
             std::process::exit(NO_CONTACT.into());
@@ -169,13 +169,14 @@ fn cancel(control: &Path) {
             let begun = Instant::now();
             let answers =
                 || control::call_with_timeout(control, &ControlCommand::Status {}, STATUS_TIMEOUT, |_| ()).is_ok();
-            // This process ends with the migration.
+            // The main thread ends this process when the migration ends.
             while begun.elapsed() < CANCEL_TIMEOUT && answers() {
                 std::thread::sleep(STATUS_INTERVAL);
             }
             eprintln!("cancelled, but the migration has not ended within {:?}", begun.elapsed());
         }
-        // Too late, or another operation is under way: its own end is reported.
+        // The migration cannot be cancelled any more, or another operation is under way. The main thread reports the
+        // end.
         Err(error) if error.kind() == io::ErrorKind::Other => return eprintln!("can't cancel: {error}"),
         Err(error) => eprintln!("can't cancel: {error}"),
     }
@@ -183,7 +184,7 @@ fn cancel(control: &Path) {
     std::process::exit(NO_CONTACT.into());
 }
 
-/// Time limit for a migration whose events are lost.
+/// Maximum wait for the end of a migration whose events were lost.
 const LOST_REPORT_TIMEOUT: Duration = Duration::from_secs(60);
 const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -192,7 +193,7 @@ fn report_location(control: &Path, error: &io::Error) -> ExitCode {
     let begun = Instant::now();
     let status = loop {
         match control::status(control) {
-            // An answer means the end of the migration; a broken connection does not.
+            // An error reply means that the migration has ended. A broken connection does not.
             Ok(status) if error.kind() == io::ErrorKind::Other || status.busy != Some(Operation::Migration) => {
                 break status;
             }
@@ -212,7 +213,7 @@ fn report_location(control: &Path, error: &io::Error) -> ExitCode {
         std::thread::sleep(STATUS_INTERVAL);
     };
     let (says, code) = match status.location {
-        // An error answer with this location: another migration has handed the guest over.
+        // An error reply with this location means that another migration has handed the guest over.
         Some(GuestLocation::HandedOver) if error.kind() == io::ErrorKind::Other => ("there is no guest here".into(), 6),
         Some(GuestLocation::HandedOver) => {
             eprintln!("the guest was handed over, but the migration's report is lost: {error}");

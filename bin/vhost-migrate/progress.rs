@@ -27,7 +27,7 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Creates it; nothing is shown before the first event.
+    /// Creates a progress display. It shows nothing before the first event.
     pub(crate) fn new(output: OutputArguments) -> Progress {
         Progress { output, bar: ProgressBar::hidden(), left: 0 }
     }
@@ -43,7 +43,7 @@ impl Progress {
         }
     }
 
-    /// Prints a line of text between events, except with JSON output.
+    /// Prints a line of text between events, except with JSON or quiet output.
     pub(crate) fn print_line(&self, text: &str) {
         if !self.output.json && !self.output.quiet {
             self.bar.suspend(|| println!("{text}"));

@@ -1,6 +1,6 @@
 //! Signals as events on threads, without signal handlers.
 //!
-//! All functions must be called before other threads are started, which inherit the blocked signals.
+//! All functions must be called before other threads are started, so that those inherit the blocked signals.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -16,7 +16,8 @@ pub(crate) fn on_interrupt(then: impl FnOnce() + Send + 'static) -> io::Result<(
     on_first_signal([Signal::SIGINT, Signal::SIGTERM], then)
 }
 
-/// Like [`on_interrupt`], and also at SIGHUP.
+/// Calls `then` on a separate thread at the first SIGINT, SIGTERM or, unless it was ignored at the start of the process
+/// (nohup), SIGHUP.
 ///
 /// # Errors
 /// The error of the system.
@@ -31,7 +32,8 @@ pub(crate) fn interrupts_and_hangup() -> Vec<Signal> {
     [Signal::SIGINT, Signal::SIGTERM].into_iter().chain(hangup).collect()
 }
 
-/// Calls `before` with the first of `signals`, for at most `limit`, and then lets the signal end the process.
+/// Calls `before` with the first of `signals` that arrives, waits for it for at most `limit`, and then lets the signal
+/// end the process.
 ///
 /// # Errors
 /// The error of the system.
@@ -48,13 +50,13 @@ pub(crate) fn before_termination(
                 before(signal);
                 let _ = done.send(());
             };
-            // Skipped if no thread can be started.
+            // The call is skipped if no thread can be started.
             if std::thread::Builder::new().spawn(work).is_ok() {
                 let _ = is_done.recv_timeout(limit);
             }
         }
         let _ = SigSet::from(signal).thread_unblock().and_then(|()| raise(signal));
-        // The signal was ignored when this process was started.
+        // The process is still running, because the signal was ignored when it was started.
         std::process::exit(128 + signal as i32)
     })
 }
@@ -93,7 +95,8 @@ fn on_first_signal(signals: impl IntoIterator<Item = Signal>, then: impl FnOnce(
     })
 }
 
-/// Calls `then` on a separate thread at every SIGINT and SIGTERM, with their number so far, this one included.
+/// Calls `then` on a separate thread at every SIGINT and SIGTERM, with the number of these signals so far, including
+/// the current one.
 ///
 /// # Errors
 /// The error of the system.

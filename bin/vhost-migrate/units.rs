@@ -2,20 +2,21 @@
 
 use std::time::Duration;
 
-/// Powers of 1024, by the letter that stands for them.
+/// The unit letters, in the order of their powers of 1024.
 const LETTERS: &str = "BKMGTPE";
 
 const ZERO_TIME_ADVICE: &str = "nothing is done within no time: leave the option out for the usual limit";
 
-/// Parses a size in bytes as `qemu-img` does: `4096`, `64K`, `1.5M`, `1G`, and also `64KiB`, `1GiB`. Units are powers of 1024.
+/// Parses a size in bytes as `qemu-img` does: `4096`, `64K`, `1.5M`, `1G`, and also `64KiB`, `1GiB`. Units are powers
+/// of 1024.
 pub(crate) fn size(text: &str) -> Result<u64, String> {
     parse(text).map(|(bytes, _)| bytes).ok_or_else(|| {
         format!("'{text}' is not a size: write for example 4096, 64K, 1.5M or 1G (powers of 1024; KiB, MiB and GiB mean the same)")
     })
 }
 
-/// Parses a rate in bytes per second: a size with a unit, and `/s` if wanted: `500MiB/s`, `1G/s`, `64K`. A number alone is
-/// refused, because it is rarely meant as bytes; `0` is allowed.
+/// Parses a rate in bytes per second: a size with a unit and an optional `/s`, for example `500MiB/s`, `1G/s` or `64K`.
+/// A number alone is refused, because it is rarely meant as bytes. `0` is allowed.
 pub(crate) fn rate(text: &str) -> Result<u64, String> {
     let example = "write for example 500MiB/s, 1G/s or 4096B/s";
     match parse(text.strip_suffix("/s").unwrap_or(text)) {

@@ -20,14 +20,15 @@ use crate::raw::{RawFrontend, VERSION};
 use crate::server::Server;
 
 const EVENT_IDX: VirtioFeatures = VIRTIO_RING_F_EVENT_IDX;
-/// Address at which used rings are logged. It is not their own, and a page ends between the indexes and the elements.
+/// Address under which used rings are logged. It differs from their own address, and a page ends between the index and
+/// the elements.
 pub(crate) const LOG_AT: GuestAddress = GuestAddress(0x30_0ffc);
 const DISK: u64 = 4 << 20;
 
 /// Pages that the device has written since a point in time, as far as they can be known in advance.
 pub(crate) struct Oracle {
     pub(crate) pages: BTreeSet<u64>,
-    /// Pages that it may have written with their old contents.
+    /// Pages that the device may have written without changing their contents.
     perhaps: BTreeSet<u64>,
     seen: DriverRingState,
     event: Vec<u8>,
@@ -43,8 +44,9 @@ impl Oracle {
         self.pages.extend(pages(gpa, len));
     }
 
-    /// Adds the device's writes to the ring since the last time, all requests being complete. Of a split ring they are
-    /// logged under `at` (rule L3.3), of a packed one where they are, and the device event area at `at` (rules L4.1, L4.2).
+    /// Adds the device's writes to the ring since the last call. All requests must be complete. A split ring is logged
+    /// under `at` (rule L3.3), a packed one under its own address, and the device event area under `at` (rules L4.1,
+    /// L4.2).
     pub(crate) fn used_ring(&mut self, guest: &Guest, ring: &Ring, at: GuestAddress) {
         let (size, now) = (ring.layout.size, ring.driver.state());
         let changed = event(guest, ring) != self.event;
@@ -71,14 +73,14 @@ impl Oracle {
                 if changed {
                     self.wrote(at, 4);
                 }
-                // Switched off and on again, perhaps.
+                // The device may have disabled kicks and enabled them again.
                 self.perhaps.extend(pages(at, 4));
             }
             _ => panic!("the ring has become one of the other kind"),
         }
     }
 
-    /// Adds the pages that a successor logs of a ring: all that a device may write of it.
+    /// Adds the pages of a ring that a successor marks: all that the device may write.
     fn whole_ring(&mut self, ring: &Ring, at: GuestAddress) {
         let size = u64::from(ring.layout.size);
         match self.seen {
@@ -95,7 +97,7 @@ impl Oracle {
     }
 }
 
-/// Marked is what was written, and nothing else.
+/// Asserts that the marked pages are exactly the written ones.
 pub(crate) fn check<'a>(oracles: impl IntoIterator<Item = &'a Oracle>, mut marked: BTreeSet<u64>) {
     let mut expected = BTreeSet::new();
     for oracle in oracles {
@@ -105,7 +107,7 @@ pub(crate) fn check<'a>(oracles: impl IntoIterator<Item = &'a Oracle>, mut marke
     assert_eq!(marked, expected);
 }
 
-/// The bytes by which the device asks for kicks, if they have a place of their own.
+/// The field by which the device requests kicks: avail_event of a split ring, the device event area of a packed one.
 fn event(guest: &Guest, ring: &Ring) -> Vec<u8> {
     match ring.driver.state() {
         DriverRingState::Split(_) => {
@@ -115,7 +117,7 @@ fn event(guest: &Guest, ring: &Ring) -> Vec<u8> {
     }
 }
 
-/// A disk whose writes are logged: with its guest, front-end, ring and log, and what the log must hold.
+/// A disk whose writes are logged, with its guest, front-end, ring and log, and the oracle of that log.
 fn logging(features: VirtioFeatures) -> (Server, Guest, RawFrontend, Ring, Log, Oracle) {
     let (server, guest, client, mut ring) = disk().running(512, features);
     let log = install_log(&client, &guest);
@@ -124,7 +126,7 @@ fn logging(features: VirtioFeatures) -> (Server, Guest, RawFrontend, Ring, Log, 
     (server, guest, client, ring, log, oracle)
 }
 
-/// Reads, writes and requests that must fail, 30 of them in slots from `first` on, while `meanwhile` happens.
+/// Serves 30 reads, writes and requests that must fail, in slots from `first` on. Calls `meanwhile` after the kick.
 fn load(guest: &Guest, ring: &mut Ring, first: u64, oracle: &mut Oracle, meanwhile: impl FnOnce()) {
     for slot in first..first + 30 {
         let (_, status, data) = request_addresses(slot);
@@ -181,7 +183,8 @@ fn a_buffer_across_pages_and_regions_is_logged_exactly(#[values(SPLIT, PACKED)] 
     let (_server, guest, client, mut ring, log, mut oracle) = logging(features);
     let (head, _, _) = request_addresses(0);
     let head = header(&guest, head, 0, 0);
-    // 512 bytes that end with the first byte of a page; status in the middle of another.
+    // 512 bytes that end with the first byte of a page, 512 bytes from the middle of another, and the status at a
+    // page's end.
     let writable =
         [(0x70_0e01, 512), (0x71_0800, 512), (0x72_0fff, 1)].map(|(gpa, len)| Buffer { gpa: GuestAddress(gpa), len });
     ring.driver.add(&[head], &writable, None).unwrap().unwrap();
@@ -245,7 +248,7 @@ fn changing_the_log_under_load_loses_no_page_and_stops_writes_to_the_old_log(
     for round in 0..40 {
         load(&guest, &mut ring, round * 30 % 210, &mut oracle, || {
             let log = install_log(&client, &guest);
-            // After the reply nothing is written there: what is harvested now must be all.
+            // The device does not write to the old log after the reply, so this harvest must be complete.
             found.extend(harvest(logs.last().unwrap()));
             logs.push(log);
         });
@@ -304,7 +307,7 @@ fn a_reconnect_while_logging_writes_nothing_until_the_ring_is_enabled(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
 ) {
     let (_server, guest, client) = disk().connected();
-    // The order in which QEMU does it (rule L8.1): LOG_ALL, F_LOG and KICK before SET_LOG_BASE and ENABLE.
+    // QEMU's order (rule L8.1): LOG_ALL, F_LOG and KICK before SET_LOG_BASE and ENABLE.
     negotiate(&client, &guest, features | LOG_ALL);
     let mut ring = Ring::new(&guest, 0, 512, features);
     ring.log_at = Some(LOG_AT);
@@ -342,7 +345,7 @@ fn a_log_of_any_size_and_offset_is_used_exactly_within_its_bounds(#[values(SPLIT
     let (_server, guest, client, mut ring) = disk().running(512, features);
     let fd = sealed_memfd("log", 0x4000).unwrap();
     let file = Region::map(fd.as_fd(), GuestAddress(0), 0x4000, UserAddress(0), 0).unwrap();
-    // Pages up to the status page of slot 4, whose bit is in the last byte.
+    // The log covers the pages up to the status page of slot 4, whose bit is in the last byte.
     let size = request_addresses(4).1.0 / LOG_PAGE / 8 + 1;
     let description = LogDescription { mmap_size: size, mmap_offset: 0x1000 };
     client.send(Code::SET_LOG_BASE, VERSION, description.as_bytes(), &[fd.as_fd()]);
@@ -374,7 +377,7 @@ fn the_log_fd_is_signalled_after_logging_until_it_is_removed(#[values(SPLIT, PAC
     let _log = install_log(&client, &guest);
     start_logging(&client, &guest, features, &mut [&mut ring], LOG_AT);
     load(&guest, &mut ring, 0, &mut oracle, || {});
-    // The driver hears of a batch after the log's reader does.
+    // The log fd is signalled before the driver is notified of a batch.
     assert!((1..=30).contains(&signal.read().unwrap()), "at most one signal per burst");
     client.send_acknowledged(Code::SET_LOG_FD, &[0u8; 0], &[]);
     let _ = signal.read();
@@ -383,8 +386,8 @@ fn the_log_fd_is_signalled_after_logging_until_it_is_removed(#[values(SPLIT, PAC
     assert!(signal.read().is_err());
 }
 
-/// A guest with two requests, whose back-end died with the first of them taken; up to enabling the ring of a successor, that
-/// gets a log with the marks of the ring if it was `kept`.
+/// Sets up the ring of a successor up to, but not including, SET_VRING_ENABLE. The guest has two requests, and its
+/// previous back-end was killed with the first of them taken. If `kept` is true, the log has the marks of the ring.
 fn start_successor(guest: &Guest, client: &RawFrontend, features: VirtioFeatures, kept: bool) -> (Ring, Log) {
     let mut ring = Ring::new(guest, 0, 512, features);
     ring.read(guest, 0, 5, 512);
@@ -406,7 +409,7 @@ fn start_successor(guest: &Guest, client: &RawFrontend, features: VirtioFeatures
     (ring, log)
 }
 
-/// Rules I3.3 and L10.1: a process may die between a write to the used ring and its mark.
+/// Rules I3.3 and L10.1: a process may be killed between a write to the used ring and its mark.
 #[rstest]
 fn a_successor_of_a_killed_back_end_logs_the_whole_used_ring_again(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (_server, guest, client) = disk().connected();
@@ -423,7 +426,8 @@ fn a_successor_of_a_killed_back_end_logs_the_whole_used_ring_again(#[values(SPLI
     oracle.check(harvest(&log));
 }
 
-/// Rules L15.1 and L15.2: once, and not when this back-end itself has stopped and started the ring.
+/// Rules L15.1 and L15.2: all memory is logged once, and not when this back-end itself has stopped and started the
+/// ring.
 #[rstest]
 fn a_successor_with_a_new_log_logs_all_guest_memory(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (_server, guest, client) = disk().connected();
@@ -435,7 +439,7 @@ fn a_successor_with_a_new_log_logs_all_guest_memory(#[values(SPLIT, PACKED)] fea
     for region in guest.memory.regions() {
         all.wrote(region.gpa(), region.size());
     }
-    // Where the used ring is logged need not be memory.
+    // The log address of the used ring may be outside guest memory.
     all.whole_ring(&ring, LOG_AT);
     let base = client.ring_base(0);
     all.check(harvest(&log));

@@ -30,7 +30,7 @@ enum StartStep {
     Log,
 }
 
-/// Every order of the four.
+/// All orders of the four steps.
 fn step_orders() -> Vec<Vec<StartStep>> {
     let mut orders = vec![Vec::new()];
     for step in [StartStep::Enable, StartStep::Addr, StartStep::Kick, StartStep::Log] {
@@ -41,7 +41,7 @@ fn step_orders() -> Vec<Vec<StartStep>> {
     orders
 }
 
-/// Guest memory as a destination has it: as it was when the log was read, with all that the driver wrote since.
+/// Guest memory as a destination has it: the contents when the log was last read, and the driver's writes since.
 struct MemoryCopy(Vec<(GuestAddress, Vec<u8>)>);
 
 impl MemoryCopy {
@@ -56,7 +56,7 @@ impl MemoryCopy {
         bytes[at..at + len].copy_from_slice(&guest.bytes(gpa, len));
     }
 
-    /// Pages that have changed and are in no log.
+    /// Pages that have changed and are not in `log`.
     fn lost(&self, guest: &Guest, log: &BTreeSet<u64>) -> Vec<u64> {
         let page = LOG_PAGE as usize;
         let changed = self.0.iter().zip(guest.snapshot()).flat_map(|((start, before), now)| {
@@ -82,7 +82,7 @@ impl DiskLoad {
         copy.driver_wrote(guest, header, 16);
         copy.driver_wrote(guest, status, 1);
         let _ = self.ring.driver.publish();
-        // A ring that does not run yet has said nothing about kicks.
+        // A ring that does not run yet has not written its notification setting.
         self.ring.kick.write(1).unwrap();
         (self.slot, self.open) = (self.slot + 1, self.open + 1);
     }
@@ -92,13 +92,13 @@ impl DiskLoad {
         self.open = 0;
     }
 
-    /// Serves a request from beginning to end.
+    /// Adds a request and waits for its completion.
     fn serve(&mut self, guest: &Guest, copy: &mut MemoryCopy) {
         self.add(guest, copy);
         self.complete();
     }
 
-    /// The steps in their order, a request after each; `ready` are those that have been taken already.
+    /// Takes the steps in the order of `order`, and adds a request after each. The steps in `ready` were taken before.
     fn start(
         &mut self,
         client: &RawFrontend,
@@ -146,7 +146,7 @@ impl DiskLoad {
     }
 }
 
-/// A disk whose ring has run and logged, its front-end, and what the front-end has read of the log so far.
+/// A disk whose ring has run while logging: its front-end, load and log, and a copy of memory since the log was read.
 fn logging(server: &Server, guest: &Guest, features: VirtioFeatures) -> (RawFrontend, DiskLoad, Log, MemoryCopy) {
     let client = server.connect();
     let mut load = DiskLoad { ring: running(&client, guest, features), slot: 0, open: 0 };
@@ -159,7 +159,7 @@ fn logging(server: &Server, guest: &Guest, features: VirtioFeatures) -> (RawFron
     (client, load, log, MemoryCopy::of(guest))
 }
 
-/// Another device that logs into `log`, and has done so.
+/// Starts a second device, which logs one request into `log`.
 fn start_second_device(
     server: &Server,
     guest: &Guest,
@@ -179,7 +179,7 @@ fn start_second_device(
     load
 }
 
-/// Rules L15.2 and L15.3: the log of the back-end that died is gone, and with it what was not yet read.
+/// Rules L15.2 and L15.3: the log of the killed back-end is lost, with the marks that were not yet read.
 #[rstest]
 fn a_restarted_back_end_loses_no_page_in_any_order_of_start(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
@@ -204,7 +204,7 @@ fn a_restarted_back_end_loses_no_page_in_any_order_of_start(
     }
 }
 
-/// Rule L9.3: a front-end that stops a ring releases its log, and gives a new one when the ring may run already.
+/// Rule L9.3: a front-end that stops a ring releases its log, and sends a new one when the ring may already run.
 #[rstest]
 fn a_ring_that_is_stopped_and_continued_loses_no_page_in_any_order_of_start(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
@@ -237,13 +237,13 @@ fn a_ring_that_is_stopped_and_continued_loses_no_page_in_any_order_of_start(
     }
 }
 
-/// Rules L9.3 and L9.4: marks are carried over once, and not at all from a migration that has ended.
+/// Rules L9.3 and L9.4: marks are copied once, and never from a migration that has ended.
 #[rstest]
 fn marks_already_copied_or_of_an_earlier_migration_are_not_repeated(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (server, guest) = (Server::disk(DISK, |_| {}), Guest::new());
     let (client, mut load, old, mut copy) = logging(&server, &guest, features);
     load.serve(&guest, &mut copy);
-    // A log that is given while logging is on has the marks of the one before, which keeps them.
+    // A log that is sent while logging is on receives the marks of the log before it, which keeps them.
     let (log, fd) = Log::create(guest.memory.end()).unwrap();
     send_log(&client, &log, &fd);
     let marked = harvest(&log);
@@ -251,7 +251,7 @@ fn marks_already_copied_or_of_an_earlier_migration_are_not_repeated(#[values(SPL
     assert_eq!(harvest(&old), marked);
     send_log(&client, &log, &fd);
     assert!(harvest(&log).is_empty(), "the same log was given again");
-    // That migration is cancelled before its marks were read.
+    // The migration is cancelled before its marks are read.
     load.serve(&guest, &mut copy);
     stop_logging(&client, &guest, features, &mut [&mut load.ring]);
     let next = install_log(&client, &guest);
@@ -259,7 +259,7 @@ fn marks_already_copied_or_of_an_earlier_migration_are_not_repeated(#[values(SPL
     start_logging(&client, &guest, features, &mut [&mut load.ring], used);
     client.wait_until_processed();
     assert!(harvest(&next).is_empty(), "marks of a migration that has ended");
-    // One that wanted to log and had no log marks all memory once.
+    // A ring that ran with LOG_ALL and without a log causes all memory to be marked, once.
     drop(client);
     let client = server.connect();
     negotiate(&client, &guest, features | LOG_ALL);

@@ -31,7 +31,7 @@ fn writes_outside_the_log_and_requests_of_a_predecessor_are_counted() {
     let socket = folder.path().join("s");
     let _process = Process::start(&socket, &image, &["--metrics", &format!("tcp:{address}"), "--queues", "2"]);
     let (guest, client) = (Guest::new(), RawFrontend::connect(&socket));
-    // Three requests that a predecessor took and did not finish.
+    // Three requests that a predecessor took and did not complete.
     let mut ring = Ring::new(&guest, 0, 512, BASIC);
     for slot in 0..3 {
         ring.read(&guest, slot, 8, 512);
@@ -42,7 +42,7 @@ fn writes_outside_the_log_and_requests_of_a_predecessor_are_counted() {
     negotiate(&client, &guest, BASIC);
     client.send_acknowledged(Code::SET_INFLIGHT_FD, &description, &[fd.as_fd()]);
     ring.set_up(&client, &guest, ring.initial_base());
-    // A log of eight pages: what is written lies behind it.
+    // A log of eight pages. The device's writes are outside it.
     let (_log, fd) = Log::create(GuestAddress(4096)).unwrap();
     let description = LogDescription { mmap_size: 1, mmap_offset: 0 };
     client.send(Code::SET_LOG_BASE, VERSION, description.as_bytes(), &[fd.as_fd()]);
@@ -54,7 +54,7 @@ fn writes_outside_the_log_and_requests_of_a_predecessor_are_counted() {
     wait_until("unlogged pages are counted", || counted(&address, "vhost_unlogged_pages_total") > 0);
 }
 
-/// Idle connections to the counters use up no descriptors of front-ends, and fill no log.
+/// Idle connections to the metrics address use up no descriptors of front-ends, and do not fill the error output.
 #[rstest]
 fn idle_metrics_connections_do_not_block_front_ends(#[values("tcp", "unix")] kind: &str) {
     let folder = tempfile::tempdir().unwrap();
@@ -73,7 +73,7 @@ fn idle_metrics_connections_do_not_block_front_ends(#[values("tcp", "unix")] kin
                 let socket =
                     nix::sys::socket::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK, None);
                 let socket = socket.unwrap();
-                // The queue of those that wait may be full.
+                // The backlog of the listening socket may be full.
                 let _ = nix::sys::socket::connect(socket.as_raw_fd(), &UnixAddr::new(address.as_str()).unwrap());
                 Box::new(socket)
             }

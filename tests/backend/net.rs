@@ -45,7 +45,7 @@ fn options(peer: NetPeer) -> NetOptions {
     NetOptions::new(peer, MAC)
 }
 
-/// An interface, its front-end, and the guest behind that.
+/// A network interface, its front-end, and the guest of that front-end.
 struct NetGuest {
     device: Arc<NetDevice>,
     _server: Option<Server>,
@@ -54,7 +54,7 @@ struct NetGuest {
     features: VirtioFeatures,
     rx: Vec<Ring>,
     tx: Vec<Ring>,
-    /// Buffers provided, by pair and head.
+    /// Receive buffers provided, by pair and head.
     provided: HashMap<(usize, u16), Buffer>,
     next: GuestAddress,
 }
@@ -70,7 +70,7 @@ impl NetGuest {
         NetGuest { _server: Some(server), ..net }
     }
 
-    /// A new front-end and its guest, on a server that goes on after it.
+    /// Connects a new front-end with a guest of its own to a server that outlives it.
     fn on(server: &Server, device: &Arc<NetDevice>, features: VirtioFeatures, pairs: u32) -> NetGuest {
         let (client, guest) = (server.connect(), Guest::new());
         negotiate(&client, &guest, features);
@@ -84,7 +84,7 @@ impl NetGuest {
         net
     }
 
-    /// Provides a buffer of `len` bytes, cut in two, which begins where the last one ends.
+    /// Provides a receive buffer of `len` bytes, cut in two. It begins where the last one ends.
     fn provide(&mut self, pair: usize, len: u32) -> u16 {
         let buffer = Buffer { gpa: self.next, len };
         self.next = self.next.unchecked_add(len.into());
@@ -102,7 +102,8 @@ impl NetGuest {
         self.rx[pair].kick();
     }
 
-    /// Sends a frame behind a header that asks for what was never offered, and waits until the device is done with it.
+    /// Sends a frame whose header requests features that were never offered, and waits until the device has completed
+    /// it.
     fn send(&mut self, pair: usize, frame: &[u8]) {
         let message = [&[0xff; HEADER], frame].concat();
         self.guest.memory.write(SENT, &message).unwrap();
@@ -117,7 +118,7 @@ impl NetGuest {
         assert_eq!(tx.completion().1, 0, "the device wrote to a packet that it was to send");
     }
 
-    /// The next frame received, after its header and all its buffers were checked: they must be there at once.
+    /// Returns the next received frame. Checks its header and its buffers, which must have been published together.
     fn receive(&mut self, pair: usize) -> Vec<u8> {
         let mut used = self.rx[pair].completion();
         let mut message = Vec::new();
@@ -150,7 +151,7 @@ impl NetGuest {
     }
 }
 
-/// A frame that no other is like.
+/// A frame of `len` bytes with contents of its own for each `seed`.
 fn frame(len: usize, seed: u8) -> Vec<u8> {
     (0..len).map(|at| (at as u8).wrapping_mul(31).wrapping_add((at >> 8) as u8).wrapping_add(seed)).collect()
 }
@@ -212,7 +213,7 @@ fn a_packet_without_buffers_is_received_once_buffers_are_added(#[values(SPLIT, P
     }
 }
 
-/// Every byte that the device writes: packets with their headers, used rings, and nothing else.
+/// The log holds every byte that the device writes: packets with their headers, used rings, and nothing else.
 #[rstest]
 fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     for features in [rings | MERGEABLE, rings | MERGEABLE | VIRTIO_RING_F_EVENT_IDX] {
@@ -224,7 +225,7 @@ fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: Virti
         for round in 0..60u64 {
             let (len, room) = (round as usize * 997 % 20000, [1526, 4096, 4097, 9001, 20480][round as usize % 5]);
             let buffers = (len + HEADER).div_ceil(room);
-            // Every buffer begins at the end of a page, and those that are not needed lie before those that are.
+            // Every buffer begins at the end of a page.
             for number in 0..buffers {
                 net.next = GuestAddress((net.next.0 + 0x1fff) / 0x1000 * 0x1000 - 1 - round % 3 * 5);
                 let written = (len + HEADER - number * room).min(room) as u64;
@@ -241,7 +242,7 @@ fn the_log_holds_exactly_what_was_received(#[values(SPLIT, PACKED)] rings: Virti
                 net.next = BUFFERS;
             }
         }
-        // Taken for a packet that is larger, and not written.
+        // The device takes these buffers for a larger packet and does not write to them.
         net.next = BUFFERS.unchecked_add(15 << 20);
         net.provide_kicked(0, &[4096, 4096]);
         net.send(0, &frame(9000, 0));
@@ -271,12 +272,12 @@ fn get_vring_base_does_not_wait_for_packets_and_returns_unused_buffers(#[values(
     net.rx[0].set_up(&net.client, &net.guest, net.rx[0].initial_base());
     net.send(0, &frame(100, 1));
     assert_eq!(net.receive(0), frame(100, 1));
-    // Nine buffers are too few for this one: they are taken, and must come back untouched.
+    // Nine buffers are too few for this packet. The device takes them, and must return them without writing to them.
     net.send(0, &frame(9500, 2));
     while net.rx[0].in_flight(&net.guest, &region) != Some(9) {
         net.client.wait_until_processed();
     }
-    // Besides what says whether they want kicks, which rings may write before they sleep.
+    // Guest memory without the fields that request kicks, which a ring may write before it sleeps.
     let written = |net: &NetGuest| {
         let mut memory = net.guest.snapshot();
         for ring in net.rx.iter().chain(&net.tx) {
@@ -330,7 +331,7 @@ fn a_burst_is_received_in_order_and_excess_packets_are_dropped_and_counted(
     for seed in 0..50 {
         assert_eq!(net.receive(0), frame(1500, seed));
     }
-    // Without further buffers.
+    // No further receive buffers are provided.
     for _ in 0..2000 {
         net.send(0, &frame(9000, 0));
     }
@@ -358,7 +359,7 @@ fn each_pair_receives_what_it_sent(#[values(SPLIT, PACKED)] rings: VirtioFeature
     }
 }
 
-/// As with QEMU and a guest with fewer CPUs than pairs: it starts the rings of all of them and enables some.
+/// QEMU does this for a guest with fewer CPUs than pairs: it starts the rings of all pairs and enables some.
 #[rstest]
 fn packets_of_a_pair_with_a_disabled_ring_are_received_by_another_pair(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     let mut net = NetGuest::new(rings | MERGEABLE | VIRTIO_NET_F_MQ, |options| options.pairs = 3);
@@ -375,7 +376,7 @@ fn packets_of_a_pair_with_a_disabled_ring_are_received_by_another_pair(#[values(
     assert_eq!(net.receive(1), frame(100, 9));
 }
 
-/// Rule R2.4: they are neither sent nor discarded.
+/// Rule R2.4: such packets are neither sent nor discarded.
 #[rstest]
 fn packets_on_a_disabled_transmit_ring_stay_there_until_it_is_enabled(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     let mut net = NetGuest::new(rings | MERGEABLE | VIRTIO_NET_F_MQ, |options| options.pairs = 2);
@@ -386,7 +387,7 @@ fn packets_on_a_disabled_transmit_ring_stay_there_until_it_is_enabled(#[values(S
     net.guest.memory.write(held.gpa, &message).unwrap();
     net.tx[0].driver.add(&[held], &[], None).unwrap().unwrap();
     net.tx[0].kick();
-    // Another pair goes on meanwhile.
+    // Another pair continues meanwhile.
     for number in 2..4 {
         net.send(1, &frame(100, number));
         assert_eq!(net.receive(1), frame(100, number));
@@ -397,7 +398,7 @@ fn packets_on_a_disabled_transmit_ring_stay_there_until_it_is_enabled(#[values(S
     assert_eq!(net.receive(0), frame(100, 1));
 }
 
-/// Rules R11.1 and R11.3: the driver could say how many pairs it uses, and has not.
+/// Rules R11.1 and R11.3: the driver is able to set its number of pairs, and has not done so.
 #[rstest]
 fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(
     #[values(SPLIT, PACKED)] rings: VirtioFeatures,
@@ -416,7 +417,7 @@ fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(
             assert_eq!(net.receive(pair), frame(100, pair as u8));
         }
     }
-    // One that comes to a ring without buffers is not delivered there after the pair is not used any more.
+    // A frame for a ring without buffers is not delivered there once the pair is no longer used.
     net.provided.clear();
     let (client, guest) = (&net.client, &net.guest);
     client.ring_base(2);
@@ -434,7 +435,7 @@ fn a_driver_with_a_control_queue_receives_on_one_pair_until_it_sets_more(
     assert!(!net.rx[1].has_completion(&net.guest), "a pair that is not used has received something");
 }
 
-/// The next driver must not inherit the settings of a driver, with a control queue or without.
+/// A new driver does not inherit the settings of the driver before it, with a control queue or without.
 /// Rule D1.8.
 #[rstest]
 fn a_new_driver_starts_with_the_default_filter(#[values(VirtioFeatures::empty(), CONTROL)] next: VirtioFeatures) {
@@ -456,7 +457,7 @@ fn a_new_driver_starts_with_the_default_filter(#[values(VirtioFeatures::empty(),
     assert_eq!(config(&net.client).0, MAC);
 }
 
-/// As a front-end that comes back while its guest runs: rings go on where they were.
+/// A front-end reconnects while its guest runs, and the rings continue at their bases.
 /// Rule D1.9.
 #[test]
 fn a_resumed_driver_keeps_its_filter() {
@@ -479,7 +480,8 @@ fn a_resumed_driver_keeps_its_filter() {
     net.wait_for("the frame is filtered", |counts| counts.received_filtered == 1);
 }
 
-/// Before version 1 a driver without mergeable buffers has a header of 10 bytes: it ends where the number of buffers would be.
+/// Before version 1, the header of a driver without mergeable buffers has 10 bytes. The number of buffers would follow
+/// them.
 #[test]
 fn a_legacy_header_has_no_num_buffers_field() {
     let mut net = NetGuest::new(PROTOCOL_FEATURES_BIT, |_| {});
@@ -529,7 +531,7 @@ fn a_frame_sent_after_a_control_reply_is_filtered_by_the_new_filter() {
     assert_eq!(control.ask(&net.guest, 0, 0, &[0]), 0);
     let other = [2, 0, 0, 0, 0, 9];
     for round in 1..=5000 {
-        // The first change wakes the receive queue, which may be anywhere when the second comes.
+        // The first change wakes the receive queue, which may be at any point when the second change arrives.
         for mac in [MAC, other] {
             assert_eq!(control.ask(&net.guest, 1, 1, &mac), 0);
         }
@@ -553,7 +555,7 @@ fn the_control_queue_executes_specified_commands_and_refuses_others(#[values(SPL
     let to = |mac: [u8; 6]| [&mac[..], &frame(54, mac[5])].concat();
     let (new, other, group) = ([2, 0, 0, 0, 0, 9], [2, 0, 0, 0, 0, 2], [1, 0, 0, 0, 0, 1]);
     let answers = [
-        // Without the mode EXTRA, which was not negotiated, and with what does not exist.
+        // Commands of the mode EXTRA, which was not negotiated, and commands that do not exist.
         (ask(&net, 0, 2, &[1]), ERR),
         (ask(&net, 0, 77, &[1]), ERR),
         (ask(&net, 77, 0, &[1]), ERR),
@@ -577,11 +579,11 @@ fn the_control_queue_executes_specified_commands_and_refuses_others(#[values(SPL
     assert!(answers.iter().all(|(answer, expected)| answer == expected), "{answers:?}");
     net.provide_kicked(0, &[2000; 20]);
     net.provide_kicked(1, &[2000; 20]);
-    // One pair is in use: also what comes for the other goes to it.
+    // One pair is in use. It also receives the frames that arrive for the other pair.
     for (pair, mac) in [(0, MAC), (0, new), (1, group), (1, other), (0, [0xff; 6])] {
         net.send(pair, &to(mac));
     }
-    // Two wires have no order between them.
+    // The order of frames from two pairs is not defined.
     let mut received = [(); 3].map(|()| net.receive(0));
     let mut expected = [new, other, [0xff; 6]].map(to);
     received.sort();
@@ -592,12 +594,12 @@ fn the_control_queue_executes_specified_commands_and_refuses_others(#[values(SPL
     assert_eq!(ask(&net, 0, 1, &[1]), OK);
     net.send(1, &to(group));
     assert_eq!(net.receive(1), to(group));
-    // A reset of the device ends it all: everything is received again.
+    // A device reset removes these settings: all frames are received again.
     net.client.send_acknowledged(Code::SET_STATUS, &0u64, &[]);
     assert_eq!(config(&net.client).0, MAC);
 }
 
-/// Without MQ there is one pair, and the control queue is behind it (virtio 1.2, 5.1.2).
+/// Without MQ there is one pair, and the control queue follows it (virtio 1.2, 5.1.2).
 #[test]
 fn without_multi_queue_the_control_queue_has_index_2() {
     let net = NetGuest::new(MERGEABLE | CONTROL, |options| options.pairs = 1);
@@ -608,7 +610,7 @@ fn without_multi_queue_the_control_queue_has_index_2() {
     assert_eq!(ControlQueueDriver(ring).ask(&guest, 0, 0, &[0]), 0);
 }
 
-/// The address, and the status: 1 link up, 2 announce.
+/// The MAC address, and the status: 1 link up, 2 announce.
 fn config(client: &RawFrontend) -> ([u8; 6], u16) {
     let question = ConfigHeader { offset: 0, size: 12, flags: 0 };
     let answer = client.request(Code::GET_CONFIG, &[question.as_bytes(), &[0; 12]].concat());
@@ -684,7 +686,7 @@ fn invalid_packets_are_dropped_and_counted_and_the_queue_continues(#[values(SPLI
     net.transmit(0, &[at(OUTSIDE, 12), at(SENT, 100)], &[]);
     net.wait_for("the packet arrives", |seen| seen.received == 1);
     let mut counts = PacketCounts::default();
-    // What the header says is of no interest, so that one may be anywhere.
+    // The device ignores the contents of the header, so a header outside memory is accepted.
     (counts.sent_malformed, counts.sent, counts.received) = (5, 1, 1);
     assert_eq!(net.device.packet_counts(), counts);
     net.rx[0].completion();
@@ -713,7 +715,7 @@ fn unusable_receive_buffers_are_returned_empty_and_the_queue_continues(#[values(
     }
 }
 
-/// A longer one would wait for ever, and all others behind it.
+/// A larger packet would wait for ever, and all packets behind it.
 #[rstest]
 fn a_packet_larger_than_a_full_ring_of_buffers_is_dropped(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
@@ -740,7 +742,7 @@ fn paired_devices_exchange_packets_also_after_a_restart(#[values(SPLIT, PACKED)]
     };
     let talk = |from: &mut NetGuest, to: &mut NetGuest, pair: usize, seed: u8| {
         to.provide_kicked(pair, &[1000; 3]);
-        // Until the other end is there, what is sent is dropped.
+        // Packets sent before the other end has connected are dropped.
         let before = from.device.packet_counts().sent;
         while from.device.packet_counts().sent == before {
             from.send(pair, &frame(2900, seed));
@@ -752,7 +754,7 @@ fn paired_devices_exchange_packets_also_after_a_restart(#[values(SPLIT, PACKED)]
         talk(&mut a, &mut b, pair, 1);
         talk(&mut b, &mut a, pair, 2);
     }
-    // A third end waits, with what its driver sends, until there is a place for it.
+    // A third end waits until one of the two closes. The packets of its driver wait, too.
     let mut c = end();
     c.send(0, &frame(100, 77));
     assert_eq!(c.device.packet_counts().sent, 1);
@@ -761,7 +763,7 @@ fn paired_devices_exchange_packets_also_after_a_restart(#[values(SPLIT, PACKED)]
     drop(b);
     assert_eq!(a.receive(0), frame(100, 77));
     talk(&mut a, &mut c, 1, 4);
-    // The one that listens ends, then the one that listens since.
+    // The listening end closes, and a new end connects to the remaining one.
     drop(a);
     let mut d = end();
     for pair in [0, 1] {
@@ -782,7 +784,7 @@ fn paired_processes_connect_in_any_start_order() {
     let folder = tempfile::tempdir().unwrap();
     let wire = folder.path().join("wire");
     let start = |socket: &str| Process::net(&folder.path().join(socket), &["--pair", wire.to_str().unwrap()]);
-    // One after the other, and then again with what the killed ones have left.
+    // The processes start one after the other, and then again with the files that the killed ones have left.
     for _ in 0..2 {
         let (_a, _b) = (start("a"), start("b"));
         let [mut a, mut b] = ["a", "b"].map(|socket| NetClient::new(folder.path().join(socket).as_path()));
@@ -802,7 +804,7 @@ fn paired_processes_connect_in_any_start_order() {
     }
 }
 
-/// A front-end of a process, with one pair.
+/// A front-end of a back-end process, with one pair.
 struct NetClient {
     _client: RawFrontend,
     guest: Guest,
@@ -859,7 +861,7 @@ fn invalid_network_options_are_refused_with_a_one_line_error() {
     assert_eq!(run(&[]).0, Some(2), "what is at the other end must be said");
 }
 
-/// Rule R10.1: QEMU gives the call fd last, when packets may have come already.
+/// Rule R10.1: QEMU sends the call fd last, when packets may already have arrived.
 #[rstest]
 fn a_notification_without_a_call_fd_is_signalled_over_the_next_call_fd(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     let mut net = NetGuest::new(rings | MERGEABLE, |_| {});
@@ -882,7 +884,7 @@ fn a_notification_without_a_call_fd_is_signalled_over_the_next_call_fd(#[values(
     assert_eq!(net.receive(0), frame(100, 1));
 }
 
-/// The other end of a pair that says it will send nothing more, and stays: it would be readable for ever.
+/// The other end of a pair shuts down its sending direction and stays connected. The socket would be readable for ever.
 #[test]
 fn a_half_closed_pair_connection_is_closed_and_reconnected() {
     let folder = tempfile::tempdir().unwrap();
@@ -904,7 +906,8 @@ fn a_half_closed_pair_connection_is_closed_and_reconnected() {
     }
 }
 
-/// A tap that is deleted while the interface runs: its queues read from it no more, one line says so, and all else goes on.
+/// A tap is deleted while the interface runs. Its queues stop reading from it, one line reports that, and everything
+/// else continues.
 #[cfg(feature = "peers")]
 #[test]
 fn a_deleted_tap_is_removed_from_the_device() {
@@ -917,10 +920,10 @@ fn a_deleted_tap_is_removed_from_the_device() {
     let socket = folder.path().join("socket");
     let program = env!("CARGO_BIN_EXE_vhost-migrate");
     let backend = format!("{program} backend net --socket {} --tap tap0 --queue-pairs 2", socket.display());
-    // Without packets of the host's own, which would wait for buffers.
+    // Disables IPv6: the host would send packets of its own, which would wait for buffers.
     let quiet = "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6";
     let tap = format!("{quiet}; ip tuntap add dev tap0 mode tap multi_queue && ip link set tap0 up");
-    // The shell deletes the tap when it is told to, and then becomes the back-end's end.
+    // The shell deletes the tap when it reads a line, and then waits for the back-end to end.
     let script = format!("{tap} && {{ {backend} --log-level warn & }} && read go && ip link del tap0 && wait");
     let mut command = Command::new("unshare");
     command.args(["--map-root-user", "--net", "sh", "-c", &script]);
@@ -937,9 +940,9 @@ fn a_deleted_tap_is_removed_from_the_device() {
         assert!(line.contains("is gone"), "{line}");
     }
     let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", shell.id())).unwrap();
-    // What deletes the tap may not have ended yet.
+    // The process that deletes the tap may not have ended yet.
     let backend: i32 = children.split(' ').next().unwrap().parse().unwrap();
-    // Threads that find nothing to do sleep.
+    // Threads without work sleep.
     let is_asleep = || {
         let tasks = std::fs::read_dir(format!("/proc/{backend}/task")).unwrap();
         tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap_or_default()).all(|stat| {
@@ -953,14 +956,14 @@ fn a_deleted_tap_is_removed_from_the_device() {
         times = if is_asleep() { times + 1 } else { 0 };
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
-    // What is sent is dropped, and commands are done.
+    // Sent packets are dropped, and commands are completed.
     (0..3).for_each(|_| _ = net.send(0));
     net.command();
     drop(net);
     let mut net = LoopbackNetGuest::new(RawFrontend::connect(&socket), interface_features(SPLIT));
     net.send(1);
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(backend), nix::sys::signal::Signal::SIGTERM).unwrap();
-    // A connection that comes before the one before it is seen to have ended is no matter of the tap.
+    // This line is unrelated to the tap: a connection may arrive before the end of the previous one is noticed.
     let more = lines.find(|line| !line.contains("another front-end has connected"));
     assert_eq!(more, None, "one line is enough");
     shell.wait().unwrap();

@@ -10,14 +10,14 @@ use vhost_migrate::ring::Buffer;
 use crate::guest::{Guest, HIGH, Ring, negotiate};
 use crate::raw::RawFrontend;
 
-/// The ring behind both pairs.
+/// Index of the control queue, which follows the two pairs.
 pub(crate) const CONTROL: u32 = 4;
 const HEADER: usize = 12;
-/// Addresses of packets and commands to send, and of received ones.
+/// Addresses of sent packets and commands, and of received packets and replies.
 const SENT: GuestAddress = GuestAddress(0xc0_0000);
 const RECEIVED: GuestAddress = HIGH;
 
-/// Features that its driver acknowledges, besides the kind of its rings.
+/// Features that the driver acknowledges, with the kind of its rings in `rings`.
 pub(crate) fn interface_features(rings: VirtioFeatures) -> VirtioFeatures {
     let features = [VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX];
     features.into_iter().fold(rings, |all, feature| all | feature)
@@ -39,7 +39,7 @@ impl LoopbackNetGuest {
         LoopbackNetGuest::on_connection(client, guest, features)
     }
 
-    /// The same on a connection that has memory and features.
+    /// Starts the rings on a connection whose memory and features are already set.
     pub(crate) fn on_connection(client: RawFrontend, guest: Guest, features: VirtioFeatures) -> LoopbackNetGuest {
         let rings = (0..=CONTROL).map(|index| Ring::started(&client, &guest, index, 256, features));
         let rings = rings.collect();
@@ -54,10 +54,10 @@ impl LoopbackNetGuest {
         self.rings[index as usize] = ring;
     }
 
-    /// Sends a packet that no other is like on `pair`, and returns it.
+    /// Sends a packet with contents of its own on `pair`, and returns it.
     pub(crate) fn send(&mut self, pair: usize) -> Vec<u8> {
         self.seed += 1;
-        // Broadcast: whatever the filter, it is wanted.
+        // A broadcast, which every filter accepts.
         let packet = [&[0xff; 6][..], &[self.seed; 700]].concat();
         self.guest.memory.write(SENT, &[&[0; HEADER], packet.as_slice()].concat()).unwrap();
         let tx = &mut self.rings[2 * pair + 1];
@@ -75,12 +75,12 @@ impl LoopbackNetGuest {
         self.guest.bytes(RECEIVED, len as usize).split_off(HEADER)
     }
 
-    /// Switches a receive mode, which changes nothing for broadcasts.
+    /// Sets a receive mode, which does not affect broadcasts.
     pub(crate) fn command(&mut self) {
         self.ask(&[0, 1, 1]);
     }
 
-    /// A command that is done.
+    /// Sends a command and asserts that it succeeds.
     fn ask(&mut self, command: &[u8]) {
         self.guest.memory.write(SENT, command).unwrap();
         self.guest.memory.write(RECEIVED, &[0xff]).unwrap();

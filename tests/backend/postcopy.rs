@@ -64,14 +64,14 @@ fn memory_of(make: impl Fn() -> OwnedFd) -> Memory {
 struct PageServer<'a> {
     from: &'a Memory,
     to: &'a Memory,
-    /// Of this process, and the back-end's.
+    /// The userfaultfd of this process; the next one is the back-end's.
     own: Userfault,
     theirs: Userfault,
     stop: AtomicBool,
 }
 
 impl PageServer<'_> {
-    /// Serves faults until told to stop; the pages that the back-end has asked for.
+    /// Serves faults until `stop` is set. Returns the pages that the back-end has asked for.
     fn serve(&self, addresses: &BackendAddresses) -> BTreeSet<GuestAddress> {
         let mut asked = BTreeSet::new();
         while !self.stop.load(Ordering::Relaxed) {
@@ -99,7 +99,7 @@ impl PageServer<'_> {
         }
     }
 
-    /// The page around `gpa`.
+    /// Provides the page that contains `gpa`, and returns its address.
     fn serve_page(&self, gpa: GuestAddress, addresses: &BackendAddresses) -> GuestAddress {
         let region = self.to.regions().iter().rfind(|region| region.gpa() <= gpa).unwrap();
         let size = region.page_size();
@@ -108,7 +108,7 @@ impl PageServer<'_> {
         let mut page = vec![0; size as usize];
         self.from.read(gpa, &mut page).unwrap();
         self.own.place(region, offset, &page).unwrap();
-        // A thread that waits for the page waits on one of the two.
+        // A thread that waits for the page waits on one of the two userfaultfds.
         self.own.wake(FaultAddress(region.user_addr().0 + offset), size).unwrap();
         self.theirs.wake(addresses.address(gpa).unwrap(), size).unwrap();
         gpa
@@ -127,7 +127,7 @@ fn setup(ring: &Ring) -> RingSetup {
 fn wait_for_requests(to: &Memory, ring: &Ring, requests: u16, slots: u16) {
     let (at, enough): (_, fn(u16, u16) -> bool) = match ring.driver {
         DriverRing::Split(_) => (ring.layout.used.unchecked_add(2), |index, requests| index >= requests),
-        // The last one's flags, in the ring's first round.
+        // The flags of the last request, in the ring's first round.
         DriverRing::Packed(_) => {
             let last = ring.layout.desc.unchecked_add(16 * u64::from((requests - 1) * slots));
             (last.unchecked_add(14), |flags, _| flags & 0x8080 == 0x8080)
@@ -139,7 +139,7 @@ fn wait_for_requests(to: &Memory, ring: &Ring, requests: u16, slots: u16) {
     }
 }
 
-/// Takes the completions that the device has written to a ring over to what is expected; head and length of each.
+/// Copies the completions that the device has written from `found` to `expected`. Returns the head and length of each.
 fn completions(found: &[u8], expected: &mut [u8], ring: &Ring, requests: u16, slots: u16) -> Vec<(u16, u32)> {
     let SplitLayout { desc: GuestAddress(desc), used: GuestAddress(used), .. } = ring.layout;
     let (at, step, head, len) = match ring.driver {
@@ -147,7 +147,7 @@ fn completions(found: &[u8], expected: &mut [u8], ring: &Ring, requests: u16, sl
         DriverRing::Packed(_) => (desc as usize, 16 * usize::from(slots), 12, 8),
     };
     let bytes = if step == 8 { 8 } else { 16 };
-    // Its flags and its index, or its event area.
+    // The flags and index of a used ring, or a device event area.
     expected[used as usize..][..4].copy_from_slice(&found[used as usize..][..4]);
     let completion = |number: u16| {
         let element = at + step * usize::from(number);
@@ -157,14 +157,14 @@ fn completions(found: &[u8], expected: &mut [u8], ring: &Ring, requests: u16, sl
     };
     let completions = (0..requests).map(completion).collect();
     if step == 8 {
-        // Where it wants to be kicked.
+        // The avail_event field, where the device requests its next kick.
         let event = used as usize + 4 + 8 * usize::from(ring.layout.size);
         expected[event..][..2].copy_from_slice(&found[event..][..2]);
     }
     completions
 }
 
-/// All of a memory, by region.
+/// The contents of a memory, by region.
 fn contents(memory: &Memory) -> Vec<Vec<u8>> {
     let read = |region: &Arc<Region>| {
         let mut bytes = vec![0; region.size() as usize];
@@ -174,7 +174,7 @@ fn contents(memory: &Memory) -> Vec<Vec<u8>> {
     memory.regions().iter().map(read).collect()
 }
 
-/// The disk serves requests that were made in `from`, in memory `to` which has nothing yet.
+/// Asserts that the disk serves a guest's requests in memory `to`, which has no pages yet.
 fn every_byte_arrives(server: &Server, to: &Memory, features: VirtioFeatures) {
     let guest = Guest::new();
     let mut ring = Ring::new(&guest, 0, 128, features);
@@ -216,7 +216,7 @@ fn every_byte_arrives(server: &Server, to: &Memory, features: VirtioFeatures) {
     let touched: BTreeSet<u64> = asked.iter().map(|gpa| gpa.0 / to.regions()[0].page_size()).collect();
     assert!(touched.len() > 2, "hardly a page was asked for: this has tested nothing");
 
-    // Memory is the old one with what the disk has done to it, and nothing else.
+    // The new memory is the old one with the disk's writes, and nothing else.
     let mut expected = guest.snapshot();
     let found = contents(to);
     let completed = completions(&found[0], &mut expected[0], &ring, REQUESTS as u16, 3);
@@ -246,7 +246,7 @@ fn a_disk_serves_requests_in_postcopy_memory(#[values(SPLIT, PACKED)] features: 
     }
 }
 
-/// Packets in buffers over the ends of pages, each of which lies among what is the guest's.
+/// The packets are received into buffers across page ends, between other bytes of the guest.
 #[rstest]
 fn packets_received_into_missing_postcopy_pages_are_intact_and_logged(#[values(SPLIT, PACKED)] rings: VirtioFeatures) {
     const PACKETS: u16 = 8;
@@ -337,7 +337,7 @@ fn packets_received_into_missing_postcopy_pages_are_intact_and_logged(#[values(S
     assert!(marked.intersection(&of_rings).count() >= 2, "the rings are logged too");
 }
 
-/// Serves `server` nothing but a postcopy whose pages never come, as far as `rings` run.
+/// Starts a postcopy with `server` whose pages never arrive, and a ring whose worker waits for them.
 fn start_with_worker_waiting(server: &Server) -> (RawFrontend, Guest, Ring) {
     let guest = Guest::new();
     let mut ring = Ring::new(&guest, 0, 128, BASIC);
@@ -351,13 +351,13 @@ fn start_with_worker_waiting(server: &Server) -> (RawFrontend, Guest, Ring) {
     client.send(Code::SET_MEM_TABLE, NEED_REPLY, 0u64.as_bytes(), &[]);
     ring.set_up(&client, &empty, 0);
     ring.enable(&client, true);
-    // Answered although the ring can't even be looked at.
+    // The back-end processes this request, although it cannot read the ring.
     client.send(Code::SET_VRING_CALL, VERSION, 0u64.as_bytes(), &[ring.call.as_fd()]);
     client.wait_until_processed();
     (client, empty, ring)
 }
 
-/// A connection whose userfaultfd is not read.
+/// A connection after POSTCOPY_ADVISE, whose userfaultfd is not read.
 fn negotiate_postcopy(server: &Server) -> RawFrontend {
     let client = server.connect();
     client.send_body(Code::SET_PROTOCOL_FEATURES, &client.request_u64(Code::GET_PROTOCOL_FEATURES));
@@ -365,7 +365,7 @@ fn negotiate_postcopy(server: &Server) -> RawFrontend {
     client.send(Code::POSTCOPY_ADVISE, VERSION, &[], &[]);
     let (header, payload, fd) = client.receive();
     assert_eq!((header.flags, payload.len()), (5, 0));
-    // Kept open by the front-end in life: only then do threads wait for it.
+    // A front-end keeps the descriptor open while it runs. Threads wait for pages only while it is open.
     std::mem::forget(fd.unwrap());
     client
 }
@@ -417,7 +417,7 @@ fn postcopy_messages_out_of_order_are_refused_and_the_back_end_continues() {
     Guest::new().send_table(&client);
     drop(client);
 
-    // No acknowledgement, a wrong one, and another message instead.
+    // No acknowledgement, a wrong one, and another request in its place.
     let guest = Guest::new();
     for (code, payload) in [(None, 0u64), (Some(Code::SET_MEM_TABLE), 1), (Some(Code::GET_FEATURES), 0)] {
         let client = negotiate_postcopy(&server);
@@ -432,7 +432,7 @@ fn postcopy_messages_out_of_order_are_refused_and_the_back_end_continues() {
         assert_served(&server);
     }
 
-    // Memory that can't be waited for ends the connection.
+    // Memory that cannot be registered for missing pages ends the connection.
     let client = negotiate_postcopy(&server);
     assert_eq!(client.request_u64(Code::POSTCOPY_LISTEN), 0);
     let file = tempfile::tempfile_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -452,7 +452,7 @@ fn invalid_postcopy_messages_are_refused_and_close_the_connection_only_after_lis
     let mut ring = Ring::new(&guest, 0, 128, BASIC);
     ring.set_up(&client, &guest, 0);
     ring.enable(&client, true);
-    // Rings run, and go on; what has no payload may come with one.
+    // The ring keeps running. A request that has no payload may be sent with one.
     for flags in [VERSION, NEED_REPLY] {
         client.send(Code::POSTCOPY_LISTEN, flags, &[0; 3], &[client.as_fd()]);
         assert_eq!(client.reply(Code::POSTCOPY_LISTEN), 1u64.to_le_bytes(), "a ring runs");
@@ -461,7 +461,7 @@ fn invalid_postcopy_messages_are_refused_and_close_the_connection_only_after_lis
     client.ring_base(0);
     client.send(Code::POSTCOPY_LISTEN, VERSION, &[0; 3], &[client.as_fd()]);
     assert_eq!(client.reply(Code::POSTCOPY_LISTEN), [0; 8]);
-    // A table cut short, or without its fds, offers nothing.
+    // A memory table that is truncated, or without its fds, is refused.
     let table = guest.table();
     for (payload, fds) in [(&table[..3], guest.fds()), (&table[..60], guest.fds()), (&table[..], Vec::new())] {
         assert_eq!(client.acknowledged(Code::SET_MEM_TABLE, payload, &fds), 1, "{} bytes", payload.len());
@@ -471,14 +471,14 @@ fn invalid_postcopy_messages_are_refused_and_close_the_connection_only_after_lis
     guest.send_table(&client);
     drop(client);
     assert_served(&server);
-    // Where an answer is owed that has no number to say no.
+    // The reply to SET_MEM_TABLE has no error number, so the connection ends.
     let client = negotiate_postcopy(&server);
     assert_eq!(client.request_u64(Code::POSTCOPY_LISTEN), 0);
     client.send(Code::SET_MEM_TABLE, VERSION, &table[..60], &guest.fds());
     assert!(client.is_closed());
     drop(client);
     assert_served(&server);
-    // An acknowledgement that is cut short.
+    // A truncated acknowledgement.
     let client = negotiate_postcopy(&server);
     assert_eq!(client.request_u64(Code::POSTCOPY_LISTEN), 0);
     client.request_with_fds(Code::SET_MEM_TABLE, &table, &guest.fds());
@@ -488,7 +488,7 @@ fn invalid_postcopy_messages_are_refused_and_close_the_connection_only_after_lis
     assert_served(&server);
 }
 
-/// A ring in scattered pages has a second mapping, in which a missing page is not waited for.
+/// A ring in scattered pages has a second mapping, and an access there does not wait for a missing page.
 /// Rule P1.1.
 #[test]
 fn postcopy_is_not_offered_to_drivers_behind_an_iommu() {

@@ -22,7 +22,7 @@ use crate::server::Server;
 use crate::wait::is_readable;
 
 const SIZE: u16 = 64;
-/// Headers that the device reads, indirect tables, and what it may write.
+/// Addresses of the headers that the device reads, of indirect tables, and of buffers that it may write.
 const HEADERS: u64 = 0x60_0000;
 const TABLES: u64 = 0x70_0000;
 const BUFFERS: std::ops::Range<u64> = 0x80_0000..0xa0_0000;
@@ -30,13 +30,13 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// The guest's hand: writes what a random number says, tame enough that it is known what may change.
+/// Writes random values to rings. They are limited, so that the memory that may change is known.
 struct RingCorruptor<'a> {
     guest: &'a Guest,
     rings: &'a [Ring],
     packed: bool,
     random: u64,
-    /// Of each ring.
+    /// The avail index of each ring.
     avail: Vec<u16>,
 }
 
@@ -48,8 +48,8 @@ impl RingCorruptor<'_> {
         self.random
     }
 
-    /// A descriptor at a place that is always of the same kind, so that one which is read while it changes is of that
-    /// kind too: an indirect table, something to read, or something to write.
+    /// Writes a descriptor. Its place determines its kind: an indirect table, a buffer to read, or a buffer to write. A
+    /// descriptor that is read while it changes is therefore of the same kind.
     fn desc(&mut self, at: GuestAddress, flags: u16, next: u16) {
         let random = self.next();
         let wild = random.is_multiple_of(61);
@@ -95,7 +95,7 @@ impl RingCorruptor<'_> {
                 self.guest.memory.write(layout.avail.unchecked_add(4 + slot * 2), &head.to_le_bytes()).unwrap();
             }
             _ => {
-                // A chain that makes sense as long as it stays: a header, data, a byte for the status.
+                // A chain that is valid until it changes: a header, data, a status byte.
                 let first = slot & !3 | 1;
                 let chain = [(0, NEXT), (1, NEXT | WRITE), (2, WRITE)];
                 for (number, flags) in chain.into_iter().rev() {
@@ -114,7 +114,7 @@ impl RingCorruptor<'_> {
     }
 }
 
-/// Scribbles on the first `count` rings of a device until each has served much and broken often.
+/// Corrupts the first `count` rings of a device until each has served many requests and has been broken many times.
 fn race(server: &Server, features: VirtioFeatures, count: u32) {
     let packed = features.contains(VIRTIO_F_RING_PACKED);
     let guest = Guest::new();
@@ -126,13 +126,13 @@ fn race(server: &Server, features: VirtioFeatures, count: u32) {
     for (ring, error) in rings.iter().zip(&errors) {
         client.send_acknowledged(Code::SET_VRING_ERR, &u64::from(ring.index), &[error.as_fd()]);
     }
-    // What the guest writes itself lies below the buffers, and so do the device's areas of the rings.
+    // The guest's own writes are below the buffers, and so are the device's areas of the rings.
     let above = (u64::from(count) + 1) << 20;
     let fixed = [(BUFFERS.end, 0x100_0000 - BUFFERS.end), (HIGH.0, 0x100_0000), (above, HEADERS - above)];
     let snapshot = || fixed.map(|(gpa, len)| guest.bytes(GuestAddress(gpa), len as usize));
     let before = snapshot();
     let stop = AtomicBool::new(false);
-    // By ring.
+    // Both counts are per ring.
     let (mut served, mut broken, mut round) = (vec![0; rings.len()], vec![0; rings.len()], 0u16);
     let end = Instant::now() + 6 * DEADLINE;
     std::thread::scope(|scope| {
@@ -157,7 +157,7 @@ fn race(server: &Server, features: VirtioFeatures, count: u32) {
                 ring.set_up(&client, &guest, base.bits());
                 ring.enable(&client, true);
             }
-            // Until each breaks, or for a while; a guest may also be harmless by chance.
+            // Waits for each ring to break, but not for long: random values may also be harmless.
             for error in &errors {
                 is_readable(error, 1 + round % 20);
             }
@@ -182,13 +182,13 @@ fn race_on_a_disk(features: VirtioFeatures) {
     let mut fresh = Ring::new(&guest, 1, SIZE, BASIC);
     fresh.set_up(&client, &guest, 0);
     fresh.enable(&client, true);
-    // The guest before this one wrote to the disk too.
+    // The previous guest wrote to the disk, too.
     fresh.read(&guest, 0, 1, 512);
     fresh.serve_one();
     assert_eq!(status(&guest, 0), 0);
 }
 
-/// Receive, transmit and control queue.
+/// Corrupts the receive, transmit and control queues. The next guest must then receive its own packet.
 fn race_on_an_interface(features: VirtioFeatures) {
     let device = NetDevice::open(NetOptions::new(NetPeer::Loopback, [2, 0, 0, 0, 0, 1])).unwrap();
     let server = Server::new(Arc::new(device));
@@ -202,7 +202,7 @@ fn race_on_an_interface(features: VirtioFeatures) {
         ring.set_up(&client, &guest, 0);
         ring.enable(&client, true);
     }
-    // What the guest before this one sent last still comes, and may have left no room.
+    // The last packets of the previous guest still arrive, and may have left no room.
     let frame = [0xff; 60];
     let sent = [&[0; 12][..], &frame].concat();
     let buffer = Buffer { gpa: GuestAddress(BUFFERS.start), len: sent.len() as u32 };

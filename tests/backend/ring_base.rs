@@ -51,7 +51,7 @@ fn a_driver_that_starts_with_empty_rings_is_served_with_a_used_inflight_region(
     serve(&client, &mut { fresh }, 30..50);
 }
 
-/// Serves `count` requests of one page each, as a device that then dies; the driver always has `ahead` more available.
+/// Serves `count` requests of one page each, as a device that is then killed. The driver keeps `ahead` more available.
 fn serve_and_die(guest: &Guest, ring: &mut Ring, ahead: u64, count: u64) {
     let SplitLayout { size, desc, avail, used } = ring.layout;
     let layout = RingLayout::new(PACKED, size, [desc, avail, used]);
@@ -71,7 +71,7 @@ fn serve_and_die(guest: &Guest, ring: &mut Ring, ahead: u64, count: u64) {
     }
 }
 
-/// QEMU's network devices have no region, and a base that was right long ago.
+/// QEMU's network devices have no inflight region, and their base is out of date.
 #[test]
 fn a_packed_ring_without_a_region_resumes_at_the_position_found_in_its_descriptors() {
     let (device, gate) = GatedDevice::new();
@@ -97,7 +97,7 @@ fn a_packed_ring_whose_position_contradicts_the_base_and_cannot_be_found_is_brok
     gate.write(1).unwrap();
     let (server, guest) = (Server::new(device), Guest::new());
     let mut ring = Ring::new(&guest, 0, 8, PACKED);
-    // With an id that comes again at once, what is available may be the rest of a chain.
+    // The driver reuses the id at once, so the available descriptor may be the rest of a chain.
     serve_and_die(&guest, &mut ring, 1, 5);
     let client = server.connect();
     negotiate(&client, &guest, PACKED);

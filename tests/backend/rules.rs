@@ -69,7 +69,7 @@ fn the_offered_features_are_those_of_the_protocol_rules() {
         ProtocolFeatures::CONFIGURE_MEM_SLOTS,
         ProtocolFeatures::STATUS,
     ];
-    // Only of an image on a file system with extended attributes.
+    // Offered only for an image on a file system with extended attributes.
     let offered = offered & !own::F_DISK_GENERATION;
     assert_eq!(offered, expected.into_iter().collect());
     assert_eq!(client.request_u64(Code::GET_QUEUE_NUM), 2);
@@ -99,14 +99,14 @@ fn need_reply_adds_no_second_reply_to_a_request_with_its_own_reply() {
     client.reply(Code::GET_STATUS);
 }
 
-/// Rule F4.2; UML waits for this answer.
+/// Rule F4.2; UML waits for this reply.
 #[test]
 fn the_message_that_acknowledges_reply_ack_is_itself_acknowledged() {
     let (_server, _guest, client) = disk().connected();
     client.send_acknowledged(Code::SET_PROTOCOL_FEATURES, &PROTOCOL, &[]);
     let without = PROTOCOL & !ProtocolFeatures::REPLY_ACK;
     client.send(Code::SET_PROTOCOL_FEATURES, NEED_REPLY, without.as_bytes(), &[]);
-    client.wait_until_processed(); // switched off again: nothing else is answered
+    client.wait_until_processed(); // REPLY_ACK is off again: no other reply follows
 }
 
 /// Rule F4.3.
@@ -124,7 +124,7 @@ fn need_reply_is_ignored_before_reply_ack_is_acknowledged() {
 fn a_memory_table_payload_may_be_longer_than_its_regions() {
     let (_server, guest, client) = disk().connected();
     client.send_body(Code::SET_PROTOCOL_FEATURES, &PROTOCOL);
-    // User-mode Linux: always 72 bytes, one region, one fd.
+    // User-mode Linux always sends 72 bytes, one region and one fd.
     let mut payload = MemoryHeader { nregions: 1, padding: 0 }.as_bytes().to_vec();
     payload.extend(Guest::describe(&guest.memory.regions()[0]).as_bytes());
     payload.resize(72, 0xee);
@@ -132,7 +132,7 @@ fn a_memory_table_payload_may_be_longer_than_its_regions() {
     assert_eq!(client.acknowledged(Code::SET_MEM_TABLE, &payload[..39], &guest.fds()[..1]), 1);
 }
 
-/// Rule F7.1. rust-vmm's front-end asks for acknowledgements and waits for these 16 bytes all the same.
+/// Rule F7.1. rust-vmm's front-end requests acknowledgements, but waits for these 16 bytes here.
 #[test]
 fn set_log_base_has_its_own_reply_also_with_need_reply() {
     let (_server, guest, client) = disk().connected();
@@ -142,7 +142,7 @@ fn set_log_base_has_its_own_reply_also_with_need_reply() {
     let body = LogDescription { mmap_size: log.size(), mmap_offset: 0 };
     client.send(Code::SET_LOG_BASE, NEED_REPLY, body.as_bytes(), &[fd.as_fd()]);
     assert_eq!(client.reply(Code::SET_LOG_BASE), body.as_bytes());
-    // Without LOG_SHMFD it has none.
+    // Without LOG_SHMFD the request has no reply of its own.
     client.send_body(Code::SET_PROTOCOL_FEATURES, &(PROTOCOL & !ProtocolFeatures::LOG_SHMFD));
     assert_eq!(client.acknowledged(Code::SET_LOG_BASE, body.as_bytes(), &[fd.as_fd()]), 0);
 }
@@ -159,7 +159,7 @@ fn a_call_fd_may_be_a_socket_and_gets_eight_bytes_per_signal(#[values(SPLIT, PAC
     let mut signal = [0; 8];
     std::io::Read::read_exact(&mut &ours, &mut signal).unwrap();
     assert_eq!(u64::from_ne_bytes(signal), 1);
-    // The descriptor is no longer read: the ring must not wait for it.
+    // The test no longer reads the call fd: the ring must not wait for it.
     for _ in 0..2000 {
         while ring.driver.pop_used().unwrap().is_some() {}
         read_polled(&guest, &mut ring);
@@ -207,7 +207,7 @@ fn a_ring_runs_once_its_setup_is_complete_in_any_order(#[values(SPLIT, PACKED)] 
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.read(&guest, 0, 3, 512);
     ring.set_up(&client, &guest, ring.initial_base());
-    // Refused, as there is no memory: but it is kept in mind.
+    // The request is refused because there is no memory, but its state is kept.
     let enable = VringState { index: 0, num: 1 };
     assert_eq!(client.acknowledged(Code::SET_VRING_ENABLE, enable.as_bytes(), &[]), 1);
     let _ = ring.driver.publish();
@@ -216,7 +216,7 @@ fn a_ring_runs_once_its_setup_is_complete_in_any_order(#[values(SPLIT, PACKED)] 
     assert_eq!(status(&guest, 0), 0);
 }
 
-/// Rule D2.2: so a front-end tries a ring.
+/// Rule D2.2: front-ends probe a ring in this way.
 #[rstest]
 fn a_ring_that_is_enabled_and_not_started_takes_nothing(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (_server, guest, client) = disk().negotiated(features);
@@ -303,7 +303,7 @@ fn reset_owner_disables_all_rings(#[values(SPLIT, PACKED)] features: VirtioFeatu
     ring.kick.write(1).unwrap();
     client.wait_until_processed();
     assert!(ring.driver.pop_used().unwrap().is_none(), "a request was served without an owner");
-    // Where it goes on is not forgotten.
+    // The ring's base is kept.
     client.send(Code::SET_VRING_KICK, NEED_REPLY, &0u64.to_ne_bytes(), &[ring.kick.as_fd()]);
     client.reply(Code::SET_VRING_KICK);
     ring.enable(&client, true);
@@ -316,7 +316,7 @@ fn the_next_front_end_inherits_only_the_disk_contents(#[values(SPLIT, PACKED)] f
     let (server, guest, client, mut ring) = disk().running(256, features);
     ring.write(&guest, 1, 9, &[0x77; 512]);
     ring.serve_one();
-    // A second front-end waits until the first is gone.
+    // A second front-end waits until the first has disconnected.
     let next = server.connect();
     drop(client);
     negotiate(&next, &guest, features);
@@ -362,7 +362,7 @@ fn get_inflight_fd_creates_the_requested_region_and_set_inflight_fd_accepts_it(
     client.send_acknowledged(Code::SET_INFLIGHT_FD, &answer, &[fd.unwrap().as_fd()]);
     let mut ring = running(&client, &guest, features);
     read_one(&guest, &mut ring, 0);
-    // It can't be changed under a running ring.
+    // The region cannot be changed while a ring runs.
     let none = InflightDescription { num_queues: 99, ..wanted };
     client.send(Code::GET_INFLIGHT_FD, VERSION, none.as_bytes(), &[]);
     let (_, answer, fd) = client.receive();
@@ -386,12 +386,12 @@ fn a_fresh_inflight_region_on_a_used_ring_marks_no_request(#[values(SPLIT, PACKE
     assert_eq!(ring.in_flight(&guest, &region), Some(0));
     let version = |region: &inflight::InflightRegion| region.copy(0).unwrap()[8];
     assert_eq!(version(&region), 1);
-    // Rule I7.1: a reset makes it fresh again.
+    // Rule I7.1: a reset makes the region fresh again.
     client.send_acknowledged(Code::RESET_DEVICE, &[0u8; 0], &[]);
     assert_eq!(version(&region), 0);
 }
 
-/// Rule R1.4: a ring keeps to what was acknowledged when it started.
+/// Rule R1.4: a ring keeps the features that were acknowledged when it started.
 #[rstest]
 fn only_log_all_may_change_while_a_ring_runs(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (_server, guest, client) = disk().connected();
@@ -408,7 +408,7 @@ fn only_log_all_may_change_while_a_ring_runs(#[values(SPLIT, PACKED)] features: 
         client.send_acknowledged(Code::SET_FEATURES, &same, &[]);
         read_one(&guest, &mut ring, 1);
     }
-    // A ring that is stopped takes what is acknowledged since, here the other kind of ring.
+    // A stopped ring starts with the features acknowledged since, here the other kind of ring.
     assert_eq!(client.ring_base(0), ring.drained_base());
     let other = features ^ VIRTIO_F_RING_PACKED;
     client.send_acknowledged(Code::SET_FEATURES, &other, &[]);
@@ -417,7 +417,7 @@ fn only_log_all_may_change_while_a_ring_runs(#[values(SPLIT, PACKED)] features: 
     read_one(&guest, &mut ring, 2);
 }
 
-/// A kick without an fd: the ring is to be polled.
+/// SET_VRING_KICK without an fd: the back-end polls the ring.
 /// Rule B3.7.
 #[rstest]
 fn a_ring_without_a_kick_fd_is_served_by_polling(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
@@ -429,7 +429,7 @@ fn a_ring_without_a_kick_fd_is_served_by_polling(#[values(SPLIT, PACKED)] featur
     assert_eq!(status(&guest, 0), 0);
 }
 
-/// The advice of the command line, for people.
+/// The error messages tell the user of the command line what to do.
 #[test]
 fn a_stale_socket_file_is_replaced_and_other_files_are_reported() {
     use vhost_migrate::backend::BackendListener;
@@ -448,7 +448,7 @@ fn a_stale_socket_file_is_replaced_and_other_files_are_reported() {
     assert!(explain(&at(&"long".repeat(40))).contains("use a shorter one"));
 }
 
-/// Rule F5.4: as a state, the number that refuses must not be a ring's.
+/// Rule F5.4: read as a vring state, the error number must not name a ring.
 #[test]
 fn a_refused_get_vring_base_replies_with_an_invalid_ring_index() {
     let (_server, _guest, client) = disk().negotiated(SPLIT);
@@ -456,7 +456,7 @@ fn a_refused_get_vring_base_replies_with_an_invalid_ring_index() {
     assert_eq!(client.reply(Code::GET_VRING_BASE), [0xff; 8]);
 }
 
-/// Rule R8.4: whom to signal is the front-end's, and not the driver's.
+/// Rule R8.4: the call fd belongs to the front-end, and not to the driver.
 #[rstest]
 fn a_reset_keeps_the_call_fd(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (_server, guest, client) = disk().negotiated(features);
@@ -475,7 +475,7 @@ fn a_reset_keeps_the_call_fd(#[values(SPLIT, PACKED)] features: VirtioFeatures) 
     assert_eq!(ring.completion().1, 513);
 }
 
-/// Rules R10.1, R10.2: also if the ring was started again in between.
+/// Rules R10.1, R10.2: also if the ring was restarted in between.
 #[rstest]
 fn a_notification_without_a_call_fd_is_signalled_after_the_ring_restarts(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,

@@ -23,7 +23,7 @@ use crate::server::disk_options;
 
 const NOBODY: u32 = 65534;
 
-/// A folder, an image and a copy of the command, owned by the user `nobody`.
+/// A folder with an image and a copy of the command, owned by the user `nobody`.
 struct Nobodys {
     folder: tempfile::TempDir,
 }
@@ -32,10 +32,10 @@ impl Nobodys {
     fn new() -> Nobodys {
         let folder = tempfile::tempdir().unwrap();
         let options = disk_options(folder.path(), 4 << 20, |_| {});
-        // The build's own folder may be out of reach for others.
+        // Other users may have no access to the build's own folder.
         let program = folder.path().join("vhost-migrate");
         std::fs::copy(env!("CARGO_BIN_EXE_vhost-migrate"), &program).unwrap();
-        // A process that another test has just started may still have it open for writing.
+        // A process that another test has just started may still have the copy open for writing.
         let busy = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ExecutableFileBusy;
         while Command::new(&program).arg("--version").output().is_err_and(|error| busy(&error)) {
             std::thread::sleep(std::time::Duration::from_millis(10));
@@ -80,13 +80,13 @@ struct Confined<'a> {
 }
 
 impl Confined<'_> {
-    /// A line of its status.
+    /// The value of a line of `/proc/PID/status`.
     fn status(&self, name: &str) -> String {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().into()
     }
 
-    /// Ends it by SIGTERM, in good order.
+    /// Ends the process by SIGTERM, and asserts that it succeeds and removes its socket.
     fn end(mut self) {
         kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
         let mut said = String::new();
@@ -104,7 +104,7 @@ impl Drop for Confined<'_> {
     }
 }
 
-/// Every kind of request, checked, while logging; and a ring that is stopped and started.
+/// Checks every kind of request while logging, and a ring that is stopped and started.
 fn assert_disk_works(socket: &str, features: VirtioFeatures) {
     let guest = Guest::new();
     let client = RawFrontend::connect(Path::new(socket));

@@ -1,5 +1,5 @@
-//! Descriptors shared with the front-end: whatever it does to the open files, the next front-end is served and SIGTERM
-//! ends the process (rule F9.1).
+//! Descriptors shared with the front-end. Whatever a front-end does to the open files, the next front-end is served and
+//! SIGTERM ends the process (rule F9.1).
 
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -54,7 +54,7 @@ impl BackendProcess {
         Ring::started(client, &self.guest, index, 256, features)
     }
 
-    /// The front-end that has behaved so hangs up; the next one is served, and the process ends when told to.
+    /// Closes the connection of the front-end. Asserts that the next one is served and that SIGTERM ends the process.
     fn assert_serves_next_front_end(mut self, client: RawFrontend) {
         drop(client);
         let client = self.begin(SPLIT);
@@ -86,7 +86,7 @@ fn set_blocking(fd: BorrowedFd<'_>, blocking: bool) {
     fcntl(fd, FcntlArg::F_SETFL(flags)).unwrap();
 }
 
-/// A descriptor that takes signals.
+/// The kind of a descriptor that receives signals.
 #[derive(Debug, Clone, Copy)]
 enum SignalFd {
     EventFd,
@@ -106,7 +106,7 @@ impl SignalFd {
     }
 }
 
-/// Leaves no room, and takes the flag back that would make a write return.
+/// Fills a descriptor, and clears O_NONBLOCK, so that a write would block.
 fn fill(fd: BorrowedFd<'_>) {
     while write(fd, (u64::MAX - 1).as_bytes()).is_ok() {}
     while write(fd, &[0]).is_ok() {}
@@ -148,14 +148,14 @@ fn a_full_blocking_error_fd_stops_no_ring(
     client.send_acknowledged(Code::SET_VRING_ERR, &0u64, &[error.as_fd()]);
     fill(error.as_fd());
     let ring = Ring::new(&backend.guest, 0, 256, SPLIT);
-    // An index that ran away.
+    // An avail index that is too far ahead.
     backend.guest.memory.write(ring.layout.avail, [0u16, 9999].as_bytes()).unwrap();
     ring.start(&client, &backend.guest);
     client.ring_base(0);
     backend.assert_serves_next_front_end(client);
 }
 
-/// A kick that a poll reports and that cannot be read, or not before the other 7 bytes are sent.
+/// A kick that poll reports as readable, and that cannot be read, or not before the other 7 bytes are sent.
 /// Rule F9.3.
 #[rstest]
 fn a_kick_fd_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "epoll")] what: &str) {
@@ -165,7 +165,7 @@ fn a_kick_fd_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "e
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (output, input) = pipe().unwrap();
     let low = 8;
-    // SAFETY: an int, which is only read.
+    // SAFETY: the pointer is to an int, which is only read.
     let set = unsafe {
         let at = (&raw const low).cast();
         libc::setsockopt(theirs.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, at, size_of_val(&low) as u32)
@@ -182,7 +182,7 @@ fn a_kick_fd_that_is_no_eventfd_is_refused(#[values("socket", "pipe", "file", "e
         _ => epoll.0.as_fd(),
     };
     assert_ne!(client.acknowledged(Code::SET_VRING_KICK, 0u64.as_bytes(), &[kick]), 0, "a {what} was taken");
-    // It changes nothing.
+    // The refused request changes nothing.
     assert_ring_works(&backend.guest, &mut ring);
     backend.assert_serves_next_front_end(client);
 }
@@ -200,9 +200,9 @@ fn one_blocking_kick_eventfd_serves_two_rings(#[values(SPLIT, PACKED)] features:
     for round in 0..2000 {
         for ring in &mut rings {
             ring.read(&backend.guest, 0, 1, 512);
-            // Whatever the device wants: one of them has nothing else to wake it.
+            // The kick below is sent even if the device does not want it: one of the rings has no other wake-up.
             let _ = ring.driver.publish();
-            // Rings share the places of requests.
+            // Both rings use the same addresses for their requests.
             if round % 2 == 0 {
                 kick.write(1).unwrap();
                 ring.completion();
@@ -216,7 +216,7 @@ fn one_blocking_kick_eventfd_serves_two_rings(#[values(SPLIT, PACKED)] features:
     backend.assert_serves_next_front_end(client);
 }
 
-/// A back-end that has read the first bytes waits for the next ones, and for nothing else.
+/// A back-end that has read the first bytes waits for the next ones without blocking anything else.
 /// Rule F9.1.
 #[rstest]
 fn an_incomplete_device_state_transfer_blocks_no_other_front_end(#[values("pipe", "socket")] kind: &str) {
@@ -246,12 +246,12 @@ fn an_incomplete_device_state_transfer_blocks_no_other_front_end(#[values("pipe"
 
 fn unread(fd: BorrowedFd<'_>) -> i32 {
     let mut count = 0;
-    // SAFETY: an int for the answer.
+    // SAFETY: the pointer is to an int for the result.
     assert_eq!(unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut count) }, 0);
     count
 }
 
-/// A thread that can't go on for any reason, here because it is held by ptrace.
+/// A thread cannot continue for any reason, here because ptrace holds it.
 #[test]
 fn sigterm_ends_a_process_with_a_hanging_thread() {
     let mut backend = BackendProcess::new(&["--stop-timeout", "1"]);
@@ -264,18 +264,18 @@ fn sigterm_ends_a_process_with_a_hanging_thread() {
         name.is_ok_and(|name| name.trim() == "ring 0")
     });
     let id: i32 = thread.unwrap().file_name().unwrap().to_str().unwrap().parse().unwrap();
-    // SAFETY: takes no pointers that are used.
+    // SAFETY: these requests use no pointers.
     let held = [libc::PTRACE_SEIZE, libc::PTRACE_INTERRUPT].map(|request| unsafe { libc::ptrace(request, id, 0, 0) });
     assert_eq!(held, [0, 0], "{}", std::io::Error::last_os_error());
     let wait = || {
         let mut status = 0;
-        // SAFETY: a number, and an int for the answer.
+        // SAFETY: a thread id, and a pointer to an int for the result.
         assert_eq!(unsafe { libc::waitpid(id, &raw mut status, libc::__WALL) }, id);
         status
     };
     assert!(libc::WIFSTOPPED(wait()));
     backend.terminate();
-    // It is told of the end of what it holds before the process can be gone.
+    // This process traces the thread. It receives the end of the thread before the back-end process can be gone.
     let (sender, over) = std::sync::mpsc::channel();
     let pid = backend.process.child.id() as i32;
     std::thread::spawn(move || {

@@ -75,7 +75,7 @@ impl VirtioDevice for StatefulDevice {
     }
 }
 
-/// A front-end that has agreed on everything that is offered.
+/// A front-end that has acknowledged all offered protocol features.
 fn connect_negotiated(server: &Server) -> RawFrontend {
     let client = server.connect();
     client.send_body(Code::SET_PROTOCOL_FEATURES, &client.request_u64(Code::GET_PROTOCOL_FEATURES));
@@ -104,7 +104,7 @@ fn load(client: &RawFrontend, bytes: &[u8]) -> u64 {
     let (reader, mut writer) = std::io::pipe().unwrap();
     assert_eq!(transfer(client, DEVICE_STATE_LOAD, 0, reader.as_fd()), NO_FD);
     drop(reader);
-    // It reads no further than it has to.
+    // The back-end reads no further than necessary, so this write may fail.
     let _ = writer.write_all(bytes);
     drop(writer);
     client.request_u64(Code::CHECK_DEVICE_STATE)
@@ -124,7 +124,7 @@ fn a_device_state_larger_than_a_pipe_is_transferred_intact() {
     let saved = driver(&source).save_state().unwrap().unwrap();
     driver(&destination).load_state(&saved).unwrap();
     assert!(to.state() == state);
-    // And through plain messages, from a device that never had a ring.
+    // The same with raw messages, from a device that never had a ring.
     assert_eq!(save(&connect_negotiated(&destination)), saved);
 }
 
@@ -155,7 +155,7 @@ fn an_invalid_or_foreign_device_state_is_refused_and_changes_nothing() {
     assert_eq!(device.state(), b"as it was");
 }
 
-/// Cut short, without an fd, with two, with a phase that is not known.
+/// The requests are truncated, without an fd, with two fds, or with an unknown phase.
 #[test]
 fn an_invalid_set_device_state_fd_does_not_end_the_current_transfer() {
     let device = StatefulDevice::new("keeper", b"as it was");
@@ -180,7 +180,7 @@ fn an_invalid_set_device_state_fd_does_not_end_the_current_transfer() {
     drop(reader);
     writer.write_all(&good).unwrap();
     drop(writer);
-    // The question has no payload; what it brings says nothing.
+    // CHECK_DEVICE_STATE has no payload. Bytes and fds that are sent with it are ignored.
     client.send(Code::CHECK_DEVICE_STATE, NEED_REPLY, &[1; 3], &[client.as_fd()]);
     assert_eq!(client.reply(Code::CHECK_DEVICE_STATE), [0; 8]);
     assert_eq!(device.state(), b"as it was", "the transfer was lost");
@@ -226,10 +226,10 @@ fn a_stalled_device_state_pipe_blocks_no_message() {
         assert_eq!(transfer(&client, DEVICE_STATE_SAVE, 0, writer.as_fd()), NO_FD);
         client.wait_until_processed();
         guest.send_table(&client);
-        // Another transfer takes its place.
+        // A second transfer replaces the first.
         assert_eq!(transfer(&client, DEVICE_STATE_LOAD, 0, reader.as_fd()), NO_FD);
         client.wait_until_processed();
-        // And the end of the connection ends it.
+        // The end of the connection ends the second transfer.
     }
     let (ours, theirs) = UnixStream::pair().unwrap();
     let client = connect_negotiated(&server);
@@ -269,7 +269,7 @@ fn a_refused_device_state_is_reported_by_check_device_state() {
     device.save_state().unwrap().unwrap();
 }
 
-/// A front-end that connects again before it has started a ring loads the state again.
+/// A front-end that reconnects before it has started a ring loads the state again.
 #[test]
 fn a_loaded_device_state_is_loaded_again_after_a_reconnect_until_a_ring_starts() {
     let saved = driver(&Server::new(StatefulDevice::new("keeper", b"of the guest"))).save_state().unwrap().unwrap();
@@ -319,7 +319,7 @@ fn network_driver_settings_are_transferred_and_kept_until_reset() {
     assert_eq!(destination.config()[6], VIRTIO_NET_S_LINK_UP as u8);
 }
 
-/// State of a network interface as version 0.1 saved it: the driver's MAC, all else as it was at the start.
+/// State of a network interface as version 0.1 saved it: the driver's MAC, all else at its initial value.
 const NET_STATE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/compat/files/device-state-net-1");
 const DRIVER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 

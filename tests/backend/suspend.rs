@@ -98,7 +98,7 @@ impl SuspendGuest {
         bytes[header..].chunks_exact(entry).take(SIZE.into()).filter(|entry| entry[0] == 1).count() as u64
     }
 
-    /// Another back-end takes over, which knows nothing but the region and the base.
+    /// Moves the ring to another back-end, which has only the inflight region and the base.
     fn move_to_another_back_end(&mut self, base: u32) {
         let (device, gate) = GatedDevice::new();
         self.gate = gate;
@@ -129,7 +129,7 @@ fn an_invalid_skip_drain_request_stops_no_ring() {
         assert_eq!(scene.requests_marked(), COUNT + 3);
         scene.gate.write(1).unwrap();
         assert_eq!(scene.ring.completions(COUNT as usize + 3).len(), COUNT as usize + 3);
-        // Without need-reply there is no answer that says no.
+        // Without need-reply, no reply can report the error, so the connection ends.
         scene.client.send(code, VERSION, &[0; 3], &[]);
         assert!(scene.client.is_closed());
         scene.server.connect().wait_until_processed();
@@ -141,12 +141,12 @@ fn an_invalid_skip_drain_request_stops_no_ring() {
 fn suspended_requests_stay_marked_logged_and_unpublished_and_are_resubmitted_elsewhere() {
     for features in BOTH {
         let mut scene = SuspendGuest::new(features, INFLIGHT_MIGRATION);
-        // QEMU's order: a ring is disabled before it is known how it is to be stopped.
+        // QEMU disables a ring before it sends the request that determines how the ring is stopped.
         scene.ring.enable(&scene.client, false);
         let base = scene.stop(Code::GET_VRING_BASE_SKIP_DRAIN);
         assert_eq!(scene.requests_marked(), COUNT);
         assert!(scene.ring.driver.pop_used().unwrap().is_none(), "a request was published");
-        // It has written these pages already.
+        // The device has written these pages already.
         let marks = harvest(&scene.log);
         assert!((0..COUNT).all(|slot| marks.contains(&(page(slot).gpa.0 / LOG_PAGE))), "a page was not logged");
         let before = scene.guest.snapshot();

@@ -1,4 +1,5 @@
-//! vhost-user-blk back-ends as processes: ours, `qemu-storage-daemon` to show what the tests notice, and rust-vmm's crates.
+//! vhost-user-blk back-ends as processes: this project's, `qemu-storage-daemon`, which shows that the tests detect
+//! faults, and one made of rust-vmm's crates.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,26 +8,27 @@ use nix::sys::signal::Signal;
 
 use crate::process::{Lab, Process, wait_for};
 
-/// Which program serves the disk.
+/// The program that serves the disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Kind {
     /// `vhost-migrate backend blk`, with the disk in the page cache.
     Ours,
-    /// The same with `--direct`: its requests take as long as the disk, so some are always in flight under load.
+    /// [`Kind::Ours`] with `--direct`. Its requests take as long as the disk needs, so some are always in flight under
+    /// load.
     OursDirect,
-    /// Ours with `--postcopy`, which says of every message that it came.
+    /// [`Kind::Ours`] with `--postcopy`. It logs every message that it receives.
     OursPostcopy,
-    /// Ours with `--iommu`, which says what it asks of the IOMMU.
+    /// [`Kind::Ours`] with `--iommu`. It logs its requests to the IOMMU.
     OursIommu,
-    /// `qemu-storage-daemon`; with a limit in bytes per second its requests stay in flight for long.
+    /// `qemu-storage-daemon`. With a limit in bytes per second, its requests stay in flight for a long time.
     StorageDaemon { bytes_per_second: Option<u64> },
     /// `examples/rust_vmm_disk.rs`, which has two queues.
     RustVmm,
-    /// The same with our bitmap on its memory.
+    /// [`Kind::RustVmm`] with this project's bitmap on its memory.
     RustVmmLogged,
 }
 
-/// A back-end on a socket, restartable at the same place.
+/// A back-end process that can be restarted on the same socket.
 pub(crate) struct Backend {
     kind: Kind,
     socket: PathBuf,
@@ -37,7 +39,7 @@ pub(crate) struct Backend {
 }
 
 impl Backend {
-    /// Starts one and waits until it listens.
+    /// Starts a back-end and waits until it listens.
     pub(crate) fn start(lab: &Lab, kind: Kind, name: &str, image: &Path, queues: u16) -> Backend {
         let (socket, output) = (lab.file(&format!("{name}.sock")), lab.file(&format!("{name}.log")));
         let process = spawn(kind, &socket, image, &output, queues);
@@ -53,12 +55,13 @@ impl Backend {
         &self.process
     }
 
-    /// `kill -9`.
+    /// Kills the process with SIGKILL.
     pub(crate) fn kill(&mut self) {
         self.process.kill();
     }
 
-    /// Starts it again after [`Backend::kill`]; the dead one's socket file is still there, as it would be in life.
+    /// Starts the back-end again after [`Backend::kill`]. The socket file of the killed process still exists, as after
+    /// a crash.
     pub(crate) fn restart(&mut self) {
         self.process = spawn(self.kind, &self.socket, &self.image, &self.output, self.queues);
         wait_for("the back-end listens again", || {
@@ -67,22 +70,22 @@ impl Backend {
         });
     }
 
-    /// Has it look at the size of its image again.
+    /// Makes the back-end read the size of its image again, with SIGHUP.
     pub(crate) fn look_again(&self) {
         self.process.signal(Signal::SIGHUP);
     }
 
-    /// Panics if it is not alive any more.
+    /// Panics if the process has ended.
     pub(crate) fn assert_running(&mut self) {
         self.process.assert_running();
     }
 
-    /// Asks it to end and waits: whatever it had in flight is then written or never will be.
+    /// Sends SIGTERM and waits until the process has ended. No request in flight is written after that.
     pub(crate) fn terminate(&mut self) {
         self.process.terminate();
     }
 
-    /// Its output so far.
+    /// The output of the process so far.
     pub(crate) fn output(&self) -> String {
         self.process.output()
     }
@@ -133,10 +136,10 @@ fn spawn(kind: Kind, socket: &Path, image: &Path, output: &Path, queues: u16) ->
     }
 }
 
-/// A blank that does not end an argument.
+/// The character that stands for a blank within an argument of [`words`].
 pub(crate) const NO_BREAK: &str = "\u{a0}";
 
-/// An example as a program, which `cargo test` builds beside the tests.
+/// The path of an example's program, which `cargo test` builds beside the tests.
 pub(crate) fn example(name: &str) -> String {
     let here = std::env::current_exe().unwrap();
     let path = here.parent().unwrap().parent().unwrap().join("examples").join(name);
@@ -144,12 +147,12 @@ pub(crate) fn example(name: &str) -> String {
     path.into_os_string().into_string().unwrap()
 }
 
-/// Splits arguments at blanks; paths of a [`Lab`] have none.
+/// Splits arguments at blanks. Paths of a [`Lab`] contain no blanks.
 pub(crate) fn words(line: &str) -> Vec<String> {
     line.split_ascii_whitespace().map(|word| word.replace(NO_BREAK, " ")).collect()
 }
 
-/// Returns true if a process listens on the socket, without connecting: a connection would be served.
+/// Returns true if a process listens on the socket. It does not connect, because a connection would be served.
 pub(crate) fn listens(socket: &Path) -> bool {
     const ACCEPTS: u32 = 1 << 16; // __SO_ACCEPTCON
     let table = fs::read_to_string("/proc/net/unix").unwrap();

@@ -1,4 +1,5 @@
-//! The state of a device that QEMU migrates: a device with the name of a file system, and nothing in it but a state (rule D1).
+//! Migration of a device state by QEMU (rule D1). The device has the type of a file system and contains nothing but a
+//! state.
 
 use std::io;
 use std::path::PathBuf;
@@ -23,7 +24,7 @@ impl VirtioDevice for FileSystem {
         VIRTIO_F_VERSION_1
     }
 
-    /// One for what can't wait and one for requests.
+    /// Returns 2: the high-priority queue and one request queue.
     fn queues(&self) -> u16 {
         2
     }
@@ -58,7 +59,7 @@ impl VirtioDevice for FileSystem {
     }
 }
 
-/// One that is served by a thread of this process.
+/// A back-end of the device, served by a thread of this process.
 struct Backend {
     device: Arc<FileSystem>,
     socket: PathBuf,
@@ -73,7 +74,7 @@ impl Backend {
         Backend { device, socket, _served: served }
     }
 
-    /// As the guest would, after QEMU has reset the machine.
+    /// Sets the state in place of the guest. Call it after QEMU has reset the machine.
     fn set_state(&self, state: &[u8]) {
         *self.device.state.lock().unwrap() = state.to_vec();
     }
@@ -111,7 +112,8 @@ fn a_state_that_the_destination_refuses_fails_qemus_migration_and_the_source_run
     let (mut source, mut destination) = (a.qemu(&lab, "host-0", ""), b.qemu(&lab, "host-1", INCOMING));
     a.set_state(b"state");
     b.set_state(b"own");
-    // Without it QEMU's source does not hear of what happens at the destination, and takes everything for done.
+    // Without `return-path` the destination's result is not reported to the source QEMU, which then considers the
+    // migration complete.
     let return_path = json!({"capabilities": [{"capability": "return-path", "state": true}]});
     for side in [&mut source, &mut destination] {
         side.qmp("migrate-set-capabilities", return_path.clone());

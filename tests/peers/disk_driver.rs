@@ -1,5 +1,5 @@
-//! A disk's driver on one ring, for tests that are front-ends themselves: requests of 8 KiB, and the pages that each of them makes the
-//! device write. Its memory is two regions, and the ring lies in both.
+//! A disk driver on one ring, for tests that act as the front-end. It submits requests of 8 KiB and computes the pages
+//! that the device writes for each. Its memory has two regions, and the ring has areas in both.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::process::DEADLINE;
 pub(crate) const HIGH: GuestAddress = GuestAddress(4 << 30);
 pub(crate) const REGION: u64 = 4 << 20;
 pub(crate) const SIZE: u16 = 64;
-/// Address to which tests read data.
+/// The address of the tests' data buffer.
 pub(crate) const DATA: GuestAddress = GuestAddress(0x100000);
 const HEADERS: GuestAddress = GuestAddress(0x10000);
 const STATUSES: GuestAddress = GuestAddress(HIGH.0 + 0x11000);
@@ -36,13 +36,13 @@ pub(crate) struct DiskDriver {
 }
 
 impl DiskDriver {
-    /// An empty ring in memory of its own. `features` are those that were acknowledged.
+    /// Creates a driver with an empty ring in memory of its own. `features` are the acknowledged features.
     pub(crate) fn new(features: VirtioFeatures) -> DiskDriver {
         let eventfd = || OwnedFd::from(EventFd::new().unwrap());
         DiskDriver::with_fds(features, eventfd(), eventfd())
     }
 
-    /// The same with eventfds that are there already.
+    /// Creates a driver as [`DiskDriver::new`] does, with existing eventfds.
     pub(crate) fn with_fds(features: VirtioFeatures, kick: OwnedFd, call: OwnedFd) -> DiskDriver {
         let memory = Memory::new([region(GuestAddress(0)), region(HIGH)]).unwrap();
         let areas = [GuestAddress(0x1000), GuestAddress(0x2000), HIGH.unchecked_add(0x3000)];
@@ -51,12 +51,12 @@ impl DiskDriver {
         DiskDriver { memory, layout, kick: Arc::new(kick), call: Arc::new(call), ring, completed: 0 }
     }
 
-    /// Makes a request at `sector` available, with its data at `gpa`.
+    /// Makes a request of 8 KiB at `sector` available, with its data at `gpa`.
     pub(crate) fn submit(&mut self, kind: u32, sector: u64, gpa: GuestAddress) -> u16 {
         self.submit_bytes(kind, sector, gpa, BYTES as u32)
     }
 
-    /// The same with another length than usual.
+    /// Makes a request of `len` bytes at `sector` available, with its data at `gpa`.
     pub(crate) fn submit_bytes(&mut self, kind: u32, sector: u64, gpa: GuestAddress, len: u32) -> u16 {
         let slot = u64::from(self.ring.outstanding());
         let (header, status) = (HEADERS.unchecked_add(16 * slot), STATUSES.unchecked_add(slot));
@@ -76,7 +76,7 @@ impl DiskDriver {
         head
     }
 
-    /// Waits until nothing is outstanding.
+    /// Waits until no request is outstanding, and asserts that all of them succeeded.
     pub(crate) fn drain(&mut self) {
         let slots = u64::from(self.ring.outstanding());
         while self.ring.outstanding() > 0 {
@@ -105,7 +105,7 @@ impl DiskDriver {
         self.drain();
     }
 
-    /// Reads into `gpa` and returns the pages that the device has to have marked, if the ring is split.
+    /// Reads into `gpa`. Returns the pages that the device must have marked if the ring is split.
     pub(crate) fn read(&mut self, sector: u64, gpa: GuestAddress, expected: u8) -> Vec<u64> {
         let [_, _, used] = self.layout.areas();
         let element = used.unchecked_add(4 + 8 * (self.completed % u64::from(SIZE)));
@@ -120,26 +120,26 @@ impl DiskDriver {
         pages
     }
 
-    /// Returns true if the last read returned what was written.
+    /// Asserts that the last read into `gpa` returned `expected` in every byte.
     pub(crate) fn holds(&self, gpa: GuestAddress, expected: u8) {
         let mut data = [!expected; BYTES as usize];
         self.memory.read(gpa, &mut data).unwrap();
         assert!(data.iter().all(|byte| *byte == expected));
     }
 
-    /// A log for its memory.
+    /// Creates a dirty log for the driver's memory.
     pub(crate) fn new_log(&self) -> (Arc<Log>, OwnedFd) {
         let (log, fd) = Log::create(self.memory.end()).unwrap();
         (Arc::new(log), fd)
     }
 }
 
-/// A region that can be shared.
+/// Creates a region that can be shared.
 pub(crate) fn region(gpa: GuestAddress) -> Arc<Region> {
     Arc::new(Region::create(gpa, REGION).unwrap())
 }
 
-/// The pages that are marked; then they are not any more.
+/// Returns the marked pages and clears their marks.
 pub(crate) fn harvest(log: &Log) -> Vec<u64> {
     let mut pages = PageSet::new(log.pages());
     log.harvest(&mut pages);

@@ -1,4 +1,4 @@
-//! Guest memory in huge pages, as the kernel hands them out.
+//! Guest memory in huge pages of the kernel.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use vhost_migrate::memory::{GuestAddress, Memory, Region, UserAddress};
 const HUGE: u64 = 2 << 20;
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
-/// Sees to it that a few huge pages are free.
+/// Reserves four huge pages if the kernel has fewer.
 fn reserve() {
     let pages: u64 = std::fs::read_to_string(POOL).unwrap().trim().parse().unwrap();
     if pages < 4 {
@@ -27,7 +27,7 @@ fn a_region_of_huge_pages_begins_between_them_and_is_checked_like_any_other() {
     let high = GuestAddress(1 << 32);
     let all = Memory::new([Arc::new(map(GuestAddress(0), 2 * HUGE, 0, 0).unwrap())]).unwrap();
     all.write(GuestAddress(HUGE + 0x3000), b"here").unwrap();
-    // A hole that machines have below 1 MiB makes such offsets.
+    // Machines with a memory hole below 1 MiB have such offsets.
     let part = Memory::new([Arc::new(map(high, HUGE - 0x3000, 1 << 40, HUGE + 0x3000).unwrap())]).unwrap();
     let mut found = [0; 4];
     part.read(high, &mut found).unwrap();

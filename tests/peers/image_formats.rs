@@ -1,4 +1,4 @@
-//! Images in qemu-img's formats, which a disk's back-end has to refuse.
+//! Images in qemu-img's formats, which a disk's back-end must refuse.
 
 use std::fs;
 use std::process::Command;
@@ -7,7 +7,7 @@ use vhost_migrate::backend::blk::{BlkDevice, BlkError, BlkOptions};
 
 use crate::process::Lab;
 
-/// Images as qemu-img makes them: a guest would see their metadata, and write over them.
+/// Tests images made by qemu-img. A guest would see their metadata and overwrite it.
 #[test]
 fn an_image_that_is_not_raw_is_refused_unless_told_otherwise() {
     let lab = Lab::new();
@@ -39,7 +39,7 @@ fn an_image_that_is_not_raw_is_refused_unless_told_otherwise() {
             }
             other => panic!("{arguments:?}: {other:?}"),
         }
-        // Some are a line of text about another file, which is no disk at all.
+        // Some of these files only describe another file in text, and are too small for a disk.
         let told = BlkDevice::open(BlkOptions::new(&image).with_raw(true));
         assert!(matches!(told, Ok(_) | Err(BlkError::TooSmall { .. })), "{arguments:?}: {told:?}");
     }

@@ -9,14 +9,14 @@ use crate::process::Lab;
 
 /// The folder in which `tests/peers/install` puts the guest kernel and its modules.
 const KERNEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/peers/kernel");
-/// The folder of the modules of User-mode Linux's package, each version of the kernel in a folder of its own.
+/// The folder of the modules of User-mode Linux's package. It has a subfolder for each kernel version.
 const UML_MODULES: &str = "/usr/lib/uml/modules";
 
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 const CHARACTER_DEVICE: u32 = 0o020_600;
 
-/// The kernel that an initramfs is for.
+/// The kernel that unpacks an initramfs.
 #[derive(Clone, Copy)]
 pub(crate) enum Kernel {
     Pc,
@@ -39,13 +39,14 @@ impl Kernel {
 pub(crate) fn boot(initramfs: &Path, more: &[&str]) -> String {
     let kernel = Path::new(KERNEL).join("vmlinuz");
     assert!(kernel.exists(), "no guest kernel: run tests/peers/install");
-    // On a busy machine emulated timer interrupts come too late for the kernel's check of them, and it would panic.
+    // On a busy machine, emulated timer interrupts arrive too late for the kernel's check of them, and the kernel would
+    // panic.
     let words = [&["console=ttyS0", "no_timer_check"], more].concat().join(NO_BREAK);
     format!("-kernel {} -initrd {} -append {words}", kernel.display(), initramfs.display())
 }
 
-/// Makes the initramfs: loads `drivers`, runs `commands` and then the program that `tests/peers/guest/PROGRAM.rs` is. The
-/// commands can start `others` of these programs.
+/// Makes the initramfs. It loads `drivers`, runs `commands` and then the program made of
+/// `tests/peers/guest/PROGRAM.rs`. The commands can start the programs in `others`, which have the same folder.
 pub(crate) fn make_with(
     lab: &Lab,
     kernel: Kernel,
@@ -78,7 +79,7 @@ pub(crate) fn make_with(
     path
 }
 
-/// The same with one program.
+/// Makes the initramfs as [`make_with`] does, with one program.
 pub(crate) fn make(lab: &Lab, kernel: Kernel, drivers: &[&str], commands: &str, program: &str) -> PathBuf {
     make_with(lab, kernel, drivers, commands, &[], program)
 }
@@ -96,13 +97,13 @@ fn build(lab: &Lab, name: &str) -> PathBuf {
     program
 }
 
-/// The contents of the modules named and of those that they need, in the order in which they load.
+/// Returns the contents of the named modules and of those that they need, in the order in which they load.
 fn modules(folder: &Path, names: &[&str]) -> Vec<Vec<u8>> {
     let dependencies = fs::read_to_string(folder.join("modules.dep")).unwrap();
     let mut ordered: Vec<&str> = Vec::new();
     for name in names {
         let is_named = |path: &str| path.rsplit('/').next().is_some_and(|file| file.split('.').next() == Some(name));
-        // A module that is in no line is built into the kernel.
+        // A module without a line is built into the kernel.
         let Some((module, needs)) =
             dependencies.lines().filter_map(|line| line.split_once(':')).find(|(path, _)| is_named(path))
         else {
@@ -127,7 +128,8 @@ fn read_module(path: &Path) -> Vec<u8> {
     }
 }
 
-/// A cpio archive of the "newc" kind, which is what the kernel unpacks; made here because device nodes need no root this way.
+/// A cpio archive in the "newc" format, which the kernel unpacks. It is made here because device nodes then need no
+/// root.
 #[derive(Default)]
 struct Archive {
     bytes: Vec<u8>,

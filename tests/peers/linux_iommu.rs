@@ -1,15 +1,16 @@
-//! A real Linux guest in QEMU whose disk is behind a vIOMMU: every request of it goes through pages that its kernel maps for that
-//! request and takes away after it (rules T1 to T3, L5).
+//! A real Linux guest in QEMU whose disk is behind a vIOMMU. The guest's kernel maps the pages of each request for that
+//! request and unmaps them after it (rules T1 to T3, L5).
 
 use crate::backend::Kind;
 use crate::linux_guest::{boot_with, there_and_back};
 use crate::process::Lab;
 
-/// The IOMMU comes before what is behind it. QEMU passes ACCESS_PLATFORM on only with both of these (rule T5.1).
+/// QEMU's arguments for the IOMMU and, after it, the disk behind it. QEMU passes ACCESS_PLATFORM on only with a vIOMMU
+/// and `iommu_platform=on` (rule T5.1).
 const BEHIND: &str = "-device intel-iommu,intremap=off,device-iotlb=on \
     -device vhost-user-blk-pci,chardev=vu,num-queues=1,iommu_platform=on,ats=on,disable-legacy=on";
 
-/// Each request is mapped for itself, and its pages are taken away before its buffer is anybody else's.
+/// Tests a guest that maps the pages of each request separately and unmaps them before it uses the buffer otherwise.
 fn works_behind_an_iommu(packed: &str) {
     let lab = Lab::new();
     let boot = boot_with(&lab, &["intel_iommu=on", "iommu.strict=1"]);
@@ -19,7 +20,7 @@ fn works_behind_an_iommu(packed: &str) {
         let (asked, told) = (count(": miss at "), count("DEBUG IOTLB_MSG"));
         eprintln!("{asked} misses, {told} updates and invalidations");
         assert!(asked > 100, "only {asked} translations were asked for");
-        // An update for each, and invalidations, of which one may be of many pages.
+        // There is one update for each miss, and there are invalidations, each of one page or many.
         assert!(told > asked + 100, "{told} updates and invalidations for {asked} misses");
         assert!(!said.contains("refused"), "{said}");
     }

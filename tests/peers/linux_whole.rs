@@ -1,6 +1,6 @@
-//! A real Linux guest in QEMU with both of our devices, several queues each: it moves there and back, is stopped and continued, gets more
-//! memory and another disk while it works, and is reset. Its disk has packed rings and its network split ones, so that both kinds go
-//! through all of it.
+//! A real Linux guest in QEMU with both devices of this project, several queues each. It is stopped and continued,
+//! migrated in both directions, gets more memory and another disk under load, and is reset. Its disk has packed rings
+//! and its network interface split rings, so that both kinds are tested in every step.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -16,10 +16,10 @@ use crate::process::{Lab, Process, wait_for};
 use crate::qemu::Qemu;
 
 const DISK_BYTES: u64 = 64 << 20;
-/// The serial ports on which the guest's disk and network loads report.
+/// The names of the serial ports on which the guest's disk and network loads report.
 const SERIALS: [&str; 2] = ["disk", "net"];
 
-/// A QEMU with the guest in it or on its way to it.
+/// A QEMU that runs the guest or waits for its migration.
 struct Host {
     qemu: Qemu,
     consoles: [PathBuf; 2],
@@ -42,7 +42,7 @@ impl Host {
         Host { qemu: Qemu::start(lab, name, &arguments), consoles }
     }
 
-    /// Waits until both have done some more, and all of it was right.
+    /// Waits until both loads have made progress, and asserts that they report no error.
     fn works(&self) {
         for (console, more) in self.consoles.iter().zip([(100, 200), (100, 0)]) {
             let told = || counts(&String::from_utf8_lossy(&fs::read(console).unwrap_or_default()));
@@ -81,7 +81,7 @@ fn a_linux_guest_with_a_disk_and_a_network_goes_through_all_that_qemu_can_do_to_
     let mut host = Host::start(&lab, "host-0", &boot, disks[0].socket(), &net_sockets[0]);
     host.works();
 
-    // GET_VRING_BASE and a new start on the same connection, under load.
+    // Stops and continues the guest under load: GET_VRING_BASE, and a new start on the same connection.
     for _ in 0..3 {
         host.qemu.qmp("stop", json!({}));
         host.qemu.qmp("cont", json!({}));
@@ -101,7 +101,7 @@ fn a_linux_guest_with_a_disk_and_a_network_goes_through_all_that_qemu_can_do_to_
         host.works();
     }
 
-    // More memory: slots are added while both devices work.
+    // Adds memory: memory slots are added while both devices serve requests.
     let added = |net: &Process| net.output().matches(" ADD_MEM_REG: ").count();
     for (memory, dimm) in [("more-1", "dimm-1"), ("more-2", "dimm-2")] {
         let before = added(&nets[0]);
@@ -112,7 +112,7 @@ fn a_linux_guest_with_a_disk_and_a_network_goes_through_all_that_qemu_can_do_to_
         assert!(added(&nets[0]) > before, "the back-end got no ADD_MEM_REG for {dimm}");
     }
 
-    // Another disk comes and goes.
+    // Adds and removes another disk.
     let second = lab.file("second.img");
     File::create(&second).unwrap().set_len(DISK_BYTES).unwrap();
     let mut guest_disk = Backend::start(&lab, Kind::OursPostcopy, "disk-c", &second, 1);
@@ -128,13 +128,13 @@ fn a_linux_guest_with_a_disk_and_a_network_goes_through_all_that_qemu_can_do_to_
         host.works();
         host.qemu.qmp("device_del", json!({"id": "second"}));
         wait_for("the guest lets the disk go", || (!host.has("second")).then_some(()));
-        // The device may still be about to end.
+        // QEMU may not have released the device yet.
         wait_for("its chardev is free", || host.qemu.try_qmp("chardev-remove", json!({"id": "vu2"})).ok());
         host.works();
     }
     guest_disk.assert_running();
 
-    // A reset under load; the guest boots again, with a blank disk as it expects one.
+    // Resets the guest under load. It boots again and expects a blank disk.
     host.qemu.qmp("stop", json!({}));
     host.qemu.qmp("system_reset", json!({}));
     let blank = File::options().write(true).open(&image).unwrap();
@@ -151,7 +151,7 @@ fn a_linux_guest_with_a_disk_and_a_network_goes_through_all_that_qemu_can_do_to_
     disks.iter_mut().for_each(Backend::assert_running);
     nets.iter_mut().for_each(Process::assert_running);
 
-    // QEMU dies, and the next one finds both devices as new.
+    // QEMU is killed. A new QEMU finds both devices in their initial state.
     drop(host);
     blank.set_len(0).unwrap();
     blank.set_len(DISK_BYTES).unwrap();

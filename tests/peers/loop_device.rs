@@ -1,4 +1,4 @@
-//! Our back-end on a block device, as the kernel's loop driver makes one of a file.
+//! This project's back-end on a block device that the kernel's loop driver makes of a file.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -21,7 +21,7 @@ use crate::process::{DEADLINE, Lab, wait_for};
 
 const BYTES: u64 = 16 << 20;
 
-/// A loop device, until dropped.
+/// A loop device. It is detached when dropped.
 struct Loop(PathBuf);
 
 impl Loop {
@@ -29,7 +29,7 @@ impl Loop {
         Loop::with_blocks(file, 512)
     }
 
-    /// One whose logical blocks have that many bytes.
+    /// Creates a loop device with logical blocks of `bytes` bytes.
     fn with_blocks(file: &Path, bytes: u32) -> Loop {
         let blocks = bytes.to_string();
         let made = Command::new("losetup").args(["--find", "--show", "-b", &blocks]).arg(file).output().unwrap();
@@ -75,7 +75,7 @@ fn a_guest_works_on_a_block_device_and_its_back_end_may_be_killed() {
     }
 }
 
-/// The file below a loop device is changed as by another host: the device's own page cache does not hear of it.
+/// Changes the file below a loop device, as another host would. The device's own page cache does not get this change.
 #[test]
 fn sectors_of_a_direct_disk_with_larger_blocks_come_from_the_disk_and_go_there() {
     let lab = Lab::new();

@@ -1,8 +1,10 @@
-//! Programs that are not ours, driven against ours: QEMU without a guest, QEMU with a real Linux guest, User-mode Linux, DPDK,
-//! `qemu-storage-daemon`, rust-vmm's crates, and block devices of the kernel.
-//! Needs the cargo feature `peers` and what `tests/peers/install` installs; a missing peer is a failure, never a skip.
-//! The laboratory (processes, QMP, qtest, drivers, proxy) is in the modules without tests; `guest_free`, `guest_free_net`, `log_bitmap`,
-//! `linux_guest`, `dpdk`, `linux_net`, `linux_iommu` and `uml` hold the promises.
+//! Tests of this project's programs against programs of other projects: QEMU without a guest, QEMU with a real Linux
+//! guest, User-mode Linux, DPDK, `qemu-storage-daemon`, rust-vmm's crates, and block devices of the kernel.
+//! They need the cargo feature `peers` and what `tests/peers/install` installs. A missing peer is a failure, never a
+//! skip.
+//! The modules without tests contain the test environment (processes, QMP, qtest, drivers, proxy). The other modules
+//! contain the tests, among them `guest_free`, `guest_free_net`, `log_bitmap`, `linux_guest`, `dpdk`, `linux_net`,
+//! `linux_iommu` and `uml`.
 
 // Everything here is test code: a failed expectation is a failed test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]

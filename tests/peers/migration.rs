@@ -1,4 +1,4 @@
-//! A live migration between two QEMUs, step by step, as a test wants to steer it.
+//! A live migration between two QEMU processes, in steps that a test controls.
 
 use std::path::Path;
 
@@ -7,18 +7,18 @@ use serde_json::{Value, json};
 use crate::process::wait_for;
 use crate::qemu::Qemu;
 
-/// Limits of a migration: bytes per second, and the downtime that ends it in milliseconds.
+/// The limits of a migration: the bandwidth in bytes per second, and the downtime in milliseconds.
 #[derive(Clone, Copy)]
 pub(crate) struct Pace(u64, u64);
 
-/// Slow enough that a guest which is dirtied all the time can't be moved.
+/// So slow that the migration of a guest that writes memory all the time does not converge.
 pub(crate) const NEVER_CONVERGES: Pace = Pace(8 << 20, 1);
-/// A few rounds for a guest that dirties little.
+/// A migration of a few rounds for a guest that writes little memory.
 pub(crate) const GENTLE: Pace = Pace(100 << 20, 30);
-/// So fast that it is done at once.
+/// So fast that the migration converges at once.
 const CONVERGES: Pace = Pace(100 << 30, 2000);
 
-/// Starts to move `source` into `destination`.
+/// Starts the migration from `source` to `destination`.
 pub(crate) fn begin(source: &mut Qemu, destination: &mut Qemu, socket: &Path, multifd: bool, pace: Pace) {
     let uri = format!("unix:{}", socket.display());
     let capabilities = json!({"capabilities": [{"capability": "multifd", "state": multifd}]});
@@ -34,7 +34,7 @@ pub(crate) fn let_converge(source: &mut Qemu) {
     limit(source, CONVERGES);
 }
 
-/// Number of times that the source has collected its dirty log: 2 means that every page was sent once.
+/// The number of times that the source has collected its dirty log. 2 means that every page was sent once.
 pub(crate) fn rounds(source: &mut Qemu) -> u64 {
     let info = source.qmp("query-migrate", json!({}));
     let status = info["status"].as_str().unwrap_or("none");
@@ -42,7 +42,7 @@ pub(crate) fn rounds(source: &mut Qemu) -> u64 {
     info["ram"]["dirty-sync-count"].as_u64().unwrap_or(0)
 }
 
-/// Waits until the migration is complete on both sides; returns the source's figures.
+/// Waits until the migration is complete on both sides. Returns the source's reply to `query-migrate`.
 pub(crate) fn finish(source: &mut Qemu, destination: &mut Qemu) -> Value {
     let info = wait_for("the migration completes", || {
         let info = source.qmp("query-migrate", json!({}));
@@ -56,7 +56,7 @@ pub(crate) fn finish(source: &mut Qemu, destination: &mut Qemu) -> Value {
     info
 }
 
-/// Cancels it and waits until the source is back to normal.
+/// Cancels the migration and waits until the source reports it as cancelled.
 pub(crate) fn cancel(source: &mut Qemu) {
     source.qmp("migrate_cancel", json!({}));
     wait_for("the migration is cancelled", || {
@@ -64,7 +64,7 @@ pub(crate) fn cancel(source: &mut Qemu) {
     });
 }
 
-/// Changes the pace of a migration that may run already.
+/// Sets the limits of a migration, before it starts or while it runs.
 pub(crate) fn limit(source: &mut Qemu, Pace(bytes_per_second, downtime_ms): Pace) {
     let parameters = json!({"max-bandwidth": bytes_per_second, "downtime-limit": downtime_ms});
     source.qmp("migrate-set-parameters", parameters);

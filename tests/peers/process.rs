@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 pub(crate) use crate::wait::{PATIENCE as DEADLINE, wait_for};
 
-/// The folders of one test: sockets and logs, guest memory (in memory itself), and disk images (on a real disk).
+/// The folders of one test: sockets and logs, guest memory (in `/dev/shm`), and disk images (on a real disk).
 pub(crate) struct Lab {
     files: TempDir,
     memory: TempDir,
@@ -30,7 +30,7 @@ impl Lab {
         self.files.path().join(name)
     }
 
-    /// The disk image: one of a test, shared by its back-ends.
+    /// The path of the test's only disk image, which its back-ends share.
     pub(crate) fn disk(&self) -> PathBuf {
         self.disks.path().join("disk.img")
     }
@@ -40,7 +40,8 @@ impl Lab {
     }
 }
 
-/// A running program; killed when dropped, or by the kernel when the test dies. Its output is kept and shown when the test fails.
+/// A running program. It is killed when dropped, or by the kernel when the test is killed. Its output is kept, and
+/// shown when the test fails.
 pub(crate) struct Process {
     name: String,
     child: Child,
@@ -67,7 +68,7 @@ impl Process {
         String::from_utf8_lossy(&fs::read(&self.output).unwrap_or_default()).into_owned()
     }
 
-    /// Panics with the program's output when it has ended.
+    /// Panics with the program's output if it has ended.
     pub(crate) fn assert_running(&mut self) {
         if let Some(status) = self.child.try_wait().unwrap() {
             panic!("{} ended early with {status}:\n{}", self.name, self.output());
@@ -82,19 +83,19 @@ impl Process {
         kill(self.pid(), signal).unwrap();
     }
 
-    /// SIGKILL, and waits until it is gone.
+    /// Sends SIGKILL and waits until the process has ended.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// SIGTERM, and waits until it has ended by itself.
+    /// Sends SIGTERM and waits until the process has ended by itself.
     pub(crate) fn terminate(&mut self) -> ExitStatus {
         self.signal(Signal::SIGTERM);
         self.wait()
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until the process has ended by itself.
     pub(crate) fn wait(&mut self) -> ExitStatus {
         let name = self.name.clone();
         wait_for(&format!("end of {name}"), || self.child.try_wait().unwrap())

@@ -12,7 +12,7 @@ use crate::process::{DEADLINE, Lab, Process, wait_for};
 use crate::qtest::Qtest;
 use crate::ram::{Ram, SIZE};
 
-/// The disk as QEMU is to present it.
+/// The properties of the disk that QEMU presents.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Disk {
     pub(crate) queues: u16,
@@ -29,22 +29,23 @@ pub(crate) struct Qemu {
 }
 
 impl Qemu {
-    /// A QEMU without a guest: its vCPU halts at once and the test drives the devices through qtest. The source of a migration.
+    /// Starts a QEMU without a guest, as the source of a migration. Its vCPU halts at once, and the test drives the
+    /// devices through qtest.
     pub(crate) fn guest_free(lab: &Lab, name: &str, socket: &Path, disk: Disk) -> Qemu {
         Qemu::start(lab, name, &guest_free_arguments(lab, name, socket, disk))
     }
 
-    /// The same machine, waiting for a migration and then for `cont`.
+    /// Starts the same machine as a destination. It waits for a migration and then for `cont`.
     pub(crate) fn guest_free_destination(lab: &Lab, name: &str, socket: &Path, disk: Disk) -> Qemu {
         Qemu::start(lab, name, &(guest_free_arguments(lab, name, socket, disk) + " -S -incoming defer"))
     }
 
-    /// A machine like these with other devices, or whatever else the arguments say.
+    /// Starts the machine of [`Qemu::guest_free`] with other devices, or with any other arguments.
     pub(crate) fn guest_free_with(lab: &Lab, name: &str, devices: &str) -> Qemu {
         Qemu::start(lab, name, &machine_arguments(lab, name, devices))
     }
 
-    /// Starts QEMU with `arguments` and greets it on its QMP socket.
+    /// Starts QEMU with `arguments` and negotiates capabilities on its QMP socket.
     pub(crate) fn start(lab: &Lab, name: &str, arguments: &str) -> Qemu {
         let socket = lab.file(&format!("{name}.qmp"));
         let arguments = format!(
@@ -65,16 +66,16 @@ impl Qemu {
         qemu
     }
 
-    /// Executes a QMP command and returns what it returned; an error is a failed test.
+    /// Executes a QMP command and returns its result. Panics on an error.
     pub(crate) fn qmp(&mut self, command: &str, arguments: Value) -> Value {
         let name = self.name.clone();
         self.try_qmp(command, arguments).unwrap_or_else(|answer| panic!("{name}: {command} failed: {answer}"))
     }
 
-    /// The same; an error is QEMU's answer.
+    /// Executes a QMP command and returns its result, or QEMU's reply as the error.
     pub(crate) fn try_qmp(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
         let request = json!({"execute": command, "arguments": arguments}).to_string();
-        let sent = self.qmp.get_mut().write_all(request.as_bytes()); // in one piece: it may end before a second one
+        let sent = self.qmp.get_mut().write_all(request.as_bytes()); // one write: QEMU may end before a second one
         if sent.is_err() {
             self.lost(&format!("{sent:?}"));
         }
@@ -89,12 +90,12 @@ impl Qemu {
         }
     }
 
-    /// Connects to its qtest socket.
+    /// Connects to QEMU's qtest socket.
     pub(crate) fn qtest(&self) -> Qtest {
         Qtest::connect(&self.folder.join(format!("{}.qtest", self.name)))
     }
 
-    /// Ends it in good order.
+    /// Sends the QMP command `quit` and waits until QEMU has ended.
     pub(crate) fn quit(&mut self) {
         self.qmp("quit", json!({}));
         self.process.wait();
@@ -115,7 +116,7 @@ impl Qemu {
     }
 }
 
-/// The RAM file of a guest-free QEMU.
+/// Maps the RAM file of a guest-free QEMU.
 pub(crate) fn map_ram(lab: &Lab, name: &str) -> Ram {
     Ram::map(&lab.memory(name))
 }
@@ -146,7 +147,8 @@ fn machine_arguments(lab: &Lab, name: &str, devices: &str) -> String {
     )
 }
 
-/// 64 KiB of HLT: the reset vector, 16 bytes before the end, is one of them. Halting again after each wake-up takes a jump back.
+/// 64 KiB of HLT instructions. The reset vector, 16 bytes before the end, is one of them. A jump back at the end halts
+/// the vCPU again after each wake-up.
 fn halting_firmware() -> Vec<u8> {
     const HLT: u8 = 0xf4;
     const JUMP_BACK_3: [u8; 2] = [0xeb, 0xfd]; // to the HLT before it

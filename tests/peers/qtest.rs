@@ -21,7 +21,8 @@ impl Qtest {
         Qtest { stream: BufReader::new(stream), pending: String::new(), commands: 0 }
     }
 
-    /// Queues a write of guest memory, as a vCPU would do it; in order, and done after [`Qtest::flush`] or any other command.
+    /// Queues a write of guest memory, as a vCPU would make it. Writes are executed in order. They are done after
+    /// [`Qtest::flush`] or any other command.
     pub(crate) fn write(&mut self, gpa: u64, bytes: &[u8]) {
         let _ = write!(self.pending, "write {gpa:#x} {:#x} 0x", bytes.len());
         for byte in bytes {
@@ -31,13 +32,13 @@ impl Qtest {
         self.commands += 1;
     }
 
-    /// Queues filling guest memory with one byte.
+    /// Queues a fill of guest memory with one byte.
     pub(crate) fn fill(&mut self, gpa: u64, len: u64, byte: u8) {
         let _ = writeln!(self.pending, "memset {gpa:#x} {len:#x} {byte:#x}");
         self.commands += 1;
     }
 
-    /// Sends what is queued and waits until all of it is done.
+    /// Sends the queued commands and waits until all of them are done.
     pub(crate) fn flush(&mut self) {
         self.stream.get_mut().write_all(self.pending.as_bytes()).unwrap();
         self.pending.clear();
@@ -46,14 +47,14 @@ impl Qtest {
         }
     }
 
-    /// A command that stores: `outl`, `writew` and their kin.
+    /// Executes a command that stores, for example `outl` or `writew`.
     pub(crate) fn store(&mut self, command: &str, address: u64, value: u64) {
         let _ = writeln!(self.pending, "{command} {address:#x} {value:#x}");
         self.commands += 1;
         self.flush();
     }
 
-    /// A command that loads: `inl`, `readb` and their kin.
+    /// Executes a command that loads, for example `inl` or `readb`.
     pub(crate) fn load(&mut self, command: &str, address: u64) -> u64 {
         self.flush();
         self.stream.get_mut().write_all(format!("{command} {address:#x}\n").as_bytes()).unwrap();

@@ -1,11 +1,11 @@
-//! The receive queue of a virtio-net driver on the other side of qtest. Every buffer has a page of its own and is used once,
-//! so that a frame that came leaves its page as it is.
+//! The receive queue of a virtio-net driver that uses qtest. Every buffer has a page of its own and is used once, so
+//! that the page of a received frame does not change any more.
 
 use crate::qtest::Qtest;
 use crate::qtest_virtio::{AVAIL_BIT, USED_BIT, VirtioPci, descriptor};
 use crate::ram::{PAGE, Ram};
 
-/// Entries of the receive queue, and frames that it can receive in all.
+/// The number of entries of the receive queue, and of frames that it can receive in total.
 pub(crate) const BUFFERS: u16 = 1024;
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
@@ -27,7 +27,7 @@ pub(crate) struct Receiver {
 }
 
 impl Receiver {
-    /// Sets up the network device in PCI slot 3, with all buffers available to it.
+    /// Sets up the network device in PCI slot 3 and makes all buffers available to it.
     pub(crate) fn start(qtest: &mut Qtest, ram: Ram, packed: bool) -> Receiver {
         let function = VirtioPci::find(qtest);
         function.acknowledge(qtest, F_VERSION_1 | if packed { F_RING_PACKED } else { 0 });
@@ -52,7 +52,7 @@ impl Receiver {
         Receiver { packed, ram }
     }
 
-    /// Number of received frames.
+    /// The number of received frames.
     pub(crate) fn received(&self) -> u16 {
         if !self.packed {
             return self.ram.u16(QUEUES + USED + 2);

@@ -1,5 +1,5 @@
-//! A virtio PCI function on the other side of qtest, whatever its device is: finds it, maps its BAR, agrees on features, and
-//! sets its queues up.
+//! A driver of virtio PCI functions that uses qtest, for any device type. It finds the function, maps its BAR,
+//! negotiates features, and sets up the queues.
 
 use crate::qtest::Qtest;
 
@@ -14,7 +14,7 @@ const DRIVER: u64 = 2;
 const DRIVER_OK: u64 = 4;
 const FEATURES_OK: u64 = 8;
 
-/// Address of its registers.
+/// A virtio PCI function: the addresses of its registers.
 #[derive(Clone)]
 pub(crate) struct VirtioPci {
     common: u64,
@@ -23,7 +23,7 @@ pub(crate) struct VirtioPci {
 }
 
 impl VirtioPci {
-    /// Enables the function in PCI slot 3, maps its memory BAR and walks its virtio capabilities.
+    /// Enables the function in PCI slot 3, maps its memory BAR and reads its virtio capabilities.
     pub(crate) fn find(qtest: &mut Qtest) -> VirtioPci {
         assert_eq!(config(qtest, 0) & 0xffff, 0x1af4, "no virtio function in PCI slot 3");
         let mut pointer = config(qtest, 0x34) & 0xff;
@@ -81,7 +81,7 @@ impl VirtioPci {
         qtest.store("writew", common + 28, 1);
     }
 
-    /// Lets the device go.
+    /// Sets DRIVER_OK: the driver is ready to drive the device.
     pub(crate) fn driver_ok(&self, qtest: &mut Qtest) {
         qtest.store("writeb", self.common + 20, ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK);
     }
@@ -92,7 +92,7 @@ impl VirtioPci {
     }
 }
 
-/// Of a split ring; of a packed one the last two are the id and the flags.
+/// Encodes a descriptor of a split ring. For a packed ring, pass the id as `flags` and the flags as `next`.
 pub(crate) fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&address.to_le_bytes());

@@ -1,5 +1,5 @@
-//! Guest memory of a guest-free QEMU as the test sees it: the RAM file, mapped. The "guest" writes through qtest, so that QEMU's own
-//! dirty tracking sees it; reading goes straight to the mapping.
+//! The memory of a guest-free QEMU: its RAM file, mapped by the test. The test writes through qtest in place of a
+//! guest, so that QEMU's own dirty tracking records the write. It reads the mapping directly.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -9,7 +9,8 @@ use std::sync::atomic::Ordering;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 pub(crate) const PAGE: u64 = 4096;
-/// Bytes of guest memory; all of it below 4 GiB, so the offset in the file is the guest-physical address.
+/// The size of guest memory in bytes. All of it is below 4 GiB, so the offset in the file is the guest-physical
+/// address.
 pub(crate) const SIZE: u64 = 192 << 20;
 
 pub(crate) struct Ram {
@@ -38,7 +39,7 @@ impl Ram {
         self.memory.load(GuestAddress(gpa), Ordering::Acquire).unwrap()
     }
 
-    /// All of it, as it is now.
+    /// Copies all of guest memory.
     pub(crate) fn snapshot(&self) -> Snapshot {
         let mut bytes = vec![0; usize::try_from(SIZE).unwrap()];
         File::open(&self.path).unwrap().read_exact_at(&mut bytes, 0).unwrap();

@@ -1,4 +1,4 @@
-//! The commands of README that start programs of others.
+//! The commands of the README that start programs of other projects.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -26,7 +26,7 @@ fn qemu_runs_with_the_command_of_readme() {
         socket.exists().then_some(())
     });
     let mut qemu = Process::start("qemu", "qemu-system-x86_64", &words("qemu-system-x86_64"), &lab.file("qemu.log"));
-    // The firmware looks for something to boot from, and reads the disk.
+    // The firmware searches for a boot device and so reads the disk.
     wait_for("the firmware reads the disk", || {
         qemu.assert_running();
         let mut stream = UnixStream::connect(&metrics).unwrap();

@@ -1,10 +1,10 @@
-//! The system calls of a save, as strace sees them: what must be on disk is synced, and in which order.
+//! The system calls of a save, traced with strace: the writes are synced to disk in the right order.
 
 use std::process::Command;
 
 use vhost_migrate::stream::{StreamOptions, Uri, connect};
 
-/// Set in the process that strace looks at: where to save.
+/// The environment variable with the URI to save to. It is set in the process that strace traces.
 const TRACED: &str = "VHOST_MIGRATE_TEST_TRACED";
 
 #[test]
@@ -27,7 +27,7 @@ fn a_save_is_on_disk_before_it_has_its_name_and_so_is_its_name() {
     let place = place.display().to_string();
     let mut calls = words.lines().filter(|line| line.contains(&place));
     let folder_synced = format!("<{place}>)");
-    // The unfinished header, then the frames, then the header, then the name.
+    // The order is: the unfinished header, the frames, the header, the name.
     for (call, of) in [
         ("pwrite64(", place.as_str()),
         ("fdatasync(", &place),

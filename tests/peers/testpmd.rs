@@ -1,4 +1,4 @@
-//! DPDK's testpmd as a process: with a port that is a vhost-user back-end, or one that is a front-end.
+//! DPDK's testpmd as a process. Its port is a vhost-user back-end or a front-end.
 
 use std::path::Path;
 use std::process::ExitStatus;
@@ -6,7 +6,8 @@ use std::process::ExitStatus;
 use crate::backend::{listens, words};
 use crate::process::{Lab, Process, wait_for};
 
-/// A running testpmd with one port, which forwards as it was told from the beginning. It polls: it takes a CPU for itself.
+/// A running testpmd with one port. It forwards from its start, in the mode given by its arguments. It polls, so it
+/// occupies one CPU.
 pub(crate) struct Testpmd(Process);
 
 /// Counters of a port.
@@ -19,7 +20,7 @@ pub(crate) struct Counters {
 }
 
 impl Testpmd {
-    /// A back-end that listens at `socket` and sends back what it receives. `options` are its port's.
+    /// Starts a back-end that listens at `socket` and sends back what it receives. `options` are those of its port.
     pub(crate) fn backend(lab: &Lab, socket: &Path, queues: u16, options: &str) -> Testpmd {
         let port = format!("net_vhost0,iface={},queues={queues}{options}", socket.display());
         let mut testpmd = Testpmd::start(lab, "librte_net_vhost.so", &port, queues, "--forward-mode=io");
@@ -30,7 +31,7 @@ impl Testpmd {
         testpmd
     }
 
-    /// A front-end of the back-end at `socket`, which sends packets all the time. `options` are its port's.
+    /// Starts a front-end of the back-end at `socket`. It sends packets all the time. `options` are those of its port.
     pub(crate) fn frontend(lab: &Lab, socket: &Path, queues: u16, options: &str) -> Testpmd {
         let port = format!("net_virtio_user0,path={},queues={queues}{options}", socket.display());
         Testpmd::start(lab, "librte_net_virtio.so", &port, queues, "--forward-mode=flowgen")
@@ -39,7 +40,7 @@ impl Testpmd {
     fn start(lab: &Lab, driver: &str, port: &str, queues: u16, forwarding: &str) -> Testpmd {
         let name = format!("testpmd-{}", &driver["librte_net_".len()..]);
         let log = lab.file(&format!("{name}.log"));
-        // Instances meet in a folder for what runs.
+        // DPDK processes share files in the runtime directory, so each test has its own.
         let args = format!(
             "RUNTIME_DIRECTORY={} dpdk-testpmd -l 0,1 --no-huge --no-shconf --no-telemetry -m 256 --no-pci -d {driver} \
              --vdev {port} -- --no-numa --nb-cores=1 --total-num-mbufs=4096 --rxq={queues} --txq={queues} \
@@ -49,7 +50,7 @@ impl Testpmd {
         Testpmd(Process::start(&name, "env", &words(&args), &log))
     }
 
-    /// The last reported counters of its port.
+    /// The last reported counters of the port.
     pub(crate) fn counters(&mut self) -> Option<Counters> {
         self.0.assert_running();
         let output = self.0.output();
@@ -63,17 +64,17 @@ impl Testpmd {
         })
     }
 
-    /// Number of times that its port's link went up or down.
+    /// The number of times that the port's link went up or down.
     pub(crate) fn link_changes(&self) -> usize {
         self.0.output().matches("link state change event").count()
     }
 
-    /// Waits until it has ended by itself.
+    /// Waits until the process has ended by itself.
     pub(crate) fn wait(&mut self) -> ExitStatus {
         self.0.wait()
     }
 
-    /// Stops forwarding, then all rings, and ends.
+    /// Sends SIGTERM: testpmd stops forwarding, then all rings, and exits.
     pub(crate) fn end(&mut self) {
         self.0.terminate();
         let output = self.0.output();

@@ -123,7 +123,7 @@ impl Arguments {
     }
 }
 
-/// Six bytes in hexadecimal.
+/// Parses a MAC address: six bytes in hexadecimal, separated by colons.
 fn mac(text: &str) -> Result<Mac, String> {
     let byte =
         |digits: &str| digits.chars().all(|digit| digit.is_ascii_hexdigit()).then(|| u8::from_str_radix(digits, 16));

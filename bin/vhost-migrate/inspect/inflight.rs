@@ -61,7 +61,7 @@ struct RequestList {
 }
 
 impl RequestList {
-    /// Prints and returns `requests` up to the limit. `describe` formats the line and the JSON of one.
+    /// Prints and returns `requests` up to the limit. `describe` formats the line and the JSON of one request.
     fn list<T>(
         &mut self,
         requests: &[T],
@@ -132,7 +132,7 @@ fn packed(bytes: &RegionFile, region: &RegionArguments, lines: &LinePrinter) -> 
     for queue in 0..region.queues {
         let part = bytes.read_queue(RingKind::Packed, queue, queue_size)?;
         let header: PackedHeader = parse_header(&part)?;
-        // The ring itself is not available: the arguments define its descriptors.
+        // The ring itself is not available. The flags of its descriptors are derived from the arguments.
         let used = (header.old_used_wrap_counter == 1) == region.published.contains(&queue);
         let flags = u16::from(used) << PACKED_DESC_F_USED;
         let recovery = recover_packed(&part, queue_size, queue_size, RingBase::default(), |_| flags)
@@ -202,7 +202,8 @@ impl RegionFile {
         }
     }
 
-    /// Returns the size of each queue. `size_in_header` is the size in the first queue's header, or 0 if it was not used.
+    /// Returns the size of each queue. `size_in_header` is the size in the first queue's header, or 0 if that queue was
+    /// not used.
     fn queue_size(&self, kind: RingKind, region: &RegionArguments, size_in_header: u16) -> Result<u16, String> {
         let mut sizes = (1..=MAX_QUEUE_SIZE as u16).filter(|size| kind == RingKind::Packed || size.is_power_of_two());
         let fits = |size: &u16| kind.queue_bytes(*size) * u64::from(region.queues) == self.len;

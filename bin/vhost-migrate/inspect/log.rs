@@ -24,7 +24,7 @@ const OTHER_FORMATS: [(&[u8], &str); 8] = [
     (b"PK\x03\x04", "a zip file"),
     (b"QEVM", "a migration stream of QEMU"),
 ];
-/// Bytes of a log that are read together.
+/// Number of bytes of a log that are read at once.
 const CHUNK_BYTES: usize = 64 << 10;
 
 /// The marked pages of a log, collected byte by byte.
@@ -33,7 +33,7 @@ struct MarkedPages {
     bytes: u64,
     pages: u64,
     runs: u64,
-    /// The first runs.
+    /// The first runs of marked pages, up to the number to be listed.
     first: Vec<Range<u64>>,
     /// The last page marked.
     last: Option<u64>,
@@ -127,7 +127,7 @@ pub(super) fn inspect(
     Ok(Inspection { json, doubt })
 }
 
-/// Returns the name of another format, by the first bytes of a file.
+/// Returns the name of a file's format by its first bytes; `None` if the file may be a log.
 fn other_format(head: &[u8]) -> Option<&'static str> {
     if head.is_empty() {
         return Some("empty");
@@ -148,7 +148,8 @@ fn is_text(head: &[u8]) -> bool {
     valid.chars().all(|char| !char.is_control() || char.is_whitespace()) && valid.contains(char::is_whitespace)
 }
 
-/// Returns true for the memfds that front-ends make for their logs: `vhost-dirty-log` here, `vhost-log` of QEMU.
+/// Returns true for the memfds that front-ends create for their logs: `vhost-dirty-log` of this project, `vhost-log` of
+/// QEMU.
 fn is_named_log(file: &Path) -> bool {
     let named =
         |path: &Path| path.to_str().is_some_and(|name| name.starts_with("/memfd:vhost-") && name.contains("log"));

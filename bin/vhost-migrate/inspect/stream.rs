@@ -151,7 +151,7 @@ pub(super) fn inspect(file: &Path, lines: &LinePrinter) -> Result<Inspection, St
     lines.print(format_args!(
         "{frames} frames, complete, all checksums right: {data_pages} pages with contents and {zero_pages} zero in {rounds} rounds"
     ));
-    // A device may contain older data; the stream ends with its commit.
+    // The stream ends with its commit. A device may contain older data after it.
     let rest = unread_bytes(reader.into_inner());
     if let Some(rest) = rest.filter(|rest| *rest > 0) {
         lines.print(format_args!("{rest} bytes follow, which are not part of it"));

@@ -6,8 +6,8 @@ use crate::backend::{Queue, Request};
 
 /// A [`Queue`] that serves one request after the other by calling a function.
 ///
-/// While the function runs, the ring's other requests wait, and the ring cannot stop. Reads and writes of a file are
-/// fine. A device whose requests wait for something else, for example for packets, implements [`Queue`].
+/// While the function runs, the ring's other requests wait, and the ring cannot stop. The function may read and write
+/// files. A device whose requests wait for something else, for example for packets, implements [`Queue`].
 pub struct SyncQueue<F> {
     serve: F,
     done: Vec<Request>,

@@ -1,6 +1,7 @@
-//! The program that runs in the real guest, as all of its user space: writes blocks and memory with contents that describe themselves,
-//! reads them back and compares every byte. Prints `ok DISK MEMORY` with growing counts, or `BAD` and what was wrong.
-//! Built by itself with rustc, statically linked; not part of any crate.
+//! The program that runs in the real Linux guest, as all of its user space. It writes blocks of the disk and of memory,
+//! each with contents derived from its number and version, reads them back and compares every byte. It prints
+//! `ok DISK MEMORY` with increasing counts, or `BAD` and the error.
+//! It is built separately with rustc, is statically linked, and belongs to no crate.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -31,7 +32,7 @@ fn main() {
     }
 }
 
-/// Writes and reads the blocks from `first` on, which no other process uses.
+/// Writes and reads the blocks from `first` on, which no other thread uses.
 fn disk_load(disk: &File, first: u64) {
     let mut random = first + 1;
     let mut versions = vec![0; BLOCKS_PER_THREAD as usize];
@@ -61,7 +62,7 @@ fn disk_load(disk: &File, first: u64) {
     }
 }
 
-/// The same with blocks of memory.
+/// Reads and writes blocks of memory.
 fn memory_load() {
     let mut random = 7;
     let mut versions = vec![0; MEMORY_BLOCKS as usize];
@@ -73,12 +74,12 @@ fn memory_load() {
         versions[number as usize] = next(&mut random) | 1;
         fill(block, number, versions[number as usize]);
         if MEMORY.fetch_add(1, Ordering::Relaxed) % 64 == 0 {
-            thread::sleep(Duration::from_millis(5)); // leaves something of the one CPU to the disk
+            thread::sleep(Duration::from_millis(5)); // leaves a part of the only CPU to the disk load
         }
     }
 }
 
-/// Version 0 is a block that was never written: zeroes.
+/// Fills a block with the contents of a version. Version 0 is a block that was never written: zeroes.
 fn fill(block: &mut [u8], number: u64, version: u64) {
     let mut state = number << 32 ^ version;
     for word in block.chunks_exact_mut(8) {

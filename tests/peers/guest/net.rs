@@ -1,6 +1,6 @@
-//! The program that runs in a real guest with a network: sends datagrams that describe themselves to an echo, and compares every byte
-//! that comes back. Prints `ok ANSWERED LOST` with growing counts, or `BAD` and what was wrong.
-//! Built by itself with rustc, statically linked; not part of any crate.
+//! The program that runs in a real Linux guest with a network. It sends numbered datagrams to an echo server and
+//! compares every byte of the replies. It prints `ok ANSWERED LOST` with increasing counts, or `BAD` and the error.
+//! It is built separately with rustc, is statically linked, and belongs to no crate.
 
 use std::net::UdpSocket;
 use std::thread;
@@ -27,7 +27,7 @@ fn main() {
             thread::sleep(Duration::from_millis(50));
             continue;
         }
-        // Answers that come too late are skipped.
+        // Replies that arrive too late are skipped.
         let answer = (0..100).map_while(|_| {
             let len = socket.recv(&mut buffer).ok()?;
             Some((buffer[..8.min(len)] == datagram[..8]).then_some(len))

@@ -27,7 +27,7 @@ const LAST: u64 = 512;
 /// Returns the format of an image of `bytes` bytes by its qemu-img name; `None` for a raw one.
 pub(super) fn find(file: &File, bytes: u64) -> io::Result<Option<&'static str>> {
     let (mut first, mut last) = ([0; 128], [0; VPC.len()]);
-    // Shorter ones leave zeroes behind.
+    // If the image is shorter than a buffer, the rest of the buffer stays zero.
     file.read_at(&mut first, 0)?;
     file.read_at(&mut last, bytes.saturating_sub(LAST))?;
     if last == VPC {

@@ -1,5 +1,5 @@
-//! Generation and identity of an image. A saved guest is compared with the generation (GET_DISK_GENERATION), a migrated
-//! one with the identity (GET_DISK_IDENTITY).
+//! Generation and identity of an image. The restore of a saved guest compares generations (GET_DISK_GENERATION), a
+//! migration compares identities (GET_DISK_IDENTITY).
 //!
 //! Both are random numbers in an extended attribute of the image: the identity names the disk, the generation its
 //! contents. The generation is replaced, on stable storage, before the first change after rings have started. It is not
@@ -27,7 +27,7 @@ pub(super) struct ImageGeneration {
     writable: bool,
     /// Number of running queues.
     queues: Mutex<usize>,
-    /// True if the generation was replaced since the first of them started.
+    /// True if the generation was replaced since the first of the running queues started.
     replaced: AtomicBool,
     /// Held while the generation is replaced.
     replace_lock: Mutex<()>,
@@ -44,7 +44,7 @@ impl ImageGeneration {
         Ok(Some(Arc::new(ImageGeneration { file, writable, queues, replaced, replace_lock: Mutex::default() })))
     }
 
-    /// Returns the current generation; an image without one gets one. The lock of `image` keeps other processes from
+    /// Returns the current generation. Creates it if the image has none. The lock of `image` keeps other processes from
     /// changing it meanwhile.
     ///
     /// # Errors
@@ -59,8 +59,8 @@ impl ImageGeneration {
         self.read_or_make()
     }
 
-    /// Returns the identity, which is constant while rings run in any process. An image without one gets one, unless
-    /// another process uses it.
+    /// Returns the identity, which is constant while rings run in any process. Creates it if the image has none and no
+    /// other process uses the image.
     ///
     /// # Errors
     /// An error if the attribute cannot be read or written.
@@ -73,13 +73,13 @@ impl ImageGeneration {
         self.read_or_make().map(|generation| generation.identity)
     }
 
-    /// Records a queue that is about to run. The image must be locked at least as long.
+    /// Records a queue that is about to run. The image must stay locked until the returned value is dropped.
     pub(super) fn queue_started(self: &Arc<ImageGeneration>) -> RunningQueue {
         *lock(&self.queues) += 1;
         RunningQueue(self.clone())
     }
 
-    /// Returns the current generation; an image without one gets one.
+    /// Returns the current generation. Creates it if the image has none.
     fn read_or_make(&self) -> io::Result<DiskGeneration> {
         match self.read()? {
             Some(generation) => Ok(generation),
@@ -91,7 +91,7 @@ impl ImageGeneration {
     fn read(&self) -> io::Result<Option<DiskGeneration>> {
         let text = match xattr::get::<TEXT_BYTES>(&self.file, NAME) {
             Ok(text) => text,
-            // Not in this format.
+            // The attribute is in another format.
             Err(error) if is_too_long(&error) => None,
             Err(error) => return Err(error),
         };
@@ -105,7 +105,7 @@ impl ImageGeneration {
         Ok(generation)
     }
 
-    /// Replaces the generation, unless that has been done.
+    /// Replaces the generation, unless it was replaced since the first of the running queues started.
     fn replace(&self) -> io::Result<()> {
         let _alone = lock(&self.replace_lock);
         if !self.replaced.load(Ordering::Relaxed) {
@@ -122,7 +122,7 @@ impl ImageGeneration {
 pub(super) struct RunningQueue(Arc<ImageGeneration>);
 
 impl RunningQueue {
-    /// Must be called before every change of the image.
+    /// Replaces the generation if necessary. The caller must call this before every change of the image.
     ///
     /// # Errors
     /// An error if the generation cannot be replaced. The image must not be changed then.
@@ -136,13 +136,13 @@ impl Drop for RunningQueue {
         let mut queues = lock(&self.0.queues);
         *queues -= 1;
         if *queues == 0 {
-            // From now on the generation may be reported, also by another process.
+            // From now on this process or another one may report the generation.
             self.0.replaced.store(false, Ordering::Relaxed);
         }
     }
 }
 
-/// The error for an image without a lock.
+/// Returns the error for an image without a lock.
 fn not_locked_error() -> io::Error {
     io::Error::other("other processes may write the image at any time")
 }
@@ -162,7 +162,7 @@ mod tests {
     use super::super::image_lock::LockMode;
     use super::*;
 
-    /// On a disk: not every system's folder for temporary files has attributes.
+    /// Creates a file in `target`, because extended attributes may be unsupported in the system's temporary directory.
     fn image() -> tempfile::NamedTempFile {
         tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/target").unwrap()
     }
@@ -266,7 +266,7 @@ mod tests {
         let memfd = File::from(crate::memory::sealed_memfd("generation-test", 4096).unwrap());
         let without = ImageGeneration::new(&File::open("/dev/null").unwrap(), true).unwrap();
         assert!(without.is_none());
-        // Linux 6.6 and later know attributes of users on tmpfs.
+        // Linux 6.6 and later support user extended attributes on tmpfs.
         let _ = ImageGeneration::new(&memfd, true).unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! Lock of an image: one writer at a time, and none before the I/O of a killed back-end has ended.
+//! Lock of an image. It allows one writer at a time, and none before the I/O of a killed back-end has ended.
 //!
 //! A killed process can leave I/O in the kernel: with io_uring and O_DIRECT, I/O outlives its process. A late write
 //! would undo writes of its successor, and a late read would overwrite guest memory that its driver has reused. A
@@ -163,7 +163,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         let predecessor = File::open(file.path()).unwrap();
         predecessor.lock().unwrap();
-        // Stands for I/O in the kernel: it keeps the open file after its process has closed it.
+        // Simulates I/O in the kernel, which keeps the open file after its process has closed it.
         let lingering = predecessor.try_clone().unwrap();
         drop(predecessor);
         let image = open(file.path(), LockMode::Exclusive);

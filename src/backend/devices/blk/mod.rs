@@ -1,10 +1,10 @@
 //! Block device: a raw image file or a block device as a virtio-blk device.
 //!
-//! This file opens the image, and has the features and the configuration space. Requests are served in `queue`.
+//! This file opens the image, and defines the features and the configuration space. Requests are served in `queue`.
 //! `image_lock` is the lock of the image, `generation` identifies the disk and its contents, and `format` detects
 //! images that are not raw.
 //!
-//! Serve an image to one front-end, over a connection that is there already:
+//! To serve an image to one front-end over an established connection:
 //!
 //! ```
 //! # use std::os::fd::AsFd;
@@ -111,8 +111,8 @@ pub struct BlkOptions {
     /// True to let a front-end stop queues without draining them and move requests in flight with the inflight region:
     /// the unstable GET_VRING_BASE_INFLIGHT and SKIP_DRAIN (rule I8.1).
     pub inflight_migration: bool,
-    /// True to offer ACCESS_PLATFORM. Only for front-ends that translate: others may pass the offer on without support
-    /// (rule T5.1).
+    /// True to offer ACCESS_PLATFORM. Only for front-ends that translate addresses: others may pass the offer on to the
+    /// driver without supporting it (rule T5.1).
     pub iommu: bool,
     /// True if other processes may write the image at the same time. The image is then not locked.
     pub share_rw: bool,
@@ -166,7 +166,7 @@ impl BlkOptions {
     }
 }
 
-/// The reason for which a disk cannot be opened. Messages have advice.
+/// The error of a disk that cannot be opened or served. The messages contain advice for the user.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BlkError {
@@ -186,14 +186,14 @@ pub enum BlkError {
         /// The image.
         image: PathBuf,
     },
-    /// The file system does not support I/O past the page cache.
+    /// The file system does not support direct I/O (O_DIRECT).
     #[error("{image} can't be used past the page cache, its file system does not do that: leave out --direct, or move it",
         image = image.display())]
     NotDirect {
         /// The image.
         image: PathBuf,
     },
-    /// The image has another format than raw.
+    /// The image has a format other than raw.
     #[error("{image} looks like a {format} image, and only raw ones are served: convert it with qemu-img convert -O raw, or \
         use --format raw if the guest itself has written that", image = image.display())]
     Format {
@@ -211,7 +211,7 @@ pub enum BlkError {
         /// Its size.
         bytes: u64,
     },
-    /// The image has shrunk while it is served.
+    /// The image has shrunk while it was served.
     #[error("image {image} has {bytes} bytes: the guest was result {capacity}, and that stays; make it as large again",
         image = image.display())]
     Shrunk {
@@ -238,7 +238,7 @@ pub enum BlkError {
     },
 }
 
-/// An open block device, implements [`VirtioDevice`].
+/// An open block device. Implements [`VirtioDevice`].
 #[derive(Debug)]
 pub struct BlkDevice {
     files: Arc<ImageFiles>,
@@ -301,7 +301,7 @@ impl BlkDevice {
             _ => open_error(&image, source),
         })?;
         let block_size = match files.alignment() {
-            // A larger one is more than drivers know: what they write of its blocks goes through the page cache.
+            // Drivers do not support larger blocks. Their writes of partial blocks go through the page cache.
             Some(Alignment { block, .. }) => block.min(MAX_BLOCK) as u32,
             None if kind.is_block_device() => disk_io::block_size(files.buffered.as_fd()),
             None => 512,
@@ -337,8 +337,8 @@ impl BlkDevice {
         self.capacity.load(Ordering::Relaxed)
     }
 
-    /// Reads the image size again. If it has grown, so has the disk, and the front-ends are notified. Returns the size
-    /// in sectors of 512 bytes.
+    /// Reads the image size again. If the image has grown, sets the new capacity and notifies the front-ends. Returns
+    /// the size in sectors of 512 bytes.
     ///
     /// # Errors
     /// [`BlkError::Shrunk`], or the error of the system. The disk is then unchanged.
@@ -406,7 +406,7 @@ impl VirtioDevice for BlkDevice {
     fn config(&self) -> Vec<u8> {
         let mut config = BlkConfig::new_zeroed();
         config.capacity = self.capacity().into();
-        // Without indirect descriptors, each segment takes a descriptor of the ring, as do header and status.
+        // Without indirect descriptors, each segment, the header and the status take one descriptor of the ring each.
         let segments = self.options.max_queue_size.saturating_sub(2).min(MAX_SEGMENTS);
         config.seg_max = u32::from(segments).into();
         config.blk_size = self.block_size.into();
@@ -433,7 +433,7 @@ impl VirtioDevice for BlkDevice {
     }
 
     fn prepare_to_stop(&self) -> Option<Box<dyn Send>> {
-        // Past the page cache there is nothing to write back.
+        // With direct I/O there is nothing to write back.
         if self.options.read_only || self.files.alignment().is_some() {
             return None;
         }
@@ -500,8 +500,8 @@ fn open_error(image: &Path, source: io::Error) -> BlkError {
     BlkError::Open { image: image.to_owned(), source, advice }
 }
 
-/// Returns true if the file system can deallocate ranges. It is asked for a range behind the end, where this changes
-/// nothing.
+/// Returns true if the file system can deallocate ranges. The test range is beyond the end of the file, so that
+/// its deallocation changes nothing.
 fn punches_holes(file: &File, end: u64) -> bool {
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let Ok(end) = i64::try_from(end) else { return false };

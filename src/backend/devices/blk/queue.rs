@@ -39,7 +39,8 @@ pub(super) struct BlkQueue {
     durable: bool,
     serial: [u8; VIRTIO_BLK_ID_BYTES],
     engine: Box<dyn DiskEngine>,
-    /// Dropped after the engine, which waits for its I/O, and before the lock.
+    /// The running queue of the image's generation. It is dropped after the engine, whose drop waits for its I/O, and
+    /// before the lock.
     generation: Option<RunningQueue>,
     _lock: Option<ImageLockGuard>,
     /// Completed requests.
@@ -157,7 +158,7 @@ impl BlkQueue {
         }
     }
 
-    /// Completes a request after an attempt, or makes the next attempt.
+    /// Completes a request after an attempt, or starts the next attempt.
     fn handle_result(&mut self, mut io: DiskIo, result: io::Result<u64>) {
         let status = match result {
             // Without FLUSH the driver relies on durable zeroes (virtio 1.2, 5.2.6.2).
@@ -185,7 +186,7 @@ impl BlkQueue {
                 Some(Errno::EINVAL) if io.path != IoPath::Cached => {
                     return self.retry(DiskIo { path: io.path.next(), ..io });
                 }
-                // A discard is a hint. Zeroes have another method.
+                // A discard is a hint and may have no effect. Zeroes are retried with the other method.
                 Some(Errno::EOPNOTSUPP) => match io.op {
                     DiskOp::Discard => VIRTIO_BLK_S_OK,
                     DiskOp::Zero { unmap, is_fallback: false } => {
@@ -197,13 +198,13 @@ impl BlkQueue {
             },
         };
         if io.op == DiskOp::Read && status != VIRTIO_BLK_S_OK {
-            // All of the buffer was lent, but not all of it was read.
+            // The whole buffer was passed to the read, but not all of it was filled.
             io.request.limit_used_len(io.request_offset);
         }
         self.complete(io.request, status);
     }
 
-    /// Makes another attempt, unless the queue is being suspended.
+    /// Submits the request again, or keeps it as unserved while the queue is being suspended.
     fn retry(&mut self, io: DiskIo) {
         match &mut self.unserved {
             Some(unserved) => unserved.push(io.request),
@@ -211,7 +212,7 @@ impl BlkQueue {
         }
     }
 
-    /// Collects attempts until none has ended. Each may start another attempt, which is submitted in the same call.
+    /// Handles attempts until none has ended. Each may start another attempt, which is submitted in the same call.
     fn collect(&mut self) {
         loop {
             self.engine.completions(&mut self.attempts);
@@ -246,7 +247,7 @@ impl BlkQueue {
 
 impl Queue for BlkQueue {
     fn submit(&mut self, mut request: Request) {
-        // There is no room for a status byte.
+        // The request has no room for a status byte.
         if request.writable_len() == 0 {
             return self.complete(request, VIRTIO_BLK_S_IOERR);
         }

@@ -37,7 +37,7 @@ impl ControlQueue {
         ControlQueue { shared, pairs, features }
     }
 
-    /// Executes a command, and writes its result.
+    /// Executes a command and writes its result.
     pub(super) fn serve(&self, request: &mut Request) {
         let answer = match self.execute(request) {
             Some(()) => VIRTIO_NET_OK,

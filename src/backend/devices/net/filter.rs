@@ -3,7 +3,7 @@
 /// A MAC address.
 pub type Mac = [u8; 6];
 
-/// Maximum number of addresses per table. A driver with more receives all frames of that kind.
+/// Maximum number of addresses per table. A driver that sets more receives all frames of that kind.
 pub(super) const MAX_ADDRESSES: usize = 64;
 const BROADCAST: Mac = [0xff; 6];
 
@@ -54,8 +54,8 @@ impl AddressTable {
 }
 
 impl ReceiveFilter {
-    /// Creates a filter that accepts every frame. A driver may have no control queue, or one that the front-end does
-    /// not forward, as with QEMU.
+    /// Creates a filter that accepts every frame, because the driver may have no control queue, or one that the
+    /// front-end does not forward, as with QEMU.
     pub(super) fn new(mac: Mac) -> ReceiveFilter {
         let none = AddressTable::Listed(Vec::new());
         ReceiveFilter {
@@ -100,7 +100,8 @@ mod tests {
     const OTHER: Mac = [2, 0, 0, 0, 0, 2];
     const GROUP: Mac = [1, 0, 0x5e, 0, 0, 1];
 
-    /// Own, other, group, broadcast, and half an address.
+    /// Returns true for each accepted destination. The destinations are the driver's own, another, a multicast, the
+    /// broadcast, and a truncated address.
     fn wanted(change: impl FnOnce(&mut ReceiveFilter)) -> [bool; 5] {
         let mut filter = ReceiveFilter::new(OWN);
         filter.promiscuous = false;

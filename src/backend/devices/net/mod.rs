@@ -8,9 +8,9 @@
 //! | `saved_state` | driver settings as part of the device state |
 //! | `tap`, `pair` | other ends: the host's network, another process |
 //!
-//! This file has the features, the configuration space and announcements. There are no offloads: checksums and
-//! segmentation are left to the driver. QEMU implements control queue and configuration space itself; the data queues
-//! work with it.
+//! This file defines the features, the configuration space and announcements. The device offers no offloads: the driver
+//! computes checksums and segments packets. QEMU implements the control queue and the configuration space itself, and
+//! uses only the data queues of this device.
 //!
 //! ```
 //! use vhost_migrate::backend::VirtioDevice;
@@ -89,8 +89,8 @@ pub struct NetOptions {
     pub max_queue_size: u16,
     /// The MAC address of the driver.
     pub mac: Mac,
-    /// True to offer ACCESS_PLATFORM. Only for front-ends that translate: others may pass the offer on without support
-    /// (rule T5.1).
+    /// True to offer ACCESS_PLATFORM. Only for front-ends that translate addresses: others may pass the offer on to the
+    /// driver without supporting it (rule T5.1).
     pub iommu: bool,
     /// Maximum size of an IP packet in bytes, if it is reported to the driver.
     pub mtu: Option<u16>,
@@ -113,7 +113,7 @@ impl NetOptions {
     }
 }
 
-/// The reason for which a network device cannot be opened. Messages have advice.
+/// The error of a network device that cannot be opened. The messages contain advice for the user.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NetError {
@@ -172,14 +172,14 @@ pub enum NetError {
     },
 }
 
-/// An open network device, implements [`VirtioDevice`].
+/// An open network device. Implements [`VirtioDevice`].
 #[derive(Debug)]
 pub struct NetDevice {
     shared: Arc<SharedNetState>,
     options: NetOptions,
-    /// The front-end to notify when the driver is to announce itself.
+    /// The front-end to notify when the device asks the driver to announce itself.
     frontend: Mutex<Arc<FrontendHandle>>,
-    /// Connects the other end of a pair.
+    /// The thread that connects to the other end of a pair.
     _connector: Option<PairConnector>,
 }
 
@@ -286,7 +286,7 @@ impl VirtioDevice for NetDevice {
         2 * self.options.pairs + 1
     }
 
-    /// Returns the number of pairs, which QEMU and DPDK compare with the pairs that they need.
+    /// Returns the number of pairs. QEMU and DPDK compare it with the number of pairs that they need.
     fn queue_num(&self) -> u64 {
         self.options.pairs.into()
     }
@@ -312,7 +312,7 @@ impl VirtioDevice for NetDevice {
         config.as_bytes().get(..CONFIG_BYTES).unwrap_or_default().to_vec()
     }
 
-    /// Accepts the address from a migration. The driver itself sets it over the control queue.
+    /// Accepts the MAC address that the front-end writes after a migration. The driver sets it over the control queue.
     fn set_config(&self, offset: u32, bytes: &[u8], flags: u32) -> Result<(), BackendError> {
         let refused = |why| Err(BackendError::Config { code: Code::SET_CONFIG, offset, len: bytes.len() as u32, why });
         if flags != CONFIG_TYPE_MIGRATION {
@@ -355,7 +355,7 @@ impl VirtioDevice for NetDevice {
 
     fn load_state(&self, state: &[u8]) -> Result<(), BackendError> {
         let (filter, pairs) = saved_state::load(state, self.options.pairs, self.options.mtu)?;
-        // The device has moved: its driver must announce itself.
+        // The device was migrated: the driver must announce itself.
         self.shared.update(|state| {
             (state.filter, state.driver_pairs, state.must_announce, state.from_previous_connection) =
                 (filter, Some(pairs), true, false);
@@ -409,7 +409,7 @@ fn rarp_packet(mac: Mac) -> Vec<u8> {
     let mut message = vec![0; HEADER];
     message.extend([0xff; 6]);
     message.extend(mac);
-    // Ether type; Ethernet, IPv4, their address lengths, "request reverse".
+    // EtherType, hardware type Ethernet, protocol type IPv4, their address lengths, operation "request reverse".
     message.extend([0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
     for _ in 0..2 {
         message.extend(mac);

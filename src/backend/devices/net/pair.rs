@@ -1,9 +1,10 @@
 //! Two processes connected as a pair, with a SOCK_SEQPACKET connection per queue pair.
 //!
-//! The process that gets the lock of `SOCKET.lock` listens at `SOCKET`, the other one connects. When one ends, the
-//! other waits or takes over listening, and both continue when a new one connects. A third process, for example the
-//! destination of a migration, waits until one of the two has ended; packets that it sends meanwhile are queued as far
-//! as they fit. The first message of a connection names its pair, all others are packets.
+//! The process that holds the lock of `SOCKET.lock` listens at `SOCKET`, and the other process connects. If the
+//! listening process ends, the remaining one takes the lock and listens. Packets are exchanged again when a new process
+//! has connected. A third process, for example the destination of a migration, waits until one of the two has ended.
+//! Packets that it sends meanwhile are queued until its socket is full, and then dropped. The first message of a
+//! connection names its queue pair, and all others are packets.
 
 use std::cell::Cell;
 use std::fs::{File, OpenOptions};
@@ -78,7 +79,7 @@ impl PairConnector {
             listener: None,
             exhausted: Cell::default(),
         };
-        // The first process listens before it reports that it is ready.
+        // The first process must listen before it reports that it is ready.
         end.connect_or_listen();
         let thread = thread::Builder::new().name("pair".into()).spawn(move || end.run()).map_err(refused)?;
         Ok(PairConnector { stop, thread: Some(thread) })
@@ -103,7 +104,7 @@ struct PairEnd {
     stop: Arc<EventFd>,
     /// The listening socket, if this end listens.
     listener: Option<UnixListener>,
-    /// The last connection could not be accepted for lack of file descriptors.
+    /// True if the last connection could not be accepted for lack of file descriptors or memory.
     exhausted: Cell<bool>,
 }
 
@@ -147,7 +148,7 @@ impl PairEnd {
         if self.lock.try_lock().is_err() {
             return Ok(());
         }
-        // A socket file there is stale: its creator would hold the lock.
+        // A socket file at the path is stale, because a process that listens holds the lock.
         match std::fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -198,8 +199,8 @@ impl PairEnd {
         });
     }
 
-    /// Waits for events and handles them: new connections, and connections that have ended. Returns true when this end
-    /// is to stop.
+    /// Waits for events and handles them: new connections, and connections that have ended. Returns true if this end
+    /// must stop.
     fn wait(&self) -> bool {
         let state = self.shared.state();
         let missing = state.ports.iter().any(Option::is_none);
@@ -208,12 +209,12 @@ impl PairEnd {
             false => PollTimeout::NONE,
         };
         let ports = || (0..).zip(&state.ports).filter_map(|(pair, port)| Some((pair, port.as_ref()?)));
-        // Without a free pair, a new connection waits.
+        // While all pairs are connected, a new connection stays in the backlog.
         let listener = self.listener.as_ref().filter(|_| missing);
         let listening = listener.map(AsFd::as_fd);
         let mut fds = vec![PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)];
         fds.extend(listening.iter().map(|fd: &BorrowedFd<'_>| PollFd::new(*fd, PollFlags::POLLIN)));
-        // Only a hang-up is of interest.
+        // With no events requested, `poll` reports only the end of a connection.
         fds.extend(ports().map(|(_, port)| PollFd::new(port.input(), PollFlags::empty())));
         if let Err(errno) = poll(&mut fds, timeout)
             && errno != Errno::EINTR
@@ -240,15 +241,15 @@ impl PairEnd {
 }
 
 impl PairEnd {
-    /// Logs the reason for which a connection was not accepted. Without file descriptors it stays pending: that is
-    /// logged once and retried later.
+    /// Logs the reason why a connection was not accepted. For lack of file descriptors or memory, a connection stays
+    /// pending and is retried later. This is logged once.
     fn report_refused(&self, refused: &io::Error) {
         let exhausted = refused.raw_os_error().is_some_and(|errno| EXHAUSTED.contains(&Errno::from_raw(errno)));
         if !self.exhausted.replace(exhausted) || !exhausted {
             limited!(error, "{}: {refused}", self.path.display());
         }
         if exhausted {
-            // The result is checked by the next wait.
+            // The next call of `wait` checks the stop event again.
             let _ = poll(&mut [PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)], EXHAUSTED_RETRY_MS);
         }
     }

@@ -1,7 +1,7 @@
 //! The receive queue: puts packets into buffers that the driver has provided.
 //!
 //! A buffer is taken from the ring only when there is a packet for it, and written only when the packet fits into the
-//! buffers taken. So a buffer in flight is either being filled, or untouched and can be put back. All buffers of a
+//! buffers taken. So a buffer in flight is either being filled, or unwritten and can be put back. All buffers of a
 //! packet complete at once and are published in one batch, in order (virtio 1.2, 5.1.6.4).
 
 use std::collections::VecDeque;
@@ -34,12 +34,12 @@ pub(super) struct ReceiveQueue {
     /// Readable when a port or `wake` is.
     readable: Epoll,
     ports: Vec<Arc<PeerPort>>,
-    /// The port to read first, so that none starves.
+    /// The port to read first. It advances with every packet, so that all ports are served.
     next_port: usize,
     buffer: Box<[u8]>,
     /// Size of the packet in `buffer` with its 12-byte header.
     packet: Option<usize>,
-    /// Taken and untouched buffers.
+    /// Buffers taken from the ring and not written.
     free_buffers: VecDeque<Request>,
     /// Number of writable bytes in `free_buffers`.
     free_bytes: u64,
@@ -137,7 +137,7 @@ impl ReceiveQueue {
             self.packet = None;
             return;
         }
-        // The driver's header, which may be shorter than ours, ends where ours does.
+        // The driver's header may be shorter than the header in `buffer`. Both end at the same offset.
         let needed = (len - HEADER + self.header) as u64;
         let enough = match (self.mergeable, self.free_buffers.front()) {
             (_, None) => false,
@@ -175,7 +175,7 @@ impl ReceiveQueue {
             let (now, later) = rest.split_at(here);
             rest = later;
             if let Err(error) = request.write(0, now) {
-                // Checked in `submit`.
+                // `submit` has checked that the buffer is writable.
                 limited!(warn, "receive queue {}: {}", self.pair, with_causes(&error));
             }
             self.done.push(request);
@@ -217,7 +217,7 @@ impl Queue for ReceiveQueue {
     }
 
     fn completion_fd(&self) -> Option<BorrowedFd<'_>> {
-        // With a packet, the queue only waits for buffers.
+        // While a packet is kept, the queue waits only for buffers.
         self.packet.is_none().then(|| self.readable.0.as_fd())
     }
 }
@@ -247,7 +247,7 @@ mod tests {
     use super::super::filter::ReceiveFilter;
     use super::*;
 
-    /// No buffers are asked for while there are no packets, so nothing else wakes the queue.
+    /// The queue takes no buffers while there are no packets, so only the change signal wakes it.
     #[test]
     fn a_concurrent_state_change_is_not_missed() {
         let shared = Arc::new(SharedNetState::new(vec![None, None], ReceiveFilter::new([2; 6])));

@@ -12,7 +12,7 @@ const VERSION: u16 = 1;
 /// Upper limit for the size of a [`SavedNetState`].
 const MAX_BYTES: usize = 4 << 10;
 
-/// The record.
+/// The encoded driver settings.
 #[derive(Serialize, Deserialize)]
 struct SavedNetState {
     mac: Mac,
@@ -22,7 +22,7 @@ struct SavedNetState {
     no_multicast: bool,
     no_unicast: bool,
     no_broadcast: bool,
-    /// `None` if the table was too long, which accepts all.
+    /// `None` if the table was too long: every address of that kind is accepted.
     unicast: Option<Vec<Mac>>,
     multicast: Option<Vec<Mac>>,
     pairs: u16,
@@ -63,7 +63,7 @@ pub(super) fn save(state: &NetState, mtu: Option<u16>) -> Result<Vec<u8>, Backen
     record::encode(VERSION, &saved).map_err(|error| BackendError::DeviceState { why: error.to_string() })
 }
 
-/// Decodes a record and checks it against this device. Returns filter and pairs in use.
+/// Decodes a record and checks it against this device. Returns the filter and the number of pairs in use.
 pub(super) fn load(bytes: &[u8], pairs: u16, mtu: Option<u16>) -> Result<(ReceiveFilter, u16), BackendError> {
     let refused = |why: String| BackendError::DeviceState { why };
     let saved: SavedNetState =

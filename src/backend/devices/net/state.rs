@@ -36,7 +36,7 @@ impl PeerPort {
         PeerPort { output, input }
     }
 
-    /// Sends a header and a frame. Returns false if the other end has no room or is gone.
+    /// Sends a header and a frame. Returns false if the other end has no room or is closed.
     pub(super) fn send(&self, message: &[u8]) -> bool {
         loop {
             match write(&self.output, message) {
@@ -50,7 +50,7 @@ impl PeerPort {
     /// longer than `buffer` fills it.
     ///
     /// # Errors
-    /// The reason for which no packets can arrive any more: the other end is closed, or the tap was deleted.
+    /// The error after which no packets can arrive: the other end is closed, or the tap was deleted.
     pub(super) fn receive(&self, buffer: &mut [u8]) -> nix::Result<Option<usize>> {
         loop {
             match read(&self.input, buffer) {
@@ -76,19 +76,19 @@ pub(super) struct NetState {
     pub(super) filter: ReceiveFilter,
     /// Number of pairs set by the driver with VQ_PAIRS_SET.
     pub(super) driver_pairs: Option<u16>,
-    /// True if the control queue has run since the front-end connected, so the driver can set its pairs.
+    /// True if the control queue has run since the front-end connected. The driver can then set the number of pairs.
     pub(super) control_queue_ran: bool,
-    /// True if the driver is to announce itself.
+    /// True if the device asks the driver to announce itself.
     pub(super) must_announce: bool,
-    /// True if the settings are of a previous connection and no ring has run since.
+    /// True if the settings were made during a previous connection and no ring has run since.
     pub(super) from_previous_connection: bool,
     /// The eventfd that wakes each running receive queue, by pair.
     receivers: BTreeMap<u16, Arc<EventFd>>,
 }
 
 impl NetState {
-    /// Returns the number of pairs that receive: that set by the driver; before that one, or all if the driver cannot
-    /// set it here (rules R11.1, R11.2).
+    /// Returns the number of pairs that receive. This is the number set by the driver. Before the driver has set it, it
+    /// is one, or all pairs if the control queue has not run (rules R11.1, R11.2).
     pub(super) fn pairs_in_use(&self) -> u16 {
         self.driver_pairs.unwrap_or(if self.control_queue_ran { 1 } else { self.ports.len() as u16 })
     }
@@ -98,7 +98,7 @@ impl NetState {
         (self.filter, self.driver_pairs) = (ReceiveFilter::new(mac), None);
     }
 
-    /// Returns the ports of the receive queue of `pair`: its own, and a share of those without a running queue.
+    /// Returns the ports that the receive queue of `pair` reads: its own, and a share of those without a running queue.
     pub(super) fn ports_received_by(&self, pair: u16) -> Vec<Arc<PeerPort>> {
         let listening: Vec<u16> = self.receivers.keys().copied().filter(|wake| *wake < self.pairs_in_use()).collect();
         if listening.is_empty() {
@@ -218,7 +218,7 @@ impl SharedNetState {
         }
     }
 
-    /// Removes a port whose other end is gone, unless that has been done.
+    /// Removes a port whose other end no longer exists. Does nothing if the port was already removed.
     pub(super) fn remove_port(&self, port: &Arc<PeerPort>, why: Errno) {
         let is_this = |there: &Option<Arc<PeerPort>>| there.as_ref().is_some_and(|there| Arc::ptr_eq(there, port));
         let Some(pair) = self.state().ports.iter().position(is_this) else { return };
@@ -231,11 +231,11 @@ impl SharedNetState {
                 );
             }
         });
-        // Makes the end of a connection visible to its poller. A tap is no connection.
+        // Signals the end of the connection to the thread that polls it. The call has no effect on a tap.
         let _ = shutdown(port.output.as_raw_fd(), Shutdown::Both);
     }
 
-    /// Adds a running receive queue. Returns the packet that its predecessor left.
+    /// Adds a running receive queue. Returns the packet that a previous queue of the pair received but did not deliver.
     pub(super) fn receiver_started(&self, pair: u16, wake: Arc<EventFd>) -> Option<Vec<u8>> {
         self.update(|state| {
             state.receivers.insert(pair, wake);
@@ -243,7 +243,7 @@ impl SharedNetState {
         lock(&self.unplaced_packets).remove(&pair)
     }
 
-    /// Removes a receive queue, with a packet that found no buffers.
+    /// Removes a receive queue. Keeps `packet`, which the queue could not deliver for lack of buffers.
     pub(super) fn receiver_stopped(&self, pair: u16, packet: Option<Vec<u8>>) {
         if let Some(packet) = packet {
             lock(&self.unplaced_packets).insert(pair, packet);
@@ -254,7 +254,7 @@ impl SharedNetState {
     }
 }
 
-/// A queue's copy of the state, which takes no lock while nothing changes.
+/// A queue's copy of the state. It is read without a lock, and replaced only after a change.
 pub(super) struct NetStateCache {
     pub(super) shared: Arc<SharedNetState>,
     pub(super) state: Arc<NetState>,
@@ -273,7 +273,7 @@ impl NetStateCache {
         if generation == self.generation {
             return false;
         }
-        // A change after the number was read is seen by the next call.
+        // The next call sees a change that was made after the number was read.
         (self.generation, self.state) = (generation, self.shared.state());
         true
     }

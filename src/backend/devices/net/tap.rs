@@ -19,14 +19,15 @@ nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF, InterfaceRequest);
 nix::ioctl_write_ptr_bad!(tun_set_header, libc::TUNSETVNETHDRSZ, c_int);
 nix::ioctl_write_int_bad!(tun_set_offload, libc::TUNSETOFFLOAD);
 
-/// Opens one queue per pair of the tap `name`. A tap that does not exist is created, and removed with this process.
+/// Opens one queue per pair of the tap `name`. A tap that does not exist is created, and is removed when this process
+/// ends.
 pub(super) fn open(name: &str, pairs: u16) -> Result<Vec<PeerPort>, NetError> {
     let one = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     let several = one | libc::IFF_MULTI_QUEUE;
     if pairs > 1 {
         return (0..pairs).map(|_| queue(name, several)).collect();
     }
-    // A tap created with multi_queue can only be opened with it.
+    // A tap created with multi_queue can be opened only with this flag.
     let port = queue(name, one).or_else(|error| queue(name, several).map_err(|_| error))?;
     Ok(vec![port])
 }
@@ -43,7 +44,7 @@ fn queue(name: &str, flags: c_int) -> Result<PeerPort, NetError> {
         NetError::Tap { name: name.into(), source, advice }
     };
     let mut request = InterfaceRequest { name: [0; libc::IFNAMSIZ], flags: flags as libc::c_short, padding: [0; 22] };
-    // The last byte stays 0.
+    // The last byte stays 0, as the terminator.
     match request.name.split_last_mut().and_then(|(_, space)| space.get_mut(..name.len())) {
         Some(space) if !name.is_empty() && !name.contains(['\0', '/', '%']) => space.copy_from_slice(name.as_bytes()),
         _ => return Err(NetError::TapName { name: name.into() }),
