@@ -37,7 +37,7 @@ macro_rules! numbers {
 }
 numbers!(i32, u8, u16, u32, u64, usize);
 
-/// C has the numbers of bits.
+/// The C constants are bit numbers, not masks.
 impl Number for VringAddrFlags {
     fn number(self) -> i64 {
         self.bits().trailing_zeros().into()

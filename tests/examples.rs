@@ -1,5 +1,5 @@
-//! The examples: those in the documentation of modules, and the programs in `examples/`, which are run and must print what
-//! their comments promise. `tests/guide.rs` has the tests of `file_disk`.
+//! The examples: those in the documentation of modules, and the programs in `examples/`, which are run and must print
+//! the output in their comments. `tests/guide.rs` has the tests of `file_disk`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 #[path = "kit/wait.rs"]

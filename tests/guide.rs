@@ -1,4 +1,5 @@
-//! The device of the guide: it is what the guide says, keeps every rule, and a guest on it survives its death and moves.
+//! The device of the guide. Its source is the guide's text. It passes every check, and a guest that uses it survives a
+//! kill of the device and a migration.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 #[path = "kit/guest_work.rs"]

@@ -1,4 +1,4 @@
-//! The imports between the files of src: modules use what docs/architecture.md lists, and nothing is used in circles.
+//! The imports between the files of src: modules use what docs/architecture.md lists, and there are no circular imports.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,7 +10,7 @@ use syn::{Attribute, ItemMod, ItemUse, UseTree};
 
 /// The segments of a module's path, without `crate`.
 type ModulePath = Vec<String>;
-/// Each module, and what it uses.
+/// Each module, and the modules that it uses.
 type Uses<T> = BTreeMap<T, BTreeSet<T>>;
 
 fn root() -> &'static Path {

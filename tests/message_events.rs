@@ -1,5 +1,5 @@
-//! Each control message is an event, once, with its name: in the session of a back-end, in the vhost-user client, and on the
-//! back-end channel.
+//! Each control message is logged as exactly one event with its name: in the session of a back-end, in the vhost-user
+//! client, and on the back-end channel.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 #[path = "kit/served.rs"]
@@ -33,7 +33,7 @@ const SESSION: &str = "vhost_migrate::backend::session";
 const CLIENT: &str = "vhost_migrate::frontend::user::connection";
 const CHANNEL: &str = "vhost_migrate::frontend::user::backend_channel";
 
-/// A layer that keeps the words of all debug events, with the module that said them.
+/// A layer that records the texts of all debug events, each with its module.
 #[derive(Clone, Default)]
 struct RecordedEvents(Arc<Mutex<Vec<(String, String)>>>);
 
@@ -64,7 +64,7 @@ impl<S: Subscriber> Layer<S> for RecordedEvents {
     }
 }
 
-/// A device of one ring that completes every request as it is, and says what a test wants.
+/// A device with one ring. It completes every request unchanged, and gives the test its front-end handle.
 #[derive(Default)]
 struct EchoDevice(Mutex<Arc<FrontendHandle>>);
 
@@ -114,7 +114,7 @@ fn every_session_message_is_one_event_with_its_name_even_if_refused_or_unknown()
     tracing::subscriber::with_default(registry().with(heard.clone()), || {
         let mut session = Session::new(Arc::new(EchoDevice::default()));
         for &code in &codes {
-            // Without a payload most are refused.
+            // Most messages are refused without a payload.
             let message = VhostUserMessage { code, flags: Header::FLAG_VERSION, payload: vec![], fds: vec![] };
             let _ = session.handle_message(message, &mut NoRings);
         }

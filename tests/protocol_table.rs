@@ -1,5 +1,5 @@
 //! `docs/protocol.md` against the tree: its tables of messages and features are complete, each obligation has a test or a
-//! reason why not, and every citation of a rule names one that exists.
+//! reason for having none, and every citation of a rule names one that exists.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,7 +14,7 @@ use vhost_migrate::check;
 const PAGE: &str = include_str!("../docs/protocol.md");
 const VIRTIO: &str = include_str!("../src/abi/virtio.rs");
 
-/// Of each row: what it is about, the back-end and its tests, the front-end and its tests, and three peers.
+/// The cells of a row: names, the back-end and its tests, the front-end and its tests, and three peers.
 const COLUMNS: usize = 8;
 const TITLES: [&str; 3] = ["request", "protocol feature", "feature bit"];
 
@@ -37,7 +37,7 @@ fn path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
-/// Names between backticks that are in one of these folders.
+/// The names between backticks that begin with one of these folders.
 fn cited(text: &'static str, folders: &'static [&'static str]) -> impl Iterator<Item = &'static str> {
     text.split('`').filter(|word| folders.iter().any(|folder| word.starts_with(folder)))
 }
@@ -75,12 +75,12 @@ fn every_feature_bit_of_rings_and_transport_has_a_row() {
         .map(str::to_owned)
         .collect();
     assert!(known.len() > 10);
-    // vhost's own.
+    // These two bits are vhost's, not virtio's.
     known.extend(["LOG_ALL", "PROTOCOL_FEATURES"].map(str::to_owned));
     assert_eq!(names("feature bit"), known);
 }
 
-/// A role that does something with it, and be it that it refuses, names tests; one that does not, names none.
+/// A role that handles the item, even if only by refusing it, names tests. A role that does not handle it names none.
 #[rstest]
 fn every_role_that_speaks_it_names_tests_and_each_name_is_in_one_of_them(
     #[values("request", "protocol feature", "feature bit")] title: &str,
@@ -97,7 +97,7 @@ fn every_role_that_speaks_it_names_tests_and_each_name_is_in_one_of_them(
     }
 }
 
-/// Returns true if it is there as a word, or behind the prefix of a constant.
+/// Returns true if `text` contains `name` as a word, or after the prefix of a constant.
 fn speaks_of(text: &str, name: &str) -> bool {
     let words = text.split(|c: char| c != '_' && !c.is_ascii_alphanumeric());
     words.into_iter().any(|word| {
@@ -159,7 +159,7 @@ impl Rule {
     }
 }
 
-/// `R3.1, R3.3 to R3.5` one by one.
+/// The single obligations of a list such as `R3.1, R3.3 to R3.5`.
 fn expand(list: &str) -> Vec<String> {
     let one = |part: &str| {
         let ends: Vec<_> = part.split_whitespace().filter(|word| *word != "to").collect();
@@ -252,7 +252,7 @@ fn sources() -> Vec<PathBuf> {
     files
 }
 
-/// True if this has the form of a rule (`R3`) or of an obligation (`R3.2`).
+/// Returns true if `word` has the form of a rule (`R3`) or of an obligation (`R3.2`).
 fn is_id(word: &str) -> bool {
     // X is for rules that do not exist, in tests.
     let Some(numbers) = word.strip_prefix(|c: char| c.is_ascii_uppercase() && c != 'X') else { return false };
@@ -261,7 +261,8 @@ fn is_id(word: &str) -> bool {
     numbers.all(is_number)
 }
 
-/// Citations of a text: obligations anywhere, and rules behind the word "rule" or "rules", alone or in a list, or in quotes.
+/// The citations in a text: obligations anywhere, and rules in quotes or after the word "rule" or "rules", alone or in
+/// a list.
 fn citations(text: &str) -> impl Iterator<Item = &str> {
     let quoted = text.split('"').filter(|quoted| is_id(quoted));
     let words = text.split(|c: char| c != '.' && !c.is_ascii_alphanumeric()).map(|word| word.trim_matches('.'));
@@ -275,7 +276,7 @@ fn citations(text: &str) -> impl Iterator<Item = &str> {
     named.chain(quoted)
 }
 
-/// The obligations that a text cites, each of a range too: `R3.1 to R3.3`.
+/// The obligations that a text cites, including each obligation of a range: `R3.1 to R3.3`.
 fn cited_obligations(text: &str) -> BTreeSet<String> {
     let words = text.split(|c: char| c != '.' && !c.is_ascii_alphanumeric()).map(|word| word.trim_matches('.'));
     let words: Vec<_> = words.filter(|word| !word.is_empty()).collect();

@@ -313,7 +313,7 @@ fn a_guest_that_rewrites_a_packed_ring_while_it_is_read_gains_no_extra_buffers()
                 slots += chain.slots;
                 assert!(slots <= 7);
                 assert!(chain.readable.len() + chain.writable.len() <= 8);
-                // The descriptors that were checked are those that were kept, also if the ring has others by now.
+                // The device keeps the descriptors that it checked, even if the ring has changed since.
                 let copies = device.descs();
                 assert_eq!((copies.len(), copies[copies.len() - 1].id.get()), (chain.slots.into(), chain.head));
                 if copies[0].flags.get() & 4 == 0 {

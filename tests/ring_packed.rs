@@ -186,7 +186,7 @@ fn the_base_of_a_packed_ring_holds_both_positions() {
     assert_eq!(device.base().bits(), 0x8003_0001);
     assert!(device.set_positions(at(5, true), at(5, true)).is_err());
     assert_eq!(device.base().bits(), 0x8003_0001);
-    // Set by recovery, a used position of 0 with wrap counter 0 is taken as it is.
+    // Recovery may set a used position of 0 with wrap counter 0, which is used unchanged.
     device.set_positions(at(3, false), at(0, false)).unwrap();
     assert_eq!(device.used_position(), at(0, false));
 }

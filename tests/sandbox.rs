@@ -13,7 +13,7 @@ use nix::libc::SIGSYS;
 use vhost_migrate::backend::{Sandbox, ViolationAction};
 use vhost_migrate::memory::sealed_memfd;
 
-/// Exit status of a child that has done what it was told to.
+/// Exit status of a child whose action succeeded.
 const DONE: i32 = 42;
 
 /// Executes the action `what` of a child. `folder` is its own, and `socket` is open already.
@@ -45,7 +45,7 @@ fn act(what: &str, folder: &str, socket: &UnixStream) {
         "attach a program to a socket" => {
             let accept = libc::sock_filter { code: 6, jt: 0, jf: 0, k: u32::MAX };
             let program = libc::sock_fprog { len: 1, filter: (&raw const accept).cast_mut() };
-            // SAFETY: a whole sock_fprog, whose one instruction is alive.
+            // SAFETY: the pointer is to a complete sock_fprog, whose one instruction outlives the call.
             let attached = unsafe {
                 let (at, len) = ((&raw const program).cast(), size_of_val(&program) as u32);
                 libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, at, len)
@@ -56,7 +56,7 @@ fn act(what: &str, folder: &str, socket: &UnixStream) {
             let _ = nix::sys::socket::getsockopt(socket, nix::sys::socket::sockopt::PeerCredentials).unwrap();
         }
         "work" => {
-            // Threads that make threads, as rings that start do, with names; memory, messages, time, and a panic.
+            // A named thread starts another one, as a ring does when it starts. Then memory, messages, time and a panic.
             let memory = sealed_memfd("sandbox", 1 << 20).unwrap();
             let spawn = || std::thread::Builder::new().name("ring".into()).spawn(|| vec![1u8; 1 << 24].len());
             assert_eq!(std::thread::spawn(move || spawn().unwrap().join().unwrap()).join().unwrap(), 1 << 24);
@@ -131,7 +131,7 @@ const FORBIDDEN: &[&str] = &[
 #[test]
 fn forbidden_system_calls_end_the_process() {
     for what in FORBIDDEN {
-        // Without the filter the same thing goes through, to the end of the child or of the program it became.
+        // Without the filter the same action succeeds, to the end of the child or of the program that it executed.
         let free = run("none", what);
         assert!(matches!(free.status.code(), Some(DONE | 0)), "{what}: {free:?}");
         let confined = run("kill", what);
@@ -153,7 +153,7 @@ fn needed_system_calls_work_and_opening_other_files_is_refused() {
 fn unlink_and_socket_are_allowed_only_if_configured() {
     assert_eq!(run("unlink", "remove a file").status.code(), Some(DONE));
     for what in ["connect to a UNIX socket", "connect to a TCP port", "listen on a TCP port", "run a program"] {
-        // The other end of a pair is met at a SOCK_SEQPACKET socket.
+        // The two ends of a pair connect through a SOCK_SEQPACKET socket.
         assert_eq!(run("pair", what).status.signal(), Some(SIGSYS), "{what}");
         assert_eq!(run("unlink", what).status.signal(), Some(SIGSYS), "{what}");
     }

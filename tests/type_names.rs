@@ -1,4 +1,4 @@
-//! Every public type has a name of its own, so that a reader who knows the name knows the type.
+//! Every public type has a unique name, so that the name alone identifies the type.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Types that are public at two paths.
 const AT_TWO_PATHS: [&str; 5] = ["IotlbMsg", "RegionLayout", "VringAddr", "VringAddrFlags", "VringState"];
 
-/// The paths of the public types of a listing as docs/public-api.txt is, by their names.
+/// The paths of the public types in a listing like docs/public-api.txt, by their names.
 fn types(listing: &str) -> BTreeMap<&str, BTreeSet<&str>> {
     let mut types: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
     let is_kind = |word: &&str| ["struct", "enum", "union", "trait"].contains(word);

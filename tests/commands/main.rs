@@ -11,7 +11,7 @@ mod outcome;
 #[path = "../kit/process.rs"]
 mod process;
 #[path = "../kit/relay.rs"]
-#[allow(dead_code)] // not all that it can break is broken here
+#[allow(dead_code)] // these tests use only some of its faults
 mod relay;
 mod saves;
 mod signals;
@@ -426,7 +426,7 @@ fn a_killed_destination_leaves_the_guest_at_its_source_for_another_destination()
     let why = expect_failure(&mut slow);
     assert!(why.contains("still runs here"), "{why}");
     verify(&source);
-    // At the stale socket of the dead destination.
+    // At the stale socket of the killed destination.
     let next = host.waiting("next", &unix);
     assert_completed(&migrate(&source, &unix, &[]));
     verify(&next);
@@ -965,7 +965,7 @@ fn migrate_ends_at_signals_while_the_guest_process_hangs(#[case] signals: u32) {
     assert_eq!(migration.0.wait().unwrap().code(), Some(5));
     drop(events);
     kill(guest, Signal::SIGCONT).unwrap();
-    // It is a matter of chance if the cancel command was sent.
+    // Timing decides if the cancel command was sent.
     wait_until("the end of the migration", || status(&source).unwrap()["busy"].is_null());
     let left = status(&source).unwrap()["state"] == "migrated";
     verify(if left { &destination } else { &source });

@@ -171,7 +171,7 @@ fn a_commit_after_the_outcome_query_has_no_effect() {
         let answer = connection.query_outcome(PATIENCE).unwrap();
         assert!(matches!(answer, ToSource::Failed { .. }), "{answer:?}");
     }
-    // It may be cut off already.
+    // The connection may be closed already.
     let _ = ToDestination::Commit(Commit { run: true }).write(&mut writer);
     assert!(matches!(connection.query_outcome(PATIENCE).unwrap(), ToSource::Failed { .. }));
     destination.join().expect_failure();

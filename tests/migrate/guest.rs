@@ -1,4 +1,4 @@
-//! A small guest that writes continuously and verifies every byte of its memory. It knows nothing of connections.
+//! A small guest that writes continuously and verifies every byte of its memory. It does not depend on connections.
 //!
 //! Memory is two regions, one above 4 GiB. The contents of a page follow from its address and version. The table of
 //! versions is the guest's "CPU state", so that memory is checked against data that does not move as memory.
@@ -321,7 +321,7 @@ fn ask(commands: &Sender<VcpuCommand>, order: fn(Sender<()>) -> VcpuCommand) {
 }
 
 impl Writer {
-    /// Writes random pages until it is told to stop.
+    /// Writes random pages until it receives a command to stop.
     fn run(&mut self, commands: &Receiver<VcpuCommand>) {
         loop {
             let answer = match commands.try_recv() {

@@ -4,13 +4,13 @@
 //! | file | promise |
 //! |---|---|
 //! | `transports` | every byte arrives, over each transport; the figures add up |
-//! | `faults` | the connection breaks, hangs or lies at any step: the source goes on |
-//! | `refused` | one side says no, is of another version or no migration at all |
-//! | `commit` | after the commit, and called off at any moment: the guest runs once |
-//! | `disk` | files and commands that can't take it |
-//! | `verify` | memory compared before it is handed over; writers that are not tracked |
-//! | `other_peers` | what connects and is no migration keeps no source out |
-//! | `rounds` | when it ends by itself and when not; the bandwidth limit |
+//! | `faults` | the connection breaks, hangs or is damaged at any step: the guest continues at its source |
+//! | `refused` | one side refuses, has another version, or is no migration at all |
+//! | `commit` | failures after the commit, cancellation at any time: the guest runs in exactly one place |
+//! | `disk` | files and commands that fail |
+//! | `verify` | memory compared before the commit; writers that are not tracked |
+//! | `other_peers` | peers that connect and are no migration do not block a source |
+//! | `rounds` | convergence; the bandwidth limit |
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 

@@ -212,7 +212,7 @@ fn relay_with_headers(
 fn relay_with_header(mut from: UnixStream, mut to: UnixStream, change: fn(ConnectionHeader) -> ConnectionHeader) {
     let header = ConnectionHeader::read(&mut from).unwrap();
     to.write_all(&change(header).encode()).unwrap();
-    // The other side may hang up first.
+    // The other side may close the connection first.
     let _ = std::io::copy(&mut from, &mut to);
     let _ = to.shutdown(std::net::Shutdown::Write);
 }
@@ -290,7 +290,7 @@ fn a_destination_drops_other_connections_and_accepts_the_migration() {
         peer.write_all(bytes).unwrap();
         peers.push(peer);
     }
-    // A source of a version that is too old is told which one is needed.
+    // The reply to a source whose version is too old names the version that is needed.
     let needed = ConnectionHeader::read(&mut peers[2]).unwrap().version;
     assert_eq!(needed, OLDEST_VERSION);
     let mut guest = Guest::running(PAGES);

@@ -74,7 +74,7 @@ fn a_migration_waits_for_an_unavailable_device_with_periodic_rounds() {
     let took = begun.elapsed();
     let count = |wanted: fn(&MigrationEvent) -> bool| left.events.iter().filter(|event| wanted(event)).count();
     assert_eq!(count(|event| matches!(event, MigrationEvent::Waiting { .. })), 1, "{:?}", left.events);
-    // One for each time that was waited, and a few before and after. Without waiting it would be hundreds.
+    // One round for each wait, and a few before and after. Without waits there would be hundreds.
     let most = 20 + took.div_duration_f64(ROUND) as usize;
     assert!(
         took >= ROUND * 3 / 2 && count(|event| matches!(event, MigrationEvent::Round(_))) <= most,
