@@ -20,14 +20,14 @@ struct Item {
     /// Name of the constant or structure in `src/abi`.
     name: &'static str,
     c: String,
-    /// The headers must have it: it is in the oldest headers that this crate follows.
+    /// True if the headers must have it, because the oldest headers that this crate follows have it.
     required: bool,
     /// Macro that is defined if the headers have it.
     guard: String,
     ours: i64,
 }
 
-/// A constant of `src/abi`, as the number that C has.
+/// Conversion of a constant of `src/abi` to the number that C has.
 trait Number {
     fn number(self) -> i64;
 }

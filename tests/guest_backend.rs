@@ -230,7 +230,7 @@ fn a_guest_waits_for_the_right_back_end_while_others_answer() {
     // A process with another protocol.
     std::fs::remove_file(backend.socket()).unwrap();
     let other = UnixListener::bind(backend.socket()).unwrap();
-    // They do not disconnect, which would be another reason to wait.
+    // The peers do not disconnect, because a disconnection would be another reason to wait.
     let answering = |_| {
         let (mut peer, _) = other.accept().unwrap();
         peer.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").unwrap();

@@ -1,4 +1,4 @@
-//! The imports between the files of src: modules use what docs/architecture.md lists, and there are no circular imports.
+//! The imports between the files of src: modules use what docs/architecture.md lists, and no import is circular.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,5 +1,5 @@
-//! `docs/protocol.md` against the tree: its tables of messages and features are complete, each obligation has a test or a
-//! reason for having none, and every citation of a rule names one that exists.
+//! `docs/protocol.md` against the tree: its tables of messages and features are complete, each obligation has a test or
+//! a reason for having none, and every citation of a rule names one that exists.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -20,7 +20,7 @@ use vhost_migrate::ring::{Chain, DeviceRing, DriverRing, Position, RingError, Ri
 const VARIANTS: [(bool, VirtioFeatures); 4] = [(false, NONE), (false, EVENT_IDX), (true, NONE), (true, EVENT_IDX)];
 const NONE: VirtioFeatures = VirtioFeatures::empty();
 
-/// An error of one side: it does not look at the ring again after it has enabled notifications.
+/// An error of one side: it does not read the ring again after it has enabled notifications.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mutation {
     None,

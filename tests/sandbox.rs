@@ -56,7 +56,8 @@ fn act(what: &str, folder: &str, socket: &UnixStream) {
             let _ = nix::sys::socket::getsockopt(socket, nix::sys::socket::sockopt::PeerCredentials).unwrap();
         }
         "work" => {
-            // A named thread starts another one, as a ring does when it starts. Then memory, messages, time and a panic.
+            // A named thread starts another one, as a ring does when it starts.
+            // Then memory, messages, time and a panic.
             let memory = sealed_memfd("sandbox", 1 << 20).unwrap();
             let spawn = || std::thread::Builder::new().name("ring".into()).spawn(|| vec![1u8; 1 << 24].len());
             assert_eq!(std::thread::spawn(move || spawn().unwrap().join().unwrap()).join().unwrap(), 1 << 24);

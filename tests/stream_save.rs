@@ -210,7 +210,7 @@ fn a_killed_save_to_a_file_leaves_no_file() {
     assert!(bytes(&restore(&file(&path), usize::MAX).unwrap()) == bytes(&filled(PAGES, 1)));
 }
 
-/// The header alone does not protect a save: the frames behind it may belong to another.
+/// The header alone does not protect a save: the frames after it may belong to another save.
 #[test]
 fn frames_of_an_earlier_save_are_refused_behind_a_new_header() {
     let folder = folder();

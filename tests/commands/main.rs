@@ -898,7 +898,7 @@ fn a_migration_cancelled_while_a_hanging_disk_starts_logging_reports_cancelled()
         while status(&source).unwrap()["busy"] != "a migration" {
             std::thread::yield_now();
         }
-        // It soon waits for the disk. An earlier cancellation gives the same result.
+        // The migration soon waits for the disk. An earlier cancellation gives the same result.
         std::thread::sleep(Duration::from_millis(300));
         assert_eq!(send_command(&source, &json!({"command": "cancel"})).unwrap(), [json!({"event": "ok"})]);
         migration.join().unwrap()

@@ -336,7 +336,7 @@ impl Writer {
             self.random = mix(self.random);
             let page = (self.random >> 16) as usize % self.versions.len();
             self.write(page);
-            // The migration is tested here, and there may be few CPUs.
+            // There may be few CPUs, and the migration needs them.
             std::thread::yield_now();
             if let Some(answer) = answer {
                 answer.send(()).unwrap();

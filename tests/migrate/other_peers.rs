@@ -34,7 +34,7 @@ fn assert_migrates_despite_peers(peers: u128, channels: u16, bytes: impl Fn(u128
     let Uri::Unix(path) = &destination.uri else { panic!() };
     let connect = |number| {
         let mut peer = UnixStream::connect(path).unwrap();
-        // The destination may have dropped it for another.
+        // The destination may have dropped it for another peer.
         let _ = peer.write_all(&bytes(number));
         peer
     };
