@@ -96,6 +96,6 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let mut dirty = PageSet::default();
     log.harvest(&mut dirty);
-    println!("{} bytes written, dirty pages: {:?}", used.len, dirty.iter().collect::<Vec<_>>());
+    println!("{} bytes written, dirty pages: {:?}", used.len, dirty.iter().map(|page| page.0).collect::<Vec<_>>());
     Ok(())
 }

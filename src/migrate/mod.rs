@@ -99,21 +99,43 @@
 //! Any thread can cancel a migration by the token of its connection: at the source until the commit is sent, at the
 //! destination until READY is sent. The guest then runs at the source as before:
 //!
-//! ```no_run
-//! # use std::{thread, time::Duration};
-//! # use vhost_migrate::migrate::{MigrationParameters, SourceVm, migrate};
-//! # fn cancel(vm: &mut dyn SourceVm, connection: vhost_migrate::stream::StreamConnection) {
+//! ```
+//! # use std::sync::Arc;
+//! # use vhost_migrate::dirty::{DirtySource, Log, LogSource};
+//! # use vhost_migrate::memory::{GuestAddress, Memory, Region};
+//! # use vhost_migrate::migrate::{SourceVm, VmError};
+//! # use vhost_migrate::stream::{StreamListener, StreamOptions, Uri, connect};
+//! # struct Vm(Memory);
+//! # impl SourceVm for Vm {
+//! #     fn memory(&self) -> Memory { self.0.clone() }
+//! #     fn dirty_source(&mut self) -> Result<Box<dyn DirtySource>, VmError> {
+//! #         Ok(Box::new(LogSource::new("nothing", Arc::new(Log::create(self.0.end())?.0))))
+//! #     }
+//! #     fn pause(&mut self) -> Result<(), VmError> { Ok(()) }
+//! #     fn state(&mut self) -> Result<Vec<u8>, VmError> { Ok(Vec::new()) }
+//! #     fn resume(&mut self) -> Result<(), VmError> { Ok(()) }
+//! #     fn release(&mut self) {}
+//! # }
+//! # let folder = tempfile::tempdir()?;
+//! # let uri = Uri::Unix(folder.path().join("incoming"));
+//! # let listener = StreamListener::bind(&uri)?;
+//! # let _destination = std::thread::spawn(move || listener.accept(&StreamOptions::new().unwrap()));
+//! # let connection = connect(&uri, &StreamOptions::new()?)?;
+//! # let mut vm = Vm(Memory::new([Arc::new(Region::create(GuestAddress(0), 1 << 20)?)])?);
+//! use std::{thread, time::Duration};
+//!
+//! use vhost_migrate::migrate::{GuestLocation, MigrationParameters, migrate};
+//!
+//! // This destination accepts the connection and then does nothing.
 //! let token = connection.cancel_token().clone();
-//! thread::spawn(move || {
-//!     thread::sleep(Duration::from_secs(60));
+//! let timer = thread::spawn(move || {
+//!     thread::sleep(Duration::from_millis(100));
 //!     token.cancel()
 //! });
-//! match migrate(vm, connection, &MigrationParameters::default(), &mut |_| {}) {
-//!     Ok(report) => println!("the guest has moved, downtime {:.1} ms", report.downtime_ms),
-//!     // "cancelled: RunningHere"
-//!     Err(failure) => println!("{failure}: {:?}", failure.location),
-//! }
-//! # }
+//! let failure = migrate(&mut vm, connection, &MigrationParameters::default(), &mut |_| {}).unwrap_err();
+//! assert_eq!(failure.location, GuestLocation::RunningHere);
+//! # timer.join().map_err(|_| "the timer panicked")?;
+//! # Ok::<(), VmError>(())
 //! ```
 //!
 //! A token stays cancelled, so another attempt needs new [`StreamOptions`](crate::stream::StreamOptions).
