@@ -10,6 +10,7 @@
 //! | write a vhost-user device | [`backend`] | `examples/file_disk.rs` |
 //! | serve a disk or a network interface | [`backend::blk`], [`backend::net`] | the command's `backend` |
 //! | drive a device from a VMM | [`frontend`] | `examples/drive_device.rs` |
+//! | log the writes of a device that has no dirty log | [`shadow`] | |
 //! | migrate a guest | [`migrate`] | `examples/migrate_vm.rs` |
 //! | use only the stream of a migration, or its transports | [`stream`] | |
 //! | log the writes of a device that has its own protocol code | [`dirty`] | `examples/rust_vmm_device.rs` |
@@ -66,7 +67,7 @@
 //! |---|---|
 //! | none | [`abi`], [`memory`], [`dirty`], [`ring`], [`inflight`] |
 //! | `backend` | [`backend`]: vhost-user devices, with a disk and a network interface |
-//! | `frontend` | [`frontend`]: a front-end that drives vhost-user devices |
+//! | `frontend` | [`frontend`]: a front-end that drives vhost-user devices; with `backend` also [`shadow`] |
 //! | `migrate` | [`migrate`] and [`stream`]: live migration, and the stream that carries it |
 //! | `guest` | [`guest`]: the built-in guest, which checks its memory and disks |
 //! | `check` | [`check`]: conformance checks of vhost-user back-ends |
@@ -129,6 +130,8 @@ pub mod migrate;
 #[cfg(any(feature = "backend", feature = "migrate"))]
 pub mod record;
 pub mod ring;
+#[cfg(all(feature = "backend", feature = "frontend"))]
+pub mod shadow;
 #[cfg(feature = "migrate")]
 pub mod stream;
 mod sys;

@@ -352,7 +352,7 @@ impl Request {
     }
 
     /// The descriptor chain as it was taken from the ring.
-    pub(super) fn chain(&self) -> &Chain {
+    pub(crate) fn chain(&self) -> &Chain {
         &self.chain
     }
 
@@ -418,6 +418,20 @@ impl Request {
     /// Returns true if all writable bytes are in guest memory, so that no [`Request::write`] to them fails.
     pub fn is_writable(&self) -> bool {
         self.chain.writable.iter().all(|buffer| self.memory.slices(buffer.gpa, buffer.len.into(), |_| {}).is_ok())
+    }
+
+    /// Returns true if all bytes are in guest memory.
+    pub(crate) fn is_mapped(&self) -> bool {
+        let readable = &self.chain.readable;
+        self.is_writable()
+            && readable.iter().all(|buffer| self.memory.slices(buffer.gpa, buffer.len.into(), |_| {}).is_ok())
+    }
+
+    /// Records that another device has served the request and reports `used_len` written bytes. All writable bytes
+    /// count as written, because a device may write more than it reports.
+    pub(crate) fn written_by_device(&mut self, used_len: u32) {
+        self.written.push(0..self.writable_len());
+        self.limit_used_len(used_len.into());
     }
 
     /// Appends the host ranges of a part of the readable bytes to `out`, for `writev`, io_uring or foreign code. They

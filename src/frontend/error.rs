@@ -203,7 +203,7 @@ impl FrontendError {
         matches!(self, FrontendError::Unrecoverable { .. } | FrontendError::PackedUnrecoverable { .. })
     }
 
-    pub(super) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> FrontendError {
+    pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> FrontendError {
         move |source| FrontendError::System { what, source: source.into() }
     }
 }

@@ -91,7 +91,7 @@ impl InflightFile {
         let own = (self.queues, self.queue_size, self.size);
         if fits != own {
             let shape = |(queues, size, bytes)| format!("{queues} queues of {size} entries in {bytes} bytes");
-            return match marked(state, packed) {
+            return match state.requests(packed) {
                 0 => Ok(()),
                 requests => Err(FrontendError::InflightMismatch { requests, here: shape(own), there: shape(fits) }),
             };
@@ -102,22 +102,24 @@ impl InflightFile {
 
     /// Returns the number of marked requests.
     pub(super) fn marked(&self, packed: bool) -> Result<u64, FrontendError> {
-        Ok(marked(&self.state()?, packed))
+        Ok(self.state()?.requests(packed))
     }
 }
 
-/// Returns the number of marked requests.
-fn marked(state: &InflightState, packed: bool) -> u64 {
-    let (header, entry) = match packed {
-        true => (PACKED_HEADER_BYTES, PACKED_ENTRY_BYTES),
-        false => (SPLIT_HEADER_BYTES, SPLIT_ENTRY_BYTES),
-    };
-    let entries = usize::from(state.queue_size);
-    let queues =
-        state.contents.chunks(ring_kind(packed).queue_bytes(state.queue_size) as usize).take(state.queues.into());
-    let marks =
-        queues.flat_map(|queue| queue.get(header as usize..).unwrap_or_default().chunks(entry as usize).take(entries));
-    marks.filter(|entry| entry.first() == Some(&1)).count() as u64
+impl InflightState {
+    /// Returns the number of marked requests of these split or packed rings.
+    pub(crate) fn requests(&self, packed: bool) -> u64 {
+        let (header, entry) = match packed {
+            true => (PACKED_HEADER_BYTES, PACKED_ENTRY_BYTES),
+            false => (SPLIT_HEADER_BYTES, SPLIT_ENTRY_BYTES),
+        };
+        let entries = usize::from(self.queue_size);
+        let queues =
+            self.contents.chunks(ring_kind(packed).queue_bytes(self.queue_size) as usize).take(self.queues.into());
+        let marks = queues
+            .flat_map(|queue| queue.get(header as usize..).unwrap_or_default().chunks(entry as usize).take(entries));
+        marks.filter(|entry| entry.first() == Some(&1)).count() as u64
+    }
 }
 
 fn ring_kind(packed: bool) -> RingKind {
