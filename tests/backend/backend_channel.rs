@@ -44,7 +44,7 @@ impl BackendChannel {
         BackendChannel(ours)
     }
 
-    /// The next message, and the ring that it names.
+    /// Receives the next message. Returns its request code, and its ring if its payload is a ring state.
     pub(crate) fn receive(&mut self) -> (BackendRequest, Option<u32>) {
         let mut head = [0; size_of::<Header>()];
         self.0.read_exact(&mut head).unwrap();
@@ -75,7 +75,7 @@ fn in_band(features: VirtioFeatures) -> (Server, Guest, RawFrontend, BackendChan
     (server, guest, client, channel)
 }
 
-/// A running ring whose kicks, calls and errors are messages.
+/// Starts a ring whose kicks, calls and errors are messages.
 fn start_in_band_ring(client: &RawFrontend, guest: &Guest, index: u32, features: VirtioFeatures) -> Ring {
     let ring = Ring::new(guest, index, 256, features);
     for code in [Code::SET_VRING_CALL, Code::SET_VRING_ERR] {
@@ -89,12 +89,12 @@ fn start_in_band_ring(client: &RawFrontend, guest: &Guest, index: u32, features:
     ring
 }
 
-/// Breaks a ring that was never used, as its driver might, and kicks in-band.
+/// Writes invalid entries into a ring that was never used, as a faulty driver does, and kicks in-band.
 fn break_ring(client: &RawFrontend, guest: &Guest, ring: &Ring) {
     match ring.driver {
-        // An index that ran away.
+        // An avail index far beyond the ring.
         DriverRing::Split(_) => guest.memory.write(ring.layout.avail.unchecked_add(2), &9999u16.to_le_bytes()).unwrap(),
-        // A table, which was not agreed on.
+        // An indirect descriptor although INDIRECT_DESC is not negotiated.
         DriverRing::Packed(_) => {
             let flags = (DESC_F_INDIRECT | 1 << PACKED_DESC_F_AVAIL).into();
             let desc = PackedDesc { addr: HIGH.0.into(), len: 16.into(), id: 0.into(), flags };
@@ -104,7 +104,7 @@ fn break_ring(client: &RawFrontend, guest: &Guest, ring: &Ring) {
     client.send_acknowledged(Code::VRING_KICK, &VringState { index: ring.index, num: 0 }, &[]);
 }
 
-/// Makes one read visible and kicks in-band.
+/// Publishes one read and kicks in-band.
 fn read_in_band(client: &RawFrontend, guest: &Guest, ring: &mut Ring) {
     ring.read(guest, u64::from(ring.index), 1, 512);
     let _ = ring.driver.publish();
@@ -128,7 +128,8 @@ fn in_band_kicks_and_calls_replace_eventfds(#[values(SPLIT, PACKED)] features: V
     assert_eq!(client.acknowledged(Code::VRING_KICK, missing.as_bytes(), &[]), 1);
 }
 
-/// Truncated messages, with and without need-reply. A descriptor that is no socket does not replace the channel.
+/// Truncated kicks, and channel messages with a wrong number of descriptors or without a socket, are refused with and
+/// without need-reply. The refused messages do not replace the channel.
 /// Rules B1.1 and F8.3.
 #[rstest]
 fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
@@ -155,7 +156,8 @@ fn invalid_in_band_kicks_and_channel_fds_are_refused_without_effect(#[values(SPL
     assert!(channel.is_silent());
 }
 
-/// Rules B3.3, B3.4: User-mode Linux sends neither SET_VRING_KICK nor SET_VRING_CALL, and begins packed rings at 0 too (rule R4.4).
+/// Rules B3.3, B3.4: User-mode Linux sends neither SET_VRING_KICK nor SET_VRING_CALL. It sends base 0 for packed rings
+/// too (rule R4.4).
 #[rstest]
 fn the_first_in_band_kick_starts_a_ring_without_kick_and_call_fds(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (_server, guest, client, mut channel) = in_band(features);
@@ -301,7 +303,7 @@ fn a_front_end_that_does_not_read_its_channel_stalls_no_ring_and_gets_the_last_c
     let (_server, guest, client) = Server::new(device.clone()).connected();
     negotiate(&client, &guest, BASIC, PROTOCOL | ProtocolFeatures::BACKEND_REQ);
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).unwrap();
-    // As little room as the system gives.
+    // The smallest send buffer that the system permits.
     setsockopt(&theirs, SndBuf, &1).unwrap();
     let mut channel = BackendChannel::open_with(&client, ours.into(), theirs.as_fd());
     let mut ring = Ring::new(&guest, 0, 256, BASIC);
@@ -309,7 +311,7 @@ fn a_front_end_that_does_not_read_its_channel_stalls_no_ring_and_gets_the_last_c
     ring.enable(&client, true);
     serve_requests(&mut ring, 5000);
     let mut heard = 0;
-    // What is left over is told as soon as there is room, without anything else happening.
+    // The back-end sends a pending event as soon as the socket has room for it. No further request is needed.
     while heard == 0 || !channel.is_silent() {
         assert_eq!(channel.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));
         heard += 1;
@@ -334,12 +336,12 @@ fn invalid_data_on_the_back_end_channel_or_its_end_closes_only_the_channel() {
         assert_eq!(channel.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));
         if round % 2 == 0 {
             channel.0.write_all(&[0xee; 100]).unwrap();
-            // The back-end hangs up, once it has seen it.
+            // The back-end closes the channel once it has read this data.
             let _ = channel.0.read_to_end(&mut Vec::new());
         }
         drop(channel);
         serve_requests(&mut ring, 1);
-        // The events that were not read are sent over the next channel.
+        // Configuration changes are sent over the next channel.
         let mut next = BackendChannel::open(&client);
         serve_requests(&mut ring, 1);
         assert_eq!(next.receive(), (BackendRequest::CONFIG_CHANGE_MSG, None));

@@ -1,4 +1,4 @@
-//! The block device as its driver sees it.
+//! The block device: requests, configuration space, image lock, options and log.
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
@@ -35,7 +35,7 @@ pub(crate) const OK: u8 = 0;
 pub(crate) const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
 
-/// A disk, its front-end, and the guest behind that with one ring.
+/// A disk, its front-end, and the guest of that front-end with one ring.
 pub(crate) struct DiskGuest {
     pub(crate) server: Server,
     pub(crate) client: RawFrontend,
@@ -52,14 +52,15 @@ impl DiskGuest {
         DiskGuest::negotiated(features | VIRTIO_BLK_F_FLUSH | VIRTIO_RING_F_INDIRECT_DESC, change)
     }
 
-    /// With these features and no others.
+    /// Negotiates exactly these features, and starts ring 0.
     pub(crate) fn negotiated(features: VirtioFeatures, change: impl FnOnce(&mut BlkOptions)) -> DiskGuest {
         let (server, guest, client) = Server::disk(DISK, change).negotiated(features);
         let ring = Ring::started(&client, &guest, 0, 256, features);
         DiskGuest { server, client, guest, ring }
     }
 
-    /// Any request; its status, from the last writable byte, and the length in the used ring.
+    /// Submits a request with these buffers, and waits for it. Returns its status and its used length. The status is
+    /// the last writable byte, or 0xff if there is none.
     pub(crate) fn request(&mut self, readable: &[Buffer], writable: &[Buffer]) -> (u8, u32) {
         let last = writable.last().map(|buffer| buffer.gpa.unchecked_add(u64::from(buffer.len) - 1));
         if let Some(last) = last {
@@ -141,7 +142,7 @@ fn the_split_of_a_request_into_descriptors_has_no_meaning() {
         let at = HEADER;
         header(&blk.guest, at, VIRTIO_BLK_T_OUT, 33);
         blk.guest.memory.write(at.unchecked_add(16), &[0xab; 1024]).unwrap();
-        // The header in three parts, the last of them with the first bytes of the data.
+        // The header is in three parts. The last part also has the first bytes of the data.
         let readable = [
             Buffer { gpa: at, len: 1 },
             Buffer { gpa: at.unchecked_add(1), len: 14 },
@@ -150,7 +151,7 @@ fn the_split_of_a_request_into_descriptors_has_no_meaning() {
         ];
         assert_eq!(blk.request(&readable, &[STATUS]), (OK, 1));
         assert_eq!(blk.on_disk(33 * 512, 1024), [0xab; 1024]);
-        // Data in parts of any size, the last of them with the status.
+        // The data is in parts that are not whole sectors. The last part also has the status.
         let head = header(&blk.guest, at, 0, 33);
         let (data, rest) = (HIGH.unchecked_add(3), GuestAddress(0x70_0001));
         let writable = [Buffer { gpa: data, len: 1000 }, Buffer { gpa: rest, len: 25 }];
@@ -164,7 +165,7 @@ fn the_split_of_a_request_into_descriptors_has_no_meaning() {
 fn a_request_with_more_segments_than_iov_max_is_transferred() {
     for (aio, features) in [(Aio::IoUring, SPLIT), (Aio::Threads, SPLIT), (Aio::IoUring, PACKED)] {
         let mut blk = DiskGuest::with(features, |options| options.aio = aio);
-        // Every buffer lies across the border of two regions.
+        // Every data buffer crosses the border between two regions.
         let border = HIGH.unchecked_add(REGION);
         let before = HIGH.unchecked_add(REGION - 256);
         let region = Region::create(border, REGION).unwrap();
@@ -313,7 +314,7 @@ fn a_disk_error_completes_the_request_with_ioerr_and_the_queue_continues() {
     every_engine(|blk| {
         std::fs::OpenOptions::new().write(true).open(blk.server.image()).unwrap().set_len(1 << 20).unwrap();
         assert_eq!(blk.simple(0, 4096, &[], 4096).0, IOERR);
-        // Half of it is there: what was transferred counts as written.
+        // The image ends in the middle of the range. The used length counts the transferred bytes.
         assert_eq!(blk.simple(0, 2044, &[], 4096), (IOERR, 2048));
         assert_eq!(blk.simple(0, 0, &[], 512), (OK, 513));
     });
@@ -339,7 +340,8 @@ fn queues_serve_requests_independently(#[values(SPLIT, PACKED)] features: Virtio
     }
 }
 
-/// Without indirect descriptors a request takes a descriptor for each segment, one for its header and one for its status.
+/// Without indirect descriptors, a request takes one descriptor for each segment, one for its header and one for its
+/// status.
 #[test]
 fn a_request_with_the_offered_maximum_of_segments_fits_the_ring() {
     for (size, segments) in [(4, 2), (64, 62), (128, 126), (256, 126), (2, 0)] {
@@ -369,7 +371,8 @@ fn configuration_space_and_features_describe_the_disk() {
     assert_eq!(features & (VIRTIO_BLK_F_RO | VIRTIO_BLK_F_MQ | clears), VIRTIO_BLK_F_RO);
 }
 
-/// A file of `bytes` on a disk, with extended attributes: not every system's folder for temporary files is there.
+/// Creates an image of `bytes` in the target directory. The image needs a disk and extended attributes, which the file
+/// system of the directory for temporary files may not have.
 fn image_on_disk(bytes: u64) -> tempfile::NamedTempFile {
     let image = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     image.as_file().set_len(bytes).unwrap();
@@ -420,7 +423,8 @@ fn the_disk_generation_is_reported_while_no_ring_runs_and_changes_with_the_conte
     }
 }
 
-/// Well before the system writes it back by itself (vm.dirty_expire_centisecs).
+/// Deadline for write-back. It is shorter than the age at which the kernel writes data back by itself
+/// (vm.dirty_expire_centisecs).
 const WRITE_BACK: Duration = Duration::from_secs(15);
 
 #[test]
@@ -429,7 +433,7 @@ fn written_data_is_written_back_while_logging_is_enabled() {
     let features = SPLIT | VIRTIO_BLK_F_FLUSH;
     let mut blk = DiskGuest::negotiated(features, |options| options.image = image.path().to_owned());
     let dirty = || unwritten(image.as_fd());
-    // Twice: it goes on for as long as they are.
+    // The second round shows that write-back continues while logging is enabled.
     for logged in [false, true] {
         for sector in (0..DISK / 512).step_by(16) {
             assert_eq!(blk.simple(VIRTIO_BLK_T_OUT, sector, &[9; 8192], 0).0, OK);
@@ -483,7 +487,8 @@ fn an_image_in_a_known_other_format_is_refused_unless_raw_is_requested() {
     drop(Process::start(&socket, &image, &["--format", "raw"]));
 }
 
-/// As at a migration on one host, or when the I/O of a killed process has not ended; also if it only reads (rules I9.1, I9.2).
+/// Two processes have one image in a migration within one host, or when a killed process has left I/O in the kernel. A
+/// read-only disk waits for the lock too (rules I9.1, I9.2).
 #[rstest]
 fn a_ring_starts_only_after_another_process_unlocks_the_image(#[values(false, true)] read_only: bool) {
     let first = DiskGuest::new(|options| options.read_only = read_only);
@@ -504,7 +509,7 @@ fn a_ring_starts_only_after_another_process_unlocks_the_image(#[values(false, tr
         first.client.ring_base(0);
         assert_eq!(served.join().unwrap().1, 513);
     });
-    // Writers that all ask for it need not wait.
+    // A disk with `share_rw` does not wait for the lock.
     let other = DiskGuest::new(|options| (options.image, options.share_rw) = (image, true));
     drop(other);
 }
@@ -534,7 +539,8 @@ fn completions_follow_the_request_order_with_in_order() {
         ring.set_up(&client, &guest, ring.drained_base());
         ring.enable(&client, true);
         for round in 0..20 {
-            // Large reads, and small ones and refusals, which may overtake them.
+            // Large reads. Between them are small reads and refused requests, which may complete before the large
+            // reads.
             let asked: Vec<u16> = (0..30)
                 .map(|slot| match slot % 3 {
                     0 => ring.read(&guest, slot, round * 100, 60 << 10),
@@ -551,7 +557,8 @@ fn completions_follow_the_request_order_with_in_order() {
     }
 }
 
-/// The used length: what the driver may rely on, from the first byte on (virtio 1.2, "The Virtqueue Used Ring").
+/// The used length is the number of bytes, counted from the first one, that the driver may rely on (virtio 1.2, "The
+/// Virtqueue Used Ring").
 /// Rule R12.1.
 #[rstest]
 fn the_used_length_counts_bytes_written_contiguously_from_the_first(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
@@ -562,14 +569,14 @@ fn the_used_length_counts_bytes_written_contiguously_from_the_first(#[values(SPL
     assert_eq!(blk.simple(VIRTIO_BLK_T_IN, 1, &[], 512), (OK, 513));
     assert_eq!(blk.simple(VIRTIO_BLK_T_IN, 1 << 40, &[], 512), (IOERR, 0), "behind the disk's end");
     assert_eq!(blk.simple(99, 0, &[], 512), (UNSUPP, 0));
-    // The image is cut off within the request: so much has been read.
+    // The image ends in the middle of the range. The used length counts the bytes that were read.
     let image = std::fs::OpenOptions::new().write(true).open(blk.server.image()).unwrap();
     image.set_len(1024).unwrap();
     assert_eq!(blk.simple(VIRTIO_BLK_T_IN, 1, &[], 1024), (IOERR, 512));
     assert_eq!(blk.simple(VIRTIO_BLK_T_IN, 4, &[], 512), (IOERR, 0));
 }
 
-/// A guest writes no lines at will, and none at all that look like a fault of the host.
+/// A guest cannot fill the log. Its failed requests cause a bounded number of lines, and none of level ERROR.
 #[test]
 fn requests_with_unmapped_buffers_fail_and_are_counted_without_error_lines() {
     let folder = tempfile::tempdir().unwrap();
@@ -596,7 +603,7 @@ fn requests_with_unmapped_buffers_fail_and_are_counted_without_error_lines() {
     assert!(!said.contains("ERROR") && said.lines().count() < 60, "{said}");
 }
 
-/// Neither does a front-end: messages that are refused are a number of lines, and counted.
+/// A front-end cannot fill the log. Its refused messages cause a bounded number of lines.
 #[test]
 fn repeated_refused_messages_are_limited_in_the_log() {
     let (_folder, socket, mut process) = Process::disk(&[]);

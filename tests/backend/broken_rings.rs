@@ -1,5 +1,5 @@
-//! Rings that their driver breaks. Such a ring stops alone, signals its error descriptor, is logged, and can be set up
-//! again.
+//! Rings with invalid contents. The back-end stops only the broken ring, signals its error descriptor and logs the
+//! reason. The ring can be set up again.
 
 use std::os::fd::AsFd;
 
@@ -82,7 +82,7 @@ fn packed_breakages() -> Vec<InvalidRing> {
         addr: 0x60_0000.into(),
         len: 16.into(),
         id: 3.into(),
-        // Available in the first round.
+        // Available in the first round of the ring.
         flags: (flags | 0x80).into(),
     };
     let breakage = |what, why, descs: Vec<PackedDesc>| InvalidRing {
@@ -164,7 +164,7 @@ fn a_broken_ring_stops_alone_signals_its_error_fd_and_can_be_set_up_again(
     assert_log(process, &expected);
 }
 
-/// Receive, transmit and control queue: each stops alone, and all others go on.
+/// A broken receive, transmit or control queue stops alone. The other queues continue.
 #[rstest]
 fn a_broken_ring_of_a_network_device_stops_alone_and_signals_its_error_fd(
     #[values(SPLIT, PACKED)] rings: VirtioFeatures,
@@ -179,18 +179,19 @@ fn a_broken_ring_of_a_network_device_stops_alone_and_signals_its_error_fd(
     for breakage in breakages(rings) {
         net.client.ring_base(broken);
         let (_ring, error) = set_up_broken(&net.client, &net.guest, broken, features, &breakage);
-        // Buffers are looked at when there is a packet for them.
+        // The device reads receive buffers only when it has a packet for them.
         let waiting = (broken == 0).then(|| net.send(0));
         wait_for_error(&error, breakage.what);
         expected.push((broken, breakage.why));
-        // The other pair, and what is left of this one.
+        // The other pair and an intact control queue continue.
         let packet = net.send(1);
         assert_eq!(net.receive(1), packet, "{}", breakage.what);
         if broken != CONTROL {
             net.command();
         }
         match broken {
-            // It transmits; its packets wait, for this ring alone if no other is enabled.
+            // Pair 0 still transmits, and its packets wait for its receive queue. The receive queue of the other pair
+            // is disabled. Otherwise it would receive these packets while ring 0 is stopped.
             0 => {
                 let next = net.send(0);
                 net.rings[2].enable(&net.client, false);
@@ -200,7 +201,8 @@ fn a_broken_ring_of_a_network_device_stops_alone_and_signals_its_error_fd(
                 net.rings[2].enable(&net.client, true);
                 continue;
             }
-            // It receives what comes for the other pair, whose own ring is disabled.
+            // Pair 0 still receives. The receive queue of the other pair is disabled, so the packets of the other pair
+            // arrive at pair 0.
             1 => {
                 net.rings[2].enable(&net.client, false);
                 let packet = net.send(1);
@@ -231,7 +233,7 @@ fn a_head_made_available_twice_breaks_only_its_ring(#[values(SPLIT, PACKED)] fea
     if features == SPLIT {
         guest.memory.write(ring.layout.avail.unchecked_add(2), &2u16.to_le_bytes()).unwrap();
     } else {
-        // The same buffer id, while it is in flight.
+        // A second descriptor with the same buffer id, while the first one is in flight.
         guest.memory.write(ring.layout.desc.unchecked_add(16), &guest.bytes(ring.layout.desc, 16)).unwrap();
     }
     let error = EventFd::new().unwrap();

@@ -21,14 +21,14 @@ fn start(socket: &Path, device: &[&str]) -> Process {
     };
     command.arg("--connect").arg(socket).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().unwrap();
-    // From then on it takes signals.
+    // The process handles signals once it has written this line.
     let mut line = String::new();
     BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
     assert!(line.starts_with("serves "), "{line}");
     Process { child }
 }
 
-/// The back-end's next connection.
+/// Accepts the next connection of the back-end.
 fn accepted(listener: &UnixListener) -> RawFrontend {
     assert!(is_readable(listener, DEADLINE.as_millis() as u16), "nobody connects");
     let socket = listener.accept().unwrap().0;
@@ -55,12 +55,12 @@ fn a_back_end_connects_to_a_listening_front_end_and_reconnects_after_hang_up(#[c
     let socket = folder.path().join("front-end");
     let image = ["--image", image.to_str().unwrap()];
     let mut process = start(&socket, if device.is_empty() { &image } else { device });
-    // It is there before its front-end.
+    // The back-end has started before its front-end listens.
     let listener = UnixListener::bind(&socket).unwrap();
     for _ in 0..3 {
         answers(&accepted(&listener));
     }
-    // One front-end ends, another takes its place at the same path.
+    // One front-end ends, and another one listens at the same path.
     drop(listener);
     std::fs::remove_file(&socket).unwrap();
     let listener = UnixListener::bind(&socket).unwrap();
@@ -68,7 +68,7 @@ fn a_back_end_connects_to_a_listening_front_end_and_reconnects_after_hang_up(#[c
     answers(&connected);
     ends_at_sigterm(&mut process.child);
     drop((connected, listener));
-    // Also without a front-end that listens.
+    // SIGTERM also ends a back-end whose front-end does not listen.
     ends_at_sigterm(&mut start(&folder.path().join("nobody"), &["net", "--loopback"]).child);
 }
 

@@ -1,4 +1,5 @@
-//! SIGKILL at any time: the successor completes every request exactly once, with the right data, and logs it.
+//! Back-ends that are killed or terminated, and their last replies. After a SIGKILL at a random time, the successor
+//! completes every request exactly once, with the right data, and logs its writes.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -67,8 +68,8 @@ impl VerifyingGuest {
         guests
     }
 
-    /// Connects as QEMU does on reconnect: the base is the used index, of packed rings one that was right long ago; the
-    /// inflight region knows better (rules I3.4, I4.5).
+    /// Connects as QEMU does on reconnect. The base is the used index of a split ring, and the initial base of a packed
+    /// ring. The back-end takes the current position from the inflight region (rules I3.4, I4.5).
     fn attach(&mut self, socket: &Path) -> RawFrontend {
         let client = RawFrontend::connect(socket);
         negotiate(&client, &self.guest, self.features | LOG_ALL);
@@ -90,7 +91,7 @@ impl VerifyingGuest {
         [slot, version].as_bytes().repeat(BLOCK / 16)
     }
 
-    /// Makes the next request of a slot: after a write the read of it, after a read the next write.
+    /// Submits the next request of a slot: a read after a write, and a write of the next version after a read.
     fn next(&mut self, slot: u64) {
         let mut state = self.slots[slot as usize];
         let sector = slot * (BLOCK / 512) as u64;
@@ -114,9 +115,9 @@ impl VerifyingGuest {
         self.marks.extend(harvest(&self.log.0));
     }
 
-    /// Takes one completion, if there is one, and checks everything about it.
+    /// Takes one completion, if there is one. Checks its status, its data and the marks in the log. Returns its slot.
     fn completion(&mut self) -> Option<u64> {
-        // An answer to a request that is not in flight, for example a second answer, is an error here.
+        // The completion of a request that is not in flight, for example a second completion, is an error here.
         let used = self.ring.driver.pop_used().expect("a request was answered twice")?;
         let slot = self.slots.iter().position(|slot| slot.head == used.head).unwrap() as u64;
         let state = self.slots[slot as usize];
@@ -138,7 +139,7 @@ impl VerifyingGuest {
         Some(slot)
     }
 
-    /// Works until the back-end is dead.
+    /// Takes completions and submits requests until the back-end is dead.
     fn run_until(&mut self, dead: &AtomicBool) {
         while !dead.load(Ordering::Relaxed) {
             while let Some(slot) = self.completion() {
@@ -151,7 +152,7 @@ impl VerifyingGuest {
         }
     }
 
-    /// Waits for whatever is outstanding.
+    /// Waits until no request is outstanding.
     fn drain(&mut self) {
         while self.ring.driver.outstanding() > 0 {
             match self.completion() {
@@ -261,7 +262,7 @@ fn a_process_serves_an_inherited_connection_until_it_ends() {
     assert!(child.wait().unwrap().success());
 }
 
-/// Number of times that the thread of a ring has slept, once there is one.
+/// Number of times that the thread of ring 0 has slept. It is 0 if there is no such thread.
 fn sleep_count(process: &Process) -> u64 {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", process.child.id())).unwrap();
     let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
@@ -271,7 +272,7 @@ fn sleep_count(process: &Process) -> u64 {
     line.map_or(0, |count| count.trim().parse().unwrap())
 }
 
-/// Rules I10.1 and R6.2: as long as a predecessor has the image it may go on with the ring.
+/// Rules I10.1 and R6.2: a predecessor that has locked the image may still serve the ring.
 #[rstest]
 fn a_successor_reads_ring_and_region_only_after_locking_the_image(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let folder = tempfile::tempdir().unwrap();
@@ -291,19 +292,19 @@ fn a_successor_reads_ring_and_region_only_after_locking_the_image(#[values(SPLIT
     ring.set_up(&client, &guest, ring.initial_base());
     client.send_body(Code::SET_VRING_ENABLE, &VringState { index: 0, num: 1 });
     wait_until("the successor waits for the image", || sleep_count(&process) >= 20);
-    // It is frozen no more, and goes on.
+    // The predecessor continues.
     predecessor.complete_one(&guest);
     claim.unlock().unwrap();
     let heads = ring.completions(3);
     assert_eq!(heads.len(), 3, "a request was served twice");
     assert_eq!(client.ring_base(0), ring.drained_base());
     assert!(!ring.has_completion(&guest), "a request was served twice");
-    // The predecessor did not read anything.
+    // The predecessor completed the first request without writing its data. Data there would come from the successor.
     assert!(guest.bytes(request_addresses(0).2, 512).iter().all(|byte| *byte == 0), "a request was served twice");
     assert!((1..3).all(|slot| status(&guest, slot) == 0));
 }
 
-/// The answers to what has come already go out together, but none of them waits for an image.
+/// The back-end may send several replies together, but no reply waits until a later message has locked the image.
 /// Rule F4.4.
 #[test]
 fn a_reply_is_sent_before_a_later_message_waits_for_the_image_lock() {
@@ -323,12 +324,12 @@ fn a_reply_is_sent_before_a_later_message_waits_for_the_image_lock() {
         &[],
     );
     assert_eq!(client.reply(Code::SET_VRING_BASE), [0; 8]);
-    // It waits no longer than ten seconds for the image, and would refuse the ring.
+    // The back-end waits at most 10 s for the lock, and would then refuse the ring.
     claim.unlock().unwrap();
     assert_eq!(client.reply(Code::SET_VRING_ENABLE), [0; 8]);
 }
 
-/// Nor for the trial of a ring that is not started: that takes up to a second for each.
+/// No reply waits until a later SET_VRING_ENABLE of a stopped ring has probed the lock. A probe takes up to 1 s.
 /// Rule D2.3.
 #[test]
 fn a_reply_is_sent_before_a_later_message_probes_the_image_lock() {
@@ -339,7 +340,8 @@ fn a_reply_is_sent_before_a_later_message_probes_the_image_lock() {
     let _process = Process::start(&socket, &image, &[]);
     let client = RawFrontend::connect(&socket);
     negotiate(&client, &guest, SPLIT);
-    // A machine that is busy for a second hides it.
+    // On a machine that is busy for 1 s, the probe may time out before the image is unlocked. The test then tries
+    // again.
     let is_free_in_time = |_| {
         claim.lock().unwrap();
         let messages = [message(Code::SET_VRING_NUM, 64), message(Code::SET_VRING_ENABLE, 1)];
@@ -353,12 +355,13 @@ fn a_reply_is_sent_before_a_later_message_probes_the_image_lock() {
     assert!((0..20).any(is_free_in_time), "the answer came when the trial was over");
 }
 
-/// A message to ring 0 that is to be acknowledged.
+/// A message for ring 0 with need-reply.
 fn message(code: Code, num: u32) -> Vec<u8> {
     ring_message(code, NEED_REPLY, VringState { index: 0, num })
 }
 
-/// However the connection ends, what was done before is acknowledged.
+/// The back-end acknowledges the messages that it processed before the end of the connection. The connection ends after
+/// a whole message, with an invalid header, or within a header.
 #[test]
 fn pending_replies_are_sent_before_the_connection_closes() {
     let (_folder, socket, _process) = Process::disk(&[]);

@@ -23,7 +23,8 @@ use crate::guest::{BASIC, Guest, HIGH, Ring, header, negotiate};
 use crate::raw::{NEED_REPLY, VERSION, ring_message};
 use crate::server::{Server, disk_options};
 
-/// An image on a file system that has a disk, which that of temporary files may not have.
+/// A directory for an image, created in the target directory. The file system of the target directory is expected to
+/// have a disk, which that of temporary files may not have.
 struct OnDisk(tempfile::TempDir);
 
 impl OnDisk {
@@ -31,7 +32,7 @@ impl OnDisk {
         OnDisk(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
     }
 
-    /// The image that tests begin with, in place of the one in `options`. Nothing of it is in the page cache.
+    /// Replaces the image in `options` with a new one in this directory, of which nothing is in the page cache.
     fn image(&self, options: &mut BlkOptions) {
         options.image = disk_options(self.0.path(), DISK, |_| {}).image;
         let file = File::open(&options.image).unwrap();
@@ -44,11 +45,12 @@ impl OnDisk {
     }
 }
 
-/// Pages of a file in the page cache, and how many of those are not on the disk yet (cachestat, Linux 6.5).
+/// Returns the number of pages of a file in the page cache, and of those that are not on the disk yet (cachestat, Linux
+/// 6.5).
 fn cached_pages(path: &Path) -> (u64, u64) {
     const SYS_CACHESTAT: libc::c_long = 451;
     let (file, all, mut found) = (File::open(path).unwrap(), [0u64; 2], [0u64; 5]);
-    // SAFETY: the two structures are of two and of five 64-bit numbers.
+    // SAFETY: the kernel reads two 64-bit numbers from `all` and writes five to `found`.
     let done = unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), all.as_ptr(), found.as_mut_ptr(), 0) };
     assert_eq!(done, 0, "{}", io::Error::last_os_error());
     let [pages, dirty, written_back, ..] = found;
@@ -64,7 +66,7 @@ fn direct_io_leaves_the_page_cache_empty_for_any_buffer_alignment() {
             (options.aio, options.direct) = (aio, true);
             disk.image(options);
         });
-        // More than bounces at a time, and none of it aligned for anything.
+        // The data is larger than a bounce buffer, and its buffers are not aligned.
         let data: Vec<u8> = (0..40 * 4096u32).map(|at| (at % 253) as u8).collect();
         let (place, len) = (HIGH.unchecked_add(1), data.len() as u32);
         let cut =
@@ -108,7 +110,7 @@ fn write_zeroes_is_durable_for_a_driver_without_flush() {
                 options.aio = aio;
                 disk.image(options);
             });
-            // A part of a page, which file systems clear in the page cache.
+            // The range is part of a page. File systems clear such a range in the page cache.
             let range = BlkDiscardWriteZeroes { sector: sector.into(), num_sectors: 1.into(), flags: flags.into() };
             assert_eq!(blk.simple(VIRTIO_BLK_T_WRITE_ZEROES, 0, range.as_bytes(), 0), (OK, 1));
             assert_eq!(cached_pages(&disk.path()).1, 0, "zeroes that are not on the disk");
@@ -118,7 +120,7 @@ fn write_zeroes_is_durable_for_a_driver_without_flush() {
     }
 }
 
-/// Completes everything, and fails to put it where others find it.
+/// A device that completes all requests, and whose sync fails when the last ring has stopped.
 struct FailingSyncDevice;
 
 impl VirtioDevice for FailingSyncDevice {
@@ -139,7 +141,7 @@ impl VirtioDevice for FailingSyncDevice {
     }
 }
 
-/// Takes as long to sync as a test wants.
+/// A device whose sync ends when the test sends a message.
 struct SlowSyncDevice(Mutex<Receiver<()>>);
 
 impl VirtioDevice for SlowSyncDevice {
@@ -156,7 +158,7 @@ impl VirtioDevice for SlowSyncDevice {
     }
 
     fn rings_stopped(&self) -> io::Result<()> {
-        // An error is the end of the test.
+        // An error means that the test has ended and dropped the sender.
         let _ = self.0.lock().unwrap().recv();
         Ok(())
     }
@@ -170,7 +172,7 @@ impl VirtioDevice for SlowSyncDevice {
 fn only_the_last_get_vring_base_waits_for_the_disk_sync() {
     let (synced, sync) = channel();
     let (server, guest) = (Server::new(Arc::new(SlowSyncDevice(Mutex::new(sync)))), Guest::new());
-    // Dropped before the server, which syncs at its end.
+    // The sender is dropped before the server, whose end waits for a sync.
     let synced = synced;
     let client = server.connect();
     negotiate(&client, &guest, BASIC);

@@ -1,4 +1,4 @@
-//! Requests in flight, with a device that completes none until its gate is open.
+//! Requests in flight, with a device that completes no request until its gate is open.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -248,7 +248,7 @@ fn the_rings_of_a_closed_connection_are_stopped_before_the_next_front_end_is_ser
     assert!(ring.call.read().is_err());
 }
 
-/// Rule I10.2: nothing that it left is published behind the back of its next back-end, and that need not wait.
+/// Rule I10.2: requests left in flight are not published after the hang-up. The next front-end does not wait for them.
 #[rstest]
 fn a_hang_up_during_get_vring_base_abandons_the_requests_in_flight(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (device, gate) = GatedDevice::new();
@@ -264,7 +264,7 @@ fn a_hang_up_during_get_vring_base_abandons_the_requests_in_flight(#[values(SPLI
     assert!(!ring.has_completion(&guest), "a request was published although the front-end has gone");
 }
 
-/// A device that puts its oldest request back when the ring stops, and completes later ones only then.
+/// A device that puts its oldest request back when the ring stops, and only then completes the later requests.
 struct PutsBackOldest(Arc<GatedDevice>);
 
 struct PutsBackOldestQueue(GatedQueue);
@@ -300,7 +300,8 @@ impl Queue for PutsBackOldestQueue {
     }
 }
 
-/// A request that is given back and cannot return to the ring is used in its turn.
+/// A request that is put back while later requests are in flight cannot return to the available ring. The request is
+/// used in its turn instead.
 #[rstest]
 fn a_request_put_back_before_later_ones_is_used_in_its_turn_with_in_order(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
@@ -347,7 +348,7 @@ fn an_added_memory_region_is_usable_immediately_and_a_removed_one_is_not(
     assert_eq!(client.acknowledged(Code::REM_MEM_REG, message.as_bytes(), &[]), 1, "it was removed twice");
 }
 
-/// An unknown base must not be invented.
+/// The base of the ring is unknown after the panic. The back-end does not reply to GET_VRING_BASE.
 #[rstest]
 fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served(
     #[values(SPLIT, PACKED)] features: VirtioFeatures,
@@ -356,7 +357,7 @@ fn a_device_that_panics_ends_the_connection_and_the_next_front_end_is_served(
     let (server, guest, client) = Server::new(device).negotiated(features);
     let mut ring = Ring::new(&guest, 0, 256, features);
     ring.driver.add(&[], &[page(0)], None).unwrap().unwrap();
-    // Outside memory, which this device is not made for.
+    // This buffer is outside memory. The device panics when it fills the buffer.
     ring.driver.add(&[], &[Buffer { gpa: GuestAddress(1 << 50), len: 1 }], None).unwrap().unwrap();
     ring.start(&client, &guest);
     ring.kick();
@@ -421,13 +422,13 @@ fn a_request_dropped_by_the_device_is_logged_and_returned_to_the_driver(
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
     }
     ring.kick();
-    // Each of them for the second time.
+    // A second batch returns to the driver too.
     ring.completions(20);
     for slot in 40..60 {
         ring.driver.add(&[], &[page(slot)], None).unwrap().unwrap();
     }
     ring.kick();
-    // Of either kind: the requests taken.
+    // In both layouts, the lowest 15 bits of the base are the number of requests that the back-end has taken.
     let base = client.ring_base(0) & 0x7fff;
     assert!((40..=60).contains(&base), "{base}");
     ring.completions(base as usize - 40);

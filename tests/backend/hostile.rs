@@ -20,7 +20,7 @@ use crate::guest::{
 use crate::raw::{DEADLINE, NEED_REPLY, RawFrontend, VERSION};
 use crate::server::{Process, Server};
 
-/// A message that must be refused with a non-zero number, after which the connection goes on (rule F5.1).
+/// A message that the back-end refuses with a non-zero number. The connection continues (rule F5.1).
 struct InvalidMessage {
     what: &'static str,
     code: Code,
@@ -47,7 +47,7 @@ fn region(guest_phys_addr: u64, memory_size: u64, userspace_addr: u64, mmap_offs
     MemoryRegion { guest_phys_addr, memory_size, userspace_addr, mmap_offset }
 }
 
-/// Messages that are wrong on a connection with memory and a running ring 0. The fds are of a memfd of 1 MiB.
+/// Messages that are invalid on a connection with memory and a running ring 0. Their fds are of a memfd of 1 MiB.
 fn invalid_messages(guest: &Guest, ring: &Ring, features: VirtioFeatures) -> Vec<InvalidMessage> {
     const MIB: u64 = 1 << 20;
     let state = |index, num| VringState { index, num };
@@ -165,7 +165,7 @@ fn invalid_messages(guest: &Guest, ring: &Ring, features: VirtioFeatures) -> Vec
     if features == SPLIT {
         all.push(invalid("a size that is no power of two", Code::SET_VRING_NUM, &state(1, 100), 0));
     }
-    // Whatever carries a payload is refused without it.
+    // Requests with a payload are refused if the payload is truncated.
     for code in [
         Code::SET_FEATURES,
         Code::SET_PROTOCOL_FEATURES,
@@ -189,7 +189,7 @@ fn invalid_messages(guest: &Guest, ring: &Ring, features: VirtioFeatures) -> Vec
     ] {
         all.push(invalid("a message cut short", code, &[1u8; 3], 1));
     }
-    // A disk has no such thing, or it was not agreed on.
+    // Requests that a disk does not support, or whose feature is not negotiated.
     for code in [
         Code::SEND_RARP,
         Code::NET_SET_MTU,
@@ -264,7 +264,8 @@ fn an_invalid_message_without_need_reply_is_ignored_unless_it_requires_a_reply(
         let fds: Vec<BorrowedFd<'_>> = (0..fds).map(|_| file.as_fd()).collect();
         client.send(code, VERSION, &payload, &fds);
         if owed.contains(&code) {
-            // Some have an answer that says no; a front-end that waits for one that can't be given is cut off.
+            // GET_CONFIG and GET_INFLIGHT_FD with a whole payload have a reply that means refusal. In all other cases
+            // the back-end closes the connection, because the front-end waits for a reply.
             if matches!(code, Code::GET_CONFIG | Code::GET_INFLIGHT_FD) && payload.len() > 3 {
                 client.reply(code);
             } else {
@@ -297,7 +298,7 @@ fn an_invalid_header_closes_the_connection_and_the_next_one_is_served() {
         client.send_bytes(&frame, &[]);
         assert!(client.is_closed(), "{frame:?}");
     }
-    // Cut off within the header, and within the payload.
+    // One message ends within its header, and the other one before its payload.
     for cut in [vec![1, 0, 0, 0, 1], header(2, VERSION, 8)] {
         let client = server.connect();
         client.send_bytes(&cut, &[]);
@@ -327,7 +328,7 @@ fn an_inflight_region_with_random_contents_is_refused_at_ring_start(#[values(SPL
             noise = noise.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             *byte = (noise >> 56) as u8;
         }
-        // A version that is known lets recovery look at the rest.
+        // Recovery reads the rest of the region only if the version and the ring size are right.
         bytes[8..12].copy_from_slice(&[1, 0, 0, 1]);
         std::os::unix::fs::FileExt::write_all_at(&std::fs::File::from(fd.try_clone().unwrap()), &bytes, 0).unwrap();
         let client = server.connect();
@@ -360,7 +361,7 @@ fn invalid_messages_leak_no_fd_and_do_not_end_the_process() {
         for InvalidMessage { code, payload, fds, .. } in invalid_messages(&guest, &ring, SPLIT) {
             let fds: Vec<BorrowedFd<'_>> = (0..(fds + more_fds).min(MAX_FDS)).map(|_| file.as_fd()).collect();
             client.send(code, flags, &payload, &fds);
-            // What comes after is read, or the connection has ended already.
+            // The back-end reads this next message, or has already closed the connection.
             let header = Header { request: Code::SET_PROTOCOL_FEATURES.0, flags: VERSION, size: 8 };
             let _ = client.try_send_bytes(&[header.as_bytes(), PROTOCOL.as_bytes()].concat(), &[]);
             client.socket.shutdown(std::net::Shutdown::Write).unwrap();
@@ -412,7 +413,7 @@ fn thousands_of_memory_table_changes_leak_nothing_and_every_slot_is_usable() {
     assert_eq!((process.open_fds(), process.mapped_files()), before);
 }
 
-/// Rule R9.2: those in the queue send garbage and fds, and hang up or stay.
+/// Rule R9.2: the queued connections send garbage and fds. Some of them close at once, and others stay open.
 #[rstest]
 fn queued_connections_do_not_disturb_the_served_one(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (_folder, socket, mut process) = Process::disk(&["--queues", "2"]);
@@ -448,7 +449,8 @@ fn queued_connections_do_not_disturb_the_served_one(#[values(SPLIT, PACKED)] fea
     client.socket.set_nonblocking(true).unwrap();
     let more = std::io::Read::read(&mut &client.socket, &mut [0]).unwrap_err();
     assert_eq!(more.kind(), std::io::ErrorKind::WouldBlock, "an answer to somebody else");
-    // Each has its turn then, and is rid of.
+    // The served connection and all queued ones are closed. The back-end takes each queued connection in turn, and ends
+    // it, before it serves the next front-end.
     drop((client, waiting));
     let next = RawFrontend::connect(&socket);
     let mut ring = start_ring(&next, &guest, features);
@@ -459,7 +461,8 @@ fn queued_connections_do_not_disturb_the_served_one(#[values(SPLIT, PACKED)] fea
     assert!(errors.contains("the connection is closed") && !errors.contains("panicked"), "{errors}");
 }
 
-/// A front-end that stalls keeps the next one waiting for some seconds and no longer; one that is idle is left alone.
+/// A front-end that stalls within a message, or does not read its replies, is disconnected after a deadline. The next
+/// front-end is then served. An idle front-end stays connected.
 /// Rule R9.3.
 #[test]
 fn a_front_end_that_stalls_within_a_message_is_disconnected_and_an_idle_one_is_not() {
@@ -486,7 +489,7 @@ fn a_front_end_that_stalls_within_a_message_is_disconnected_and_an_idle_one_is_n
             let cut_off = std::sync::atomic::AtomicBool::new(false);
             std::thread::scope(|scope| {
                 scope.spawn(|| {
-                    // Always one more byte: the message has a deadline, not the byte.
+                    // The front-end sends one byte at a time. The deadline is for the message, not for a byte.
                     stalled.send_bytes(long.as_bytes(), &[]);
                     while !cut_off.load(Relaxed) && stalled.try_send_bytes(&[0], &[]).is_ok() {
                         std::thread::sleep(std::time::Duration::from_millis(100));
@@ -504,7 +507,7 @@ fn a_front_end_that_stalls_within_a_message_is_disconnected_and_an_idle_one_is_n
             let cut_off = std::sync::atomic::AtomicBool::new(false);
             std::thread::scope(|scope| {
                 scope.spawn(|| {
-                    // Asks until neither side has room for more, and reads nothing.
+                    // The front-end sends requests until both sockets are full, and reads no reply.
                     while !cut_off.load(Relaxed) {
                         if stalled.try_send_bytes(ask.as_bytes(), &[]).is_err() {
                             std::thread::sleep(std::time::Duration::from_millis(1));
@@ -516,7 +519,7 @@ fn a_front_end_that_stalls_within_a_message_is_disconnected_and_an_idle_one_is_n
             });
         });
     });
-    // More than any deadline has passed.
+    // All deadlines of the back-end have passed.
     assert_ring_works(&guest, &mut ring);
     let next = patient(&idle);
     next.send(Code::GET_FEATURES, VERSION, &[], &[]);

@@ -33,7 +33,8 @@ fn server() -> Server {
     Server::disk(DISK, |options| options.iommu = true)
 }
 
-/// Random reads and writes; what changed is in the log, by guest-physical address, and nothing else is.
+/// Runs random reads and writes. The log has the pages that the device has written, by guest-physical address, and no
+/// other pages.
 fn run_translated_disk(features: VirtioFeatures, indirect: bool) {
     let server = server();
     let space = IommuGuest::new(server.connect(), FEATURES | features);
@@ -62,7 +63,7 @@ fn run_translated_disk(features: VirtioFeatures, indirect: bool) {
     assert_eq!(marked.difference(&expected).filter(|page| !of_ring.contains(page)).count(), 0, "logged, not written");
     assert_eq!(log.out_of_range(), 0);
     assert!(of_ring.intersection(&marked).count() >= 3, "the ring is logged where it lies");
-    // Whatever else happened to memory.
+    // Every page that has changed, and that the driver has not written, is in the log.
     let mut changed = BTreeSet::new();
     for (region, (was, is)) in space.guest.memory.regions().iter().zip(before.iter().zip(space.guest.snapshot())) {
         let pages = was.chunks(LOG_PAGE as usize).zip(is.chunks(LOG_PAGE as usize));
@@ -97,7 +98,8 @@ fn packed_rings_with_indirect_tables_are_translated() {
     run_translated_disk(PACKED | INDIRECT, true);
 }
 
-/// Rule T3.1: pages are taken away while requests that use them run; from the reply on nothing reaches them.
+/// Rule T3.1: pages are remapped while requests that use them are in flight. After the reply, the device does not write
+/// to the old pages.
 fn invalidate_under_load(features: VirtioFeatures) {
     let server = server();
     let space = IommuGuest::new(server.connect(), FEATURES | features);
@@ -138,7 +140,7 @@ fn invalidate_under_load(features: VirtioFeatures) {
             }
             ring.kick();
         }
-        // Data of some of them goes elsewhere, now. A request that was already served has left its data in the old page.
+        // One data page of each request is remapped. If the request is already complete, its data is in the old page.
         let mut moved = Vec::new();
         for (slot, _, len) in &wanted {
             let page = page_at(slot.data().unchecked_add(dice.below(*len)));
@@ -158,7 +160,7 @@ fn invalidate_under_load(features: VirtioFeatures) {
             assert_eq!(ring.completions(16).len(), 16);
         }
         check(&taken);
-        // What no page was taken from has arrived.
+        // All data outside the remapped pages has arrived.
         let memory = space.driver_memory(DATA, 8 << 20);
         for (slot, sector, len) in wanted {
             assert_eq!(bytes(&memory, slot.status(), 1), [0]);
@@ -183,7 +185,7 @@ fn page(slot: u64) -> Buffer {
     Buffer { gpa: DATA.unchecked_add(slot * LOG_PAGE), len: LOG_PAGE as u32 }
 }
 
-/// A ring with requests of one page each, all of them taken by a device that completes none.
+/// Starts ring 0 with `count` requests of one page each. The device has taken all of them, and holds them.
 fn held(space: &IommuGuest, features: VirtioFeatures, count: u64) -> Ring {
     let mut ring = space.ring(0, 256, features);
     for slot in 0..count {
@@ -197,7 +199,7 @@ fn held(space: &IommuGuest, features: VirtioFeatures, count: u64) -> Ring {
     ring
 }
 
-/// Rule T3.2, with a device that is in no hurry.
+/// Rule T3.2, with a device that completes no request until its gate is open.
 #[test]
 fn an_invalidation_waits_only_for_requests_that_use_the_range() {
     let (device, gate) = GatedDevice::new();
@@ -210,7 +212,7 @@ fn an_invalidation_waits_only_for_requests_that_use_the_range() {
     gate.write(1).unwrap();
     assert_eq!(space.client.reply(Code::IOTLB_MSG), [0; 8]);
     assert_eq!(ring.completions(4).len(), 4);
-    // The ring's own pages: what is under way is published first, where the driver looks for it.
+    // An invalidation of the ring's own pages waits until the request in flight is published.
     let _ = gate.read();
     ring.driver.add(&[], &[page(7)], None).unwrap().unwrap();
     ring.kick();
@@ -224,7 +226,7 @@ fn an_invalidation_waits_only_for_requests_that_use_the_range() {
     assert!(ring.driver.pop_used().unwrap().is_some(), "it was acknowledged before the request was published");
 }
 
-/// Rules T1.1, I3.3, I4.5: the region has I/O virtual addresses, and a successor no translation of any.
+/// Rules T1.1, I3.3, I4.5: the inflight region has I/O virtual addresses, and a successor starts without translations.
 fn recover_after_kill(features: VirtioFeatures) {
     let (device, gate) = GatedDevice::new();
     let server = Server::new(device);
@@ -243,7 +245,7 @@ fn recover_after_kill(features: VirtioFeatures) {
     drop(space);
     let space = IommuGuest::of(guest, server.connect(), FEATURES | features);
     let _ = gate.read();
-    // As if the first one had been killed at that moment.
+    // Memory and inflight region are restored, as if the first back-end had been killed with its requests in flight.
     for (region, bytes) in space.guest.memory.regions().iter().zip(memory) {
         space.guest.memory.write(region.gpa(), &bytes).unwrap();
     }
@@ -253,7 +255,8 @@ fn recover_after_kill(features: VirtioFeatures) {
     }
     assert!(ring.driver.pop_used().unwrap().is_none());
     assert_eq!(space.client.acknowledged(Code::SET_INFLIGHT_FD, &region, &[fd.as_fd()]), 0);
-    // Without an answer at first: the ring can be stopped all the same, and loses nothing.
+    // At first, the IOMMU answers no miss, and only the ring's areas are translated. The ring can be stopped and keeps
+    // its requests.
     for page in [ring.layout.desc, ring.layout.avail, ring.layout.used] {
         for page in (0..3).map(|number| page.unchecked_add(number * LOG_PAGE)) {
             let translation = update(iova(page), LOG_PAGE, space.guest.user(space.gpa(page)), 3);
@@ -284,7 +287,7 @@ fn a_successor_translates_and_completes_requests_of_a_packed_ring_in_flight() {
     recover_after_kill(PACKED);
 }
 
-/// One read by ring `index`.
+/// Publishes one read in `slot`, and kicks.
 fn read(space: &IommuGuest, ring: &mut Ring, slot: u64) {
     Slot(slot).add(ring, &space.driver_memory(Slot(slot).at(), Slot::BYTES), VIRTIO_BLK_T_IN, 1, 1024, false);
     ring.kick();
@@ -313,7 +316,7 @@ fn a_truncated_iotlb_msg_is_refused_and_the_ring_continues() {
     assert_eq!(space.client.ring_base(0), 3);
 }
 
-/// Rule T1.4: a page that may only be read, and one without a mapping.
+/// Rule T1.4: a page that may only be read, one without any permission, and one without a mapping.
 #[test]
 fn a_refused_translation_breaks_only_the_ring_that_needs_it() {
     for permission in [Some(1), Some(0), None] {
@@ -337,7 +340,7 @@ fn a_refused_translation_breaks_only_the_ring_that_needs_it() {
         let refused = space.iommu.failures.load(Ordering::SeqCst);
         assert_eq!(refused, u64::from(permission.is_some()), "the IOMMU hears of what it forbids");
         assert_eq!(space.client.ring_base(0), 1, "what could not be translated was not taken");
-        // Mapped again, the ring goes on where it was.
+        // Once the page is mapped again, the ring continues at its base.
         space.remap([(page, Some((user, 3)))]);
         space.start(&bad, 1);
         bad.completion();
@@ -345,7 +348,7 @@ fn a_refused_translation_breaks_only_the_ring_that_needs_it() {
     }
 }
 
-/// Rule T1.5: misses without an answer.
+/// Rule T1.5: the IOMMU does not answer misses.
 #[test]
 fn an_unanswered_miss_delays_only_the_ring_that_needs_it() {
     let server = server();
@@ -362,11 +365,11 @@ fn an_unanswered_miss_delays_only_the_ring_that_needs_it() {
         assert_served(&space, &mut good, 1);
     }
     assert!(stuck.driver.pop_used().unwrap().is_none());
-    // Not even what is about its own addresses waits.
+    // An invalidation of the address that the ring waits for is acknowledged meanwhile.
     space.client.send_acknowledged(Code::IOTLB_MSG, &invalidate(iova(Slot(5).header()), 16), &[]);
     assert_eq!(space.client.ring_base(0), 1);
     space.start(&stuck, 1);
-    // A ring that can't even find its areas can be stopped too.
+    // A ring that waits for a translation of its own areas can be stopped too.
     space.client.send_acknowledged(Code::IOTLB_MSG, &invalidate(iova(stuck.layout.avail), 4096), &[]);
     assert_eq!(space.client.ring_base(0), 1);
     space.start(&stuck, 1);
@@ -375,7 +378,7 @@ fn an_unanswered_miss_delays_only_the_ring_that_needs_it() {
     space.start(&stuck, 1);
     stuck.completion();
     assert_eq!(bytes(&space.driver_memory(Slot(5).data(), 1024), Slot(5).data(), 1024), contents(1, 1024));
-    // And hanging up ends it all.
+    // A hang-up ends the wait for the translation, and the next front-end is served.
     space.iommu.silent.store(true, Ordering::SeqCst);
     read(&space, &mut stuck, 6);
     assert_served(&space, &mut good, 1);
@@ -383,7 +386,7 @@ fn an_unanswered_miss_delays_only_the_ring_that_needs_it() {
     IommuGuest::new(server.connect(), FEATURES);
 }
 
-/// Rule T3.4: the pages of a ring go elsewhere while it runs.
+/// Rule T3.4: the pages of a ring are remapped while the ring runs.
 fn remap_ring(features: VirtioFeatures) {
     let server = server();
     let space = IommuGuest::new(server.connect(), FEATURES | features);
@@ -398,7 +401,7 @@ fn remap_ring(features: VirtioFeatures) {
         let (user, _) = space.iommu.map.lock().unwrap()[&(free.0 / LOG_PAGE)];
         free = free.unchecked_add(LOG_PAGE);
         space.remap([(page, None)]);
-        // It is the driver's now, which may write anything there.
+        // The old page belongs to the driver now, which may write anything to it.
         let contents = space.guest.bytes(old, 4096);
         space.guest.memory.write(old, &[0xee; 4096]).unwrap();
         let state = ring.driver.state();
@@ -422,7 +425,8 @@ fn a_packed_ring_continues_after_its_pages_are_remapped() {
     remap_ring(PACKED);
 }
 
-/// No channel: what was told counts, what was not ends the ring.
+/// Without a channel, the back-end uses the translations that it was sent. A ring that needs another
+/// translation breaks.
 /// Rules T1.7 and T3.8.
 #[test]
 fn without_a_back_end_channel_only_pushed_translations_are_used() {
@@ -432,7 +436,7 @@ fn without_a_back_end_channel_only_pushed_translations_are_used() {
     client.send_body(Code::SET_PROTOCOL_FEATURES, &CHANNEL);
     client.send_acknowledged(Code::SET_FEATURES, &FEATURES, &[]);
     guest.send_table(&client);
-    // All of the first region, as a front-end without an IOMMU may have it.
+    // One translation of the whole first region, as a front-end without an IOMMU may send it.
     client.send_acknowledged(Code::IOTLB_MSG, &update(Iova(0), REGION, guest.user(GuestAddress(0)), 3), &[]);
     let mut ring = Ring::new(&guest, 0, 256, VirtioFeatures::empty());
     let error = EventFd::new().unwrap();
@@ -468,7 +472,7 @@ fn without_a_back_end_channel_only_pushed_translations_are_used() {
     assert_eq!(client.ring_base(0), 1);
 }
 
-/// Bad messages change nothing; an invalidation of everything during I/O costs only time.
+/// Invalid messages have no effect. An invalidation of everything during I/O only delays requests.
 /// Rules T2.1 and T2.2.
 #[test]
 fn invalid_translations_are_refused_and_the_rings_continue() {
@@ -500,7 +504,7 @@ fn invalid_translations_are_refused_and_the_rings_continue() {
     }
     assert_ne!(space.client.acknowledged(Code::IOTLB_MSG, &[0; 31], &[]), 0);
     assert_served(&space, &mut ring, 0);
-    // A flood, and everything taken away in the middle of it.
+    // A flood of updates. Invalidations of everything follow, each with a read in flight.
     let begin = Instant::now();
     for number in 0..20_000u64 {
         space.iommu.tell(&update(Iova(number << 13), LOG_PAGE, user, 3));
@@ -515,7 +519,7 @@ fn invalid_translations_are_refused_and_the_rings_continue() {
     assert!(begin.elapsed() < 10 * DEADLINE);
 }
 
-/// A device that does not offer it doesn't know the message; acknowledging it is refused.
+/// A device that does not offer ACCESS_PLATFORM refuses its acknowledgement, and refuses IOTLB_MSG.
 /// Rule T5.1.
 #[test]
 fn access_platform_is_offered_only_if_configured() {

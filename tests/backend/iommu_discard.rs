@@ -17,7 +17,7 @@ fn server() -> Server {
     Server::disk(DISK, |options| options.iommu = true)
 }
 
-/// One read, whose data is looked for where the IOMMU says that it is.
+/// Submits one read, and asserts that its data is in the pages that the IOMMU maps now.
 fn assert_read(space: &IommuGuest, ring: &mut Ring, sector: u64) {
     let memory = space.driver_memory(Slot(0).at(), Slot::BYTES);
     Slot(0).add(ring, &memory, VIRTIO_BLK_T_IN, sector, 1024, false);
@@ -25,7 +25,7 @@ fn assert_read(space: &IommuGuest, ring: &mut Ring, sector: u64) {
     assert_eq!(bytes(&memory, Slot(0).data(), 1024), contents(sector, 1024));
 }
 
-/// Moves the pages of a request without an invalidation. The driver fills the old ones.
+/// Remaps the pages of a request without an invalidation. The driver fills the old pages, which are returned.
 fn remap_silently(space: &IommuGuest, to: GuestAddress) -> Vec<GuestAddress> {
     let (first, count) = (Slot(0).at().0 / LOG_PAGE, Slot::BYTES / LOG_PAGE);
     let pages = first..first + count;
@@ -71,7 +71,7 @@ fn acknowledging_access_platform_again_discards_all_translations() {
     let mut ring = space.ring(0, 256, VirtioFeatures::empty());
     space.start(&ring, 0);
     assert_read(&space, &mut ring, 1);
-    // Disabled, and no more.
+    // The ring is disabled, but not stopped.
     ring.enable(&space.client, false);
     space.client.send_acknowledged(Code::SET_FEATURES, &BASIC, &[]);
     let old = remap_silently(&space, BASE.unchecked_add(12 << 20));
@@ -82,7 +82,7 @@ fn acknowledging_access_platform_again_discards_all_translations() {
     assert_eq!(space.client.ring_base(0), 2);
 }
 
-/// The front-end maps its regions elsewhere: each where the other was. Rings run on.
+/// The user addresses of the two regions are swapped. The ring continues.
 #[test]
 fn a_new_memory_table_discards_translations_to_old_addresses() {
     for features in BOTH {
@@ -108,7 +108,7 @@ fn a_new_memory_table_discards_translations_to_old_addresses() {
         let header = MemoryHeader { nregions: regions.len() as u32, padding: 0 };
         let table = [header.as_bytes(), regions.as_bytes()].concat();
         assert_eq!(space.client.acknowledged(Code::SET_MEM_TABLE, &table, &space.guest.fds()), 0);
-        // It still leads to the same pages of the guest.
+        // The I/O virtual addresses still lead to the same pages of the guest.
         Slot(0).add(&mut ring, &memory, VIRTIO_BLK_T_IN, 7, 1024, false);
         ring.serve_one();
         assert_eq!(bytes(&memory, Slot(0).data(), 1024), contents(7, 1024));

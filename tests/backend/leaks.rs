@@ -20,14 +20,14 @@ use crate::net_driver::{LoopbackNetGuest, interface_features};
 use crate::raw::{NEED_REPLY, RawFrontend, VERSION};
 use crate::server::Process;
 
-/// Resources of a process while a silent front-end is connected: fds, mappings of files, threads.
+/// Resources of a process while an idle front-end is connected: fds, mappings of files, threads.
 fn resources(process: &Process, socket: &Path) -> [usize; 3] {
     let client = RawFrontend::connect(socket);
     client.wait_until_processed();
     [process.open_fds(), process.mapped_files(), process.threads()]
 }
 
-/// Connects as far as rings can be started: on some connections with a back-end channel, an inflight region, both.
+/// Sends all messages before those of rings. Some connections also get an inflight region, a back-end channel or both.
 fn negotiate(
     client: &RawFrontend,
     guest: &Guest,
@@ -71,7 +71,7 @@ fn use_network(client: RawFrontend, number: u32) {
     match number / 2 % 4 {
         0 => {
             let packet = net.send(0);
-            // Behind what others have sent and not received.
+            // Packets that earlier connections have sent and not received come first.
             while net.receive(0) != packet {}
         }
         1 => net.client.send_bytes(&[1, 0, 0], &[]),
@@ -88,7 +88,7 @@ fn connect_repeatedly(process: &Process, socket: &Path, visit: impl Fn(RawFronte
         (0..count).for_each(|number| visit(RawFrontend::connect(socket), number));
         (resources(process, socket), process.memory_kib())
     };
-    // What is allocated once, and kept.
+    // The first connections allocate memory that the process keeps.
     let (before, kib_before) = connect(100);
     let (after, kib_after) = connect(1000);
     assert_eq!(after, before, "fds, mappings, threads");
@@ -110,7 +110,7 @@ fn a_thousand_connections_to_a_network_device_leak_no_fds_mappings_threads_or_me
     connect_repeatedly(&process, &socket, use_network);
 }
 
-/// Sends what starts a ring, whatever the answers, and waits until the back-end has read it all or hung up.
+/// Sends the messages that start a ring, regardless of the replies. Waits until the back-end has closed the connection.
 fn try_to_start_ring(client: &RawFrontend, guest: &Guest, ring: &Ring) {
     let [size, base, on] = [256, 0, 1].map(|num| VringState { index: 0, num });
     let wish = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues: 2, queue_size: 256, padding: [0; 4] };
@@ -138,7 +138,8 @@ fn try_to_start_ring(client: &RawFrontend, guest: &Guest, ring: &Ring) {
     while !client.is_closed() {}
 }
 
-/// Whatever the fd is for that there is none left for: the message is refused, or the connection ends.
+/// Each connection may use one fd more than the connection before it, so that the fds run out at different steps. The
+/// next front-end is always served.
 #[test]
 fn fd_exhaustion_at_any_step_ends_only_that_connection() {
     let (_folder, socket, mut process) = Process::disk(&["--queues", "2"]);
@@ -156,7 +157,7 @@ fn fd_exhaustion_at_any_step_ends_only_that_connection() {
         drop(next);
         assert_eq!(resources(&process, &socket), before, "with {spare} left");
     }
-    // Not even for a connection: it waits until there is one.
+    // No fd is left for a connection. The connection waits until an fd is free.
     let mut said = BufReader::new(process.child.stderr.take().unwrap());
     process.limit_fds(3);
     let client = RawFrontend::connect(&socket);
@@ -175,7 +176,8 @@ fn fd_exhaustion_at_any_step_ends_only_that_connection() {
     assert!(!rest.contains("panicked"), "{rest}");
 }
 
-/// Messages full of fds, by the byte too, to a process that can't have as many.
+/// Messages with the maximum number of fds, which is more than the process may open. Some are sent byte by byte, with
+/// fds for each byte.
 #[rstest]
 fn a_flood_of_fds_leaks_nothing(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
     let (_folder, socket, mut process) = Process::disk(&["--queues", "2"]);
@@ -192,7 +194,7 @@ fn a_flood_of_fds_leaks_nothing(#[values(SPLIT, PACKED)] features: VirtioFeature
         for _ in 0..10 {
             let _ = client.try_send_bytes(&message, &fds);
         }
-        // One whose every byte brings more.
+        // One more message is sent byte by byte, with fds for each byte.
         for byte in &message {
             let _ = client.try_send_bytes(&[*byte], &fds);
         }
