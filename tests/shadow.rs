@@ -28,7 +28,7 @@ use vhost_migrate::abi::virtio::{
 use vhost_migrate::backend::blk::{BlkDevice, BlkOptions};
 use vhost_migrate::backend::{Queue, RING_FEATURES, Request, VirtioDevice};
 use vhost_migrate::dirty::{Log, PageSet};
-use vhost_migrate::frontend::{Device, FrontendError, RingSetup, UserDevice, UserOptions};
+use vhost_migrate::frontend::{Device, FrontendError, LogQuality, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestIncomingVm, GuestSourceVm};
 use vhost_migrate::memory::{Address, GuestAddress, Memory, Region};
 use vhost_migrate::migrate::{
@@ -176,6 +176,7 @@ fn the_log_has_the_written_pages_and_those_of_the_used_ring(#[values(false, true
     let mut rig = Rig::start(&folder.path().join("a"), 16, VIRTIO_F_VERSION_1 | kind);
     let (log, fd) = Log::create(rig.memory.end()).unwrap();
     let log = Arc::new(log);
+    assert_eq!(rig.device.log_quality(), Some(LogQuality::Shadowed));
     rig.device.start_logging(&log, fd.as_fd()).unwrap();
     assert_eq!(rig.read(3, None), 513);
     assert_eq!(rig.status(), 0);

@@ -122,6 +122,18 @@ pub struct InflightState {
     pub contents: Vec<u8>,
 }
 
+/// Quality of a device's dirty log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum LogQuality {
+    /// The log has each page that the device wrote, and no other.
+    Exact,
+    /// The log has each page that the device wrote, and may have pages that it could have written.
+    Conservative,
+    /// The log has each page that the device wrote, because the device writes through rings of the front-end.
+    Shadowed,
+}
+
 /// Result of a reconnection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Reconnection {
@@ -333,6 +345,11 @@ pub trait Device: Send {
     /// # Errors
     /// [`FrontendError::Refused`] and other errors of the connection.
     fn stop_logging(&mut self) -> Result<(), FrontendError>;
+
+    /// Returns the quality of the log of [`start_logging`](Device::start_logging), or `None` if the device cannot log.
+    fn log_quality(&self) -> Option<LogQuality> {
+        Some(LogQuality::Exact)
+    }
 
     /// Returns false if [`save_state`](Device::save_state) always returns `None`.
     fn has_state(&self) -> bool {

@@ -81,7 +81,9 @@ use crate::abi::virtio::{
 use crate::backend::rings::Workers;
 use crate::backend::session::{Kick, Logging, Notifier, VringConfig, VringController};
 use crate::dirty::Log;
-use crate::frontend::{Device, DeviceEvent, FrontendError, InflightState, Interrupt, Reconnection, RingSetup};
+use crate::frontend::{
+    Device, DeviceEvent, FrontendError, InflightState, Interrupt, LogQuality, Reconnection, RingSetup,
+};
 use crate::memory::Memory;
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::with_causes::with_causes;
@@ -338,6 +340,10 @@ impl Device for ShadowDevice {
         self.log = None;
         self.apply_logging();
         Ok(())
+    }
+
+    fn log_quality(&self) -> Option<LogQuality> {
+        Some(LogQuality::Shadowed)
     }
 
     fn has_state(&self) -> bool {

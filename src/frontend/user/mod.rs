@@ -28,7 +28,9 @@ use std::time::{Duration, Instant};
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{Device, DeviceEvent, FrontendError, InflightState, Interrupt, Reconnection, RingSetup, counters};
+use super::{
+    Device, DeviceEvent, FrontendError, InflightState, Interrupt, LogQuality, Reconnection, RingSetup, counters,
+};
 use crate::abi::features::feature_names;
 use crate::abi::vhost_user::{
     CONFIG_TYPE_FRONTEND, ConfigHeader, DiskGeneration, FrontendRequest, InflightDescription, LogDescription,
@@ -566,6 +568,11 @@ impl Device for UserDevice {
             Err(error) if error.needs_reconnect() => Ok(()),
             done => done,
         }
+    }
+
+    fn log_quality(&self) -> Option<LogQuality> {
+        let can_log = self.has(ProtocolFeatures::LOG_SHMFD) && self.negotiated.features.contains(VHOST_F_LOG_ALL);
+        can_log.then_some(LogQuality::Exact)
     }
 
     fn has_state(&self) -> bool {
