@@ -67,7 +67,7 @@
 //! |---|---|
 //! | none | [`abi`], [`memory`], [`dirty`], [`ring`], [`inflight`] |
 //! | `backend` | [`backend`]: vhost-user devices, with a disk and a network interface |
-//! | `frontend` | [`frontend`]: a front-end that drives vhost-user devices; with `backend` also [`shadow`] |
+//! | `frontend` | [`frontend`]: a front-end that drives vhost-user devices and those of the kernel; with `backend` also [`shadow`] |
 //! | `migrate` | [`migrate`] and [`stream`]: live migration, and the stream that carries it |
 //! | `guest` | [`guest`]: the built-in guest, which checks its memory and disks |
 //! | `check` | [`check`]: conformance checks of vhost-user back-ends |

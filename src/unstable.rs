@@ -14,6 +14,12 @@ pub mod backend {
     };
 }
 
+/// The errors of the kernel's vhost devices.
+#[cfg(feature = "frontend")]
+pub mod frontend {
+    pub use crate::frontend::kernel::vhost_error;
+}
+
 /// The saved state of the built-in guest.
 #[cfg(feature = "guest")]
 pub mod guest {

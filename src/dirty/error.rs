@@ -30,6 +30,20 @@ pub enum DirtyError {
         /// Offset of the log in the file, bytes.
         offset: u64,
     },
+    /// The log cannot be locked in memory.
+    #[error(
+        "the dirty log: cannot lock its {size} bytes in memory, of which this process may lock {limit}: raise \
+         RLIMIT_MEMLOCK (ulimit -l, in KiB), or give the process CAP_IPC_LOCK (rule K3.1)"
+    )]
+    NotLocked {
+        /// Size of the log, bytes.
+        size: u64,
+        /// Limit of locked memory, bytes.
+        limit: u64,
+        /// Error of the system.
+        #[source]
+        cause: io::Error,
+    },
     /// A system call failed.
     #[error("the dirty log: cannot {operation}")]
     System {

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
@@ -93,6 +94,21 @@ impl Log {
     /// The size, bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Allocates the pages of the log and locks them in memory until this mapping is dropped, so that no mark can fail
+    /// (rule K3.1).
+    ///
+    /// # Errors
+    /// [`DirtyError::NotLocked`].
+    pub(crate) fn lock_in_memory(&self) -> Result<(), DirtyError> {
+        let limit = || getrlimit(Resource::RLIMIT_MEMLOCK).map_or(0, |(soft, _)| soft);
+        self.map.lock().map_err(|cause| DirtyError::NotLocked { size: self.size, limit: limit(), cause })
+    }
+
+    /// Address of the first byte in this process, for the kernel.
+    pub(crate) fn address(&self) -> *mut u8 {
+        self.map.as_mut_ptr()
     }
 
     /// The number of pages that the log has a bit for.

@@ -1,10 +1,12 @@
 //! Errors of the front-end.
+#![forbid(unsafe_code)]
 
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::abi::vhost_user::FrontendRequest;
+use crate::dirty::DirtyError;
 use crate::memory::{GuestAddress, Iova, MemoryError};
 
 /// Error of a call on a [`Device`](super::Device).
@@ -161,6 +163,50 @@ pub enum FrontendError {
         /// Layout of the region to be restored.
         there: String,
     },
+    /// A device of the kernel cannot be opened.
+    #[error("{}: cannot open the device ({advice})", path.display())]
+    OpenDevice {
+        /// Path of the device.
+        path: PathBuf,
+        /// Advice to the user.
+        advice: String,
+        /// Error of the system.
+        source: io::Error,
+    },
+    /// The kernel refused a call on a vhost device.
+    #[error("{device}: {call}: {reason}")]
+    Vhost {
+        /// Path of the device.
+        device: String,
+        /// Name of the ioctl.
+        call: &'static str,
+        /// Cause and remedy.
+        reason: &'static str,
+        /// Error of the system.
+        source: io::Error,
+    },
+    /// The interface behind a vhost-net device is gone.
+    #[error("{device}: the tap has no interface any more. Create it again, and open another device with it")]
+    TapGone {
+        /// Path of the device.
+        device: String,
+        /// Error of the system.
+        source: io::Error,
+    },
+    /// The dirty log is smaller than guest memory. The kernel does not know its size, and would write beyond it.
+    #[error(
+        "the dirty log has {pages} pages, and guest memory ends at {:#x}. Call start_logging with a larger log first \
+         (rule K1.4)", memory_end.0
+    )]
+    LogTooSmall {
+        /// Number of pages that the log has a bit for.
+        pages: u64,
+        /// Guest-physical address after the last byte of memory.
+        memory_end: GuestAddress,
+    },
+    /// The dirty log cannot be mapped, or not be locked in memory.
+    #[error(transparent)]
+    Log(#[from] DirtyError),
     /// A ring or a range of guest memory is not mapped.
     #[error(transparent)]
     Memory(#[from] MemoryError),

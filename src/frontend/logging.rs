@@ -1,4 +1,5 @@
 //! The dirty log of a device as a [`DirtySource`], including while its back-end restarts.
+#![forbid(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,8 +1,8 @@
-//! The front-end: the [`Device`] trait and the vhost-user client.
+//! The front-end: the [`Device`] trait, the vhost-user client and the kernel's vhost devices.
 //!
 //! This module holds the operations of a VMM, a migration or the built-in guest on a vhost device, independent of its
-//! transport, and [`UserDevice`], the vhost-user client. It does not hold the device side (`backend`) or drivers
-//! (`guest`).
+//! transport; [`UserDevice`], the vhost-user client; and [`KernelDevice`], for vhost-net, vhost-vsock and vhost-scsi. It
+//! does not hold the device side (`backend`) or drivers (`guest`).
 //!
 //! # Example
 //!
@@ -39,12 +39,13 @@
 //! # backend.join().map_err(|_| "the back-end panicked")??;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod counters;
 mod error;
 mod interrupt;
 mod iommu;
+pub(crate) mod kernel;
 mod logging;
 mod user;
 
@@ -53,6 +54,7 @@ pub use counters::describe_counters;
 pub use error::FrontendError;
 pub use interrupt::Interrupt;
 pub use iommu::{Iommu, Mapping};
+pub use kernel::{KernelDevice, KernelOptions, WorkerType};
 pub use logging::{DeviceDirtySource, SharedDevice};
 pub use user::{BackendAddresses, UserDevice, UserOptions};
 
@@ -152,7 +154,7 @@ pub struct Reconnection {
 /// holds for [`FrontendError::Interrupted`], except that a ring that was being started counts as running and must not
 /// be started again.
 pub trait Device: Send {
-    /// Returns the name of the device in messages: the path of its socket.
+    /// Returns the name of the device in messages: the path of its socket or of the kernel's device.
     fn name(&self) -> &str;
 
     /// Returns the offered virtio and vhost feature bits.

@@ -14,6 +14,8 @@ pub(crate) mod nonblocking;
 pub(crate) mod pipe;
 pub(crate) mod random;
 pub(crate) mod socket;
+#[cfg(feature = "frontend")]
+pub(crate) mod tap;
 pub(crate) mod with_causes;
 pub(crate) mod write_back;
 pub(crate) mod xattr;
