@@ -1,4 +1,12 @@
 //! Tests that run in the kernel lab (`tests/kernel/run`): our front-ends and devices with Linux's vhost, vDPA and VDUSE.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod errors;
 mod modules;
+mod net;
+mod rings;
+mod scsi;
+mod tap;
+mod vsock;
+#[path = "../kit/wait.rs"]
+mod wait;
