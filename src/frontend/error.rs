@@ -193,6 +193,32 @@ pub enum FrontendError {
         /// Error of the system.
         source: io::Error,
     },
+    /// A vDPA device has not started.
+    #[error(
+        "{device}: the device did not start, its status is {status:#x}. Its log, or that of the process that implements \
+         it, may have the reason (rule K5.1)"
+    )]
+    NotStarted {
+        /// Path of the device.
+        device: String,
+        /// Its status.
+        status: u8,
+    },
+    /// A device that is to be stopped has not completed its requests.
+    #[error(
+        "{device}: ring {index} has {in_flight} requests in flight after {waited:?}. The device or its storage may be \
+         stuck; stop the ring again later (rule K5.5)"
+    )]
+    InFlight {
+        /// Path of the device.
+        device: String,
+        /// Ring index.
+        index: u16,
+        /// Number of requests that the device has taken and not completed.
+        in_flight: u16,
+        /// Time waited for them.
+        waited: Duration,
+    },
     /// The dirty log is smaller than guest memory. The kernel does not know its size, and would write beyond it.
     #[error(
         "the dirty log has {pages} pages, and guest memory ends at {:#x}. Call start_logging with a larger log first \

@@ -1,8 +1,8 @@
 //! The front-end: the [`Device`] trait, the vhost-user client and the kernel's vhost devices.
 //!
 //! This module holds the operations of a VMM, a migration or the built-in guest on a vhost device, independent of its
-//! transport; [`UserDevice`], the vhost-user client; and [`KernelDevice`], for vhost-net, vhost-vsock and vhost-scsi. It
-//! does not hold the device side (`backend`) or drivers (`guest`).
+//! transport; [`UserDevice`], the vhost-user client; and [`KernelDevice`], for vhost-net, vhost-vsock, vhost-scsi
+//! and vhost-vdpa. It does not hold the device side (`backend`) or drivers (`guest`).
 //!
 //! # Example
 //!

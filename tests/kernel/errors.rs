@@ -351,6 +351,11 @@ fn a_device_that_cannot_be_opened_is_an_error_with_a_remedy() {
         "/dev/vhost-net: cannot open the device (run as root, or give this user access to it)"
     );
     assert_eq!(
+        KernelDevice::vdpa("/dev/vhost-vdpa-99", None, KernelOptions::default()).err().unwrap().to_string(),
+        "/dev/vhost-vdpa-99: cannot open the device (does the device exist? Run `modprobe vhost_vdpa`, and bind it to \
+         that driver, in /sys/bus/vdpa/drivers/vhost_vdpa)"
+    );
+    assert_eq!(
         error(Some("/dev/null".into())),
         "/dev/null: VHOST_SET_OWNER: neither this kernel nor this device has it. Use a later kernel (rule K2.10)"
     );

@@ -11,21 +11,49 @@ use crate::abi::vhost::*;
 
 /// Makes the error of a call that the device refused.
 pub fn vhost_error(device: &str, request: u32, errno: Errno) -> FrontendError {
-    FrontendError::Vhost {
-        device: device.into(),
-        call: name(request),
-        reason: reason(request, errno),
-        source: io::Error::from(errno),
-    }
+    vhost_error_with(device, name(request), reason(request, errno), errno)
+}
+
+fn vhost_error_with(device: &str, call: &'static str, reason: &'static str, errno: Errno) -> FrontendError {
+    FrontendError::Vhost { device: device.into(), call, reason, source: io::Error::from(errno) }
+}
+
+/// Makes the error of an IOTLB message (`VHOST_IOTLB_*`) that the device refused.
+pub(super) fn message_error(device: &str, kind: u8, errno: Errno) -> FrontendError {
+    let call = match kind {
+        VHOST_IOTLB_UPDATE => "VHOST_IOTLB_UPDATE",
+        VHOST_IOTLB_INVALIDATE => "VHOST_IOTLB_INVALIDATE",
+        VHOST_IOTLB_BATCH_BEGIN => "VHOST_IOTLB_BATCH_BEGIN",
+        VHOST_IOTLB_BATCH_END => "VHOST_IOTLB_BATCH_END",
+        _ => "an unknown message",
+    };
+    let reason = match errno {
+        Errno::EINVAL => "the device cannot access these addresses. Place guest memory inside its range (rule K5.3)",
+        Errno::EEXIST => "the addresses are mapped already. Unmap them first (rule K5.3)",
+        Errno::ENOMEM => {
+            "guest memory cannot be locked. Raise RLIMIT_MEMLOCK (ulimit -l, in KiB) to its size (rule K5.4)"
+        }
+        Errno::EFAULT => "the region is outside this process's memory",
+        _ => return vhost_error_with(device, call, reason(0, errno), errno),
+    };
+    vhost_error_with(device, call, reason, errno)
 }
 
 /// Makes the error of a device that cannot be opened. `module` is the kernel module that makes it.
 pub(super) fn open_error(path: &Path, module: &str, source: io::Error) -> FrontendError {
     let errno = source.raw_os_error().map_or(Errno::UnknownErrno, Errno::from_raw);
     let advice = match errno {
+        Errno::ENOENT | Errno::ENXIO | Errno::ENODEV if module == "vhost_vdpa" => {
+            "does the device exist? Run `modprobe vhost_vdpa`, and bind it to that driver, in \
+             /sys/bus/vdpa/drivers/vhost_vdpa"
+                .into()
+        }
         Errno::ENOENT | Errno::ENXIO | Errno::ENODEV => format!("is the module loaded? Run `modprobe {module}`"),
         Errno::EACCES | Errno::EPERM => "run as root, or give this user access to it".into(),
         Errno::EBUSY => "another process has it open: end that, or use another device".into(),
+        Errno::EIO | Errno::ETIMEDOUT if module == "vhost_vdpa" => {
+            "the device does not reply: is the process that implements it alive?".into()
+        }
         Errno::EMFILE | Errno::ENFILE => "raise the limit of open files (ulimit -n)".into(),
         Errno::ENOMEM => "the kernel has no memory left for it".into(),
         _ => "the log of the kernel may have the reason".into(),
@@ -53,7 +81,10 @@ names! {
     VHOST_SET_VRING_BUSYLOOP_TIMEOUT, VHOST_SET_BACKEND_FEATURES, VHOST_GET_BACKEND_FEATURES, VHOST_NET_SET_BACKEND,
     VHOST_SCSI_SET_ENDPOINT, VHOST_SCSI_CLEAR_ENDPOINT, VHOST_SCSI_GET_ABI_VERSION, VHOST_SCSI_SET_EVENTS_MISSED,
     VHOST_SCSI_GET_EVENTS_MISSED, VHOST_VSOCK_SET_GUEST_CID, VHOST_VSOCK_SET_RUNNING, VHOST_NEW_WORKER,
-    VHOST_FREE_WORKER, VHOST_ATTACH_VRING_WORKER, VHOST_SET_FORK_FROM_OWNER,
+    VHOST_FREE_WORKER, VHOST_ATTACH_VRING_WORKER, VHOST_SET_FORK_FROM_OWNER, VHOST_VDPA_GET_DEVICE_ID,
+    VHOST_VDPA_GET_STATUS, VHOST_VDPA_SET_STATUS, VHOST_VDPA_GET_CONFIG, VHOST_VDPA_SET_CONFIG,
+    VHOST_VDPA_SET_VRING_ENABLE, VHOST_VDPA_GET_VRING_NUM, VHOST_VDPA_SET_CONFIG_CALL, VHOST_VDPA_GET_IOVA_RANGE,
+    VHOST_VDPA_GET_CONFIG_SIZE, VHOST_VDPA_GET_VQS_COUNT, VHOST_VDPA_SUSPEND,
 }
 
 /// Returns cause and remedy of an error.

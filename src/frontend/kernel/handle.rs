@@ -9,26 +9,32 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use nix::errno::Errno;
 use nix::libc;
-use zerocopy::{FromBytes, Immutable, IntoBytes};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::super::{FrontendError, RingSetup};
-use super::explain::vhost_error;
+use super::explain::{message_error, vhost_error};
 use crate::abi::vhost::{
-    VHOST_FILE_UNBIND, VHOST_GET_VRING_BASE, VHOST_SET_LOG_BASE, VHOST_SET_LOG_FD, VHOST_SET_MEM_TABLE,
-    VHOST_SET_VRING_ADDR, VHOST_SET_VRING_BASE, VHOST_SET_VRING_CALL, VHOST_SET_VRING_ERR, VHOST_SET_VRING_KICK,
-    VHOST_SET_VRING_NUM, VHOST_VRING_F_LOG, VhostMemoryHeader, VhostMemoryRegion, VringAddr, VringFile, VringState,
+    IotlbMsg, Msg, MsgV2, VHOST_ACCESS_RW, VHOST_FILE_UNBIND, VHOST_GET_VRING_BASE, VHOST_IOTLB_BATCH_BEGIN,
+    VHOST_IOTLB_BATCH_END, VHOST_IOTLB_INVALIDATE, VHOST_IOTLB_MSG, VHOST_IOTLB_MSG_V2, VHOST_IOTLB_UPDATE,
+    VHOST_SET_LOG_BASE, VHOST_SET_LOG_FD, VHOST_SET_MEM_TABLE, VHOST_SET_VRING_ADDR, VHOST_SET_VRING_BASE,
+    VHOST_SET_VRING_CALL, VHOST_SET_VRING_ERR, VHOST_SET_VRING_KICK, VHOST_SET_VRING_NUM, VHOST_VDPA_GET_CONFIG,
+    VHOST_VDPA_SET_CONFIG, VHOST_VRING_F_LOG, VdpaConfigHeader, VhostMemoryHeader, VhostMemoryRegion, VringAddr,
+    VringFile, VringState,
 };
-use crate::abi::virtio::VirtioFeatures;
+use crate::abi::virtio::{RING_IDX_OFFSET, VirtioFeatures};
 use crate::dirty::Log;
 use crate::memory::{Address, GuestAddress, Memory, MemoryError, Region};
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::nonblocking;
 
-/// Calls that tell the kernel an address of this process. They have methods of their own.
-const WITH_ADDRESSES: [u32; 3] = [VHOST_SET_MEM_TABLE, VHOST_SET_VRING_ADDR, VHOST_SET_LOG_BASE];
+/// Calls that tell the kernel an address of this process, or whose argument is longer than its number says. They have
+/// methods of their own.
+const WITH_METHODS: [u32; 5] =
+    [VHOST_SET_MEM_TABLE, VHOST_SET_VRING_ADDR, VHOST_SET_LOG_BASE, VHOST_VDPA_GET_CONFIG, VHOST_VDPA_SET_CONFIG];
 
 /// The ioctls of an open device. Tests replace it to get errors that are hard to provoke.
 pub(super) trait VhostFile: Send {
@@ -38,6 +44,12 @@ pub(super) trait VhostFile: Send {
     /// `argument` points to all that the ioctl reads and writes, or is null if it has no argument. Memory at addresses
     /// in the argument stays mapped, and is accessed as memory that others write, until the kernel uses it no more.
     unsafe fn ioctl(&self, request: u32, argument: *mut u8) -> nix::Result<()>;
+
+    /// Writes a message.
+    ///
+    /// # Safety
+    /// As [`VhostFile::ioctl`] for the addresses in the message.
+    unsafe fn write(&self, message: &[u8]) -> nix::Result<()>;
 }
 
 impl VhostFile for File {
@@ -46,6 +58,21 @@ impl VhostFile for File {
         let done = unsafe { libc::ioctl(self.as_raw_fd(), request.into(), argument) };
         Errno::result(done).map(drop)
     }
+
+    unsafe fn write(&self, message: &[u8]) -> nix::Result<()> {
+        match nix::unistd::write(self, message)? {
+            written if written == message.len() => Ok(()),
+            _ => Err(Errno::EIO),
+        }
+    }
+}
+
+/// The IOTLB messages that the device takes.
+#[derive(Clone, Copy)]
+struct Iotlb {
+    /// Messages are those of version 2.
+    is_v2: bool,
+    has_batches: bool,
 }
 
 /// A ring whose addresses the kernel has.
@@ -61,6 +88,10 @@ pub(super) struct VhostHandle {
     file: Box<dyn VhostFile>,
     name: String,
     memory: Memory,
+    /// For devices that access memory at I/O virtual addresses, which are guest-physical addresses here.
+    iotlb: Option<Iotlb>,
+    /// Regions that have I/O virtual addresses.
+    mapped: Vec<Arc<Region>>,
     rings: BTreeMap<u16, PlacedRing>,
     log: Option<Log>,
     /// Logs that some rings may still write, after a change of the log that failed.
@@ -74,6 +105,8 @@ impl VhostHandle {
             file: Box::new(file),
             name,
             memory: Memory::default(),
+            iotlb: None,
+            mapped: Vec::new(),
             rings: BTreeMap::new(),
             log: None,
             retired: Vec::new(),
@@ -84,13 +117,13 @@ impl VhostHandle {
         &self.name
     }
 
-    /// Calls an ioctl whose argument is a `T`, and which has no addresses in it.
+    /// Calls an ioctl whose argument is a `T`, and which has no method of its own.
     pub(super) fn call<T: FromBytes + IntoBytes + Immutable>(
         &self,
         request: u32,
         argument: &mut T,
     ) -> Result<(), FrontendError> {
-        match WITH_ADDRESSES.contains(&request) {
+        match WITH_METHODS.contains(&request) {
             true => Err(self.failed(request)(Errno::EINVAL)),
             false => self.call_with(request, argument.as_mut_bytes()),
         }
@@ -122,8 +155,21 @@ impl VhostHandle {
         self.set(request, VringFile { index: index.into(), fd: fd.unwrap_or(VHOST_FILE_UNBIND) })
     }
 
+    /// Uses messages for guest memory, and guest-physical addresses for rings, from now on.
+    pub(super) fn use_iotlb(&mut self, is_v2: bool, has_batches: bool) {
+        self.iotlb = Some(Iotlb { is_v2, has_batches });
+    }
+
     /// Sets the memory table. If that fails, the former one stays.
     pub(super) fn set_memory(&mut self, memory: &Memory) -> Result<(), FrontendError> {
+        if self.iotlb.is_some() {
+            let before = std::mem::replace(&mut self.memory, memory.clone());
+            return self.map_memory().inspect_err(|_| {
+                self.memory = before;
+                // The first error tells more.
+                let _ = self.map_memory();
+            });
+        }
         let regions = memory.regions();
         let header = VhostMemoryHeader { nregions: regions.len() as u32, padding: 0 };
         let mut table = header.as_bytes().to_vec();
@@ -139,6 +185,69 @@ impl VhostHandle {
         self.call_with(VHOST_SET_MEM_TABLE, &mut table)?;
         self.memory = memory.clone();
         Ok(())
+    }
+
+    /// Maps the regions of memory that are not mapped, after those that are no longer in memory are unmapped.
+    pub(super) fn map_memory(&mut self) -> Result<(), FrontendError> {
+        self.map(self.memory.regions().to_vec())
+    }
+
+    /// Unmaps all memory.
+    pub(super) fn unmap_memory(&mut self) -> Result<(), FrontendError> {
+        self.map(Vec::new())
+    }
+
+    fn map(&mut self, regions: Vec<Arc<Region>>) -> Result<(), FrontendError> {
+        let Some(Iotlb { is_v2, has_batches }) = self.iotlb else { return Ok(()) };
+        let lacks = |list: &[Arc<Region>], region: &Arc<Region>| !list.iter().any(|other| Arc::ptr_eq(other, region));
+        let old: Vec<_> = self.mapped.iter().filter(|region| lacks(&regions, region)).cloned().collect();
+        let new: Vec<_> = regions.into_iter().filter(|region| lacks(&self.mapped, region)).collect();
+        if old.is_empty() && new.is_empty() {
+            return Ok(());
+        }
+        let batch = |handle: &VhostHandle, kind| match has_batches {
+            true => handle.send_message(is_v2, IotlbMsg { kind, ..IotlbMsg::new_zeroed() }),
+            false => Ok(()),
+        };
+        batch(self, VHOST_IOTLB_BATCH_BEGIN)?;
+        let changed = self.change_mappings(is_v2, &old, new);
+        changed.and(batch(self, VHOST_IOTLB_BATCH_END))
+    }
+
+    fn change_mappings(
+        &mut self,
+        is_v2: bool,
+        old: &[Arc<Region>],
+        new: Vec<Arc<Region>>,
+    ) -> Result<(), FrontendError> {
+        let message = |region: &Region, kind| IotlbMsg {
+            iova: region.gpa().0,
+            size: region.size(),
+            uaddr: region.host_ptr().addr() as u64,
+            perm: VHOST_ACCESS_RW,
+            kind,
+            padding: [0; 6],
+        };
+        for region in old {
+            self.send_message(is_v2, message(region, VHOST_IOTLB_INVALIDATE))?;
+            self.mapped.retain(|other| !Arc::ptr_eq(other, region));
+        }
+        for region in new {
+            self.send_message(is_v2, message(&region, VHOST_IOTLB_UPDATE))?;
+            self.mapped.push(region);
+        }
+        Ok(())
+    }
+
+    fn send_message(&self, is_v2: bool, iotlb: IotlbMsg) -> Result<(), FrontendError> {
+        let (asid, padding, unused) = (0, 0, [0; 32]);
+        let message = match is_v2 {
+            true => MsgV2 { kind: VHOST_IOTLB_MSG_V2, asid, iotlb, unused }.as_bytes().to_vec(),
+            false => Msg { kind: VHOST_IOTLB_MSG, padding, iotlb, unused }.as_bytes().to_vec(),
+        };
+        // SAFETY: the address is that of a region, which is in `mapped` until its mapping is removed or the file closed.
+        let sent = unsafe { self.file.write(&message) };
+        sent.map_err(|errno| message_error(&self.name, iotlb.kind, errno))
     }
 
     /// Sets size, position, addresses and descriptors of a ring that does not run (rule K1.2).
@@ -160,7 +269,11 @@ impl VhostHandle {
     /// logged.
     pub(super) fn place_ring(&mut self, index: u16, log: bool) -> Result<(), FrontendError> {
         let Some(ring) = self.rings.get_mut(&index) else { return Ok(()) };
-        let [desc, avail, used] = ring_addresses(&self.memory, &ring.setup)?;
+        let mut areas = ring_addresses(&self.memory, &ring.setup)?;
+        if self.iotlb.is_some() {
+            areas = [ring.setup.desc, ring.setup.avail, ring.setup.used].map(|gpa| gpa.0);
+        }
+        let [desc, avail, used] = areas;
         let mut addresses = VringAddr {
             index: index.into(),
             flags: if log { VHOST_VRING_F_LOG.bits() } else { 0 },
@@ -173,6 +286,46 @@ impl VhostHandle {
         self.call_with(VHOST_SET_VRING_ADDR, addresses.as_mut_bytes())?;
         self.rings.entry(index).and_modify(|ring| ring.memory = memory);
         Ok(())
+    }
+
+    /// Moves a ring, which may run, to the present memory. I/O virtual addresses do not move.
+    pub(super) fn move_ring(&mut self, index: u16, log: bool) -> Result<(), FrontendError> {
+        if self.iotlb.is_some() { Ok(()) } else { self.place_ring(index, log) }
+    }
+
+    /// Returns the rings that were set, as they are to be set again.
+    pub(super) fn rings(&self) -> Vec<(u16, RingSetup)> {
+        self.rings.iter().map(|(index, ring)| (*index, ring.setup.clone())).collect()
+    }
+
+    /// Notes the position at which a ring is to go on.
+    pub(super) fn note_base(&mut self, index: u16, base: RingBase) {
+        self.rings.entry(index).and_modify(|ring| ring.setup.base = base);
+    }
+
+    /// Reads the used index of a split ring in memory.
+    pub(super) fn used_index(&self, index: u16) -> Result<u16, FrontendError> {
+        let not_set = || FrontendError::InvalidRing { index, reason: "it is not started".into() };
+        let ring = self.rings.get(&index).ok_or_else(not_set)?;
+        let mut bytes = [0; 2];
+        self.memory.read(GuestAddress(ring.setup.used.0.saturating_add(RING_IDX_OFFSET)), &mut bytes)?;
+        // What the device has written before it completed a request is visible after its index.
+        fence(Ordering::Acquire);
+        Ok(u16::from_le_bytes(bytes))
+    }
+
+    /// Reads configuration space.
+    pub(super) fn config(&self, offset: u32, bytes: &mut [u8]) -> Result<(), FrontendError> {
+        let mut argument = config_argument(offset, bytes);
+        self.call_with(VHOST_VDPA_GET_CONFIG, &mut argument)?;
+        let read = argument.split_off(size_of::<VdpaConfigHeader>());
+        bytes.iter_mut().zip(read).for_each(|(to, from)| *to = from);
+        Ok(())
+    }
+
+    /// Writes configuration space.
+    pub(super) fn set_config(&self, offset: u32, bytes: &[u8]) -> Result<(), FrontendError> {
+        self.call_with(VHOST_VDPA_SET_CONFIG, &mut config_argument(offset, bytes))
     }
 
     /// Checks that a ring can be placed in `memory`.
@@ -232,8 +385,8 @@ impl VhostHandle {
         if argument.len() < size {
             return Err(self.failed(request)(Errno::EINVAL));
         }
-        // SAFETY: the argument has the size that the number names, and a memory table has the regions that its header
-        // counts. Addresses are those of regions in `memory` and in `rings`, and of logs in `log` and `retired`, which
+        // SAFETY: the argument has the size that the number names; a memory table has the regions, and a configuration
+        // the bytes, that its header counts. Addresses are those of regions in `memory` and in `rings`, and of logs in `log` and `retired`, which
         // are dropped after the kernel has others or the file is closed. All of them are accessed as shared memory.
         let done = unsafe { self.file.ioctl(request, argument.as_mut_ptr()) };
         done.map_err(self.failed(request))
@@ -242,6 +395,10 @@ impl VhostHandle {
     fn failed(&self, request: u32) -> impl FnOnce(Errno) -> FrontendError {
         move |errno| vhost_error(&self.name, request, errno)
     }
+}
+
+fn config_argument(off: u32, bytes: &[u8]) -> Vec<u8> {
+    [VdpaConfigHeader { off, len: bytes.len() as u32 }.as_bytes(), bytes].concat()
 }
 
 /// Returns the addresses of descriptor table, avail ring and used ring in this process.

@@ -1,7 +1,7 @@
-//! Devices of the kernel: [`KernelDevice`] drives vhost-net, vhost-vsock and vhost-scsi.
+//! Devices of the kernel: [`KernelDevice`] drives vhost-net, vhost-vsock, vhost-scsi and vhost-vdpa.
 //!
 //! This module maps the calls of [`Device`] to ioctls in the order that the kernel expects (rules K1), and keeps the
-//! dirty log in memory (rules K3). What differs between the devices is in `net`, `vsock` and `scsi`; the ioctls are in
+//! dirty log in memory (rules K3). What differs between the devices is in `net`, `vsock`, `scsi` and `vdpa`; the ioctls are in
 //! `handle`, the texts of their errors in `explain`.
 
 mod explain;
@@ -11,6 +11,7 @@ mod options;
 mod scsi;
 #[cfg(test)]
 mod tests;
+mod vdpa;
 mod vsock;
 
 pub use explain::vhost_error;
@@ -23,7 +24,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Device, FrontendError, InflightState, LogQuality, Reconnection, RingSetup};
+use super::{Device, DeviceEvent, FrontendError, InflightState, LogQuality, Reconnection, RingSetup};
 use crate::abi::features::feature_names;
 use crate::abi::vhost::{
     VHOST_ATTACH_VRING_WORKER, VHOST_F_LOG_ALL, VHOST_FORK_OWNER_KTHREAD, VHOST_FORK_OWNER_TASK, VHOST_GET_FEATURES,
@@ -35,9 +36,11 @@ use crate::abi::virtio::{VIRTIO_F_ACCESS_PLATFORM, VirtioFeatures};
 use crate::dirty::Log;
 use crate::memory::{LOG_PAGE, Memory};
 use crate::ring::RingBase;
+use crate::sys::nonblocking;
 use handle::{VhostHandle, ring_addresses};
 use net::Net;
 use scsi::Scsi;
+use vdpa::Vdpa;
 use vsock::Vsock;
 
 /// Feature bits that the device sets itself, and those that this front-end does not support (device IOTLB).
@@ -48,24 +51,35 @@ const DEFAULT_MAX_REGIONS: usize = 64;
 /// The module's parameter for it.
 const MAX_REGIONS: &str = "/sys/module/vhost/parameters/max_mem_regions";
 
-/// What differs between the vhost devices of the kernel.
+/// The differences between the vhost devices of the kernel.
 trait Kind: Send {
     /// Returns the virtio device id.
     fn id(&self) -> u32;
 
     /// Makes the calls that follow SET_OWNER.
-    fn opened(&self, _: &VhostHandle) -> Result<(), FrontendError> {
+    fn opened(&mut self, _: &mut VhostHandle) -> Result<(), FrontendError> {
         Ok(())
     }
 
     /// Returns the number of rings.
     fn queues(&self) -> u16;
 
+    /// Returns the maximum number of entries of a ring.
+    fn max_ring_size(&self) -> u16 {
+        1 << 15
+    }
+
+    /// Returns the maximum number of regions, if it is not that of the module vhost.
+    fn slots(&self) -> Option<usize> {
+        None
+    }
+
     /// Returns true if all rings start and stop together.
     fn runs_as_a_whole(&self) -> bool;
 
     /// Returns the features that are acknowledged whatever the driver wants.
-    fn own_features(&self) -> VirtioFeatures {
+    fn own_features(&self, offered: VirtioFeatures) -> VirtioFeatures {
+        let _ = offered;
         VirtioFeatures::empty()
     }
 
@@ -74,26 +88,55 @@ trait Kind: Send {
         Ok(())
     }
 
-    /// Starts the ring, or all rings of a device that runs as a whole.
-    fn run(&self, handle: &VhostHandle, index: u16) -> Result<(), FrontendError>;
+    /// Returns an error if the device cannot access this memory.
+    fn check_memory(&self, _: &Memory) -> Result<(), FrontendError> {
+        Ok(())
+    }
+
+    /// Starts the ring, or all rings of a device that runs as a whole. `features` are all that were acknowledged.
+    fn run(&self, handle: &mut VhostHandle, index: u16, features: VirtioFeatures) -> Result<(), FrontendError>;
 
     /// Stops the ring, or all rings, and waits for requests in flight.
-    fn halt(&self, handle: &VhostHandle, index: u16) -> Result<(), FrontendError>;
+    fn halt(&self, handle: &mut VhostHandle, index: u16) -> Result<(), FrontendError>;
+
+    /// Returns the position of a ring that was stopped.
+    fn base(&self, handle: &VhostHandle, index: u16) -> Result<RingBase, FrontendError> {
+        handle.ring_base(index)
+    }
 
     /// Returns the quality of the log, or the reason why the device has none.
     fn log_quality(&self) -> Result<LogQuality, &'static str>;
 
-    /// Returns the configuration space, which is empty if the VMM keeps it.
-    fn config(&self) -> Vec<u8> {
-        Vec::new()
+    /// Reads configuration space.
+    fn config(&self, _: &VhostHandle, offset: u32, buf: &mut [u8]) -> Result<(), FrontendError> {
+        Err(no_config(format!("{} bytes of configuration at {offset}", buf.len())))
+    }
+
+    /// Writes configuration space.
+    fn set_config(&self, _: &VhostHandle, offset: u32, bytes: &[u8]) -> Result<(), FrontendError> {
+        Err(no_config(format!("a write of {} bytes of configuration at {offset}", bytes.len())))
+    }
+
+    /// Returns the eventfd that is signalled when the configuration space has changed.
+    fn config_changes(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Returns the status byte, if the device has one.
+    fn status(&self, _: &VhostHandle) -> Result<Option<u8>, FrontendError> {
+        Ok(None)
     }
 }
 
-/// A vhost device of the kernel: vhost-net, vhost-vsock or vhost-scsi.
+fn no_config(what: String) -> FrontendError {
+    FrontendError::NotOffered { what, advice: "the VMM keeps the configuration space of this device" }
+}
+
+/// A vhost device of the kernel: vhost-net, vhost-vsock, vhost-scsi or vhost-vdpa.
 ///
-/// The kernel accesses guest memory at the addresses that it has in this process, so its regions need no file
-/// descriptor. Rings are split. The VMM keeps what the kernel does not have: the configuration space (but the vsock's),
-/// the status, and the features of the device type.
+/// vhost-vdpa maps the files of guest memory. The others access it at the addresses that it has in this process, so its
+/// regions need no file descriptor. Rings are split. The VMM keeps what the kernel does not have: but for vhost-vdpa the
+/// configuration space (except the vsock's) and the features of the device type, and for all the driver's status.
 ///
 /// # Example
 ///
@@ -108,7 +151,7 @@ trait Kind: Send {
 ///         vsock.set_features(VIRTIO_F_VERSION_1)?;
 ///         vsock.set_memory(&memory)?;
 ///     }
-///     // Says which module to load, or who may open the device.
+///     // The text says which module to load, or what lacks a permission.
 ///     Err(error @ FrontendError::OpenDevice { .. }) => eprintln!("{error}"),
 ///     Err(error) => return Err(error.into()),
 /// }
@@ -163,6 +206,18 @@ impl KernelDevice {
         KernelDevice::open("/dev/vhost-scsi", "vhost_scsi", Box::new(scsi), options)
     }
 
+    /// Opens `path`, such as /dev/vhost-vdpa-0, of whose rings the driver uses `queues`, or all. Guest-physical
+    /// addresses are the device's I/O virtual addresses, and all its rings are in address space 0.
+    ///
+    /// The device is reset, and again whenever its rings are stopped. They run while all are started. A device without
+    /// SUSPEND has no more kicks before it is stopped, and has some time to complete the requests that it has taken.
+    ///
+    /// # Errors
+    /// As [`KernelDevice::net`]; [`FrontendError::NotOffered`] for more rings than it has.
+    pub fn vdpa(path: &str, queues: Option<u16>, options: KernelOptions) -> Result<KernelDevice, FrontendError> {
+        KernelDevice::open(path, "vhost_vdpa", Box::new(Vdpa::new(queues)), options)
+    }
+
     fn open(
         path: &str,
         module: &str,
@@ -177,8 +232,8 @@ impl KernelDevice {
     }
 
     fn with_handle(
-        handle: VhostHandle,
-        kind: Box<dyn Kind>,
+        mut handle: VhostHandle,
+        mut kind: Box<dyn Kind>,
         options: KernelOptions,
     ) -> Result<KernelDevice, FrontendError> {
         if let Some(worker_type) = options.worker_type {
@@ -189,7 +244,7 @@ impl KernelDevice {
             handle.set(VHOST_SET_FORK_FROM_OWNER, value)?;
         }
         handle.tell(VHOST_SET_OWNER)?;
-        kind.opened(&handle)?;
+        kind.opened(&mut handle)?;
         let offered = VirtioFeatures::from_bits_retain(handle.get(VHOST_GET_FEATURES)?);
         for worker in 0..options.workers {
             let WorkerState { worker_id } = handle.get(VHOST_NEW_WORKER)?;
@@ -197,7 +252,8 @@ impl KernelDevice {
                 handle.set(VHOST_ATTACH_VRING_WORKER, VringWorker { index: index.into(), worker_id })?;
             }
         }
-        let slots = std::fs::read_to_string(MAX_REGIONS).ok().and_then(|text| text.trim().parse().ok());
+        let of_module = || std::fs::read_to_string(MAX_REGIONS).ok()?.trim().parse().ok();
+        let slots = kind.slots().or_else(of_module).unwrap_or(DEFAULT_MAX_REGIONS);
         Ok(KernelDevice {
             handle,
             kind,
@@ -205,11 +261,16 @@ impl KernelDevice {
             offered,
             features: VirtioFeatures::empty(),
             memory: Memory::default(),
-            slots: slots.unwrap_or(DEFAULT_MAX_REGIONS),
+            slots,
             started: BTreeSet::new(),
             runs: false,
             log: None,
         })
+    }
+
+    /// Returns the virtio device id.
+    pub fn device_id(&self) -> u32 {
+        self.kind.id()
     }
 
     /// Sets the eventfd that the kernel writes after it has logged, or removes it. It stays set when logging starts and
@@ -237,8 +298,12 @@ impl KernelDevice {
         self.handle.set(VHOST_SCSI_SET_EVENTS_MISSED, u32::from(missed))
     }
 
+    fn all_features(&self) -> VirtioFeatures {
+        self.features | self.kind.own_features(self.offered)
+    }
+
     fn send_features(&self, log: bool) -> Result<(), FrontendError> {
-        let mut features = self.features | self.kind.own_features();
+        let mut features = self.all_features();
         features.set(VHOST_F_LOG_ALL, log);
         self.handle.set(VHOST_SET_FEATURES, features.bits())
     }
@@ -264,6 +329,9 @@ impl KernelDevice {
         if !setup.size.is_power_of_two() {
             return bad(format!("it has {} entries, a split ring has a power of two", setup.size));
         }
+        if setup.size > self.kind.max_ring_size() {
+            return bad(format!("it has {} entries, the device allows {}", setup.size, self.kind.max_ring_size()));
+        }
         if self.started.contains(&index) {
             return bad("it is already started; stop it first".into());
         }
@@ -287,7 +355,7 @@ impl KernelDevice {
 
     fn halt(&mut self, index: u16) -> Result<(), FrontendError> {
         if self.runs || !self.kind.runs_as_a_whole() {
-            self.kind.halt(&self.handle, index)?;
+            self.kind.halt(&mut self.handle, index)?;
         }
         self.runs = false;
         Ok(())
@@ -333,12 +401,13 @@ impl Device for KernelDevice {
                 advice: "use fewer, larger regions, or raise max_mem_regions of the module vhost",
             });
         }
+        self.kind.check_memory(memory)?;
         self.log.iter().try_for_each(|log| KernelDevice::check_log(log, memory))?;
         self.started.iter().try_for_each(|index| self.handle.check_place(*index, memory))?;
         self.handle.set_memory(memory)?;
         self.memory = memory.clone();
         // The addresses of a ring change with its region.
-        self.started.iter().try_for_each(|index| self.handle.place_ring(*index, self.log.is_some()))
+        self.started.iter().try_for_each(|index| self.handle.move_ring(*index, self.log.is_some()))
     }
 
     fn set_inflight(&mut self, _: u16, _: u16, _: Option<&InflightState>) -> Result<bool, FrontendError> {
@@ -355,15 +424,16 @@ impl Device for KernelDevice {
 
     fn start_ring(&mut self, index: u16, setup: RingSetup) -> Result<(), FrontendError> {
         self.set_ring(index, &setup)?;
+        let features = self.all_features();
         if self.kind.runs_as_a_whole() {
             if self.started.len() + 1 < self.kind.queues().into() {
                 self.started.insert(index);
                 return Ok(());
             }
-            self.kind.run(&self.handle, index)?;
+            self.kind.run(&mut self.handle, index, features)?;
             self.runs = true;
         } else {
-            self.kind.run(&self.handle, index)?;
+            self.kind.run(&mut self.handle, index, features)?;
         }
         self.started.insert(index);
         // The kernel has consumed kicks that came before the start.
@@ -376,7 +446,7 @@ impl Device for KernelDevice {
             return Err(FrontendError::InvalidRing { index, reason: "it is not started".into() });
         }
         self.halt(index)?;
-        let base = self.handle.ring_base(index)?;
+        let base = self.kind.base(&self.handle, index)?;
         self.started.remove(&index);
         Ok(base)
     }
@@ -428,34 +498,34 @@ impl Device for KernelDevice {
     }
 
     fn config(&mut self, offset: u32, buf: &mut [u8]) -> Result<(), FrontendError> {
-        let config = self.kind.config();
-        let bytes = config.get(offset as usize..).and_then(|rest| rest.get(..buf.len()));
-        let none = || FrontendError::NotOffered {
-            what: format!("{} bytes of configuration at {offset}", buf.len()),
-            advice: "the VMM keeps the configuration space of this device",
-        };
-        let bytes = bytes.ok_or_else(none)?;
-        buf.copy_from_slice(bytes);
-        Ok(())
+        self.kind.config(&self.handle, offset, buf)
     }
 
     fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<(), FrontendError> {
-        Err(FrontendError::NotOffered {
-            what: format!("a write of {} bytes of configuration at {offset}", bytes.len()),
-            advice: "the VMM keeps the configuration space of this device",
-        })
+        self.kind.set_config(&self.handle, offset, bytes)
     }
 
     fn status(&mut self) -> Result<Option<u8>, FrontendError> {
-        Ok(None)
+        self.kind.status(&self.handle)
     }
 
+    /// Does nothing: starting and stopping the rings changes the status of a device that has one.
     fn set_status(&mut self, _: u8) -> Result<(), FrontendError> {
         Ok(())
     }
 
     fn hang_up_fd(&self) -> Result<Option<OwnedFd>, FrontendError> {
         Ok(None)
+    }
+
+    fn take_events(&mut self) -> Vec<DeviceEvent> {
+        let has_changed = self.kind.config_changes().is_some_and(|changes| nonblocking::take(changes).is_ok());
+        has_changed.then_some(DeviceEvent::ConfigChanged).into_iter().collect()
+    }
+
+    fn events_fd(&self) -> Result<Option<OwnedFd>, FrontendError> {
+        let copy = |changes: BorrowedFd<'_>| changes.try_clone_to_owned();
+        self.kind.config_changes().map(copy).transpose().map_err(FrontendError::system("keep an eventfd"))
     }
 
     fn needs_reconnect(&self) -> bool {

@@ -31,7 +31,7 @@ impl Kind for Net {
         false
     }
 
-    fn own_features(&self) -> VirtioFeatures {
+    fn own_features(&self, _: VirtioFeatures) -> VirtioFeatures {
         // The device makes and strips the header that the tap does not.
         let has_header = tap::flags(self.tap.as_fd()).is_ok_and(|flags| flags & nix::libc::IFF_VNET_HDR as i16 != 0);
         if has_header { VirtioFeatures::empty() } else { VHOST_NET_F_VIRTIO_NET_HDR }
@@ -39,14 +39,14 @@ impl Kind for Net {
 
     fn features_set(&self, features: VirtioFeatures) -> Result<(), FrontendError> {
         let with_number = features.intersects(VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF);
-        if self.own_features().is_empty() {
+        if self.own_features(features).is_empty() {
             tap::set_header(self.tap.as_fd(), HEADER[usize::from(with_number)])
                 .map_err(FrontendError::system("set the header size of the tap"))?;
         }
         Ok(())
     }
 
-    fn run(&self, handle: &VhostHandle, index: u16) -> Result<(), FrontendError> {
+    fn run(&self, handle: &mut VhostHandle, index: u16, _: VirtioFeatures) -> Result<(), FrontendError> {
         // A tap whose interface was removed is accepted, and discards every frame.
         match tap::flags(self.tap.as_fd()) {
             Err(nix::errno::Errno::EBADFD) => {
@@ -57,7 +57,7 @@ impl Kind for Net {
         }
     }
 
-    fn halt(&self, handle: &VhostHandle, index: u16) -> Result<(), FrontendError> {
+    fn halt(&self, handle: &mut VhostHandle, index: u16) -> Result<(), FrontendError> {
         handle.set_ring_fd(VHOST_NET_SET_BACKEND, index, None)
     }
 

@@ -10,7 +10,7 @@ use super::{Kind, LogQuality};
 use crate::abi::vhost::{
     ScsiTarget, VHOST_SCSI_ABI_VERSION, VHOST_SCSI_CLEAR_ENDPOINT, VHOST_SCSI_GET_ABI_VERSION, VHOST_SCSI_SET_ENDPOINT,
 };
-use crate::abi::virtio::VIRTIO_ID_SCSI;
+use crate::abi::virtio::{VIRTIO_ID_SCSI, VirtioFeatures};
 
 /// First kernel whose vhost-scsi logs the data that it writes (rule K4.3).
 const LOGS_SINCE: (u32, u32) = (6, 16);
@@ -45,7 +45,7 @@ impl Kind for Scsi {
         VIRTIO_ID_SCSI
     }
 
-    fn opened(&self, handle: &VhostHandle) -> Result<(), FrontendError> {
+    fn opened(&mut self, handle: &mut VhostHandle) -> Result<(), FrontendError> {
         let version: i32 = handle.get(VHOST_SCSI_GET_ABI_VERSION)?;
         if version < VHOST_SCSI_ABI_VERSION {
             return Err(FrontendError::NotOffered {
@@ -64,11 +64,11 @@ impl Kind for Scsi {
         true
     }
 
-    fn run(&self, handle: &VhostHandle, _: u16) -> Result<(), FrontendError> {
+    fn run(&self, handle: &mut VhostHandle, _: u16, _: VirtioFeatures) -> Result<(), FrontendError> {
         handle.set(VHOST_SCSI_SET_ENDPOINT, self.target)
     }
 
-    fn halt(&self, handle: &VhostHandle, _: u16) -> Result<(), FrontendError> {
+    fn halt(&self, handle: &mut VhostHandle, _: u16) -> Result<(), FrontendError> {
         handle.set(VHOST_SCSI_CLEAR_ENDPOINT, self.target)
     }
 

@@ -3,9 +3,9 @@
 
 use super::super::FrontendError;
 use super::handle::VhostHandle;
-use super::{Kind, LogQuality};
+use super::{Kind, LogQuality, no_config};
 use crate::abi::vhost::VHOST_VSOCK_SET_RUNNING;
-use crate::abi::virtio::VIRTIO_ID_VSOCK;
+use crate::abi::virtio::{VIRTIO_ID_VSOCK, VirtioFeatures};
 
 /// A vhost-vsock device, with the rings for receiving and sending. The VMM keeps the event ring.
 pub(super) struct Vsock {
@@ -25,11 +25,11 @@ impl Kind for Vsock {
         true
     }
 
-    fn run(&self, handle: &VhostHandle, _: u16) -> Result<(), FrontendError> {
+    fn run(&self, handle: &mut VhostHandle, _: u16, _: VirtioFeatures) -> Result<(), FrontendError> {
         handle.set(VHOST_VSOCK_SET_RUNNING, 1i32)
     }
 
-    fn halt(&self, handle: &VhostHandle, _: u16) -> Result<(), FrontendError> {
+    fn halt(&self, handle: &mut VhostHandle, _: u16) -> Result<(), FrontendError> {
         handle.set(VHOST_VSOCK_SET_RUNNING, 0i32)
     }
 
@@ -38,8 +38,13 @@ impl Kind for Vsock {
              wrap it in shadow::ShadowDevice")
     }
 
-    /// `struct virtio_vsock_config`: the context id.
-    fn config(&self) -> Vec<u8> {
-        self.cid.to_le_bytes().to_vec()
+    /// Reads `struct virtio_vsock_config`: the context id.
+    fn config(&self, _: &VhostHandle, offset: u32, buf: &mut [u8]) -> Result<(), FrontendError> {
+        let bytes = self.cid.to_le_bytes();
+        match bytes.get(offset as usize..).and_then(|rest| rest.get(..buf.len())) {
+            Some(bytes) => buf.copy_from_slice(bytes),
+            None => return Err(no_config(format!("{} bytes of configuration at {offset}", buf.len()))),
+        }
+        Ok(())
     }
 }
