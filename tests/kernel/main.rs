@@ -6,6 +6,7 @@ mod modules;
 mod net;
 mod rings;
 mod scsi;
+mod shadow;
 mod tap;
 mod vsock;
 #[path = "../kit/wait.rs"]

@@ -12,7 +12,7 @@ use vhost_migrate::abi::virtio::{VIRTIO_F_VERSION_1, VirtioFeatures};
 use vhost_migrate::dirty::Log;
 use vhost_migrate::frontend::{Device, FrontendError, KernelDevice, KernelOptions};
 use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, PageNumber};
-use vhost_migrate::ring::RingBase;
+use vhost_migrate::ring::{RingBase, UsedBuffer};
 
 use crate::modules::load;
 use crate::rings::{Ring, changed, page, region, snapshot};
@@ -26,7 +26,7 @@ const HOST: u64 = 2;
 const GUEST_PORT: u32 = 5000;
 /// Pages of buffers: one to send, the others to receive.
 const SEND_PAGE: u64 = 99;
-const RECEIVE_PAGES: std::ops::Range<u64> = 100..108;
+pub(crate) const RECEIVE_PAGES: std::ops::Range<u64> = 100..108;
 /// Operations of packets (virtio 1.2, "Socket Device").
 const REQUEST: u16 = 1;
 const RESPONSE: u16 = 2;
@@ -43,40 +43,42 @@ struct Packet {
 const HEADER: usize = 44;
 
 /// A guest with one stream socket.
-struct Vsock {
+pub(crate) struct Vsock {
     cid: u64,
-    memory: Memory,
-    device: KernelDevice,
-    rings: [Ring; 2],
+    pub(crate) memory: Memory,
+    pub(crate) device: Box<dyn Device>,
+    pub(crate) rings: [Ring; 2],
     /// Pages of the receive buffers, in the order in which they are used.
     buffers: std::iter::Cycle<std::ops::Range<u64>>,
+    /// Pages of the receive buffers that the device has used.
+    pub(crate) used: Vec<u64>,
 }
 
 impl Vsock {
     fn new(cid: u64) -> Vsock {
+        Vsock::with(cid, |device| Box::new(device))
+    }
+
+    /// A guest with the device that `wrap` makes of the kernel's.
+    pub(crate) fn with(cid: u64, wrap: impl Fn(KernelDevice) -> Box<dyn Device>) -> Vsock {
         load("vhost_vsock");
         let memory = Memory::new([region(0, 256)]).unwrap();
         let rings = [4, 8].map(|page| Ring::new(&memory, page, FEATURES));
-        let device = Vsock::device(cid, &memory);
-        let mut vsock = Vsock { cid, memory, device, rings, buffers: RECEIVE_PAGES.cycle() };
+        let mut device = wrap(KernelDevice::vsock(cid, KernelOptions::default()).unwrap());
+        device.set_features(FEATURES).unwrap();
+        device.set_memory(&memory).unwrap();
+        let mut vsock = Vsock { cid, memory, device, rings, buffers: RECEIVE_PAGES.cycle(), used: vec![] };
         for page in RECEIVE_PAGES {
             vsock.rings[0].add(page, LOG_PAGE as u32, true);
         }
         vsock
     }
 
-    fn device(cid: u64, memory: &Memory) -> KernelDevice {
-        let mut device = KernelDevice::vsock(cid, KernelOptions::default()).unwrap();
-        device.set_features(FEATURES).unwrap();
-        device.set_memory(memory).unwrap();
-        device
-    }
-
-    fn start(&mut self, index: u16) {
+    pub(crate) fn start(&mut self, index: u16) {
         self.device.start_ring(index, self.rings[usize::from(index)].setup.clone()).unwrap();
     }
 
-    fn stop(&mut self, index: u16) -> RingBase {
+    pub(crate) fn stop(&mut self, index: u16) -> RingBase {
         let base = self.device.stop_ring(index).unwrap();
         self.rings[usize::from(index)].setup.base = base;
         base
@@ -106,31 +108,48 @@ impl Vsock {
     fn receive(&mut self) -> Packet {
         loop {
             let used = self.rings[usize::from(RECEIVE)].completion();
-            let number = self.buffers.next().unwrap();
-            let bytes = page(&self.memory, number);
-            self.rings[usize::from(RECEIVE)].add(number, LOG_PAGE as u32, true);
-            let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-            let packet = Packet {
-                op: u16::from_le_bytes([bytes[30], bytes[31]]),
-                ports: (word(16), word(20)),
-                data: bytes[HEADER..used.len as usize].to_vec(),
-            };
-            assert_eq!(packet.data.len(), word(24) as usize);
+            let packet = self.packet(&used);
             if (1..=RW).contains(&packet.op) {
                 return packet;
             }
         }
     }
 
+    /// Reads the packet in a buffer, which is added to the ring again.
+    fn packet(&mut self, used: &UsedBuffer) -> Packet {
+        let number = self.buffers.next().unwrap();
+        self.used.push(number);
+        let bytes = page(&self.memory, number);
+        self.rings[usize::from(RECEIVE)].add(number, LOG_PAGE as u32, true);
+        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        let data = bytes[HEADER..used.len as usize].to_vec();
+        assert_eq!(data.len(), word(24) as usize);
+        Packet { op: u16::from_le_bytes([bytes[30], bytes[31]]), ports: (word(16), word(20)), data }
+    }
+
+    /// Stops the rings, and reads the packets that are left.
+    pub(crate) fn stop_all(&mut self) {
+        self.stop(SEND);
+        self.stop(RECEIVE);
+        while let Some(used) = self.rings[usize::from(RECEIVE)].driver.pop_used().unwrap() {
+            assert!(!(1..=RW).contains(&self.packet(&used).op), "a packet that was not expected");
+        }
+    }
+
+    pub(crate) fn start_all(&mut self) {
+        self.start(SEND);
+        self.start(RECEIVE);
+    }
+
     /// Connects to a listener of the host.
-    fn connect(&mut self, listener: &Listener) -> File {
+    pub(crate) fn connect(&mut self, listener: &Listener) -> File {
         self.send(listener.port, REQUEST, &[]);
         assert_eq!(self.receive(), Packet { op: RESPONSE, ports: (listener.port, GUEST_PORT), data: vec![] });
         listener.accept()
     }
 
     /// Moves bytes in both directions.
-    fn exchange(&mut self, listener: &Listener, stream: &mut File, round: u8) {
+    pub(crate) fn exchange(&mut self, listener: &Listener, stream: &mut File, round: u8) {
         let (there, back) = ([round; 1000], [!round; 1500]);
         self.send(listener.port, RW, &there);
         let mut bytes = [0; 1000];
@@ -142,13 +161,13 @@ impl Vsock {
 }
 
 /// A listening socket of the host.
-struct Listener {
+pub(crate) struct Listener {
     port: u32,
     socket: OwnedFd,
 }
 
 impl Listener {
-    fn new(port: u32) -> Listener {
+    pub(crate) fn new(port: u32) -> Listener {
         // SAFETY: makes a descriptor.
         let fd = Errno::result(unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) });
         // SAFETY: the descriptor is new, and nothing else owns it.
