@@ -137,3 +137,8 @@ pub mod stream;
 mod sys;
 #[cfg(feature = "unstable")]
 pub mod unstable;
+
+/// The example in the guide.
+#[cfg(all(doctest, feature = "backend", feature = "frontend"))]
+#[doc = include_str!("../docs/guide/kernel-vhost.md")]
+struct KernelVhostGuide;

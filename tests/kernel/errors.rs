@@ -348,7 +348,8 @@ fn a_device_that_cannot_be_opened_is_an_error_with_a_remedy() {
     );
     assert_eq!(
         without_privileges(|| error(None)),
-        "/dev/vhost-net: cannot open the device (run as root, or give this user access to it)"
+        "/dev/vhost-net: cannot open the device (add this user to the group kvm, which systemd gives access to it, or \
+         run as root)"
     );
     assert_eq!(
         KernelDevice::vdpa("/dev/vhost-vdpa-99", None, KernelOptions::default()).err().unwrap().to_string(),

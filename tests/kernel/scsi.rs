@@ -51,6 +51,19 @@ fn make_target() {
     });
 }
 
+/// Starts all rings of a device with one for requests, and stops them.
+pub(crate) fn start_stop(device: &mut KernelDevice) {
+    let memory = Memory::new([region(0, 256)]).unwrap();
+    device.set_features(FEATURES).unwrap();
+    device.set_memory(&memory).unwrap();
+    for (index, page) in [(0, 4), (1, 8), (2, 12)] {
+        device.start_ring(index, Ring::new(&memory, page, FEATURES).setup).unwrap();
+    }
+    for index in 0..3 {
+        assert_eq!(device.stop_ring(index).unwrap(), RingBase::split(0));
+    }
+}
+
 /// A device with its rings.
 pub(crate) struct Scsi {
     memory: Memory,

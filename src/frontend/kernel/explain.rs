@@ -49,7 +49,10 @@ pub(super) fn open_error(path: &Path, module: &str, source: io::Error) -> Fronte
                 .into()
         }
         Errno::ENOENT | Errno::ENXIO | Errno::ENODEV => format!("is the module loaded? Run `modprobe {module}`"),
-        Errno::EACCES | Errno::EPERM => "run as root, or give this user access to it".into(),
+        Errno::EACCES | Errno::EPERM if matches!(module, "vhost_net" | "vhost_vsock") => {
+            "add this user to the group kvm, which systemd gives access to it, or run as root".into()
+        }
+        Errno::EACCES | Errno::EPERM => "run as root, or let a udev rule give this user's group access to it".into(),
         Errno::EBUSY => "another process has it open: end that, or use another device".into(),
         Errno::EIO | Errno::ETIMEDOUT if module == "vhost_vdpa" => {
             "the device does not reply: is the process that implements it alive?".into()
