@@ -207,6 +207,7 @@ fn items() -> Vec<Item> {
         whole required vduse DevResponse = "struct vduse_dev_response" if VDUSE_BASE {
             request_id, result, reserved, payload: padding,
         }
+        whole newer vduse VqReady = "struct vduse_vq_ready" if VDUSE_F_QUEUE_READY { index: num, ready }
         whole newer vduse IotlbEntryV2 = "struct vduse_iotlb_entry_v2" if VDUSE_IOTLB_GET_FD2 {
             v1: -, asid, reserved: -,
         }

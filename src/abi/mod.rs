@@ -29,6 +29,7 @@
 pub mod features;
 pub mod inflight;
 pub(crate) mod linux;
+pub mod vdpa;
 pub mod vduse;
 pub mod vhost;
 pub mod vhost_user;

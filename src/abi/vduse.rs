@@ -188,6 +188,14 @@ wire! {
         last: u64 => 8,
     }
 
+    /// `struct vduse_vq_ready`: payload of [`VDUSE_SET_VQ_READY`] (newer kernels only).
+    VqReady, 8 bytes {
+        /// Ring index.
+        index: u32 => 0,
+        /// 1 if the ring is enabled, 0 if it is disabled.
+        ready: u32 => 4,
+    }
+
     /// `struct vduse_dev_request`: a message read from the device.
     DevRequest, 152 bytes {
         /// [`VDUSE_GET_VQ_STATE`] or another request number.
@@ -196,7 +204,7 @@ wire! {
         request_id: u32 => 4,
         /// 0.
         reserved: [u32; 4] => 8,
-        /// A [`VqState`], [`DevStatus`] or [`IovaRange`], depending on `kind`.
+        /// A [`VqState`], [`DevStatus`], [`IovaRange`] or [`VqReady`], depending on `kind`.
         payload: [u8; 128] => 24,
     }
 
