@@ -34,6 +34,12 @@ pub trait VirtioDevice: Send + Sync {
     /// and protocol features.
     fn features(&self) -> VirtioFeatures;
 
+    /// Returns the virtio device id, such as [`VIRTIO_ID_BLOCK`](crate::abi::virtio::VIRTIO_ID_BLOCK). A VDUSE device needs
+    /// it; vhost-user does not. `None` by default.
+    fn device_id(&self) -> Option<u32> {
+        None
+    }
+
     /// Returns the number of queues, 1 by default.
     fn queues(&self) -> u16 {
         1

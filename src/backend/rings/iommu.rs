@@ -1,7 +1,8 @@
 //! IOTLB misses of a ring behind an IOMMU, and the translations that it has in use (rules T1, T3).
 //!
 //! Nothing here blocks. A ring that lacks a translation requests it and takes no more requests until it arrives; its
-//! thread continues to receive commands, and the session's thread applies updates.
+//! thread continues to receive commands, and the session's thread applies updates. A front-end that is reached by calls
+//! gives the translation at once.
 
 #![forbid(unsafe_code)]
 
@@ -17,8 +18,9 @@ use crate::abi::vhost::{VHOST_IOTLB_ACCESS_FAIL, VHOST_IOTLB_MISS};
 use crate::abi::vhost_user::{BackendRequest, IotlbMsg};
 use crate::backend::session::VringConfig;
 use crate::backend::{BackendError, FrontendHandle};
-use crate::memory::{Access, Iotlb, IotlbMiss, Iova, IovaWindow, MemoryError, RingArea, overlap};
+use crate::memory::{Access, Iotlb, IotlbMiss, Iova, IovaWindow, Memory, MemoryError, RingArea, overlap};
 use crate::ring::{Buffer, RingIommu, RingLayout, iova};
+use crate::sys::with_causes::with_causes;
 
 /// Interval at which a ring checks for the acknowledgement of a miss.
 const REPLY_POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -44,15 +46,35 @@ impl IotlbMisses {
         IotlbMisses { index, iotlb, frontend, pending: None }
     }
 
-    /// Sends a miss, unless it is already pending.
+    /// Sends a miss, unless it is already pending. Returns the memory with the translation if it is there already.
     ///
     /// # Errors
     /// [`BackendError::AccessRefused`] if the front-end has refused it (rule T1.4), [`BackendError::BackendChannel`] if
     /// there is no channel.
-    pub(super) fn ask(&mut self, miss: IotlbMiss) -> Result<(), BackendError> {
+    pub(super) fn ask(&mut self, miss: IotlbMiss) -> Result<Option<Memory>, BackendError> {
+        let refused = BackendError::AccessRefused { index: self.index, iova: miss.iova, access: miss.access };
         let same = |pending: &&PendingMiss| (pending.miss.iova, pending.miss.access) == (miss.iova, miss.access);
+        if let Some(frontend) = self.frontend.direct() {
+            if miss.denied {
+                return Err(refused);
+            }
+            let error = match frontend.translate(miss.iova, &self.iotlb) {
+                Ok(memory) => {
+                    self.pending = None;
+                    return Ok(Some(memory));
+                }
+                Err(error) => error,
+            };
+            debug!("ring {}: miss at {:#x}: {}", self.index, miss.iova, with_causes(&error));
+            // While the kernel replaces all mappings, it has none.
+            let sent_at = self.pending.as_ref().filter(same).map_or_else(Instant::now, |pending| pending.sent_at);
+            if sent_at.elapsed() >= RETRY_INTERVAL {
+                return Err(refused);
+            }
+            self.pending = Some(PendingMiss { miss, reply: None, sent_at });
+            return Ok(None);
+        }
         if let Some(pending) = self.pending.as_ref().filter(same) {
-            let refused = BackendError::AccessRefused { index: self.index, iova: miss.iova, access: miss.access };
             if miss.denied {
                 // Best effort: the channel may be full.
                 let _ = self.frontend.send(BackendRequest::IOTLB_MSG, &iotlb_msg(VHOST_IOTLB_ACCESS_FAIL, &miss));
@@ -61,9 +83,9 @@ impl IotlbMisses {
             match pending.reply.as_ref().map(Receiver::try_recv) {
                 Some(Ok(1..)) => return Err(refused),
                 // The update travels over another socket than the acknowledgement and may arrive later (rule T1.3).
-                _ if pending.sent_at.elapsed() < RETRY_INTERVAL => return Ok(()),
+                _ if pending.sent_at.elapsed() < RETRY_INTERVAL => return Ok(None),
                 // The acknowledgement is still pending.
-                Some(Err(TryRecvError::Empty)) => return Ok(()),
+                Some(Err(TryRecvError::Empty)) => return Ok(None),
                 _ => {}
             }
         }
@@ -74,7 +96,7 @@ impl IotlbMisses {
         debug!("ring {}: miss at {:#x}, {:?}", self.index, miss.iova, miss.access);
         let reply = self.frontend.send_with_reply(BackendRequest::IOTLB_MSG, &iotlb_msg(VHOST_IOTLB_MISS, &miss))?;
         self.pending = Some(PendingMiss { miss, reply, sent_at: Instant::now() });
-        Ok(())
+        Ok(None)
     }
 
     /// Returns true if a miss is pending.
@@ -96,15 +118,20 @@ impl IotlbMisses {
     ///
     /// # Errors
     /// As [`IotlbMisses::ask`], or an invalid area.
-    pub(super) fn map_areas(&mut self, config: &VringConfig) -> Result<Option<IovaWindow>, BackendError> {
+    pub(super) fn map_areas(&mut self, config: &mut VringConfig) -> Result<Option<IovaWindow>, BackendError> {
         let index = self.index;
-        match IovaWindow::open(&config.memory, &self.iotlb, &ring_areas(config), used_log_range(config)) {
-            Ok(window) => {
-                self.clear();
-                Ok(Some(window))
+        loop {
+            match IovaWindow::open(&config.memory, &self.iotlb, &ring_areas(config), used_log_range(config)) {
+                Ok(window) => {
+                    self.clear();
+                    return Ok(Some(window));
+                }
+                Err(MemoryError::Untranslated(miss)) => match self.ask(miss)? {
+                    Some(memory) => config.memory = memory,
+                    None => return Ok(None),
+                },
+                Err(source) => return Err(BackendError::RingTranslation { index, source }),
             }
-            Err(MemoryError::Untranslated(miss)) => self.ask(miss).map(|()| None),
-            Err(source) => Err(BackendError::RingTranslation { index, source }),
         }
     }
 }

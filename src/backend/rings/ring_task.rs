@@ -98,7 +98,7 @@ impl RingTask {
                     WorkerCommand::Stop | WorkerCommand::Suspend | WorkerCommand::Abandon => return config.base,
                 }
             }
-            let window = if broken { Ok(None) } else { misses.map_areas(&config) };
+            let window = if broken { Ok(None) } else { misses.map_areas(&mut config) };
             let opened = window.and_then(|window| match window {
                 None => Ok(None),
                 Some(window) => {

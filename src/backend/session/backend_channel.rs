@@ -22,6 +22,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::abi::vhost_user::{BackendRequest as Code, Header, VringState};
 use crate::backend::BackendError;
+use crate::backend::session::direct::DirectFrontend;
 use crate::sys::join::join;
 use crate::sys::log_limit::limited;
 
@@ -35,6 +36,8 @@ const ACK_BYTES: usize = size_of::<Header>() + size_of::<u64>();
 #[derive(Debug, Default)]
 pub struct FrontendHandle {
     state: Mutex<ChannelState>,
+    /// The front-end of a device without a back-end channel.
+    direct: Option<Arc<dyn DirectFrontend>>,
 }
 
 #[derive(Debug, Default)]
@@ -82,14 +85,30 @@ pub(super) struct BackendChannel {
 }
 
 impl FrontendHandle {
+    /// Creates the handle of a front-end that is reached by calls.
+    pub(crate) fn of_direct(frontend: Arc<dyn DirectFrontend>) -> FrontendHandle {
+        FrontendHandle { direct: Some(frontend), ..FrontendHandle::default() }
+    }
+
+    /// Returns the front-end, if it is reached by calls.
+    pub(crate) fn direct(&self) -> Option<&dyn DirectFrontend> {
+        self.direct.as_deref()
+    }
+
     /// Notifies the front-end that configuration space has changed (rule B2.1).
     pub fn config_changed(&self) {
-        self.set_and_send(|state| !std::mem::replace(&mut state.config_changed, true));
+        match self.direct() {
+            Some(frontend) => frontend.config_changed(),
+            None => self.set_and_send(|state| !std::mem::replace(&mut state.config_changed, true)),
+        }
     }
 
     /// Sends VRING_CALL: buffers of a ring were used (rule B3.2).
     pub(super) fn call(&self, ring: u16) {
-        self.set_and_send(|state| state.ring_calls.insert(ring));
+        match self.direct() {
+            Some(frontend) => frontend.call(ring),
+            None => self.set_and_send(|state| state.ring_calls.insert(ring)),
+        }
     }
 
     /// Sends VRING_ERR: a ring is broken (rule B3.2).

@@ -13,12 +13,14 @@
 //! | `ring`, `kick`, `notify` | setup of a ring, and its kick, call and error descriptors |
 //! | `device`, `transfer` | configuration, inflight region, and the device state through a pipe |
 //! | `backend_channel` | requests to the front-end over the socket of SET_BACKEND_REQ_FD |
+//! | `direct` | front-ends that are reached by calls instead |
 
 #![forbid(unsafe_code)]
 
 mod backend_channel;
 mod commands;
 mod device;
+mod direct;
 mod kick;
 mod log;
 mod memory;
@@ -31,6 +33,7 @@ mod transfer;
 
 pub use backend_channel::FrontendHandle;
 pub use commands::{Logging, VringConfig, VringController};
+pub(crate) use direct::DirectFrontend;
 pub use kick::Kick;
 pub use message::{MAX_FDS, VhostUserMessage, VhostUserReply};
 pub use notify::Notifier;

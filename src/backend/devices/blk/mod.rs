@@ -60,7 +60,7 @@ use crate::abi::vhost_user::{DiskGeneration, ProtocolFeatures, own};
 use crate::abi::virtio::{
     BlkConfig, SECTOR_BYTES, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_F_ACCESS_PLATFORM,
-    VIRTIO_F_IN_ORDER, VirtioFeatures,
+    VIRTIO_F_IN_ORDER, VIRTIO_ID_BLOCK, VirtioFeatures,
 };
 use crate::backend::devices::disk_io::{
     self, Alignment, DiskEngine, ImageFiles, ThreadEngine, UringEngine, UringPool, WriteBack,
@@ -385,6 +385,10 @@ impl VirtioDevice for BlkDevice {
             | or(self.options.queues > 1, VIRTIO_BLK_F_MQ)
             | or(self.options.read_only, VIRTIO_BLK_F_RO)
             | or(self.can_clear, VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES)
+    }
+
+    fn device_id(&self) -> Option<u32> {
+        Some(VIRTIO_ID_BLOCK)
     }
 
     fn protocol_features(&self) -> ProtocolFeatures {

@@ -49,10 +49,10 @@ use self::state::{HEADER, PeerPort, SharedNetState};
 use self::transmit::TransmitQueue;
 use crate::abi::vhost_user::{CONFIG_TYPE_MIGRATION, FrontendRequest as Code, ProtocolFeatures};
 use crate::abi::virtio::{
-    NetConfig, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
-    VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
-    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
-    VirtioFeatures,
+    NetConfig, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1, VIRTIO_ID_NET, VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP, VirtioFeatures,
 };
 use crate::backend::{BackendError, FrontendHandle, Queue, RING_FEATURES, Request, SyncQueue, VirtioDevice};
 use crate::sys::log_limit::limited;
@@ -279,6 +279,10 @@ impl VirtioDevice for NetDevice {
             | or(self.options.iommu, VIRTIO_F_ACCESS_PLATFORM)
             | or(self.options.pairs > 1, VIRTIO_NET_F_MQ)
             | or(self.options.mtu.is_some(), VIRTIO_NET_F_MTU)
+    }
+
+    fn device_id(&self) -> Option<u32> {
+        Some(VIRTIO_ID_NET)
     }
 
     /// Returns the number of queues: receive and transmit queues, then the control queue.

@@ -153,20 +153,28 @@ impl Worker {
                 }
                 Err(source) => {
                     self.spare_requests.push(request);
+                    if self.request_translation(source)? {
+                        continue;
+                    }
                     // The request stays marked in the inflight region.
-                    return self.request_translation(source);
+                    return Ok(());
                 }
             }
             self.submit(request)?;
         }
     }
 
-    /// Requests a missing translation from the front-end (rule T1.2).
-    fn request_translation(&mut self, source: RingError) -> Result<(), BackendError> {
-        match (source.miss(), &mut self.iommu) {
-            (Some(miss), Some(iommu)) => iommu.misses.ask(miss),
-            _ => Err(BackendError::BrokenRing { index: self.index, source }),
-        }
+    /// Requests a missing translation from the front-end (rule T1.2). Returns true if it is there already.
+    fn request_translation(&mut self, source: RingError) -> Result<bool, BackendError> {
+        let (Some(miss), Some(iommu)) = (source.miss(), &mut self.iommu) else {
+            return Err(BackendError::BrokenRing { index: self.index, source });
+        };
+        let Some(memory) = iommu.misses.ask(miss)? else { return Ok(false) };
+        self.config.memory = memory;
+        self.ring.set_iommu(iommu.ring_iommu(&self.config));
+        // Their memory is the former one.
+        self.spare_requests.clear();
+        Ok(true)
     }
 
     fn awaits_translation(&self) -> bool {
@@ -284,25 +292,29 @@ impl Worker {
 
     /// Takes the next request, if there is one.
     fn take_request(&mut self) -> Result<bool, BackendError> {
-        let mut request = self.spare_request();
-        match self.ring.pop(request.reset()) {
-            Ok(true) => {
-                let head = request.head();
-                if self.heads_in_flight.get(usize::from(head)) == Some(&true) {
-                    return Err(BackendError::HeadInFlight { index: self.index, head });
+        loop {
+            let mut request = self.spare_request();
+            match self.ring.pop(request.reset()) {
+                Ok(true) => {
+                    let head = request.head();
+                    if self.heads_in_flight.get(usize::from(head)) == Some(&true) {
+                        return Err(BackendError::HeadInFlight { index: self.index, head });
+                    }
+                    let slot = self.ring.take(head);
+                    request.inflight_slot = slot.ok_or(BackendError::HeadInFlight { index: self.index, head })?;
+                    self.submit(request)?;
+                    return Ok(true);
                 }
-                let slot = self.ring.take(head);
-                request.inflight_slot = slot.ok_or(BackendError::HeadInFlight { index: self.index, head })?;
-                self.submit(request)?;
-                Ok(true)
-            }
-            Ok(false) => {
-                self.spare_requests.push(request);
-                Ok(false)
-            }
-            Err(source) => {
-                self.spare_requests.push(request);
-                self.request_translation(source).map(|()| false)
+                Ok(false) => {
+                    self.spare_requests.push(request);
+                    return Ok(false);
+                }
+                Err(source) => {
+                    self.spare_requests.push(request);
+                    if !self.request_translation(source)? {
+                        return Ok(false);
+                    }
+                }
             }
         }
     }
