@@ -16,6 +16,7 @@ use seccompiler::{
     apply_filter_all_threads,
 };
 
+use crate::abi::vduse;
 use crate::memory::userfault;
 use crate::sys::nonblocking;
 
@@ -43,6 +44,8 @@ pub struct Sandbox {
     pub allow_connect: bool,
     /// Permits creating userfaultfds, for postcopy (rule P1).
     pub allow_userfaultfd: bool,
+    /// Permits the ioctls of a VDUSE device that exists, and destroying it.
+    pub allow_vduse: bool,
 }
 
 /// The reason for which the filter cannot be installed.
@@ -166,6 +169,18 @@ const FCNTL: &[i32] = &[
     libc::F_GET_SEALS,
 ];
 
+/// Ioctls of a VDUSE device that is served.
+const VDUSE: [u32; 8] = [
+    vduse::VDUSE_DESTROY_DEV,
+    vduse::VDUSE_DEV_GET_FEATURES,
+    vduse::VDUSE_DEV_INJECT_CONFIG_IRQ,
+    vduse::VDUSE_DEV_SET_CONFIG,
+    vduse::VDUSE_IOTLB_GET_FD,
+    vduse::VDUSE_VQ_GET_INFO,
+    vduse::VDUSE_VQ_INJECT_IRQ,
+    vduse::VDUSE_VQ_SETUP_KICKFD,
+];
+
 /// clone flags of a thread of this process.
 const THREAD: i32 = libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND;
 const NAMESPACES: i32 = libc::CLONE_NEWNS
@@ -209,13 +224,11 @@ impl Sandbox {
         let option = |name: &i32| rule(&[(1, Eq, libc::SOL_SOCKET as u64), (2, Eq, *name as u64)]);
         only(libc::SYS_getsockopt, GETSOCKOPT.iter().map(option).collect::<Result<_, _>>()?);
         only(libc::SYS_setsockopt, SETSOCKOPT.iter().map(option).collect::<Result<_, _>>()?);
-        let ioctls =
-            [libc::FIONBIO].into_iter().chain(userfault::IOCTLS.into_iter().filter(|_| self.allow_userfaultfd));
+        let of_userfaultfd = userfault::IOCTLS.into_iter().filter(|_| self.allow_userfaultfd);
+        let of_vduse = VDUSE.into_iter().filter(|_| self.allow_vduse);
         // Their numbers are of 32 bits, in types that differ from libc to libc.
-        only(
-            libc::SYS_ioctl,
-            ioctls.map(|number| rule(&[(1, Eq, u64::from(number as u32))])).collect::<Result<_, _>>()?,
-        );
+        let ioctls = [libc::FIONBIO].into_iter().chain(of_userfaultfd).map(|number| number as u32).chain(of_vduse);
+        only(libc::SYS_ioctl, ioctls.map(|number| rule(&[(1, Eq, u64::from(number))])).collect::<Result<_, _>>()?);
         only(
             libc::SYS_prctl,
             vec![rule(&[(0, Eq, libc::PR_SET_NAME as u64)])?, rule(&[(0, Eq, libc::PR_SET_VMA as u64)])?],
