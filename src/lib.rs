@@ -9,6 +9,7 @@
 //! |---|---|---|
 //! | write a vhost-user device | [`backend`] | `examples/file_disk.rs` |
 //! | serve a disk or a network interface | [`backend::blk`], [`backend::net`] | the command's `backend` |
+//! | serve a device to the kernel's vDPA bus | [`vduse`] | the command's `backend --vduse` |
 //! | drive a device from a VMM | [`frontend`] | `examples/drive_device.rs` |
 //! | log the writes of a device that has no dirty log | [`shadow`] | |
 //! | migrate a guest | [`migrate`] | `examples/migrate_vm.rs` |
@@ -67,6 +68,7 @@
 //! |---|---|
 //! | none | [`abi`], [`memory`], [`dirty`], [`ring`], [`inflight`] |
 //! | `backend` | [`backend`]: vhost-user devices, with a disk and a network interface |
+//! | `vduse` | [`vduse`]: devices of `backend` on the kernel's vDPA bus |
 //! | `frontend` | [`frontend`]: a front-end that drives vhost-user devices and those of the kernel; with `backend` also [`shadow`] |
 //! | `migrate` | [`migrate`] and [`stream`]: live migration, and the stream that carries it |
 //! | `guest` | [`guest`]: the built-in guest, which checks its memory and disks |
@@ -137,6 +139,8 @@ pub mod stream;
 mod sys;
 #[cfg(feature = "unstable")]
 pub mod unstable;
+#[cfg(feature = "vduse")]
+pub mod vduse;
 
 /// The example in the guide.
 #[cfg(all(doctest, feature = "backend", feature = "frontend"))]
