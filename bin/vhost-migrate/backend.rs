@@ -1,4 +1,4 @@
-//! `vhost-migrate backend`: a vhost-user back-end in a process of its own.
+//! `vhost-migrate backend`: a vhost-user back-end or a VDUSE device in a process of its own.
 
 mod net;
 
@@ -15,13 +15,14 @@ use vhost_migrate::backend::blk::{Aio, BlkDevice, BlkOptions};
 use vhost_migrate::backend::{self, BackendListener, InheritedSocket, Sandbox, ViolationAction, VirtioDevice};
 use vhost_migrate::control;
 use vhost_migrate::unstable::with_causes;
+use vhost_migrate::vduse::{BusDriver, VduseOptions, VduseServer};
 
 use crate::log_arguments::LogArguments;
 use crate::metrics::MetricsArguments;
 use crate::signals::{on_hangup, on_interrupt};
 use crate::values;
 
-/// Be a vhost-user device
+/// Be a vhost-user or a VDUSE device
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
     #[command(subcommand)]
@@ -41,12 +42,20 @@ impl DeviceCommand {
             DeviceCommand::Net(net) => net.stopping.stop_timeout,
         }
     }
+
+    fn place(&self) -> &PlaceArguments {
+        match self {
+            DeviceCommand::Blk(blk) => &blk.place,
+            DeviceCommand::Net(net) => &net.place,
+        }
+    }
 }
 
 /// Arguments for the end of the process after a signal.
 #[derive(Debug, clap::Args)]
 struct StopArguments {
-    /// Longest wait for requests under way after SIGTERM or Ctrl-C, seconds; then they are left to a successor
+    /// Longest wait for requests under way after SIGTERM or Ctrl-C, seconds; then they are left to a successor. A VDUSE
+    /// device waits until they are completed
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86400))]
     stop_timeout: u64,
 }
@@ -74,7 +83,7 @@ The disk can grow while a guest uses it; a smaller image is refused, and the dis
 Exit status: 0 ended by a signal; 1 failed; 2 wrong arguments.")]
 struct Blk {
     #[command(flatten)]
-    place: SocketArguments,
+    place: PlaceArguments,
     /// Raw image or block device
     #[arg(long, value_name = "FILE")]
     image: PathBuf,
@@ -135,10 +144,34 @@ struct Blk {
     messages: LogArguments,
 }
 
-/// Arguments for the socket of the front-end.
+/// Arguments for the place where the device is served.
+#[derive(Debug, clap::Args)]
+struct PlaceArguments {
+    #[command(flatten)]
+    target: TargetArguments,
+    /// Attach the VDUSE device to a driver of the vDPA bus; without this, `vdpa dev add name NAME mgmtdev vduse` does
+    #[arg(long, value_name = "DRIVER", requires = "vduse")]
+    attach: Option<AttachTo>,
+    /// Remove a VDUSE device of this name that a process has left behind. What its driver has not written is lost
+    #[arg(long, requires = "vduse")]
+    replace: bool,
+    /// Offer only split rings over VDUSE, as QEMU's shadow virtqueues need them
+    #[arg(long, requires = "vduse")]
+    split_rings: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum AttachTo {
+    /// virtio_vdpa: a device of this host, for example the disk /dev/vda
+    Virtio,
+    /// vhost_vdpa: a /dev/vhost-vdpa-N for a VMM
+    Vhost,
+}
+
+/// Arguments for the front-end's socket, or the name of a VDUSE device.
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
-struct SocketArguments {
+struct TargetArguments {
     /// UNIX socket to listen on
     #[arg(long, value_name = "PATH", value_parser = values::socket_path())]
     socket: Option<PathBuf>,
@@ -149,6 +182,9 @@ struct SocketArguments {
     /// Inherited socket instead: a listening one, or one connection
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
     fd: Option<i32>,
+    /// Serve a VDUSE device of this name instead, to the kernel's vDPA bus (see docs/guide/vduse.md)
+    #[arg(long, value_name = "NAME")]
+    vduse: Option<String>,
 }
 
 /// Arguments for the seccomp filter.
@@ -216,7 +252,8 @@ fn serial(text: &str) -> Result<String, String> {
 pub(crate) fn run(arguments: Arguments) -> ExitCode {
     // The signals are blocked first, so that threads started later don't receive them.
     let limit = Duration::from_secs(arguments.device.stop_timeout());
-    let ended = stop_on_interrupt(limit).and_then(|stop| match arguments.device {
+    let leaves_requests = arguments.device.place().target.vduse.is_none();
+    let ended = stop_on_interrupt(limit, leaves_requests).and_then(|stop| match arguments.device {
         DeviceCommand::Blk(blk) => blk.run(&stop),
         DeviceCommand::Net(net) => net.run(&stop),
     });
@@ -231,8 +268,9 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 }
 
 /// Returns an eventfd that is signalled at SIGINT or SIGTERM. After the signal, requests under way are completed for at
-/// most `limit`, and then the process exits. A successor resubmits those that are left in the inflight region.
-fn stop_on_interrupt(limit: Duration) -> Result<Arc<EventFd>, Box<dyn std::error::Error>> {
+/// most `limit`, and then the process exits. A successor resubmits those that are left in the inflight region. Without
+/// `leaves_requests` the process does not exit: the kernel would wait for the requests of a VDUSE device for ever.
+fn stop_on_interrupt(limit: Duration, leaves_requests: bool) -> Result<Arc<EventFd>, Box<dyn std::error::Error>> {
     let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
     let signalled = stop.clone();
     on_interrupt(move || {
@@ -241,9 +279,16 @@ fn stop_on_interrupt(limit: Duration) -> Result<Arc<EventFd>, Box<dyn std::error
         // The message is logged on a separate thread, because the write blocks if the reader of stderr has stopped
         // reading.
         let seconds = limit.as_secs();
-        std::thread::spawn(move || {
-            tracing::error!("requests are under way {seconds} s after the signal: they are left")
+        std::thread::spawn(move || match leaves_requests {
+            true => tracing::error!("requests are under way {seconds} s after the signal: they are left"),
+            false => tracing::error!(
+                "the device is in use {seconds} s after the signal: it is removed when its requests are completed and no \
+                 VMM has it open"
+            ),
         });
+        if !leaves_requests {
+            return;
+        }
         std::thread::sleep(Duration::from_millis(100));
         control::remove_sockets();
         std::process::exit(1);
@@ -291,24 +336,40 @@ impl Blk {
 /// Serves `device` at `place` until `stop` is signalled. Prints `what`, the description of the device, to stdout. The
 /// process opens nothing else from then on.
 fn serve(
-    place: &SocketArguments,
+    place: &PlaceArguments,
     device: Arc<dyn VirtioDevice>,
     what: &str,
     sandbox: Option<Sandbox>,
     stop: &EventFd,
 ) -> Result<(), Box<dyn std::error::Error>> {
     // When this closure is called, everything that must be opened is open.
-    let SocketArguments { socket, connect, fd } = place;
+    let TargetArguments { socket, connect, fd, vduse } = &place.target;
     let confine = || {
         sandbox.map_or(Ok(()), |sandbox| {
             Sandbox {
                 allow_unlink: sandbox.allow_unlink || socket.is_some(),
                 allow_connect: connect.is_some(),
+                allow_vduse: vduse.is_some(),
                 ..sandbox
             }
             .install()
         })
     };
+    if let Some(name) = vduse {
+        let options = VduseOptions::new(name)
+            .with_attach(place.attach.map(|driver| match driver {
+                AttachTo::Virtio => BusDriver::Virtio,
+                AttachTo::Vhost => BusDriver::Vhost,
+            }))
+            .with_replace(place.replace)
+            .with_split_rings(place.split_rings);
+        let server = VduseServer::start(&options, device)?;
+        let offered = server.offered_as();
+        confine()?;
+        let offered = if offered.is_empty() { String::new() } else { format!(" ({})", offered.join(", ")) };
+        println!("serves {what} as VDUSE device {name}{offered}");
+        return Ok(server.serve(stop.as_fd())?);
+    }
     if let Some(path) = connect {
         confine()?;
         println!("serves {what} at {}", path.display());
@@ -328,7 +389,7 @@ fn serve(
                 return Err(format!("--fd {number} is no socket that was passed on: {}", with_causes(&error)).into());
             }
         },
-        (None, None) => return Err("give --socket, --connect or --fd".into()),
+        (None, None) => return Err("give --socket, --connect, --fd or --vduse".into()),
     };
     confine()?;
     match socket {

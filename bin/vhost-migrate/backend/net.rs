@@ -7,7 +7,7 @@ use nix::sys::eventfd::EventFd;
 use vhost_migrate::backend::Sandbox;
 use vhost_migrate::backend::net::{MAX_PAIRS, MIN_MTU, Mac, NetDevice, NetOptions, NetPeer};
 
-use super::{SeccompArguments, SocketArguments, StopArguments, serve};
+use super::{PlaceArguments, SeccompArguments, StopArguments, serve};
 use crate::log_arguments::LogArguments;
 use crate::metrics::MetricsArguments;
 use crate::signals::ignore_hangup;
@@ -39,7 +39,7 @@ What it writes to stderr is chosen by --log-level or RUST_LOG.
 Exit status: 0 ended by a signal; 1 failed; 2 wrong arguments.")]
 pub(super) struct Arguments {
     #[command(flatten)]
-    place: SocketArguments,
+    pub(super) place: PlaceArguments,
     #[command(flatten)]
     peer: PeerArguments,
     /// Pairs of a receive and a transmit queue
