@@ -5,10 +5,15 @@ mod errors;
 mod guide;
 mod modules;
 mod net;
+#[path = "../kit/process.rs"]
+mod process;
 mod rings;
 mod scsi;
 mod shadow;
 mod tap;
+mod vduse;
+mod vduse_blk;
+mod vduse_faults;
 mod vsock;
 #[path = "../kit/wait.rs"]
 mod wait;
