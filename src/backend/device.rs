@@ -40,6 +40,12 @@ pub trait VirtioDevice: Send + Sync {
         None
     }
 
+    /// Returns a number that names the data of the device on this host, such as the image of a disk. A VDUSE device of a
+    /// process that was killed is continued only with the same data. 0 by default.
+    fn data_id(&self) -> u128 {
+        0
+    }
+
     /// Returns the number of queues, 1 by default.
     fn queues(&self) -> u16 {
         1

@@ -41,7 +41,7 @@ mod queue;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -249,6 +249,8 @@ pub struct BlkDevice {
     /// Front-ends to notify when the disk grows.
     frontends: Mutex<Vec<Weak<FrontendHandle>>>,
     block_size: u32,
+    /// The number of the block device, or of the file system and the inode of a file.
+    data_id: u128,
     /// True if parts of the image can be deallocated or zeroed.
     can_clear: bool,
     serial: [u8; VIRTIO_BLK_ID_BYTES],
@@ -276,10 +278,15 @@ impl BlkDevice {
             return Err(BlkError::QueueLayout { queues, size: entries });
         }
         let buffered = open(&image, options.read_only, 0)?;
-        let kind = buffered.metadata().map_err(|source| open_error(&image, source))?.file_type();
+        let metadata = buffered.metadata().map_err(|source| open_error(&image, source))?;
+        let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(BlkError::NotADisk { image });
         }
+        let data_id = match kind.is_block_device() {
+            true => u128::from(metadata.rdev()),
+            false => u128::from(metadata.dev()) << 64 | u128::from(metadata.ino()),
+        };
         let bytes = size(&image, &buffered)?;
         if !options.raw
             && let Some(format) = format::find(&buffered, bytes).map_err(|source| open_error(&image, source))?
@@ -324,6 +331,7 @@ impl BlkDevice {
             capacity,
             frontends: hosts,
             block_size,
+            data_id,
             can_clear: clears,
             serial,
             image,
@@ -389,6 +397,10 @@ impl VirtioDevice for BlkDevice {
 
     fn device_id(&self) -> Option<u32> {
         Some(VIRTIO_ID_BLOCK)
+    }
+
+    fn data_id(&self) -> u128 {
+        self.data_id
     }
 
     fn protocol_features(&self) -> ProtocolFeatures {
