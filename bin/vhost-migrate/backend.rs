@@ -152,9 +152,14 @@ struct PlaceArguments {
     /// Attach the VDUSE device to a driver of the vDPA bus; without this, `vdpa dev add name NAME mgmtdev vduse` does
     #[arg(long, value_name = "DRIVER", requires = "vduse")]
     attach: Option<AttachTo>,
-    /// Remove a VDUSE device of this name that a process has left behind. What its driver has not written is lost
+    /// Remove a VDUSE device of this name that a process has left behind, if it can't be continued. What its driver has not
+    /// written is lost
     #[arg(long, requires = "vduse")]
     replace: bool,
+    /// Directory of the log of the VDUSE device. A process that is started after this one was killed continues the device
+    /// from it (see docs/vduse-log.md)
+    #[arg(long, value_name = "DIR", requires = "vduse", default_value = "/run/vhost-migrate")]
+    state_dir: PathBuf,
     /// Offer only split rings over VDUSE, as QEMU's shadow virtqueues need them
     #[arg(long, requires = "vduse")]
     split_rings: bool,
@@ -347,7 +352,7 @@ fn serve(
     let confine = || {
         sandbox.map_or(Ok(()), |sandbox| {
             Sandbox {
-                allow_unlink: sandbox.allow_unlink || socket.is_some(),
+                allow_unlink: sandbox.allow_unlink || socket.is_some() || vduse.is_some(),
                 allow_connect: connect.is_some(),
                 allow_vduse: vduse.is_some(),
                 ..sandbox
@@ -362,6 +367,7 @@ fn serve(
                 AttachTo::Vhost => BusDriver::Vhost,
             }))
             .with_replace(place.replace)
+            .with_state_dir(Some(place.state_dir.clone()))
             .with_split_rings(place.split_rings);
         let server = VduseServer::start(&options, device)?;
         let offered = server.offered_as();

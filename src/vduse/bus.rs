@@ -220,6 +220,11 @@ pub(super) fn offered_as(name: &str) -> Vec<String> {
     found
 }
 
+/// Returns true if the device `name` was added to the bus.
+pub(super) fn is_on_bus(name: &str) -> bool {
+    device_path(name).exists()
+}
+
 /// Returns true if the device `name` is a disk of this host.
 pub(super) fn is_disk(name: &str) -> bool {
     !disks(name).is_empty()

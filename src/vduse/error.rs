@@ -3,6 +3,9 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::path::PathBuf;
+
+use crate::vduse::VduseLogError;
 
 /// The reason for which a VDUSE device is not served, or not any more.
 #[derive(Debug, thiserror::Error)]
@@ -50,10 +53,23 @@ pub enum VduseError {
         name: String,
     },
     /// A device of this name exists, and no process serves it.
-    #[error("{name}: a process that ended has left a VDUSE device of this name behind: use --replace to remove it")]
+    #[error(
+        "{name}: a process that ended has left a VDUSE device of this name behind, which can't be continued: use --replace \
+        to remove it"
+    )]
     LeftBehind {
         /// The device.
         name: String,
+        /// The reason for which it can't be continued.
+        source: VduseLogError,
+    },
+    /// The rings of a device that another process has served could not be started.
+    #[error("{name}: the device can't be continued: remove the cause and start again, or use --replace to remove it")]
+    Continue {
+        /// The device.
+        name: String,
+        /// The error of the system.
+        source: io::Error,
     },
     /// A device that no process serves any more has requests in flight.
     #[error(
@@ -101,6 +117,28 @@ pub enum VduseError {
         name: String,
         /// The error of the system.
         source: io::Error,
+    },
+    /// The log can't be opened or written.
+    #[error("{}: the log of the device can't be used (--state-dir names its directory)", .path.display())]
+    LogFile {
+        /// The file.
+        path: PathBuf,
+        /// The error of the system.
+        source: io::Error,
+    },
+    /// Another process uses the log.
+    #[error("{}: another process uses this log: it serves a device of the same name", .path.display())]
+    LogInUse {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The device has no valid record.
+    #[error("{}: the log of the device can't be written", .path.display())]
+    Log {
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        source: VduseLogError,
     },
     /// The kernel does not use the device any more, because a message was not answered in time.
     #[error(

@@ -11,6 +11,7 @@
 //! | `state` | what each message changes, without files and threads |
 //! | `rings` | performs what messages require: starts and stops rings |
 //! | `kernel` | interrupts, and the mappings of I/O virtual addresses |
+//! | `log` | the log from which another process continues the device |
 //! | `left_behind` | a device whose process has ended, while it is removed |
 //! | `offer` | the features that the kernel accepts |
 //! | `bus` | the vDPA bus: netlink and sysfs |
@@ -50,6 +51,7 @@ mod error;
 mod files;
 mod kernel;
 mod left_behind;
+mod log;
 mod messages;
 mod offer;
 mod rings;
@@ -58,7 +60,10 @@ mod state;
 
 pub use bus::BusDriver;
 pub use error::VduseError;
+pub use log::{DeviceInstance, RECORD_BYTES, VduseLogError, VduseRecord};
 pub use server::VduseServer;
+
+use std::path::PathBuf;
 
 /// The name of a VDUSE device, and how it is offered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,8 +73,10 @@ pub struct VduseOptions {
     pub name: String,
     /// The driver to attach the device to. With `None`, `vdpa dev add name NAME mgmtdev vduse` attaches it.
     pub attach: Option<BusDriver>,
-    /// Remove a device of this name that a process has left behind.
+    /// Remove a device of this name that a process has left behind and that can't be continued.
     pub replace: bool,
+    /// Directory of the log from which another process continues the device. With `None` there is no log.
+    pub state_dir: Option<PathBuf>,
     /// Offer split rings only, as a VMM with shadow virtqueues needs.
     pub split_rings: bool,
 }
@@ -77,12 +84,13 @@ pub struct VduseOptions {
 impl VduseOptions {
     /// Options for a device that is not attached.
     pub fn new(name: impl Into<String>) -> VduseOptions {
-        VduseOptions { name: name.into(), attach: None, replace: false, split_rings: false }
+        VduseOptions { name: name.into(), attach: None, replace: false, state_dir: None, split_rings: false }
     }
 
     setters! {
         with_attach: attach: Option<BusDriver>,
         with_replace: replace: bool,
+        with_state_dir: state_dir: Option<PathBuf>,
         with_split_rings: split_rings: bool,
     }
 }

@@ -15,10 +15,14 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::abi::features::feature_names;
 use crate::abi::vduse::{DevRequest, VqInfo, VqStatePacked};
-use crate::abi::virtio::{MAX_QUEUE_SIZE, PackedDesc, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED, VirtioFeatures};
+use crate::abi::virtio::{
+    MAX_QUEUE_SIZE, PackedDesc, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED,
+    VirtioFeatures,
+};
 use crate::backend::rings::Workers;
 use crate::backend::session::{DirectFrontend, Kick, Logging, Notifier, VringConfig, VringController};
 use crate::backend::{BackendError, FrontendHandle, VirtioDevice};
+use crate::inflight::InflightRegion;
 use crate::memory::{GuestAddress, Iotlb, Iova, Memory};
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::with_causes::with_causes;
@@ -27,6 +31,7 @@ use crate::vduse::bus::requests_in_flight;
 use crate::vduse::files::DeviceFile;
 use crate::vduse::kernel::Kernel;
 use crate::vduse::left_behind::idle_base;
+use crate::vduse::log::VduseLog;
 use crate::vduse::messages::{Message, Task, title};
 use crate::vduse::state::{Action, DeviceState, Outcome, from_state};
 
@@ -61,6 +66,9 @@ pub(super) struct Rings {
     frontend: Arc<FrontendHandle>,
     workers: Workers,
     rings: Vec<KernelRing>,
+    log: Option<VduseLog>,
+    /// The inflight region in the log, for rings of the driver's kind.
+    inflight: Option<Arc<InflightRegion>>,
 }
 
 /// A ring as the kernel has set it up.
@@ -100,6 +108,70 @@ impl Rings {
             features: VirtioFeatures::empty(),
             frontend,
             rings: (0..queues).map(|_| KernelRing::default()).collect(),
+            log: None,
+            inflight: None,
+        }
+    }
+
+    /// Records the state from now on in `log`, which describes the present one (rule V3.4).
+    pub(super) fn set_log(&mut self, log: VduseLog) {
+        self.log = Some(log);
+    }
+
+    /// Continues the device from its log (rule V3.5): starts the rings that were running.
+    ///
+    /// # Errors
+    /// [`VduseError::Continue`]. The log and the device are as before.
+    pub(super) fn resume(&mut self) -> Result<(), VduseError> {
+        let name = self.name.clone();
+        let resumed = self.resume_rings();
+        resumed.map_err(|fault| VduseError::Continue { name, source: io::Error::other(fault) })
+    }
+
+    fn resume_rings(&mut self) -> Result<(), RingFault> {
+        let Some(record) = self.log.as_ref().map(|log| log.record().clone()) else { return Ok(()) };
+        self.state = DeviceState::taken_over(self.queues(), record.status, record.suspended);
+        for (index, base) in (0..).zip(&record.stopped_at) {
+            if let (Some(ring), Some(base)) = (self.rings.get_mut(usize::from(index)), base) {
+                (ring.has_run, ring.stopped_at) = (true, Some((self.file.ring(index)?.state, *base)));
+            }
+        }
+        self.features = record.features;
+        if record.status & VIRTIO_CONFIG_S_DRIVER_OK == 0 {
+            self.clear_inflight();
+        }
+        if !self.state.runs() {
+            return Ok(());
+        }
+        self.prepare_start()?;
+        if self.features != record.features {
+            return Err(RingFault::Features(self.features & !record.features));
+        }
+        for index in (0..self.queues()).filter(|index| record.stopped_at.get(usize::from(*index)) == Some(&None)) {
+            self.start_ring(index)?;
+        }
+        Ok(())
+    }
+
+    /// Records the state in the log. Without a log, it does nothing.
+    fn save(&mut self, status: u8) {
+        let Some(log) = &mut self.log else { return };
+        let stopped_at = |ring: &KernelRing| ring.stopped_at.map(|(_, base)| base);
+        let saved = log.save(|record| {
+            (record.status, record.suspended) = (status, self.state.is_suspended());
+            record.features = self.features;
+            record.stopped_at = self.rings.iter().map(stopped_at).collect();
+        });
+        if let Err(error) = saved {
+            self.give_up_log(&error);
+        }
+    }
+
+    /// Removes the log, which is not valid any more.
+    fn give_up_log(&mut self, error: &VduseError) {
+        error!("{}: can't be continued after a crash from now on: {}", self.name, with_causes(error));
+        if let Some(Err(error)) = self.log.take().map(VduseLog::remove) {
+            error!("{}: {}", self.name, with_causes(&error));
         }
     }
 
@@ -112,7 +184,7 @@ impl Rings {
         let name = self.name.clone();
         let failed =
             |fault: RingFault| VduseError::system(&name, "take over the rings of the device")(io::Error::other(fault));
-        self.state = DeviceState::taken_over(self.queues());
+        self.state = DeviceState::taken_over(self.queues(), VIRTIO_CONFIG_S_DRIVER_OK, false);
         let features = self.file.features().map_err(|error| failed(error.into()))?;
         for index in 0..self.queues() {
             self.find_base(index, features.contains(VIRTIO_F_RING_PACKED)).map_err(failed)?;
@@ -146,24 +218,32 @@ impl Rings {
         Ok(())
     }
 
-    /// Performs tasks until it is stopped; then drains and stops the rings.
-    pub(super) fn run(mut self, tasks: &Receiver<Task>) {
+    /// Performs tasks until it is stopped; then drains and stops the rings. Returns the log.
+    pub(super) fn run(mut self, tasks: &Receiver<Task>) -> Option<VduseLog> {
         for task in tasks {
             match task {
                 Task::Message(message) => {
                     self.answer(&message);
                     message.set_done();
                 }
-                Task::ConfigChanged => {
-                    if let Err(error) = self.file.set_config(&self.device.config()) {
-                        warn!("{}: the change of the configuration is not reported: {error}", self.name);
-                    }
-                }
+                Task::ConfigChanged => self.change_config(),
                 Task::Stop => break,
             }
         }
         if let Err(error) = self.stop_all() {
             error!("{}: {}", self.name, with_causes(&error));
+        }
+        self.log
+    }
+
+    fn change_config(&mut self) {
+        let config = self.device.config();
+        if let Err(error) = self.file.set_config(&config) {
+            warn!("{}: the change of the configuration is not reported: {error}", self.name);
+        }
+        let saved = self.log.as_mut().map_or(Ok(()), |log| log.save(|record| record.config = config));
+        if let Err(error) = saved {
+            self.give_up_log(&error);
         }
     }
 
@@ -183,6 +263,10 @@ impl Rings {
             }
         };
         let response = self.state.finish(request, outcome);
+        self.save(self.state.status());
+        if self.state.status() == 0 && before.status() != 0 {
+            self.clear_inflight();
+        }
         if message.claim() {
             if let Err(error) = self.file.write(&response) {
                 error!("{}: {} is not answered: {error}", self.name, title(request.kind));
@@ -191,6 +275,16 @@ impl Rings {
             // For the kernel, the start has failed.
             self.state = before;
             self.stop_rings();
+            self.save(self.state.status());
+        }
+    }
+
+    /// Clears the inflight region for the next driver. The log says already that no ring runs (rule V3.6).
+    fn clear_inflight(&mut self) {
+        self.inflight = None;
+        let cleared = self.log.as_ref().map_or(Ok(()), VduseLog::clear_region);
+        if let Err(error) = cleared {
+            self.give_up_log(&error);
         }
     }
 
@@ -226,9 +320,19 @@ impl Rings {
         if unknown.is_empty() { Ok(features) } else { Err(RingFault::Features(unknown)) }
     }
 
-    fn start_rings(&mut self) -> Result<(), RingFault> {
+    /// Reads the features of the driver, records the start in the log, and maps the inflight region.
+    fn prepare_start(&mut self) -> Result<(), RingFault> {
         // Addresses are I/O virtual whether the driver has acknowledged it or not (rule V2.1).
         self.features = self.check_features()? | VIRTIO_F_ACCESS_PLATFORM;
+        // Before a request is served: a successor must not take the rings for ones that were not started (rule V3.4).
+        self.save(self.state.status() | VIRTIO_CONFIG_S_DRIVER_OK);
+        let region = self.log.as_ref().map(VduseLog::region).transpose().map_err(BackendError::from)?;
+        self.inflight = region.map(Arc::new);
+        Ok(())
+    }
+
+    fn start_rings(&mut self) -> Result<(), RingFault> {
+        self.prepare_start()?;
         info!("{}: a driver has started, with {}", self.name, feature_names(self.features, self.device.device_id()));
         let started = (0..self.queues()).try_for_each(|index| self.start_ring(index));
         if started.is_err() {
@@ -270,7 +374,7 @@ impl Rings {
             call_changed: false,
             has_notified: ring.has_notified.clone(),
             error: None,
-            inflight: None,
+            inflight: self.inflight.clone(),
             is_first_start: !ring.has_run,
             in_postcopy: false,
             frontend: self.frontend.clone(),

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -13,7 +14,7 @@ use crossbeam::channel::{Sender, unbounded};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 use zerocopy::FromZeros;
 
 use crate::abi::features::feature_names;
@@ -21,14 +22,15 @@ use crate::abi::vduse::{DevConfigHeader, VDUSE_F_QUEUE_READY, VDUSE_F_SUSPEND, V
 use crate::abi::virtio::{VIRTIO_ID_NET, VirtioFeatures};
 use crate::backend::VirtioDevice;
 use crate::sys::with_causes::with_causes;
-use crate::vduse::bus::{Bus, bind, is_disk, offered_as};
+use crate::vduse::bus::{Bus, bind, is_disk, is_on_bus, offered_as};
 use crate::vduse::files::{ControlFile, DeviceFile, name_bytes};
 use crate::vduse::kernel::Kernel;
 use crate::vduse::left_behind::LeftBehind;
+use crate::vduse::log::{LogFile, VduseLog};
 use crate::vduse::messages::{LoopEnd, Task, serve_messages};
 use crate::vduse::offer::{Offer, offers};
 use crate::vduse::rings::Rings;
-use crate::vduse::{VduseError, VduseOptions};
+use crate::vduse::{DeviceInstance, VduseError, VduseLogError, VduseOptions, VduseRecord};
 
 /// Alignment of the areas of a ring, bytes.
 const RING_ALIGNMENT: u32 = 4096;
@@ -56,7 +58,18 @@ struct Threads {
     ended: Arc<EventFd>,
     tasks: Sender<Task>,
     messages: JoinHandle<LoopEnd>,
-    rings: JoinHandle<()>,
+    /// Returns the log.
+    rings: JoinHandle<Option<VduseLog>>,
+}
+
+/// The state in which a device is when its threads start.
+enum Start {
+    /// It was just created.
+    Created(Option<VduseLog>),
+    /// Another process has served it, with this log.
+    Continued(VduseLog),
+    /// It is to be removed.
+    LeftBehind,
 }
 
 impl VduseServer {
@@ -79,32 +92,123 @@ impl VduseServer {
         let device_id = device.device_id().ok_or_else(|| VduseError::NoDeviceId { name: name.into() })?;
         let _ = control.set_features(control.features() & VDUSE_FEATURES);
         let mut server = VduseServer { name: name.into(), control, bus, threads: None, exists: false };
-        let offer = match server.create(options, device.as_ref(), device_id) {
-            Err(VduseError::LeftBehind { .. }) if options.replace => {
-                server.remove_left_behind()?;
-                server.create(options, device.as_ref(), device_id)
-            }
-            created => created,
-        }?;
-        server.exists = true;
-        let file = Arc::new(open_new(name)?);
-        for index in 0..offer.queues {
-            let declared = file.set_up_ring(index, device.max_queue_size());
-            declared.map_err(VduseError::system(name, "declare a ring"))?;
+        let created = match server.create(options, device.as_ref(), device_id)? {
+            Some(offer) => Some(offer),
+            None => match server.log_of_left_behind(options, device.as_ref(), device_id)? {
+                Ok(log) => {
+                    server.resume(&device, log)?;
+                    None
+                }
+                Err(_) if options.replace => {
+                    server.remove_left_behind()?;
+                    let created = server.create(options, device.as_ref(), device_id)?;
+                    Some(created.ok_or_else(|| VduseError::NameTaken { name: name.into() })?)
+                }
+                Err(source) => return Err(VduseError::LeftBehind { name: name.into(), source }),
+            },
+        };
+        if let Some(offer) = created {
+            server.exists = true;
+            server.serve_created(options, &device, device_id, offer)?;
         }
-        server.threads = Some(Threads::start(name, &device, file, offer, false)?);
         if let Some(driver) = options.attach {
-            server.bus.add(name).map_err(|source| match source.kind() {
-                io::ErrorKind::PermissionDenied => not_permitted("the vDPA bus", source),
-                _ => VduseError::Add { name: name.into(), source },
-            })?;
+            if !is_on_bus(name) {
+                server.bus.add(name).map_err(|source| match source.kind() {
+                    io::ErrorKind::PermissionDenied => not_permitted("the vDPA bus", source),
+                    _ => VduseError::Add { name: name.into(), source },
+                })?;
+            }
             bind(name, driver)?;
         }
         Ok(server)
     }
 
-    /// Creates the device with the largest offer that the kernel accepts.
-    fn create(&self, options: &VduseOptions, device: &dyn VirtioDevice, device_id: u32) -> Result<Offer, VduseError> {
+    /// Declares the rings of a device that was just created, creates its log, and starts its threads.
+    fn serve_created(
+        &mut self,
+        options: &VduseOptions,
+        device: &Arc<dyn VirtioDevice>,
+        device_id: u32,
+        offer: Offer,
+    ) -> Result<(), VduseError> {
+        let name = self.name.as_str();
+        let file = Arc::new(open_new(name)?);
+        for index in 0..offer.queues {
+            let declared = file.set_up_ring(index, device.max_queue_size());
+            declared.map_err(VduseError::system(name, "declare a ring"))?;
+        }
+        let log = options.state_dir.as_deref().map(|folder| {
+            let record = VduseRecord {
+                instance: instance(name)?,
+                device_id,
+                data_id: device.data_id(),
+                queue_size: device.max_queue_size(),
+                offered: offer.features,
+                features: VirtioFeatures::empty(),
+                status: 0,
+                suspended: false,
+                config: device.config(),
+                stopped_at: vec![None; offer.queues.into()],
+            };
+            VduseLog::create(LogFile::open(folder, name, true)?, record)
+        });
+        let start = Start::Created(log.transpose()?);
+        self.threads = Some(Threads::start(name, device, file, offer, start)?);
+        Ok(())
+    }
+
+    /// Returns the log of the device of this name, which no process serves.
+    fn log_of_left_behind(
+        &self,
+        options: &VduseOptions,
+        device: &dyn VirtioDevice,
+        device_id: u32,
+    ) -> Result<Result<VduseLog, VduseLogError>, VduseError> {
+        let Some(folder) = &options.state_dir else { return Ok(Err(VduseLogError::NoDirectory)) };
+        let file = match LogFile::open(folder, &self.name, false) {
+            Err(VduseError::LogFile { path, source }) if source.kind() == io::ErrorKind::NotFound => {
+                return Ok(Err(VduseLogError::Missing { path }));
+            }
+            opened => opened?,
+        };
+        let instance = instance(&self.name)?;
+        let offers = offers(device, device_id, options.split_rings);
+        Ok(file.read(instance).and_then(|record| {
+            let is = |offer: &Offer| OfferedDevice { device_id, offer: *offer, queue_size: device.max_queue_size() };
+            let was = OfferedDevice {
+                device_id: record.device_id,
+                offer: Offer { features: record.offered, queues: record.queues() },
+                queue_size: record.queue_size,
+            };
+            match offers.first() {
+                Some(first) if !offers.iter().any(|offer| is(offer) == was) => {
+                    Err(VduseLogError::OtherOptions { was: was.to_string(), is: is(first).to_string() })
+                }
+                _ if record.data_id != device.data_id() => Err(VduseLogError::OtherData),
+                _ => Ok(VduseLog::resume(file, record)),
+            }
+        }))
+    }
+
+    /// Continues the device from its log.
+    fn resume(&mut self, device: &Arc<dyn VirtioDevice>, log: VduseLog) -> Result<(), VduseError> {
+        let name = self.name.as_str();
+        let file = Arc::new(DeviceFile::open(name).map_err(VduseError::system(name, "open the device"))?);
+        let offer = Offer { features: log.record().offered, queues: log.record().queues() };
+        info!("{name}: continues the device of a process that has ended");
+        self.threads = Some(Threads::start(name, device, file, offer, Start::Continued(log))?);
+        self.exists = true;
+        Ok(())
+    }
+
+    /// Creates the device with the largest offer that the kernel accepts. Returns `None` if there is a device of this name
+    /// that no process serves.
+    fn create(
+        &self,
+        options: &VduseOptions,
+        device: &dyn VirtioDevice,
+        device_id: u32,
+    ) -> Result<Option<Offer>, VduseError> {
         let name = self.name.as_str();
         let mut refused = None;
         let offers = offers(device, device_id, options.split_rings);
@@ -127,11 +231,11 @@ impl VduseServer {
                             feature_names(missing, Some(device_id))
                         );
                     }
-                    return Ok(*offer);
+                    return Ok(Some(*offer));
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINVAL) => refused = Some(error),
-                    Some(libc::EEXIST) => return Err(self.exists_already()),
+                    Some(libc::EEXIST) => return self.check_unserved().map(|()| None),
                     Some(libc::EPERM | libc::EACCES) => return Err(not_permitted("creating the device", error)),
                     _ => return Err(VduseError::system(name, "create the device")(error)),
                 },
@@ -145,12 +249,13 @@ impl VduseServer {
         Err(VduseError::Refused { name: name.into(), advice, source })
     }
 
-    /// Returns the error for a device of this name that exists.
-    fn exists_already(&self) -> VduseError {
-        let name = self.name.clone();
-        match DeviceFile::open(&name) {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => VduseError::NameTaken { name },
-            _ => VduseError::LeftBehind { name },
+    /// Checks that no process serves the device of this name.
+    fn check_unserved(&self) -> Result<(), VduseError> {
+        match DeviceFile::open(&self.name) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                Err(VduseError::NameTaken { name: self.name.clone() })
+            }
+            _ => Ok(()),
         }
     }
 
@@ -161,7 +266,7 @@ impl VduseServer {
         let device = LeftBehind::new(&file, is_disk(name));
         let offer = device.offer();
         let device: Arc<dyn VirtioDevice> = Arc::new(device);
-        self.threads = Some(Threads::start(name, &device, file, offer, true)?);
+        self.threads = Some(Threads::start(name, &device, file, offer, Start::LeftBehind)?);
         self.exists = true;
         self.remove().map(drop)
     }
@@ -201,11 +306,12 @@ impl VduseServer {
         let refused = |source| VduseError::Remove { name: self.name.clone(), source };
         // The driver still uses the device, and gets answers.
         let detached = if self.exists { self.bus.remove(&self.name).map_err(refused) } else { Ok(false) };
-        let end = self.threads.take().map_or(LoopEnd::Stopped, Threads::stop);
+        let (end, log) = self.threads.take().map_or((LoopEnd::Stopped, None), Threads::stop);
         detached?;
         if std::mem::take(&mut self.exists) {
             self.control.destroy(&self.name).map_err(refused)?;
         }
+        log.map_or(Ok(()), VduseLog::remove)?;
         Ok(end)
     }
 }
@@ -224,7 +330,7 @@ impl Threads {
         device: &Arc<dyn VirtioDevice>,
         file: Arc<DeviceFile>,
         offer: Offer,
-        take_over: bool,
+        start: Start,
     ) -> Result<Threads, VduseError> {
         let failed = VduseError::system(name, "start a thread");
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
@@ -234,8 +340,14 @@ impl Threads {
         let (tasks, inbox) = unbounded();
         let kernel = Arc::new(Kernel::new(&file, tasks.clone()));
         let mut rings = Rings::new(name, device.clone(), file.clone(), kernel, offer.features, offer.queues);
-        if take_over {
-            rings.take_over()?;
+        match start {
+            Start::Created(None) => {}
+            Start::Created(Some(log)) => rings.set_log(log),
+            Start::Continued(log) => {
+                rings.set_log(log);
+                rings.resume()?;
+            }
+            Start::LeftBehind => rings.take_over()?,
         }
         let rings = thread::Builder::new().name("vduse rings".into()).spawn(move || rings.run(&inbox));
         let rings = rings.map_err(&failed)?;
@@ -254,14 +366,35 @@ impl Threads {
         Ok(Threads { stop, ended, tasks, messages, rings })
     }
 
-    /// Drains the rings and ends the threads.
-    fn stop(self) -> LoopEnd {
+    /// Drains the rings and ends the threads. Returns the reason for which the message loop has ended, and the log.
+    fn stop(self) -> (LoopEnd, Option<VduseLog>) {
         let _ = self.tasks.send(Task::Stop);
         // Requests under way are completed, however long that takes.
-        let _ = self.rings.join();
+        let log = self.rings.join().ok().flatten();
         let _ = self.stop.write(1);
-        self.messages.join().unwrap_or(LoopEnd::Stopped)
+        (self.messages.join().unwrap_or(LoopEnd::Stopped), log)
     }
+}
+
+/// What is compared before a device is continued.
+#[derive(PartialEq, Eq)]
+struct OfferedDevice {
+    device_id: u32,
+    offer: Offer,
+    queue_size: u16,
+}
+
+impl fmt::Display for OfferedDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let OfferedDevice { device_id, offer: Offer { features, queues }, queue_size } = self;
+        let features = feature_names(*features, Some(*device_id));
+        write!(f, "device id {device_id}, {queues} queues of {queue_size} entries and {features}")
+    }
+}
+
+/// Returns the identity of the device `name`.
+fn instance(name: &str) -> Result<DeviceInstance, VduseError> {
+    DeviceInstance::of(name).map_err(VduseError::system(name, "identify the device in sysfs"))
 }
 
 /// Opens a device that was just created. Without privileges, udev first has to permit that.

@@ -80,9 +80,19 @@ impl DeviceState {
         DeviceState { queues, status: 0, suspended: false }
     }
 
-    /// Creates the state of a device whose driver has started it with another process.
-    pub(super) fn taken_over(queues: u16) -> DeviceState {
-        DeviceState { status: VIRTIO_CONFIG_S_DRIVER_OK, ..DeviceState::new(queues) }
+    /// Creates the state of a device that another process has served until now.
+    pub(super) fn taken_over(queues: u16, status: u8, suspended: bool) -> DeviceState {
+        DeviceState { queues, status, suspended }
+    }
+
+    /// Returns the device status.
+    pub(super) fn status(&self) -> u8 {
+        self.status
+    }
+
+    /// Returns true if the kernel has suspended the device.
+    pub(super) fn is_suspended(&self) -> bool {
+        self.suspended
     }
 
     /// Returns true if enabled rings are to run.
