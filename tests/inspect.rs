@@ -3,17 +3,22 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs::{self, File};
-use std::io::{Seek, SeekFrom, Write};
-use std::os::fd::AsRawFd;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::{Value, json};
+use twox_hash::XxHash3_64;
+use vhost_migrate::abi::virtio::PackedDesc;
 use vhost_migrate::dirty::Log;
+use vhost_migrate::inflight::{InflightRegion, RingKind};
 use vhost_migrate::memory::{GuestAddress, LOG_PAGE};
+use vhost_migrate::ring::RingBase;
 use vhost_migrate::stream::{FrameKind, MigrationId, PageStats, RegionLayout};
 use vhost_migrate::unstable::stream::frame::{ChannelId, ConnectionHeader, FrameWriter};
 use vhost_migrate::unstable::stream::record::{Commit, MemoryLayout, RoundEnd, ToDestination};
+use zerocopy::FromZeros;
 
 fn inspect(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vhost-migrate")).arg("inspect").args(arguments).output().unwrap()
@@ -268,4 +273,83 @@ fn inspect_inflight_limits_the_listed_requests() {
     let told = expect_success(&output);
     assert_eq!(told["queues"][0]["in_flight"], ENTRIES, "{told}");
     assert_eq!(told["queues"][0]["resubmit"].as_array().unwrap().len(), 3);
+}
+
+/// The log of a VDUSE disk with two queues of 64 entries, as docs/vduse-log.md describes it. Queue 0 has requests in flight.
+fn vduse_log(packed: bool) -> Vec<u8> {
+    let mut page = vec![0; 4096];
+    page[..16].copy_from_slice(b"vduselog\x01\0\x02\0\x40\0\x02\0");
+    page[16..32].copy_from_slice(&0x0123_4567_89ab_cdef_0011_2233_4455_6677_u128.to_be_bytes());
+    page[32..40].copy_from_slice(&77_u64.to_le_bytes());
+    page[40..48].copy_from_slice(&(7_u64 << 32).to_le_bytes());
+    page[48..56].copy_from_slice(&(3_u64 << 32 | u64::from(packed) << 34).to_le_bytes());
+    page[56..62].copy_from_slice(&[2, 0, 0, 0, 15, 0]);
+    page[64..80].copy_from_slice(&5_u128.to_le_bytes());
+    page[80..82].copy_from_slice(&[8, 9]);
+    page[344..352].copy_from_slice(&[1, 0, 0, 0, 5, 0, 0, 0]);
+    let sum = XxHash3_64::oneshot(&page[..4088]);
+    page[4088..].copy_from_slice(&sum.to_le_bytes());
+
+    let kind = if packed { RingKind::Packed } else { RingKind::Split };
+    let size = InflightRegion::bytes_for(kind, 2, 64).unwrap();
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&page).unwrap();
+    file.set_len(4096 + size).unwrap();
+    let region = InflightRegion::map(kind, file.as_fd(), size, 4096, 2, 64).unwrap();
+    if packed {
+        let (mut tracker, _) = region.packed(0, 64, RingBase::packed(0, true, 0, true), |_| 0).unwrap();
+        tracker.take(&[PackedDesc { id: 9.into(), ..PackedDesc::new_zeroed() }]).unwrap();
+    } else {
+        let (mut tracker, _) = region.split(0, 64, 0).unwrap();
+        [4, 6].into_iter().for_each(|head| tracker.take(head));
+    }
+    let mut bytes = Vec::new();
+    file.rewind().unwrap();
+    file.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn inspect_vduse_log_prints_the_device_and_its_requests_in_flight() {
+    let folder = TempFolder::new();
+    for packed in [false, true] {
+        let path = folder.file("disk0", &vduse_log(packed));
+        let found = expect_success(&inspect(&["--json", "vduse-log", &path]));
+        assert_eq!(found["boot_id"], "01234567-89ab-cdef-0011-223344556677");
+        assert_eq!((&found["inode"], &found["device_id"], &found["status"]), (&json!(77), &json!(2), &json!(15)));
+        assert_eq!((&found["stopped_at"], &found["config"]), (&json!([null, 5]), &json!([8, 9])));
+        assert_eq!((&found["queue_size"], &found["suspended"]), (&json!(64), &json!(false)));
+        assert_eq!(found["data_id"], "0x5");
+        let [first, second] = [0, 1].map(|queue| found["queues"][queue]["resubmit"].clone());
+        match packed {
+            true => assert_eq!((&first[0]["id"], &first[1]), (&json!(9), &Value::Null)),
+            false => assert_eq!((&first[0]["head"], &first[1]["head"]), (&json!(4), &json!(6))),
+        }
+        assert_eq!(second, json!([]));
+        let text = words(&inspect(&["vduse-log", &path]));
+        assert!(text.contains("queue 1 is stopped at") && text.contains("VIRTIO_F_VERSION_1"), "{text}");
+    }
+}
+
+#[test]
+fn inspect_vduse_log_refuses_damaged_files() {
+    let folder = TempFolder::new();
+    let log = vduse_log(false);
+    let with = |at: usize, byte: u8| {
+        let mut log = log.clone();
+        log[at] = byte;
+        log
+    };
+    for (bytes, expected) in [
+        (with(0, 0), "does not begin with"),
+        (with(8, 2), "version 2, expected 1"),
+        (with(60, 0), "checksum is wrong"),
+        (with(4096 + 8, 9), "version 9"),
+        (log[..4095].to_vec(), "4096 bytes"),
+        (log[..4096].to_vec(), "0 bytes"),
+        (Vec::new(), "4096 bytes"),
+    ] {
+        let output = inspect(&["vduse-log", &folder.file("damaged", &bytes)]);
+        assert!(output.status.code() == Some(1) && words(&output).contains(expected), "{}", words(&output));
+    }
 }

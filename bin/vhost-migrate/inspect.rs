@@ -1,9 +1,10 @@
-//! `vhost-migrate inspect`: prints the contents of a saved dirty log, inflight region or stream. The memory use is
+//! `vhost-migrate inspect`: prints the contents of a dirty log, an inflight region, the log of a VDUSE device, or a stream. The memory use is
 //! bounded for every file.
 
 mod inflight;
 mod log;
 mod stream;
+mod vduse_log;
 
 use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
@@ -14,12 +15,13 @@ use serde_json::Value;
 
 use crate::units;
 
-/// Print the contents of a saved dirty log, inflight region or stream
+/// Print the contents of a dirty log, an inflight region, the log of a VDUSE device, or a saved stream
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   vhost-migrate inspect log /proc/PID/fd/N         the shared log of a running back-end
   vhost-migrate inspect log saved.log --memory 4GiB
   vhost-migrate inspect inflight /proc/PID/fd/N --queues 2 --queue-size 256 --used 0:1234
+  vhost-migrate inspect vduse-log /run/vhost-migrate/disk0
   vhost-migrate inspect stream guest.vhm           every frame is checked, and that none is missing
 
 Exit status: 0 if what was found can be true; 1 if not; 2 wrong arguments; 4 if nothing tells whether the file is a log.")]
@@ -52,6 +54,14 @@ enum InspectCommand {
         #[command(flatten)]
         region: inflight::RegionArguments,
     },
+    /// The record of a VDUSE device and its requests in flight, from which a restarted process continues it
+    VduseLog {
+        /// The log
+        file: PathBuf,
+        /// Maximum number of requests to list, of all queues together
+        #[arg(long, default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+        requests: u32,
+    },
     /// The frames of a migration saved to a file or device
     Stream {
         /// The stream
@@ -65,6 +75,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     let found = match &arguments.command {
         InspectCommand::Log { file, runs, memory } => log::inspect(file, *runs as usize, *memory, &lines),
         InspectCommand::Inflight { file, region } => inflight::inspect(file, region, &lines),
+        InspectCommand::VduseLog { file, requests } => vduse_log::inspect(file, *requests, &lines),
         InspectCommand::Stream { file } => stream::inspect(file, &lines),
     };
     match found {

@@ -39,6 +39,14 @@ pub(super) struct RegionArguments {
     requests: u32,
 }
 
+impl RegionArguments {
+    /// Returns the arguments for the region of a log that has these queues.
+    pub(super) fn of_log(queues: u16, queue_size: u16, packed: bool, requests: u32) -> RegionArguments {
+        let queue_size = Some(queue_size);
+        RegionArguments { queues, queue_size, used: Vec::new(), packed, published: Vec::new(), requests }
+    }
+}
+
 fn used_index(text: &str) -> Result<(u16, u16), String> {
     let pair = text.split_once(':').and_then(|(queue, index)| Some((queue.parse().ok()?, index.parse().ok()?)));
     pair.ok_or_else(|| format!("'{text}' is not QUEUE:INDEX, for example 0:1234"))
@@ -50,9 +58,17 @@ pub(super) fn inspect(file: &Path, region: &RegionArguments, lines: &LinePrinter
         wrong_arguments(format!("there is no queue {queue}: the region has {} (--queues)", region.queues));
     }
     let bytes = RegionFile::open(open(file)?).map_err(|error| format!("{}: {error}", file.display()))?;
-    let queues = if region.packed { packed(&bytes, region, lines) } else { split(&bytes, region, lines) };
-    let queues = queues.map_err(|error| format!("{}: {error}", file.display()))?;
+    let queues = list_queues(&bytes, region, lines).map_err(|error| format!("{}: {error}", file.display()))?;
     Ok(json!({"queues": queues}).into())
+}
+
+/// Prints and returns what is in flight in each queue of a region.
+pub(super) fn list_queues(
+    bytes: &RegionFile,
+    region: &RegionArguments,
+    lines: &LinePrinter,
+) -> Result<Vec<Value>, String> {
+    if region.packed { packed(bytes, region, lines) } else { split(bytes, region, lines) }
 }
 
 /// Limits the number of listed requests.
@@ -186,16 +202,24 @@ fn print_in_flight(lines: &LinePrinter, queue_size: u16, count: usize, goes_on: 
 }
 
 /// A region file, read one queue at a time.
-struct RegionFile {
+pub(super) struct RegionFile {
     file: File,
+    /// Offset of the region, bytes.
+    start: u64,
     len: u64,
 }
 
 impl RegionFile {
-    fn open(mut file: File) -> Result<RegionFile, String> {
-        let len = file.seek(SeekFrom::End(0)).map_err(|error| error.to_string())?;
+    fn open(file: File) -> Result<RegionFile, String> {
+        RegionFile::after(file, 0)
+    }
+
+    /// Opens the region that follows the first `start` bytes of a file.
+    pub(super) fn after(mut file: File, start: u64) -> Result<RegionFile, String> {
+        let end = file.seek(SeekFrom::End(0)).map_err(|error| error.to_string())?;
+        let len = end.saturating_sub(start);
         match len > 0 && len.is_multiple_of(QUEUE_ALIGN) {
-            true => Ok(RegionFile { file, len }),
+            true => Ok(RegionFile { file, start, len }),
             false => Err(format!(
                 "{len} bytes are no inflight region: it has a part for each queue, of a multiple of {QUEUE_ALIGN} bytes"
             )),
@@ -223,7 +247,7 @@ impl RegionFile {
 
     fn read_header<H: FromBytes>(&self) -> Result<H, String> {
         let mut bytes = vec![0; size_of::<H>()];
-        let read = self.file.read_exact_at(&mut bytes, 0);
+        let read = self.file.read_exact_at(&mut bytes, self.start);
         read.map_err(|error| format!("no header of an inflight region can be read: {error}"))?;
         parse_header(&bytes)
     }
@@ -231,7 +255,7 @@ impl RegionFile {
     fn read_queue(&self, kind: RingKind, queue: u16, queue_size: u16) -> Result<Vec<u8>, String> {
         let stride = kind.queue_bytes(queue_size);
         let mut bytes = vec![0; stride as usize];
-        self.file.read_exact_at(&mut bytes, u64::from(queue) * stride).map_err(|error| {
+        self.file.read_exact_at(&mut bytes, self.start + u64::from(queue) * stride).map_err(|error| {
             format!(
                 "queue {queue} of {queue_size} entries can't be read ({error}): pass --queues and --queue-size as the \
                  device had them"
