@@ -13,6 +13,7 @@ mod shadow;
 mod tap;
 mod vduse;
 mod vduse_blk;
+mod vduse_crash;
 mod vduse_faults;
 mod vsock;
 #[path = "../kit/wait.rs"]
