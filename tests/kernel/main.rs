@@ -11,6 +11,7 @@ mod rings;
 mod scsi;
 mod shadow;
 mod tap;
+mod vdpa;
 mod vduse;
 mod vduse_blk;
 mod vduse_crash;
