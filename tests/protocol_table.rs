@@ -13,6 +13,7 @@ use vhost_migrate::check;
 
 const PAGE: &str = include_str!("../docs/protocol.md");
 const VIRTIO: &str = include_str!("../src/abi/virtio.rs");
+const VHOST: &str = include_str!("../src/abi/vhost.rs");
 
 /// The cells of a row: names, the back-end and its tests, the front-end and its tests, and three peers.
 const COLUMNS: usize = 8;
@@ -78,6 +79,24 @@ fn every_feature_bit_of_rings_and_transport_has_a_row() {
     // These two bits are vhost's, not virtio's.
     known.extend(["LOG_ALL", "PROTOCOL_FEATURES"].map(str::to_owned));
     assert_eq!(names("feature bit"), known);
+}
+
+#[test]
+fn every_ioctl_of_the_kernel_has_a_row_and_those_in_use_have_tests() {
+    let part = PAGE.split("| ioctl | this front-end |").nth(1).unwrap();
+    let rows: Vec<Vec<_>> =
+        part.lines().skip(2).map(|line| line.trim_matches(['|', ' ']).split(" | ").collect()).collect();
+    let names: Vec<_> = rows.iter().flat_map(|row| row[0].split(", ")).collect();
+    let ioctls =
+        VHOST.lines().filter(|line| ["= io(", "= ior::<", "= iow::<", "= iowr::<"].iter().any(|io| line.contains(io)));
+    let known: BTreeSet<_> =
+        ioctls.map(|line| line.strip_prefix("pub const VHOST_").unwrap().split(':').next().unwrap()).collect();
+    assert!(known.len() > 50);
+    assert_eq!(names.len(), known.len());
+    assert_eq!(names.into_iter().collect::<BTreeSet<_>>(), known);
+    for row in rows {
+        assert_eq!(row[1].starts_with('—'), cited(row[2], &["tests/", "src/"]).next().is_none(), "{row:?}");
+    }
 }
 
 /// A role that handles the item, even if only by refusing it, names tests. A role that does not handle it names none.

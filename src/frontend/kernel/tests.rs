@@ -553,6 +553,10 @@ fn calls_that_a_vdpa_device_lacks_are_refused() {
     );
     device.config(52, &mut [0; 8]).unwrap();
     assert!(device.set_config(60, &[0]).is_err());
+    fake.calls();
+    device.set_config(58, &[1, 2]).unwrap();
+    let written = fake.arguments::<VdpaConfigHeader>(VHOST_VDPA_SET_CONFIG);
+    assert_eq!(written.iter().map(|header| (header.off, header.len)).collect::<Vec<_>>(), [(58, 2)]);
     // Rule K4.4.
     assert_eq!(device.log_quality(), None);
     assert_eq!(
