@@ -353,3 +353,21 @@ fn inspect_vduse_log_refuses_damaged_files() {
         assert!(output.status.code() == Some(1) && words(&output).contains(expected), "{}", words(&output));
     }
 }
+
+#[test]
+fn inspect_kernel_lists_each_kind_of_device_or_the_way_to_get_it() {
+    let output = inspect(&["--json", "kernel"]);
+    assert!(output.status.success(), "{}", words(&output));
+    let found = expect_success(&output);
+    for (index, module) in ["vhost_net", "vhost_vsock", "vhost_scsi"].into_iter().enumerate() {
+        let device = &found["devices"][index];
+        assert_eq!(device["module"], module);
+        let error = device["error"].as_str().unwrap_or_default();
+        let has_advice = error.contains(&format!("modprobe {module}")) || error.contains("run as root");
+        assert!(device["usable"] == json!(true) || has_advice, "{device}");
+    }
+    assert!(
+        found["vduse"]["usable"] == json!(true) || found["vduse"]["error"].as_str().unwrap().contains("modprobe vduse")
+    );
+    assert!(words(&inspect(&["kernel"])).starts_with("Linux "));
+}

@@ -1,7 +1,8 @@
-//! `vhost-migrate inspect`: prints the contents of a dirty log, an inflight region, the log of a VDUSE device, or a stream. The memory use is
-//! bounded for every file.
+//! `vhost-migrate inspect`: prints the contents of a dirty log, an inflight region, the log of a VDUSE device or a
+//! stream, or what the kernel has. The memory use is bounded for every file.
 
 mod inflight;
+mod kernel;
 mod log;
 mod stream;
 mod vduse_log;
@@ -15,13 +16,15 @@ use serde_json::Value;
 
 use crate::units;
 
-/// Print the contents of a dirty log, an inflight region, the log of a VDUSE device, or a saved stream
+/// Print the contents of a dirty log, an inflight region, the log of a VDUSE device, or a saved stream; or list what the
+/// kernel has
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   vhost-migrate inspect log /proc/PID/fd/N         the shared log of a running back-end
   vhost-migrate inspect log saved.log --memory 4GiB
   vhost-migrate inspect inflight /proc/PID/fd/N --queues 2 --queue-size 256 --used 0:1234
   vhost-migrate inspect vduse-log /run/vhost-migrate/disk0
+  vhost-migrate inspect kernel                     what this host has, and what is missing
   vhost-migrate inspect stream guest.vhm           every frame is checked, and that none is missing
 
 Exit status: 0 if what was found can be true; 1 if not; 2 wrong arguments; 4 if nothing tells whether the file is a log.")]
@@ -62,6 +65,9 @@ enum InspectCommand {
         #[arg(long, default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
         requests: u32,
     },
+    /// The vhost devices of this kernel, VDUSE and the vDPA bus: what can log, what is missing and how to get it. Opens each
+    /// device that no process uses; a vDPA device is reset by that
+    Kernel,
     /// The frames of a migration saved to a file or device
     Stream {
         /// The stream
@@ -76,6 +82,7 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
         InspectCommand::Log { file, runs, memory } => log::inspect(file, *runs as usize, *memory, &lines),
         InspectCommand::Inflight { file, region } => inflight::inspect(file, region, &lines),
         InspectCommand::VduseLog { file, requests } => vduse_log::inspect(file, *requests, &lines),
+        InspectCommand::Kernel => kernel::inspect(&lines),
         InspectCommand::Stream { file } => stream::inspect(file, &lines),
     };
     match found {

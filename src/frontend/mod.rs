@@ -54,7 +54,7 @@ pub use counters::describe_counters;
 pub use error::FrontendError;
 pub use interrupt::Interrupt;
 pub use iommu::{Iommu, Mapping};
-pub use kernel::{KernelDevice, KernelOptions, WorkerType};
+pub use kernel::{KernelDevice, KernelOffer, KernelOptions, KernelProbe, WorkerType, probe_kernel};
 pub use logging::{DeviceDirtySource, SharedDevice};
 pub use user::{BackendAddresses, UserDevice, UserOptions};
 

@@ -193,9 +193,8 @@ pub(super) fn bind(name: &str, driver: BusDriver) -> Result<(), VduseError> {
     let refused = |source| VduseError::Bind { name: name.into(), driver: driver.name(), source };
     let device = device_path(name);
     let overridden = fs::write(device.join("driver_override"), driver.name());
-    let bound = fs::read_link(device.join("driver")).ok();
-    let bound = bound.as_deref().and_then(Path::file_name);
-    if bound == Some(driver.name().as_ref()) {
+    let bound = bound_driver(name);
+    if bound.as_deref() == Some(driver.name()) {
         return Ok(());
     }
     overridden.map_err(refused)?;
@@ -203,6 +202,17 @@ pub(super) fn bind(name: &str, driver: BusDriver) -> Result<(), VduseError> {
         fs::write(device.join("driver/unbind"), name).map_err(refused)?;
     }
     fs::write(driver.path().join("bind"), name).map_err(refused)
+}
+
+/// Returns the name of the driver that the device `name` is bound to.
+pub(super) fn bound_driver(name: &str) -> Option<String> {
+    let driver = fs::read_link(device_path(name).join("driver")).ok()?;
+    Some(driver.file_name()?.to_string_lossy().into_owned())
+}
+
+/// Returns the names of the devices on the bus.
+pub(super) fn devices() -> Vec<String> {
+    names(&Path::new(BUS).join("devices"))
 }
 
 /// Returns the paths and names by which the driver of the device `name` offers it: `/dev/vda`, `/dev/vhost-vdpa-0`, or a

@@ -15,6 +15,7 @@
 //! | `left_behind` | a device whose process has ended, while it is removed |
 //! | `offer` | the features that the kernel accepts |
 //! | `bus` | the vDPA bus: netlink and sysfs |
+//! | `probe` | what VDUSE and the vDPA bus of this kernel offer |
 //! | `files` | the device files and their ioctls |
 //!
 //! # Example
@@ -54,6 +55,7 @@ mod left_behind;
 mod log;
 mod messages;
 mod offer;
+mod probe;
 mod rings;
 mod server;
 mod state;
@@ -61,6 +63,7 @@ mod state;
 pub use bus::BusDriver;
 pub use error::VduseError;
 pub use log::{DeviceInstance, RECORD_BYTES, VduseLogError, VduseRecord};
+pub use probe::{VdpaDevice, VduseProbe, probe_vduse, vdpa_devices};
 pub use server::VduseServer;
 
 use std::path::PathBuf;

@@ -84,10 +84,7 @@ impl VduseServer {
         if let Some(driver) = options.attach {
             driver.check()?;
         }
-        let control = ControlFile::open().map_err(|source| match source.kind() {
-            io::ErrorKind::PermissionDenied => not_permitted("/dev/vduse/control", source),
-            _ => VduseError::NoModule(source),
-        })?;
+        let control = open_control()?;
         let bus = Bus::open().map_err(VduseError::NoBus)?;
         let device_id = device.device_id().ok_or_else(|| VduseError::NoDeviceId { name: name.into() })?;
         let _ = control.set_features(control.features() & VDUSE_FEATURES);
@@ -390,6 +387,14 @@ impl fmt::Display for OfferedDevice {
         let features = feature_names(*features, Some(*device_id));
         write!(f, "device id {device_id}, {queues} queues of {queue_size} entries and {features}")
     }
+}
+
+/// Opens `/dev/vduse/control`.
+pub(super) fn open_control() -> Result<ControlFile, VduseError> {
+    ControlFile::open().map_err(|source| match source.kind() {
+        io::ErrorKind::PermissionDenied => not_permitted("/dev/vduse/control", source),
+        _ => VduseError::NoModule(source),
+    })
 }
 
 /// Returns the identity of the device `name`.

@@ -3,6 +3,7 @@
 
 mod errors;
 mod guide;
+mod inspect;
 mod modules;
 mod net;
 #[path = "../kit/process.rs"]

@@ -33,6 +33,7 @@ mod transfer;
 
 pub use backend_channel::FrontendHandle;
 pub use commands::{Logging, VringConfig, VringController};
+#[cfg(feature = "vduse")]
 pub(crate) use direct::DirectFrontend;
 pub use kick::Kick;
 pub use message::{MAX_FDS, VhostUserMessage, VhostUserReply};

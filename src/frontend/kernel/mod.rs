@@ -8,6 +8,7 @@ mod explain;
 mod handle;
 mod net;
 mod options;
+mod probe;
 mod scsi;
 #[cfg(test)]
 mod tests;
@@ -16,6 +17,7 @@ mod vsock;
 
 pub use explain::vhost_error;
 pub use options::{KernelOptions, WorkerType};
+pub use probe::{KernelOffer, KernelProbe, probe_kernel};
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;

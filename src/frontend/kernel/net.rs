@@ -62,6 +62,11 @@ impl Kind for Net {
     }
 
     fn log_quality(&self) -> Result<LogQuality, &'static str> {
-        Ok(LogQuality::Exact)
+        log_quality()
     }
+}
+
+/// Returns the quality of the log, or the reason why there is none (rules K4).
+pub(super) fn log_quality() -> Result<LogQuality, &'static str> {
+    Ok(LogQuality::Exact)
 }

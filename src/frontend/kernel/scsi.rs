@@ -73,12 +73,17 @@ impl Kind for Scsi {
     }
 
     fn log_quality(&self) -> Result<LogQuality, &'static str> {
-        let release = uname().ok().and_then(|uname| version(uname.release().to_str()?));
-        match release.is_some_and(|release| release >= LOGS_SINCE) {
-            true => Ok(LogQuality::Conservative),
-            false => Err("before Linux 6.16 the kernel does not log what vhost-scsi writes to guest memory, although \
-                          it offers LOG_ALL (rule K4.3); use a later kernel, or wrap it in shadow::ShadowDevice"),
-        }
+        log_quality()
+    }
+}
+
+/// Returns the quality of the log, or the reason why there is none (rules K4).
+pub(super) fn log_quality() -> Result<LogQuality, &'static str> {
+    let release = uname().ok().and_then(|uname| version(uname.release().to_str()?));
+    match release.is_some_and(|release| release >= LOGS_SINCE) {
+        true => Ok(LogQuality::Conservative),
+        false => Err("before Linux 6.16 the kernel does not log what vhost-scsi writes to guest memory, although \
+                      it offers LOG_ALL (rule K4.3); use a later kernel, or wrap it in shadow::ShadowDevice"),
     }
 }
 

@@ -251,7 +251,7 @@ impl Kind for Vdpa {
     }
 
     fn log_quality(&self) -> Result<LogQuality, &'static str> {
-        Err("vhost-vdpa has no log (rule K4.4); wrap it in shadow::ShadowDevice")
+        log_quality()
     }
 
     fn config(&self, handle: &VhostHandle, offset: u32, buf: &mut [u8]) -> Result<(), FrontendError> {
@@ -271,4 +271,9 @@ impl Kind for Vdpa {
     fn status(&self, handle: &VhostHandle) -> Result<Option<u8>, FrontendError> {
         Vdpa::status(handle).map(Some)
     }
+}
+
+/// Returns the quality of the log, or the reason why there is none (rules K4).
+pub(super) fn log_quality() -> Result<LogQuality, &'static str> {
+    Err("vhost-vdpa has no log (rule K4.4); wrap it in shadow::ShadowDevice")
 }

@@ -34,8 +34,7 @@ impl Kind for Vsock {
     }
 
     fn log_quality(&self) -> Result<LogQuality, &'static str> {
-        Err("the kernel does not log what vhost-vsock writes to guest memory, although it offers LOG_ALL (rule K4.2); \
-             wrap it in shadow::ShadowDevice")
+        log_quality()
     }
 
     /// Reads `struct virtio_vsock_config`: the context id.
@@ -47,4 +46,10 @@ impl Kind for Vsock {
         }
         Ok(())
     }
+}
+
+/// Returns the quality of the log, or the reason why there is none (rules K4).
+pub(super) fn log_quality() -> Result<LogQuality, &'static str> {
+    Err("the kernel does not log what vhost-vsock writes to guest memory, although it offers LOG_ALL (rule K4.2); \
+         wrap it in shadow::ShadowDevice")
 }
