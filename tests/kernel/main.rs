@@ -15,8 +15,12 @@ mod tap;
 mod vdpa;
 mod vduse;
 mod vduse_blk;
+mod vduse_bus;
 mod vduse_crash;
 mod vduse_faults;
+mod vduse_guide;
+mod vduse_net;
+mod vduse_vhost;
 mod vsock;
 #[path = "../kit/wait.rs"]
 mod wait;

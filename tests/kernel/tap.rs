@@ -18,7 +18,33 @@ const PATIENCE: u16 = 20_000;
 pub(crate) struct Tap {
     pub(crate) name: String,
     pub(crate) fd: OwnedFd,
-    socket: OwnedFd,
+    interface: Interface,
+}
+
+/// An interface of this host that is up, and the frames on it.
+pub(crate) struct Interface(OwnedFd);
+
+impl Interface {
+    pub(crate) fn new(name: &str) -> Interface {
+        // The kernel must not send frames of its own.
+        let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
+        ip(&["link", "set", name, "up"]);
+        Interface(packet_socket(name))
+    }
+
+    /// Sends a frame on the interface.
+    pub(crate) fn send(&self, payload: &[u8]) {
+        nix::unistd::write(&self.0, &frame(payload)).unwrap();
+    }
+
+    /// Receives a frame that has arrived on the interface.
+    pub(crate) fn receive(&self) -> Vec<u8> {
+        assert!(is_readable(&self.0, PATIENCE), "no frame");
+        let mut bytes = vec![0; 4096];
+        let len = nix::unistd::read(&self.0, &mut bytes).unwrap();
+        bytes.truncate(len);
+        bytes
+    }
 }
 
 impl Tap {
@@ -34,10 +60,7 @@ impl Tap {
         request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | flags) as i16;
         // SAFETY: TUNSETIFF reads and writes an ifreq.
         Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) }).unwrap();
-        // The kernel must not send frames of its own.
-        let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
-        ip(&["link", "set", name, "up"]);
-        Tap { name: name.into(), fd: file.into(), socket: packet_socket(name) }
+        Tap { name: name.into(), fd: file.into(), interface: Interface::new(name) }
     }
 
     /// A second descriptor of the tap, for a device.
@@ -47,16 +70,12 @@ impl Tap {
 
     /// Sends a frame to the guest.
     pub(crate) fn send(&self, payload: &[u8]) {
-        nix::unistd::write(&self.socket, &frame(payload)).unwrap();
+        self.interface.send(payload);
     }
 
     /// Receives a frame from the guest.
     pub(crate) fn receive(&self) -> Vec<u8> {
-        assert!(is_readable(&self.socket, PATIENCE), "no frame");
-        let mut bytes = vec![0; 4096];
-        let len = nix::unistd::read(&self.socket, &mut bytes).unwrap();
-        bytes.truncate(len);
-        bytes
+        self.interface.receive()
     }
 
     /// Removes the interface.

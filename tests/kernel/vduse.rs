@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -33,10 +33,15 @@ pub(crate) struct Served {
 impl Served {
     /// Starts `backend DEVICE --vduse NAME ARGUMENTS…`, and waits until it serves.
     pub(crate) fn start(device: &str, name: &str, arguments: &[&str]) -> Served {
-        load_modules();
-        let log = PathBuf::from(format!("/tmp/{name}.log"));
         let mut command = program();
         command.args(["backend", device, "--vduse", name]).args(arguments);
+        Served::run(command, name)
+    }
+
+    /// Runs a command that serves the device `name`, and waits until it serves.
+    pub(crate) fn run(mut command: Command, name: &str) -> Served {
+        load_modules();
+        let log = PathBuf::from(format!("/tmp/{name}.log"));
         command.env("RUST_LOG", "debug").stdout(Stdio::piped()).stderr(File::create(&log).unwrap());
         let mut child = command.spawn().unwrap();
         let mut line = String::new();

@@ -8,8 +8,10 @@ use std::thread;
 
 use nix::sys::signal::Signal;
 use rstest::rstest;
+use vhost_migrate::abi::vdpa::{VDPA_ATTR_DEV_NAME, VDPA_ATTR_MGMTDEV_DEV_NAME, VDPA_CMD_DEV_DEL, VDPA_CMD_DEV_NEW};
 
 use crate::vduse::{Served, bus_path, driver, left_behind};
+use crate::vduse_bus::bus_command;
 use crate::wait::wait_until;
 
 const MIB: u64 = 1 << 20;
@@ -60,7 +62,7 @@ fn write_and_check_direct(disk: &Path, range: std::ops::Range<u64>) {
 }
 
 /// Rules V1.1 to V1.4, V2.1, V2.2: what is written to the disk is in the image, with both kinds of rings, and several
-/// rings. At its end the kernel drops the mappings (rule V1.5).
+/// rings.
 #[rstest]
 fn every_byte_reaches_the_image_and_comes_back(#[values(&[], &["--split-rings"], &["--queues", "2"])] more: &[&str]) {
     let image = image("bytes", 16 * MIB);
@@ -178,5 +180,27 @@ fn a_device_for_a_vmm_is_a_vhost_vdpa_file() {
     assert!(served.line.contains("(/dev/vhost-vdpa-"), "{}", served.line);
     let driver = fs::read_link(Path::new(&bus_path("vmm")).join("driver")).unwrap();
     assert!(driver.ends_with("vhost_vdpa"), "{}", driver.display());
+    served.end();
+}
+
+/// Someone else removes the device from the bus. It can be added again.
+#[test]
+fn a_device_is_detached_from_the_bus_while_it_is_served() {
+    let image = image("detached", 8 * MIB);
+    let served = serve("detached", &image, &[]);
+    let disk = served.disk();
+    write_and_check_direct(&disk, 0..16);
+    bus_command(VDPA_CMD_DEV_DEL, &[(VDPA_ATTR_DEV_NAME, "detached")]);
+    assert!(!disk.exists() && !Path::new(&bus_path("detached")).exists());
+    let again = [(VDPA_ATTR_MGMTDEV_DEV_NAME, "vduse"), (VDPA_ATTR_DEV_NAME, "detached")];
+    bus_command(VDPA_CMD_DEV_NEW, &again);
+    let bound = Path::new(&bus_path("detached")).join("driver");
+    if !fs::read_link(&bound).unwrap().ends_with("virtio_vdpa") {
+        driver("vhost_vdpa", "unbind", "detached");
+        driver("virtio_vdpa", "bind", "detached");
+    }
+    wait_until("the disk is there again", || disk.exists());
+    write_and_check_direct(&disk, 16..32);
+    bus_command(VDPA_CMD_DEV_DEL, &[(VDPA_ATTR_DEV_NAME, "detached")]);
     served.end();
 }

@@ -60,20 +60,22 @@ fn without_permission_the_error_says_so() {
 fn a_user_with_access_to_the_files_serves_a_disk_without_privileges() {
     load_modules();
     let image = image("user", MIB);
-    let permit = |path: &str| fs::set_permissions(path, PermissionsExt::from_mode(0o666));
-    permit(image.to_str().unwrap()).unwrap();
-    permit("/dev/vduse/control").unwrap();
+    let permit = |path: &str, mode| fs::set_permissions(path, PermissionsExt::from_mode(mode));
+    permit(image.to_str().unwrap(), 0o666).unwrap();
+    permit("/dev/vduse/control", 0o666).unwrap();
+    fs::create_dir("/tmp/user").unwrap();
+    permit("/tmp/user", 0o777).unwrap();
     let mut command = program();
-    command.args(["backend", "blk", "--vduse", "user", "--image", image.to_str().unwrap()]);
+    command.args(["backend", "blk", "--vduse", "user", "--state-dir", "/tmp/user", "--image", image.to_str().unwrap()]);
     let mut child = command.uid(65534).gid(65534).stdout(Stdio::piped()).spawn().unwrap();
-    wait_until("the device may be opened", || permit("/dev/vduse/user").is_ok());
+    wait_until("the device may be opened", || permit("/dev/vduse/user", 0o666).is_ok());
     let mut line = String::new();
     BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    assert!(line.contains("as VDUSE device user"), "{line}");
     kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
-    assert!(child.wait().unwrap().success());
+    let status = child.wait().unwrap();
+    permit("/dev/vduse/control", 0o600).unwrap();
+    assert!(line.contains("as VDUSE device user") && status.success(), "{line}");
     assert!(left_behind("user").is_empty());
-    fs::set_permissions("/dev/vduse/control", PermissionsExt::from_mode(0o600)).unwrap();
 }
 
 #[rstest]
