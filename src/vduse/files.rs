@@ -97,6 +97,11 @@ impl DeviceFile {
         Ok(VirtioFeatures::from_bits_retain(bits))
     }
 
+    /// Returns true if the kernel does not use the device any more. It then refuses all calls.
+    pub(super) fn is_given_up(&self) -> bool {
+        self.features().is_err_and(|error| error.raw_os_error() == Some(libc::EPERM))
+    }
+
     /// Returns the addresses and the state of a ring.
     pub(super) fn ring(&self, index: u16) -> io::Result<VqInfo> {
         let mut info = VqInfo { index: index.into(), ..VqInfo::new_zeroed() };

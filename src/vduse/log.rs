@@ -75,6 +75,9 @@ struct StoppedRing {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum VduseLogError {
+    /// The kernel does not use the device any more (rule V1.6).
+    #[error("the kernel has given up the device, because a message was not answered in time (rule V1.6)")]
+    GivenUp,
     /// No directory for the log was given.
     #[error("no directory of its log is given (--state-dir)")]
     NoDirectory,

@@ -22,7 +22,7 @@ use crate::abi::vduse::{DevConfigHeader, VDUSE_F_QUEUE_READY, VDUSE_F_SUSPEND, V
 use crate::abi::virtio::{VIRTIO_ID_NET, VirtioFeatures};
 use crate::backend::VirtioDevice;
 use crate::sys::with_causes::with_causes;
-use crate::vduse::bus::{Bus, bind, is_disk, is_on_bus, offered_as};
+use crate::vduse::bus::{Bus, bind, is_disk, is_on_bus, offered_as, requests_in_flight};
 use crate::vduse::files::{ControlFile, DeviceFile, name_bytes};
 use crate::vduse::kernel::Kernel;
 use crate::vduse::left_behind::LeftBehind;
@@ -161,6 +161,11 @@ impl VduseServer {
         device: &dyn VirtioDevice,
         device_id: u32,
     ) -> Result<Result<VduseLog, VduseLogError>, VduseError> {
+        let name = self.name.as_str();
+        let file = DeviceFile::open(name).map_err(VduseError::system(name, "open the device"))?;
+        if file.is_given_up() {
+            return Ok(Err(VduseLogError::GivenUp));
+        }
         let Some(folder) = &options.state_dir else { return Ok(Err(VduseLogError::NoDirectory)) };
         let file = match LogFile::open(folder, &self.name, false) {
             Err(VduseError::LogFile { path, source }) if source.kind() == io::ErrorKind::NotFound => {
@@ -260,6 +265,15 @@ impl VduseServer {
     fn remove_left_behind(&mut self) -> Result<(), VduseError> {
         let name = self.name.as_str();
         let file = Arc::new(DeviceFile::open(name).map_err(VduseError::system(name, "open the device"))?);
+        if file.is_given_up() {
+            drop(file);
+            let requests = requests_in_flight(name);
+            if requests > 0 {
+                return Err(VduseError::LeftWithRequests { name: name.into(), requests });
+            }
+            self.exists = true;
+            return self.remove().map(drop);
+        }
         let device = LeftBehind::new(&file, is_disk(name));
         let offer = device.offer();
         let device: Arc<dyn VirtioDevice> = Arc::new(device);

@@ -323,4 +323,6 @@ fn a_device_whose_process_was_killed_is_an_error_with_a_remedy() {
         error,
         format!("{path}: cannot open the device (the device does not reply: is the process that implements it alive?)")
     );
+    let replaced = ["--attach", "vhost", "--replace", "--image", "/tmp/vdpa8.img"];
+    vduse::Served::start("blk", "vdpa8", &replaced).end();
 }

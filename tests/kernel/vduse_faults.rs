@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use rstest::rstest;
 
 use crate::process::{program, text};
-use crate::vduse::{driver, left_behind, load_modules, refused};
+use crate::vduse::{Served, driver, left_behind, load_modules, refused};
 use crate::vduse_blk::{image, serve};
 use crate::wait::wait_until;
 
@@ -143,4 +143,18 @@ fn a_device_that_the_kernel_has_given_up_ends_with_an_error_and_is_removed() {
     assert_eq!(served.wait().code(), Some(1));
     assert!(left_behind("broken").is_empty());
     assert_eq!(fs::read(&image).unwrap()[..4096], [5; 4096]);
+}
+
+/// Rules V1.6, V3.3: the log of such a device does not keep it from being replaced.
+#[test]
+fn a_device_that_the_kernel_has_given_up_without_its_process_is_replaced() {
+    let image = image("given", 8 * MIB);
+    let arguments = ["--attach", "virtio", "--image", image.to_str().unwrap()];
+    let served = Served::start("blk", "given", &arguments);
+    fs::write("/sys/class/vduse/given/msg_timeout", "1").unwrap();
+    served.kill();
+    driver("virtio_vdpa", "unbind", "given");
+    let error = refused("blk", "given", &arguments);
+    assert!(error.contains("the kernel has given up the device") && error.contains("--replace"), "{error}");
+    Served::start("blk", "given", &[&arguments[..], &["--replace"]].concat()).end();
 }
