@@ -16,6 +16,7 @@ mod vdpa;
 mod vduse;
 mod vduse_blk;
 mod vduse_bus;
+mod vduse_calls;
 mod vduse_crash;
 mod vduse_faults;
 mod vduse_guide;

@@ -57,6 +57,10 @@ impl Served {
         Path::new("/dev").join(path.expect("a disk in parentheses").trim_end().trim_end_matches(')'))
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Returns what the command has logged.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap()

@@ -139,9 +139,25 @@ fn a_mounted_file_system_survives_kills(#[values(&[], &["--split-rings"])] more:
 }
 
 /// The storage daemon of QEMU, which also has a log. It is ended on drop.
-struct StorageDaemon(Child);
+pub(crate) struct StorageDaemon(Child);
 
 impl StorageDaemon {
+    /// Serves an image as /dev/vda.
+    pub(crate) fn serve(image: &Path) -> StorageDaemon {
+        load_modules();
+        let daemon = StorageDaemon(StorageDaemon::start(image));
+        wait_until("the disk exists", || {
+            // Refused until the daemon has declared its rings.
+            let _ = Command::new("vdpa").args(["dev", "add", "name", "qsd", "mgmtdev", "vduse"]).output();
+            Path::new("/dev/vda").exists()
+        });
+        daemon
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
     fn start(image: &Path) -> Child {
         let file = format!("driver=file,node-name=disk,filename={}", image.display());
         let export = "type=vduse-blk,id=export,node-name=disk,name=qsd,writable=on";
@@ -172,15 +188,9 @@ impl Drop for StorageDaemon {
 /// QEMU's storage daemon passes the same test. Unlike this project's, it continues a disk with another image.
 #[test]
 fn the_storage_daemon_of_qemu_survives_kills_and_takes_another_image() {
-    load_modules();
     let (image, other) = (image("qsd", 64 * MIB), image("qsd2", 64 * MIB));
-    let mut daemon = StorageDaemon(StorageDaemon::start(&image));
+    let mut daemon = StorageDaemon::serve(&image);
     let disk = Path::new("/dev/vda");
-    wait_until("the disk exists", || {
-        // Refused until the daemon has declared its rings.
-        let _ = Command::new("vdpa").args(["dev", "add", "name", "qsd", "mgmtdev", "vduse"]).output();
-        disk.exists()
-    });
     kill_under_load(disk, 10, || daemon.kill_and_restart(&image));
     File::options().write(true).open(&other).unwrap().write_all_at(&[7; 4096], 0).unwrap();
     daemon.kill_and_restart(&other);
