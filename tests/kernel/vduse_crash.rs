@@ -2,12 +2,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rstest::rstest;
 use serde_json::Value;
 
@@ -180,7 +182,8 @@ impl StorageDaemon {
 impl Drop for StorageDaemon {
     fn drop(&mut self) {
         let _ = Command::new("vdpa").args(["dev", "del", "qsd"]).status();
-        let _ = self.0.kill();
+        // At its regular end it destroys the device.
+        let _ = kill(Pid::from_raw(self.0.id() as i32), Signal::SIGTERM);
         let _ = self.0.wait();
     }
 }
@@ -198,6 +201,8 @@ fn the_storage_daemon_of_qemu_survives_kills_and_takes_another_image() {
     let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(disk).unwrap();
     direct.read_exact_at(&mut buffer.0, 0).unwrap();
     assert_eq!(buffer.0[0], 7);
+    drop(daemon);
+    assert_eq!(left_behind("qsd"), Vec::<PathBuf>::new());
 }
 
 /// Rule V3.3: a log that does not describe the device that was left behind is refused, and the device can be replaced.

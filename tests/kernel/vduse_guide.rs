@@ -40,9 +40,11 @@ fn the_commands_of_the_guide_work() {
     File::create("disk.img").unwrap().set_len(1 << 20).unwrap();
     let mut count = 0;
     for line in lines("```sh\n") {
-        if line.starts_with("vhost-migrate ") {
+        if line.starts_with("vhost-migrate backend ") {
             served(line, |_| ()).end();
             count += 1;
+        } else if let Some(arguments) = line.strip_prefix("vhost-migrate ") {
+            assert!(program().args(arguments.split_whitespace()).status().unwrap().success(), "{line}");
         } else if line.starts_with("modprobe ") {
             assert!(Command::new("sh").args(["-c", line]).status().unwrap().success(), "{line}");
         }
