@@ -41,8 +41,8 @@ and can't be started stays here, paused: resume tries again.
 
 Exit status: 0 ended by quit; 1 failed, or the guest had found a wrong byte; 2 wrong arguments.")]
 pub(crate) struct Arguments {
-    /// vhost-user socket of a block back-end; once for each disk
-    #[arg(long, required = true, value_name = "SOCKET", value_parser = values::socket_path())]
+    /// Disk: the vhost-user socket of a block back-end, or a device /dev/vhost-vdpa-N; once for each disk
+    #[arg(long, required = true, value_name = "PATH", value_parser = values::socket_path())]
     backend: Vec<PathBuf>,
     /// Control socket to listen on
     #[arg(long, value_name = "SOCKET", value_parser = values::socket_path())]
@@ -192,14 +192,14 @@ fn run_guest_process(arguments: &Arguments) -> Result<ExitCode, VmError> {
     Ok(if owner.state() == OwnerState::Failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// Formats the sockets of the back-ends.
+/// Formats the paths of the disks.
 fn join_paths(backends: &[PathBuf]) -> String {
     backends.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
 /// Creates and starts a guest.
 fn boot(config: GuestConfig, backends: &[PathBuf], overwrite: bool) -> Result<Guest, VmError> {
-    let devices = connect_backends(backends, config.inflight_migration, &Interrupt::new()?)?;
+    let devices = connect_backends(backends, &config, &Interrupt::new()?)?;
     let mut guest = Guest::new(config)?;
     guest.boot(devices)?;
     guest.probe_disks(overwrite)?;

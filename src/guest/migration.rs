@@ -1,19 +1,21 @@
 //! [`SourceVm`] and [`IncomingVm`] for the built-in guest.
 
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use super::{
-    DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, Guest, GuestError, GuestState, PreparedDevice,
-    SavedGuest, in_parallel, make_memory,
+    DeviceSetup, DeviceState, DiskGenerations, DiskIdentities, Guest, GuestConfig, GuestError, GuestState,
+    PreparedDevice, SavedGuest, in_parallel, make_memory,
 };
 use crate::abi::virtio::VIRTIO_ID_BLOCK;
 use crate::dirty::{DirtySource, Pagemap, UnionSource};
-use crate::frontend::{Device, FrontendError, Interrupt, UserDevice, UserOptions};
+use crate::frontend::{Device, FrontendError, Interrupt, KernelDevice, KernelOptions, UserDevice, UserOptions};
 use crate::memory::Memory;
 use crate::migrate::{IncomingVm, RegionLayout, SourceVm, VmError};
 use crate::record::{self, MAX_STATE};
+use crate::shadow::ShadowDevice;
 use crate::stream::{CancelCallback, CancelToken, StreamError};
 use crate::sys::lock;
 
@@ -224,7 +226,7 @@ pub struct GuestIncomingVm {
 }
 
 impl GuestIncomingVm {
-    /// Creates it for the vhost-user sockets `backends`, one for each disk of the guest.
+    /// Creates it for `backends`, one for each disk of the guest, see [`connect_backends`].
     ///
     /// # Errors
     /// [`FrontendError::System`] when the process is out of file descriptors.
@@ -268,7 +270,8 @@ impl GuestIncomingVm {
     /// Connects to the back-ends and prepares them as the devices of `setup`. Disks whose identity differs from the
     /// source's are refused.
     fn prepare_disks(&self, setup: &DeviceSetup, memory: &Memory) -> Result<Vec<PreparedDevice>, VmError> {
-        let devices = connect_backends(&self.backends, setup.config.inflight_migration, &self.interrupt)?;
+        let config = GuestConfig::from(setup.config.clone());
+        let devices = connect_backends(&self.backends, &config, &self.interrupt)?;
         let mut devices = PreparedDevice::all(setup, memory, devices)?;
         let there = self.disks.iter().copied().chain(std::iter::repeat(None));
         let any = self.ignore_disk_differences;
@@ -307,24 +310,44 @@ fn all_fit(devices: &[PreparedDevice], expected: &[DeviceState]) -> bool {
 /// Time limit for a back-end that is being started.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Connects to vhost-user back-ends and waits up to 5 s for those that are being started. `inflight_migration` is
-/// [`GuestConfig`](crate::guest::GuestConfig)'s. `interrupt` ends waits, also later ones.
+/// Connects to the disks of a guest like `config`. Each is the socket of a vhost-user back-end or a vhost-vdpa device
+/// (`/dev/vhost-vdpa-N`), which gets shadow rings. Back-ends that are being started are waited for up to 5 s. `interrupt`
+/// ends waits, also later ones.
 ///
 /// # Errors
 /// The first failed connection.
 pub fn connect_backends(
     backends: &[PathBuf],
-    inflight_migration: bool,
+    config: &GuestConfig,
     interrupt: &Interrupt,
 ) -> Result<Vec<Box<dyn Device>>, VmError> {
     let deadline = Instant::now() + CONNECT_TIMEOUT;
     let usual = UserOptions { device: Some(VIRTIO_ID_BLOCK), ..UserOptions::default() };
-    let options = if inflight_migration { usual.with_inflight_migration() } else { usual };
-    let connect = |path| {
+    let options = if config.inflight_migration { usual.with_inflight_migration() } else { usual };
+    let connect = |path: &PathBuf| {
+        if is_character_device(path) {
+            return open_vdpa(path, config.queues);
+        }
         let device = UserDevice::connect_interruptible(path, options, deadline, interrupt.clone())?;
         Ok(Box::new(device) as Box<dyn Device>)
     };
     Ok(in_parallel(backends, connect)?)
+}
+
+fn is_character_device(path: &Path) -> bool {
+    path.metadata().is_ok_and(|metadata| metadata.file_type().is_char_device())
+}
+
+/// Opens a disk of vhost-vdpa behind shadow rings, because it has no dirty log (rule K4.4).
+fn open_vdpa(path: &Path, queues: u16) -> Result<Box<dyn Device>, GuestError> {
+    let device = KernelDevice::vdpa(path, Some(queues), KernelOptions::default())?;
+    match device.device_id() {
+        VIRTIO_ID_BLOCK => Ok(Box::new(ShadowDevice::new(Box::new(device)))),
+        other => {
+            let why = format!("it is no disk, but a device with the virtio id {other}");
+            Err(GuestError::Unusable { name: path.display().to_string(), why })
+        }
+    }
 }
 
 impl IncomingVm for GuestIncomingVm {

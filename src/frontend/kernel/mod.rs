@@ -216,17 +216,21 @@ impl KernelDevice {
     ///
     /// # Errors
     /// As [`KernelDevice::net`]; [`FrontendError::NotOffered`] for more rings than it has.
-    pub fn vdpa(path: &str, queues: Option<u16>, options: KernelOptions) -> Result<KernelDevice, FrontendError> {
+    pub fn vdpa(
+        path: impl AsRef<Path>,
+        queues: Option<u16>,
+        options: KernelOptions,
+    ) -> Result<KernelDevice, FrontendError> {
         KernelDevice::open(path, "vhost_vdpa", Box::new(Vdpa::new(queues)), options)
     }
 
     fn open(
-        path: &str,
+        path: impl AsRef<Path>,
         module: &str,
         kind: Box<dyn Kind>,
         options: KernelOptions,
     ) -> Result<KernelDevice, FrontendError> {
-        let path = options.path.as_deref().unwrap_or(Path::new(path));
+        let path = options.path.as_deref().unwrap_or(path.as_ref());
         let file = OpenOptions::new().read(true).write(true).open(path);
         let file = file.map_err(|source| explain::open_error(path, module, source))?;
         let handle = VhostHandle::new(file, path.display().to_string());
