@@ -27,8 +27,8 @@ use vhost_migrate::abi::virtio::{
 };
 use vhost_migrate::backend::blk::{BlkDevice, BlkOptions};
 use vhost_migrate::backend::{Queue, RING_FEATURES, Request, VirtioDevice};
-use vhost_migrate::dirty::{Log, PageSet};
-use vhost_migrate::frontend::{Device, FrontendError, LogQuality, RingSetup, UserDevice, UserOptions};
+use vhost_migrate::dirty::{Log, LogQuality, PageSet};
+use vhost_migrate::frontend::{Device, FrontendError, RingSetup, UserDevice, UserOptions};
 use vhost_migrate::guest::{Guest, GuestConfig, GuestIncomingVm, GuestSourceVm};
 use vhost_migrate::memory::{Address, GuestAddress, Memory, Region};
 use vhost_migrate::migrate::{

@@ -5,8 +5,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use vhost_migrate::control::{self, ControlCommand, ControlEvent};
+use vhost_migrate::dirty::LogQuality;
 use vhost_migrate::guest::MeasuredRate;
 
+use crate::progress::describe_inexact;
 use crate::units::{self, format_bytes};
 use crate::values;
 
@@ -67,13 +69,15 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
 }
 
 fn print(MeasuredRate { rate, bandwidth, forecast }: &MeasuredRate) {
-    let line = |name: &str, pages: f64, bytes: f64, working_set: u64| {
+    let line = |name: &str, pages: f64, bytes: f64, working_set: u64, quality: LogQuality| {
         let (bytes, working_set) = (format_bytes(bytes), format_bytes(working_set as f64));
-        println!("{name:<24} {pages:>9.0} pages/s  {bytes:>10}/s  working set {working_set}");
+        let quality = describe_inexact(quality);
+        println!("{name:<24} {pages:>9.0} pages/s  {bytes:>10}/s  working set {working_set}{quality}");
     };
-    line("guest", rate.pages_per_s, rate.bytes_per_s, rate.working_set_bytes);
+    line("guest", rate.pages_per_s, rate.bytes_per_s, rate.working_set_bytes, rate.log_quality);
     for source in &rate.sources {
-        line(&format!("  {}", source.name), source.pages_per_s, source.bytes_per_s, source.working_set_bytes);
+        let name = format!("  {}", source.name);
+        line(&name, source.pages_per_s, source.bytes_per_s, source.working_set_bytes, source.log_quality);
     }
     println!(
         "at {}/s it {}: {} rounds, {:.0} ms in all, downtime {:.1} ms, {} sent",

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use vhost_migrate::control::ControlEvent;
+use vhost_migrate::dirty::LogQuality;
 use vhost_migrate::migrate::{MigrationEvent, MigrationReport};
 
 use crate::units::format_bytes;
@@ -52,13 +53,16 @@ impl Progress {
 
     fn show(&mut self, event: &MigrationEvent) {
         match event {
-            MigrationEvent::Started { guest_bytes, channels, codec } => {
+            MigrationEvent::Started { guest_bytes, channels, codec, log_quality } => {
                 let style = ProgressStyle::with_template("{spinner} {prefix} [{bar:30}] {msg}");
                 self.bar = ProgressBar::new(1).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
                 self.bar.enable_steady_tick(Duration::from_millis(120));
                 self.bar.set_prefix("round 0");
                 let guest = format_bytes(*guest_bytes as f64);
-                self.print_line(&format!("migrating {guest} of guest memory, {channels} channels, codec {codec}"));
+                let quality = describe_inexact(*log_quality);
+                self.print_line(&format!(
+                    "migrating {guest} of guest memory, {channels} channels, codec {codec}{quality}"
+                ));
             }
             MigrationEvent::Progress { round, pages_left, bytes_per_second, .. } => {
                 self.left = self.left.max(*pages_left);
@@ -101,6 +105,11 @@ impl Progress {
             _ => self.bar.finish_and_clear(),
         }
     }
+}
+
+/// Returns a text about the quality of a dirty log, empty if the log is exact.
+pub(crate) fn describe_inexact(quality: LogQuality) -> String {
+    if quality == LogQuality::Exact { String::new() } else { format!(", dirty log {quality}") }
 }
 
 fn summary(report: &MigrationReport) -> String {

@@ -56,7 +56,15 @@ pub fn measure_dirty_rate(
         Ok(())
     })();
     let stopped = sources.iter_mut().map(|source| source.stop()).fold(Ok(()), Result::and);
-    measured.and(stopped).map(|()| meter.rate())
+    measured.and(stopped)?;
+    let mut rate = meter.rate();
+    for source in sources.iter() {
+        let quality = source.log_quality();
+        rate.log_quality = rate.log_quality.max(quality);
+        let named = rate.sources.iter_mut().filter(|rate| rate.name == source.name());
+        named.for_each(|rate| rate.log_quality = rate.log_quality.max(quality));
+    }
+    Ok(rate)
 }
 
 fn harvest(sources: &mut [Box<dyn DirtySource>], sets: &mut [PageSet]) -> Result<(), DirtyError> {

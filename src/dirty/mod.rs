@@ -53,4 +53,4 @@ pub use pagemap::Pagemap;
 pub use rate::{DirtyModel, DirtyRate, Forecast, RateMeter, SourceRate, forecast};
 #[cfg(feature = "vhost-user-backend")]
 pub use region_bitmap::{DeviceLog, LogMemory, RegionBitmap, RegionSlice};
-pub use source::{DirtySource, LogSource, SourceShare, UnionSource};
+pub use source::{DirtySource, LogQuality, LogSource, SourceShare, UnionSource};

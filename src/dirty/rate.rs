@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use super::page_set::PageSet;
+use super::source::LogQuality;
 use crate::memory::LOG_PAGE;
 
 /// Number of rounds after which a forecast gives up, also if every round is a little smaller than the one before.
@@ -28,6 +29,9 @@ pub struct DirtyRate {
     pub working_set_bytes: u64,
     /// The rates by source. A page that two sources wrote counts for both.
     pub sources: Vec<SourceRate>,
+    /// Quality of the least exact source.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub log_quality: LogQuality,
 }
 
 /// The dirty rate of one device or CPU, see [`DirtyRate`].
@@ -43,6 +47,9 @@ pub struct SourceRate {
     pub bytes_per_s: f64,
     /// Distinct bytes dirtied in the whole period.
     pub working_set_bytes: u64,
+    /// Quality of the source's log.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub log_quality: LogQuality,
 }
 
 /// Computes a dirty rate from the pages that the sources report interval by interval.
@@ -75,6 +82,7 @@ impl PageCount {
             pages_per_s,
             bytes_per_s: pages_per_s * LOG_PAGE as f64,
             working_set_bytes: self.working_set.len() * LOG_PAGE,
+            log_quality: LogQuality::Exact,
         }
     }
 }
@@ -104,7 +112,7 @@ impl RateMeter {
         self.all.add(&self.interval);
     }
 
-    /// The rate over all intervals so far.
+    /// The rate over all intervals so far. The qualities of logs are [`LogQuality::Exact`].
     pub fn rate(&self) -> DirtyRate {
         let all = self.all.rate("", self.elapsed);
         DirtyRate {
@@ -114,6 +122,7 @@ impl RateMeter {
             bytes_per_s: all.bytes_per_s,
             working_set_bytes: all.working_set_bytes,
             sources: self.sources.iter().map(|(name, count)| count.rate(name, self.elapsed)).collect(),
+            log_quality: LogQuality::Exact,
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Other sources implement [`DirtySource`] in files of their own. Rounds and convergence are in `migrate`.
 
+use std::fmt;
 use std::sync::Arc;
 
 use super::error::DirtyError;
@@ -10,6 +11,30 @@ use super::log::Log;
 use super::page_set::PageSet;
 
 use crate::sys::with_causes::with_causes;
+
+/// Quality of a dirty log, from the most to the least exact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum LogQuality {
+    /// The log has each page that the device wrote, and no other.
+    #[default]
+    Exact,
+    /// The log has each page that the device wrote, and may have pages that it could have written.
+    Conservative,
+    /// The log has each page that the device wrote, because the device writes through rings of the front-end.
+    Shadowed,
+}
+
+impl fmt::Display for LogQuality {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            LogQuality::Exact => "exact",
+            LogQuality::Conservative => "conservative",
+            LogQuality::Shadowed => "shadowed",
+        })
+    }
+}
 
 /// A source of dirty pages: a vhost log, KVM, pagemap, content hashes, or a union of several.
 ///
@@ -52,6 +77,11 @@ pub trait DirtySource: Send {
 
     /// The name of the source in reports, for example of a device or a CPU.
     fn name(&self) -> &str;
+
+    /// The quality of what the source has reported since it was started.
+    fn log_quality(&self) -> LogQuality {
+        LogQuality::Exact
+    }
 }
 
 /// A shared log as a source. The owner of the devices switches their logging on and off.
@@ -230,6 +260,11 @@ impl DirtySource for UnionSource {
 
     fn name(&self) -> &str {
         "all"
+    }
+
+    /// That of the least exact source.
+    fn log_quality(&self) -> LogQuality {
+        self.members.iter().map(|member| member.source.log_quality()).max().unwrap_or_default()
     }
 }
 

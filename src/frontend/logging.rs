@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Device, FrontendError, counters};
-use crate::dirty::{DirtyError, DirtySource, Harvest, Log, PageSet};
+use crate::dirty::{DirtyError, DirtySource, Harvest, Log, LogQuality, PageSet};
 use crate::memory::GuestAddress;
 
 /// A device shared between threads, none of which is on a data path.
@@ -40,6 +40,8 @@ pub struct DeviceDirtySource {
     name: String,
     memory_end: GuestAddress,
     log: Option<(Arc<Log>, OwnedFd)>,
+    /// Quality of the last log.
+    quality: LogQuality,
 }
 
 impl DeviceDirtySource {
@@ -50,7 +52,8 @@ impl DeviceDirtySource {
         name: impl Into<String>,
         memory_end: GuestAddress,
     ) -> DeviceDirtySource {
-        DeviceDirtySource { device: Box::new(device), name: name.into(), memory_end, log: None }
+        let (device, name, quality) = (Box::new(device), name.into(), LogQuality::default());
+        DeviceDirtySource { device, name, memory_end, log: None, quality }
     }
 
     fn failed(&self, cause: FrontendError) -> DirtyError {
@@ -62,8 +65,13 @@ impl DirtySource for DeviceDirtySource {
     fn start(&mut self) -> Result<(), DirtyError> {
         let (log, fd) = Log::create(self.memory_end)?;
         let log = Arc::new(log);
-        let started = self.device.with(&mut |device| device.start_logging(&log, fd.as_fd()));
+        let mut quality = None;
+        let started = self.device.with(&mut |device| {
+            quality = device.log_quality();
+            device.start_logging(&log, fd.as_fd())
+        });
         started.map_err(|cause| self.failed(cause))?;
+        self.quality = quality.unwrap_or_default();
         self.log = Some((log, fd));
         Ok(())
     }
@@ -93,5 +101,9 @@ impl DirtySource for DeviceDirtySource {
 
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn log_quality(&self) -> LogQuality {
+        self.quality
     }
 }

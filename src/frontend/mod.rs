@@ -66,7 +66,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::abi::vhost_user::{BackendRequest, DiskGeneration};
 use crate::abi::virtio::VirtioFeatures;
-use crate::dirty::Log;
+use crate::dirty::{Log, LogQuality};
 use crate::memory::{GuestAddress, Iova, Memory};
 use crate::ring::RingBase;
 
@@ -122,18 +122,6 @@ pub struct InflightState {
     pub queue_size: u16,
     /// Bytes of the region.
     pub contents: Vec<u8>,
-}
-
-/// Quality of a device's dirty log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub enum LogQuality {
-    /// The log has each page that the device wrote, and no other.
-    Exact,
-    /// The log has each page that the device wrote, and may have pages that it could have written.
-    Conservative,
-    /// The log has each page that the device wrote, because the device writes through rings of the front-end.
-    Shadowed,
 }
 
 /// Result of a reconnection.

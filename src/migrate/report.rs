@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::dirty::LogQuality;
+
 /// Location of the guest, as far as the source knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -30,6 +32,9 @@ pub enum MigrationEvent {
         channels: u16,
         /// Compression of pages.
         codec: String,
+        /// Quality of the least exact dirty log.
+        #[serde(default)]
+        log_quality: LogQuality,
     },
     /// Pages are being sent. At most a few events per second.
     Progress {
@@ -127,6 +132,9 @@ pub struct MigrationReport {
     pub zero_pages: u64,
     /// Average dirty rate over all rounds, bytes per second.
     pub dirty_rate_bytes_per_s: f64,
+    /// Quality of the least exact dirty log.
+    #[serde(default)]
+    pub log_quality: LogQuality,
     /// Time spent on hashing all memory with the guest stopped, milliseconds; only with verification.
     #[serde(default)]
     pub verify_ms: Option<f64>,

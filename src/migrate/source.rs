@@ -160,13 +160,16 @@ pub fn migrate(
         guest_bytes: memory.size(),
         channels: stream.channels.len() as u16,
         codec: codec.to_string(),
+        log_quality: dirty.log_quality(),
     });
+    let report =
+        MigrationReport { guest_bytes: memory.size(), log_quality: dirty.log_quality(), ..MigrationReport::default() };
     let mut migration = OutgoingMigration {
         stream,
         memory,
         dirty,
         pending,
-        report: MigrationReport::default(),
+        report,
         cancel,
         limiter,
         tell: on_event,
@@ -174,7 +177,6 @@ pub fn migrate(
         stopped_at: None,
         run,
     };
-    migration.report.guest_bytes = migration.memory.size();
     let outcome = migration.run(vm, parameters);
     migration.finish(vm, outcome, parameters, begun)
 }

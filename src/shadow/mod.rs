@@ -80,10 +80,8 @@ use crate::abi::virtio::{
 };
 use crate::backend::rings::Workers;
 use crate::backend::session::{Kick, Logging, Notifier, VringConfig, VringController};
-use crate::dirty::Log;
-use crate::frontend::{
-    Device, DeviceEvent, FrontendError, InflightState, Interrupt, LogQuality, Reconnection, RingSetup,
-};
+use crate::dirty::{Log, LogQuality};
+use crate::frontend::{Device, DeviceEvent, FrontendError, InflightState, Interrupt, Reconnection, RingSetup};
 use crate::memory::Memory;
 use crate::ring::{RingBase, RingLayout};
 use crate::sys::with_causes::with_causes;

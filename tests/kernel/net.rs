@@ -9,8 +9,8 @@ use std::time::Duration;
 use nix::libc;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost_migrate::abi::virtio::{VIRTIO_F_VERSION_1, VirtioFeatures};
-use vhost_migrate::dirty::Log;
-use vhost_migrate::frontend::{Device, FrontendError, KernelDevice, KernelOptions, LogQuality, WorkerType};
+use vhost_migrate::dirty::{Log, LogQuality};
+use vhost_migrate::frontend::{Device, FrontendError, KernelDevice, KernelOptions, WorkerType};
 use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory};
 use vhost_migrate::ring::RingBase;
 

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use vhost_migrate::dirty::Log;
-use vhost_migrate::frontend::{Device, KernelDevice, KernelOptions, LogQuality};
+use vhost_migrate::dirty::{Log, LogQuality};
+use vhost_migrate::frontend::{Device, KernelDevice, KernelOptions};
 use vhost_migrate::memory::{GuestAddress, LOG_PAGE};
 use vhost_migrate::shadow::ShadowDevice;
 

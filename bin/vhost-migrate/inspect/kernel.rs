@@ -3,7 +3,8 @@
 use nix::sys::utsname::uname;
 use serde_json::{Value, json};
 use vhost_migrate::abi::features::feature_names;
-use vhost_migrate::frontend::{KernelProbe, LogQuality, probe_kernel};
+use vhost_migrate::dirty::LogQuality;
+use vhost_migrate::frontend::{KernelProbe, probe_kernel};
 use vhost_migrate::unstable::with_causes;
 use vhost_migrate::vduse::{VdpaDevice, VduseError, VduseProbe, probe_vduse, vdpa_devices};
 
