@@ -1,12 +1,15 @@
 //! `vhost-migrate demo`: live-migrates a guest with a disk between two processes on this machine while the guest
 //! writes. With `--kill`, the demo kills the guest's back-ends meanwhile.
 
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command as Process, ExitCode, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command as Process, ExitCode, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, geteuid};
 use serde_json::{Value, json};
 use vhost_migrate::abi::virtio::SECTOR_BYTES;
 use vhost_migrate::control::{self, ControlCommand, ControlEvent};
@@ -26,9 +29,13 @@ use crate::wrong_arguments;
   vhost-migrate demo
   vhost-migrate demo --memory 4GiB --dirty-rate 500MiB/s --codec zstd:1
   vhost-migrate demo --kill --json
+  vhost-migrate demo --device vhost-vdpa
 
-Needs no root, and no files but a temporary folder. Exit status: 0 if every byte was right, 1 if not, 2 wrong arguments.")]
+Needs no files but a temporary folder, and root only for vhost-vdpa. Exit status: 0 if every byte was right, 1 if not, 2 wrong arguments.")]
 pub(crate) struct Arguments {
+    /// Device between the guest and its disk
+    #[arg(long, value_enum, default_value_t = DemoDevice::Blk)]
+    device: DemoDevice,
     /// Guest memory
     #[arg(long, default_value = "1GiB", value_parser = units::size, value_name = "SIZE")]
     memory: u64,
@@ -53,10 +60,38 @@ pub(crate) struct Arguments {
     output: OutputArguments,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum DemoDevice {
+    /// vhost-user back-ends
+    Blk,
+    /// VDUSE devices, as /dev/vhost-vdpa-N behind shadow rings: needs root, and the modules vduse and vhost_vdpa
+    VhostVdpa,
+}
+
+impl DemoDevice {
+    /// Returns an error that says what this host or user lacks for the device.
+    fn check(self) -> Result<(), String> {
+        if self == DemoDevice::Blk {
+            return Ok(());
+        }
+        let modules = [("vduse", "/dev/vduse/control"), ("vhost_vdpa", "/sys/bus/vdpa/drivers/vhost_vdpa")];
+        let missing = modules.iter().filter(|(_, place)| !Path::new(place).exists()).map(|(module, _)| *module);
+        let missing: Vec<_> = missing.collect();
+        let load = (!missing.is_empty()).then(|| format!("run `modprobe -a {}`", missing.join(" ")));
+        let root = (!geteuid().is_root()).then(|| "start the demo as root".to_owned());
+        match load.into_iter().chain(root).collect::<Vec<_>>() {
+            advice if advice.is_empty() => Ok(()),
+            advice => Err(format!("--device vhost-vdpa is not possible yet: {}", advice.join(", and "))),
+        }
+    }
+}
+
 /// Queues of the guest's disk.
 const QUEUES: u16 = 2;
 /// Time limit for a process to start or to reply.
 const START_TIMEOUT: Duration = Duration::from_secs(20);
+/// Time limit for a back-end to remove its VDUSE device.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Parses the size of the disk. Each queue uses a part of it, and file offsets limit its size.
 fn disk_size(text: &str) -> Result<u64, String> {
@@ -75,7 +110,11 @@ pub(crate) fn run(arguments: Arguments) -> ExitCode {
     if let Err(error) = guest.check() {
         wrong_arguments(error);
     }
-    let processes = match DemoProcesses::new(arguments.output) {
+    if let Err(lacks) = arguments.device.check() {
+        eprintln!("demo: {lacks}");
+        return ExitCode::FAILURE;
+    }
+    let processes = match DemoProcesses::new(&arguments) {
         Ok(processes) => Arc::new(processes),
         Err(error) => {
             eprintln!("demo: can't make a temporary folder: {error}");
@@ -99,25 +138,30 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(20);
 /// The processes of the demo and the folder of their files. `finish` ends the processes and removes the folder.
 struct DemoProcesses {
     output: OutputArguments,
+    device: DemoDevice,
     folder: Mutex<tempfile::TempDir>,
     /// Names and processes.
     running: Mutex<Vec<(String, Child)>>,
 }
 
 impl DemoProcesses {
-    fn new(output: OutputArguments) -> io::Result<DemoProcesses> {
+    fn new(arguments: &Arguments) -> io::Result<DemoProcesses> {
+        let (output, device) = (arguments.output, arguments.device);
         let folder = tempfile::Builder::new().prefix("vhost-migrate-").tempdir()?;
-        Ok(DemoProcesses { output, folder: Mutex::new(folder), running: Mutex::default() })
+        Ok(DemoProcesses { output, device, folder: Mutex::new(folder), running: Mutex::default() })
     }
 
     fn folder(&self) -> PathBuf {
         lock(&self.folder).path().to_owned()
     }
 
-    fn start(&self, name: &str, process: &mut Process) -> io::Result<()> {
+    /// Starts a process. Returns its output, if that is a pipe.
+    fn start(&self, name: &str, process: &mut Process) -> io::Result<Option<ChildStdout>> {
         let mut running = lock(&self.running);
-        running.push((name.into(), process.spawn()?));
-        Ok(())
+        let mut child = process.spawn()?;
+        let output = child.stdout.take();
+        running.push((name.into(), child));
+        Ok(output)
     }
 
     /// Kills one process with SIGKILL and waits for its end.
@@ -148,7 +192,12 @@ impl DemoProcesses {
         let mut running = lock(&self.running);
         // Guests are killed first, so that none reports a disconnected back-end.
         running.sort_by_key(|(name, _)| name.ends_with("back-end"));
-        running.iter_mut().for_each(|(_, child)| kill_and_wait(child));
+        for (name, child) in running.iter_mut() {
+            if self.device == DemoDevice::VhostVdpa && name.ends_with("back-end") {
+                terminate(child);
+            }
+            kill_and_wait(child);
+        }
         let folder = lock(&self.folder);
         if let Err(error) = std::fs::remove_dir_all(folder.path()) {
             eprintln!("demo: can't remove {}: {error}", folder.path().display());
@@ -171,20 +220,31 @@ fn kill_and_wait(child: &mut Child) {
     let _ = child.wait();
 }
 
+/// Lets a back-end remove its VDUSE device, which a killed one would leave behind.
+fn terminate(child: &mut Child) {
+    let deadline = Instant::now() + REMOVAL_TIMEOUT;
+    // The process may have ended already.
+    let _ = kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM);
+    while matches!(child.try_wait(), Ok(None)) && Instant::now() < deadline {
+        std::thread::sleep(WATCH_INTERVAL);
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The sockets of a back-end and of a guest's process.
+/// The disk of a back-end, and the control socket of a guest's process.
 struct DemoSide {
     name: &'static str,
-    socket: PathBuf,
+    /// The back-end's socket, or its device once it has started.
+    disk: PathBuf,
     control: PathBuf,
 }
 
 impl DemoSide {
     fn new(folder: &Path, name: &'static str) -> DemoSide {
-        DemoSide { name, socket: folder.join(format!("{name}.vhost")), control: folder.join(format!("{name}.control")) }
+        DemoSide { name, disk: folder.join(format!("{name}.vhost")), control: folder.join(format!("{name}.control")) }
     }
 }
 
@@ -212,8 +272,8 @@ impl<'a> Demo<'a> {
         std::fs::File::create(&image)?.set_len(self.arguments.disk)?;
         let incoming = format!("unix:{}", self.folder.join("migration").display());
 
-        self.start_backend(&self.source)?;
-        self.start_backend(&self.destination)?;
+        self.source.disk = self.start_backend(&self.source)?;
+        self.destination.disk = self.start_backend(&self.destination)?;
         let rate = format!("{}B/s", self.arguments.dirty_rate);
         let memory = format!("{}", self.arguments.memory);
         let queues = QUEUES.to_string();
@@ -259,6 +319,7 @@ impl<'a> Demo<'a> {
             "reconnects": stats.reconnects,
             "kills": kills,
             "dirty_rate_bytes_per_s": report.dirty_rate_bytes_per_s,
+            "log_quality": report.log_quality,
         }))
     }
 
@@ -313,24 +374,44 @@ impl<'a> Demo<'a> {
         Ok(stats)
     }
 
-    fn start_backend(&self, side: &DemoSide) -> io::Result<()> {
+    /// Starts a back-end. Returns the path of its disk.
+    fn start_backend(&self, side: &DemoSide) -> io::Result<PathBuf> {
         let queues = QUEUES.to_string();
         let arguments = ["backend", "blk", "--exit-with-parent", "--log-level", "warn", "--queues", &queues, "--image"];
         let mut process = program()?;
-        process.args(arguments).arg(self.folder.join("disk.img")).arg("--socket").arg(&side.socket);
-        self.processes.start(&backend_name(side), &mut process)
+        process.args(arguments).arg(self.folder.join("disk.img"));
+        match self.arguments.device {
+            DemoDevice::Blk => process.arg("--socket").arg(&side.disk),
+            DemoDevice::VhostVdpa => {
+                let name = format!("demo-{}-{}", std::process::id(), side.name);
+                process.args(["--vduse", &name, "--attach", "vhost", "--state-dir"]).arg(&self.folder);
+                process.stdout(Stdio::piped())
+            }
+        };
+        match self.processes.start(&backend_name(side), &mut process)? {
+            Some(output) => device_path(output),
+            None => Ok(side.disk.clone()),
+        }
     }
 
     fn start_guest(&self, side: &DemoSide, more: &[&str]) -> io::Result<()> {
         let mut process = program()?;
         let arguments = ["guest", "--exit-with-parent", "--log-level", "warn", "--backend"];
-        process.args(arguments).arg(&side.socket).arg("--control").arg(&side.control).args(more);
-        self.processes.start(&format!("the guest's process at the {}", side.name), &mut process)
+        process.args(arguments).arg(&side.disk).arg("--control").arg(&side.control).args(more);
+        self.processes.start(&format!("the guest's process at the {}", side.name), &mut process).map(drop)
     }
 }
 
 fn backend_name(side: &DemoSide) -> String {
     format!("the {}'s back-end", side.name)
+}
+
+/// Reads the path of a VDUSE device from the line in which its back-end says what it serves.
+fn device_path(output: ChildStdout) -> io::Result<PathBuf> {
+    let mut line = String::new();
+    BufReader::new(output).read_line(&mut line)?;
+    let path = line.rsplit_once('(').and_then(|(_, path)| path.trim_end().strip_suffix(')'));
+    path.map(PathBuf::from).ok_or_else(|| io::Error::other("a back-end does not serve its device"))
 }
 
 fn program() -> io::Result<Process> {

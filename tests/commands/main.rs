@@ -244,6 +244,7 @@ fn demo_verifies_every_byte_and_reports_all_figures(#[values(&[][..], &["--packe
         assert!(done[figure].as_f64().is_some_and(|value| value > 0.0), "{figure}: {done}");
     }
     assert!(done["resubmitted"].is_u64());
+    assert_eq!(done["log_quality"], "exact");
 }
 
 #[test]
@@ -442,7 +443,9 @@ fn dirty_rate_reports_cpus_and_disks_and_a_forecast() {
     assert_eq!(sources.len(), 2, "{found}");
     for source in sources {
         assert!(source["pages_per_s"].as_f64().unwrap() > 0.0, "{found}");
+        assert_eq!(source["log_quality"], "exact", "{found}");
     }
+    assert_eq!(found["rate"]["log_quality"], "exact", "{found}");
     assert!(found["rate"]["working_set_bytes"].as_u64().unwrap() >= 1 << 20, "{found}");
     assert!(found["forecast"]["rounds"].is_u64(), "{found}");
     // The measurement has stopped all tracking and left the guest unchanged.

@@ -1,6 +1,7 @@
 //! Tests that run in the kernel lab (`tests/kernel/run`): our front-ends and devices with Linux's vhost, vDPA and VDUSE.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod demo;
 mod errors;
 mod guide;
 mod inspect;
