@@ -125,7 +125,12 @@ impl Rings {
     pub(super) fn resume(&mut self) -> Result<(), VduseError> {
         let name = self.name.clone();
         let resumed = self.resume_rings();
-        resumed.map_err(|fault| VduseError::Continue { name, source: io::Error::other(fault) })
+        resumed.map_err(|fault| VduseError::Continue { name, source: io::Error::other(fault) })?;
+        // An image may have grown meanwhile.
+        if self.log.as_ref().is_some_and(|log| log.record().config != self.device.config()) {
+            self.change_config();
+        }
+        Ok(())
     }
 
     fn resume_rings(&mut self) -> Result<(), RingFault> {

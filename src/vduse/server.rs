@@ -89,21 +89,17 @@ impl VduseServer {
         let device_id = device.device_id().ok_or_else(|| VduseError::NoDeviceId { name: name.into() })?;
         let _ = control.set_features(control.features() & VDUSE_FEATURES);
         let mut server = VduseServer { name: name.into(), control, bus, threads: None, exists: false };
-        let created = match server.create(options, device.as_ref(), device_id)? {
-            Some(offer) => Some(offer),
-            None => match server.log_of_left_behind(options, device.as_ref(), device_id)? {
-                Ok(log) => {
-                    server.resume(&device, log)?;
-                    None
-                }
-                Err(_) if options.replace => {
+        let mut created = server.create(options, device.as_ref(), device_id)?;
+        if created.is_none() {
+            match server.resume(options, &device, device_id) {
+                Err(VduseError::LeftBehind { .. } | VduseError::Continue { .. }) if options.replace => {
                     server.remove_left_behind()?;
-                    let created = server.create(options, device.as_ref(), device_id)?;
-                    Some(created.ok_or_else(|| VduseError::NameTaken { name: name.into() })?)
+                    created = server.create(options, device.as_ref(), device_id)?;
+                    created.ok_or_else(|| VduseError::NameTaken { name: name.into() })?;
                 }
-                Err(source) => return Err(VduseError::LeftBehind { name: name.into(), source }),
-            },
-        };
+                resumed => resumed?,
+            }
+        }
         if let Some(offer) = created {
             server.exists = true;
             server.serve_created(options, &device, device_id, offer)?;
@@ -192,9 +188,16 @@ impl VduseServer {
         }))
     }
 
-    /// Continues the device from its log.
-    fn resume(&mut self, device: &Arc<dyn VirtioDevice>, log: VduseLog) -> Result<(), VduseError> {
+    /// Continues the device of this name, which no process serves, from its log.
+    fn resume(
+        &mut self,
+        options: &VduseOptions,
+        device: &Arc<dyn VirtioDevice>,
+        device_id: u32,
+    ) -> Result<(), VduseError> {
+        let log = self.log_of_left_behind(options, device.as_ref(), device_id)?;
         let name = self.name.as_str();
+        let log = log.map_err(|source| VduseError::LeftBehind { name: name.into(), source })?;
         let file = Arc::new(DeviceFile::open(name).map_err(VduseError::system(name, "open the device"))?);
         let offer = Offer { features: log.record().offered, queues: log.record().queues() };
         info!("{name}: continues the device of a process that has ended");

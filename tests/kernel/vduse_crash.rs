@@ -272,3 +272,31 @@ fn a_directory_that_cannot_be_used_is_reported_and_nothing_is_left() {
     assert!(Path::new("/tmp/state/nodir").exists());
     served.end();
 }
+
+/// The driver learns the size of an image that has grown meanwhile.
+#[test]
+fn an_image_that_has_grown_before_the_disk_is_continued() {
+    let image = image("grown", 8 * MIB);
+    let served = serve("grown", &image, &[]);
+    let disk = served.disk();
+    served.kill();
+    File::options().write(true).open(&image).unwrap().set_len(24 * MIB).unwrap();
+    let served = serve("grown", &image, &[]);
+    let (size, sectors) = (format!("/sys/block/{}/size", disk.file_name().unwrap().display()), 24 * MIB / 512);
+    wait_until("the disk has grown", || fs::read_to_string(&size).unwrap().trim() == sectors.to_string());
+    OpenOptions::new().write(true).open(&disk).unwrap().write_all_at(&[8; 512], 20 * MIB).unwrap();
+    served.end();
+}
+
+/// Rule V3.3: a device whose log has no inflight region any more can be replaced.
+#[test]
+fn a_device_whose_log_was_cut_off_is_refused_and_replaced() {
+    let image = image("region", 8 * MIB);
+    let served = serve("region", &image, &[]);
+    fs::write(served.disk(), [3; 4096]).unwrap();
+    served.kill();
+    File::options().write(true).open("/run/vhost-migrate/region").unwrap().set_len(4096).unwrap();
+    let error = refused("blk", "region", &["--attach", "virtio", "--image", image.to_str().unwrap()]);
+    assert!(error.contains("--replace"), "{error}");
+    serve("region", &image, &["--replace"]).end();
+}
