@@ -147,7 +147,13 @@ fn numbered(name: &str) -> PathBuf {
 }
 
 fn serve(name: &str) -> Served {
-    Served::start("blk", name, &["--attach", "vhost", "--image", numbered(name).to_str().unwrap()])
+    numbered(name);
+    serve_again(name)
+}
+
+/// Serves the image that [`serve`] has made.
+fn serve_again(name: &str) -> Served {
+    Served::start("blk", name, &["--attach", "vhost", "--image", &format!("/tmp/{name}.img")])
 }
 
 /// Rule V4.2: when GET_VRING_BASE has returned, all requests before the base are completed and no other is.
@@ -168,6 +174,31 @@ fn the_base_is_that_of_a_drained_ring(#[values(SPLIT, PACKED)] features: VirtioF
     driver.read(0, DATA);
     assert_eq!(driver.base(), base, "it stays stopped");
     assert!(driver.ring.driver.pop_used().unwrap().is_none(), "after its base");
+    drop(driver);
+    served.end();
+}
+
+/// Rule V3.5: a ring whose base was reported stays stopped in the next process, which reports the same base.
+#[rstest]
+fn a_successor_keeps_the_base_that_was_reported(#[values(SPLIT, PACKED)] features: VirtioFeatures) {
+    let served = serve("kept");
+    let mut driver = Driver::start(&served.disk(), features);
+    for request in 0..3 {
+        driver.read(request, DATA + request);
+        driver.ring.completion();
+    }
+    assert_eq!(driver.base(), after(3, features));
+    served.kill();
+    driver.read(3, DATA);
+    let served = serve_again("kept");
+    assert_eq!(driver.base(), after(3, features), "it stays stopped");
+    assert!(driver.ring.driver.pop_used().unwrap().is_none(), "after its base");
+    drop(driver);
+    // The reset starts it afresh.
+    let mut driver = Driver::start(&served.disk(), features);
+    driver.read(5, DATA);
+    driver.ring.completion();
+    assert_eq!(page(&driver.memory, DATA), [6; LOG_PAGE as usize]);
     drop(driver);
     served.end();
 }
