@@ -5,6 +5,7 @@ mod demo;
 mod errors;
 mod guide;
 mod inspect;
+mod migrate_net;
 mod modules;
 mod net;
 #[path = "../kit/process.rs"]

@@ -19,15 +19,24 @@ use crate::rings::{Ring, changed, harvest, page, region, snapshot};
 use crate::tap::{Tap, frame};
 use crate::wait::is_readable;
 
-const RECEIVE: u16 = 0;
-const SEND: u16 = 1;
+pub(crate) const RECEIVE: u16 = 0;
+pub(crate) const SEND: u16 = 1;
 /// Bytes of the virtio-net header with VERSION_1.
-const HEADER: usize = 12;
-const FEATURES: VirtioFeatures = VIRTIO_F_VERSION_1;
+pub(crate) const HEADER: usize = 12;
+pub(crate) const FEATURES: VirtioFeatures = VIRTIO_F_VERSION_1;
 /// First pages of the rings.
-const RING_PAGES: [u64; 2] = [4, 8];
+pub(crate) const RING_PAGES: [u64; 2] = [4, 8];
 /// A page for frames.
 const DATA: u64 = 100;
+
+/// A device without rings.
+pub(crate) fn open(tap: &Tap, memory: &Memory, options: KernelOptions) -> KernelDevice {
+    load("vhost_net");
+    let mut device = KernelDevice::net(tap.share(), options).unwrap();
+    device.set_features(FEATURES).unwrap();
+    device.set_memory(memory).unwrap();
+    device
+}
 
 /// An interface whose rings run.
 struct Net {
@@ -43,12 +52,9 @@ impl Net {
     }
 
     fn with(name: &str, flags: libc::c_int, options: KernelOptions) -> Net {
-        load("vhost_net");
         let tap = Tap::new(name, flags);
         let memory = Memory::new([region(0, 256)]).unwrap();
-        let mut device = KernelDevice::net(tap.share(), options).unwrap();
-        device.set_features(FEATURES).unwrap();
-        device.set_memory(&memory).unwrap();
+        let device = open(&tap, &memory, options);
         let rings = RING_PAGES.map(|page| Ring::new(&memory, page, FEATURES));
         let mut net = Net { tap, memory, device, rings };
         net.start(RECEIVE).unwrap();
@@ -235,9 +241,7 @@ fn a_stopped_ring_goes_on_at_its_base() {
     net.received(DATA, b"waits");
     // Another device takes over.
     let bases = [net.stop(RECEIVE), net.stop(SEND)];
-    net.device = KernelDevice::net(net.tap.share(), KernelOptions::default()).unwrap();
-    net.device.set_features(FEATURES).unwrap();
-    net.device.set_memory(&net.memory).unwrap();
+    net.device = open(&net.tap, &net.memory, KernelOptions::default());
     assert_eq!(bases, [RingBase::split(6), RingBase::split(5)]);
     net.start(RECEIVE).unwrap();
     net.start(SEND).unwrap();
@@ -303,9 +307,7 @@ fn a_dropped_device_frees_its_memory_and_its_tap() {
     drop(device);
     assert_eq!((locked_bytes(), Arc::strong_count(&region)), (0, 1));
     let memory = Memory::new([region]).unwrap();
-    let mut device = KernelDevice::net(tap.share(), KernelOptions::default()).unwrap();
-    device.set_features(FEATURES).unwrap();
-    device.set_memory(&memory).unwrap();
+    let device = open(&tap, &memory, KernelOptions::default());
     let rings = RING_PAGES.map(|page| Ring::new(&memory, page, FEATURES));
     let mut net = Net { tap, memory, device, rings };
     net.start(RECEIVE).unwrap();

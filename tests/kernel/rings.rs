@@ -10,7 +10,7 @@ use vhost_migrate::abi::virtio::VirtioFeatures;
 use vhost_migrate::dirty::{Log, PageSet};
 use vhost_migrate::frontend::RingSetup;
 use vhost_migrate::memory::{GuestAddress, LOG_PAGE, Memory, PageNumber, Region};
-use vhost_migrate::ring::{Buffer, DriverRing, RingBase, RingLayout, UsedBuffer};
+use vhost_migrate::ring::{Buffer, DriverRing, DriverRingState, RingBase, RingError, RingLayout, UsedBuffer};
 
 use crate::wait::is_readable;
 
@@ -37,10 +37,35 @@ pub(crate) struct Ring {
 
 impl Ring {
     pub(crate) fn new(memory: &Memory, page: u64, features: VirtioFeatures) -> Ring {
+        Ring::with(page, features, RingBase::initial(features), |layout| DriverRing::new(memory, layout, features))
+    }
+
+    /// A ring that goes on at `base`, with its driver's state.
+    pub(crate) fn restore(
+        memory: &Memory,
+        page: u64,
+        features: VirtioFeatures,
+        state: &DriverRingState,
+        base: RingBase,
+    ) -> Ring {
+        Ring::with(page, features, base, |layout| DriverRing::restore(memory, layout, features, state))
+    }
+
+    fn with(
+        page: u64,
+        features: VirtioFeatures,
+        base: RingBase,
+        open: impl FnOnce(RingLayout) -> Result<DriverRing, RingError>,
+    ) -> Ring {
         let [desc, avail, used] = [page, page + 1, page + 2].map(|page| PageNumber(page).address());
-        let driver = DriverRing::new(memory, RingLayout::new(features, SIZE, [desc, avail, used]), features).unwrap();
-        let (kick, call, base) = (eventfd(), eventfd(), RingBase::initial(features));
+        let driver = open(RingLayout::new(features, SIZE, [desc, avail, used])).unwrap();
+        let (kick, call) = (eventfd(), eventfd());
         Ring { page, driver, setup: RingSetup { size: SIZE, desc, avail, used, kick, call, error: None, base } }
+    }
+
+    /// The pages that the driver writes.
+    pub(crate) fn driver_pages(&self) -> [u64; 2] {
+        [self.page, self.page + 1]
     }
 
     /// The page of the used ring.

@@ -78,6 +78,11 @@ impl Tap {
         self.interface.receive()
     }
 
+    /// Makes the tap a port of a bridge.
+    pub(crate) fn join(&self, bridge: &str) {
+        ip(&["link", "set", &self.name, "master", bridge]);
+    }
+
     /// Removes the interface.
     pub(crate) fn remove(&self) {
         ip(&["link", "delete", &self.name]);
@@ -86,8 +91,25 @@ impl Tap {
 
 /// An Ethernet frame to all.
 pub(crate) fn frame(payload: &[u8]) -> Vec<u8> {
-    let source = [2, 0, 0, 0, 0, 1];
-    [&[0xff; 6][..], &source, &ETHER_TYPE.to_be_bytes(), payload].concat()
+    frame_between(mac(1), [0xff; 6], payload)
+}
+
+/// An Ethernet frame to one address.
+pub(crate) fn frame_between(from: [u8; 6], to: [u8; 6], payload: &[u8]) -> Vec<u8> {
+    [&to[..], &from, &ETHER_TYPE.to_be_bytes(), payload].concat()
+}
+
+/// The address of an interface of a guest.
+pub(crate) fn mac(number: u8) -> [u8; 6] {
+    [2, 0, 0, 0, 0, number]
+}
+
+/// Creates a bridge. It learns which address is behind which tap, and sends no frames of its own.
+pub(crate) fn make_bridge(name: &str) {
+    load("bridge");
+    ip(&["link", "add", name, "type", "bridge"]);
+    fs::write(format!("/sys/class/net/{name}/bridge/multicast_snooping"), "0").unwrap();
+    drop(Interface::new(name));
 }
 
 fn packet_socket(name: &str) -> OwnedFd {
