@@ -20,6 +20,7 @@ use crate::abi::vdpa::{
     VDPA_ATTR_DEV_NAME, VDPA_ATTR_MGMTDEV_DEV_NAME, VDPA_CMD_DEV_DEL, VDPA_CMD_DEV_NEW, VDPA_GENL_NAME,
     VDPA_GENL_VERSION,
 };
+use crate::abi::virtio::VIRTIO_CONFIG_S_DRIVER_OK;
 use crate::vduse::VduseError;
 
 const BUS: &str = "/sys/bus/vdpa";
@@ -202,6 +203,26 @@ pub(super) fn bind(name: &str, driver: BusDriver) -> Result<(), VduseError> {
         fs::write(device.join("driver/unbind"), name).map_err(refused)?;
     }
     fs::write(driver.path().join("bind"), name).map_err(refused)
+}
+
+/// Unbinds the device `name` from virtio_vdpa if its driver has not started it, because the process that attached it was
+/// killed meanwhile. A driver that waits for requests could not be unbound.
+///
+/// # Errors
+/// [`VduseError::Bind`].
+pub(super) fn unbind_cut_off(name: &str) -> Result<(), VduseError> {
+    let (device, driver) = (device_path(name), BusDriver::Virtio.name());
+    let status = |child: String| {
+        let text = fs::read_to_string(device.join(child).join("status")).ok()?;
+        u8::from_str_radix(text.trim().trim_start_matches("0x"), 16).ok()
+    };
+    let has_started =
+        names(&device).into_iter().filter_map(status).any(|status| status & VIRTIO_CONFIG_S_DRIVER_OK != 0);
+    if has_started || requests_in_flight(name) > 0 || bound_driver(name).as_deref() != Some(driver) {
+        return Ok(());
+    }
+    let unbound = fs::write(device.join("driver/unbind"), name);
+    unbound.map_err(|source| VduseError::Bind { name: name.into(), driver, source })
 }
 
 /// Returns the name of the driver that the device `name` is bound to.

@@ -22,7 +22,7 @@ use crate::abi::vduse::{DevConfigHeader, VDUSE_F_QUEUE_READY, VDUSE_F_SUSPEND, V
 use crate::abi::virtio::{VIRTIO_ID_NET, VirtioFeatures};
 use crate::backend::VirtioDevice;
 use crate::sys::with_causes::with_causes;
-use crate::vduse::bus::{Bus, bind, is_disk, is_on_bus, offered_as, requests_in_flight};
+use crate::vduse::bus::{Bus, BusDriver, bind, is_disk, is_on_bus, offered_as, requests_in_flight, unbind_cut_off};
 use crate::vduse::files::{ControlFile, DeviceFile, name_bytes};
 use crate::vduse::kernel::Kernel;
 use crate::vduse::left_behind::LeftBehind;
@@ -110,6 +110,8 @@ impl VduseServer {
                     io::ErrorKind::PermissionDenied => not_permitted("the vDPA bus", source),
                     _ => VduseError::Add { name: name.into(), source },
                 })?;
+            } else if driver == BusDriver::Virtio {
+                unbind_cut_off(name)?;
             }
             bind(name, driver)?;
         }

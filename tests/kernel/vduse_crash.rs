@@ -300,3 +300,19 @@ fn a_device_whose_log_was_cut_off_is_refused_and_replaced() {
     assert!(error.contains("--replace"), "{error}");
     serve("region", &image, &["--replace"]).end();
 }
+
+/// A driver of the kernel whose start was cut off, because the process that attached the device was killed, is started again.
+#[test]
+fn a_driver_whose_start_was_cut_off_is_started_again() {
+    let image = image("cutoff", 8 * MIB);
+    Served::start("blk", "cutoff", &["--image", image.to_str().unwrap()]).kill();
+    let mut adding = Command::new("vdpa").args(["dev", "add", "name", "cutoff", "mgmtdev", "vduse"]).spawn().unwrap();
+    // Its first message is not answered.
+    wait_until("the driver starts", || fs::exists("/sys/bus/vdpa/devices/cutoff/driver").unwrap());
+    adding.kill().unwrap();
+    adding.wait().unwrap();
+    let served = serve("cutoff", &image, &[]);
+    fs::write(served.disk(), [2; 4096]).unwrap();
+    served.end();
+    assert_eq!(fs::read(&image).unwrap()[..4096], [2; 4096]);
+}
