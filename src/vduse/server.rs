@@ -392,7 +392,7 @@ impl Threads {
     }
 }
 
-/// What is compared before a device is continued.
+/// The properties that are compared before a device is continued.
 #[derive(PartialEq, Eq)]
 struct OfferedDevice {
     device_id: u32,

@@ -20,7 +20,6 @@ use crate::vduse_blk::{image, serve};
 use crate::wait::wait_until;
 
 const MIB: u64 = 1 << 20;
-const KILLS: u32 = 50;
 /// Size of a write of the workload, bytes.
 const WRITE: usize = 16 << 10;
 const FILE_WRITES: u64 = 32;
@@ -121,19 +120,21 @@ fn kill_under_load(disk: &Path, kills: u32, mut kill_and_restart: impl FnMut()) 
 /// Rules V3.1, V3.4 and V3.5: a mounted file system under load survives kills of the process at random moments. The kernel
 /// reports no error, every byte is right, and the file system is clean.
 #[rstest]
-fn a_mounted_file_system_survives_kills(#[values(&[], &["--split-rings"])] more: &[&str]) {
+#[case::packed(&[], 50)]
+#[case::split(&["--split-rings"], 25)]
+fn a_mounted_file_system_survives_kills(#[case] more: &[&str], #[case] kills: u32) {
     let image = image("crash", 64 * MIB);
     let first = serve("crash", &image, more);
     let disk = first.disk();
     let (mut served, mut left) = (Some(first), 0);
-    kill_under_load(&disk, KILLS, || {
+    kill_under_load(&disk, kills, || {
         served.take().unwrap().kill();
         left += in_flight("crash");
         let next = serve("crash", &image, more);
         assert_eq!(next.disk(), disk);
         served = Some(next);
     });
-    println!("{KILLS} kills with {left} requests in flight");
+    println!("{kills} kills with {left} requests in flight");
     assert!(left > 0, "no kill hit a request");
     served.unwrap().end();
     assert!(!Path::new("/run/vhost-migrate/crash").exists());

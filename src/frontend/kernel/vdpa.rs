@@ -42,7 +42,7 @@ pub(super) struct Vdpa {
     config_changes: Option<OwnedFd>,
 }
 
-/// What the device told when it was opened.
+/// The answers of the device when it was opened.
 #[derive(Default)]
 struct Found {
     id: u32,
