@@ -55,7 +55,7 @@ pub(super) trait VhostFile: Send {
 impl VhostFile for File {
     unsafe fn ioctl(&self, request: u32, argument: *mut u8) -> nix::Result<()> {
         // SAFETY: the caller's promise.
-        let done = unsafe { libc::ioctl(self.as_raw_fd(), request.into(), argument) };
+        let done = unsafe { libc::ioctl(self.as_raw_fd(), request as _, argument) };
         Errno::result(done).map(drop)
     }
 
