@@ -40,7 +40,7 @@
 //! # // The name is refused on every host, also on one with VDUSE.
 //! # let image = tempfile::NamedTempFile::new()?;
 //! # image.as_file().set_len(1 << 20)?;
-//! # let disk = Arc::new(BlkDevice::open(BlkOptions::new(image.path().into()))?);
+//! # let disk = Arc::new(BlkDevice::open(BlkOptions::new(image.path()))?);
 //!
 //! let refused = VduseServer::start(&VduseOptions::new("no/name"), disk);
 //! assert!(matches!(refused, Err(VduseError::Name { .. })));
