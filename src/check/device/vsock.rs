@@ -4,9 +4,11 @@
 //! frame source. Otherwise the host's socket of vhost-device-vsock, Cloud Hypervisor and Firecracker is used: `CONNECT`
 //! and a port on it become a request to the guest.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
@@ -26,6 +28,9 @@ const FIRST_PORT: u32 = 0x7ffe_0000;
 const STREAM: u16 = 1;
 const OP_REQUEST: u16 = 1;
 const OP_RST: u16 = 3;
+/// Attempts to connect, after the first, while the back-end closes the connection.
+const CONNECT_RETRIES: u32 = 10;
+const CONNECT_INTERVAL: Duration = Duration::from_millis(50);
 /// Size of a packet buffer, as in Linux.
 pub(in crate::check) const BUFFER_BYTES: u32 = 4096;
 
@@ -73,8 +78,18 @@ fn port(number: u64) -> u32 {
     FIRST_PORT + 1 + (number % 0x1_0000) as u32
 }
 
-/// Makes the host request a connection to the guest.
+/// Makes the host request a connection to the guest. A back-end closes it unread while its rings are not running yet.
 pub(in crate::check) fn connect(path: &Path, number: u64) -> Result<UnixStream, CheckAbort> {
+    for _ in 0..CONNECT_RETRIES {
+        match request_connection(path, number) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => thread::sleep(CONNECT_INTERVAL),
+            requested => return Ok(requested?),
+        }
+    }
+    Ok(request_connection(path, number)?)
+}
+
+fn request_connection(path: &Path, number: u64) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(path)?;
     writeln!(stream, "CONNECT {}", port(number))?;
     Ok(stream)
