@@ -43,6 +43,8 @@ const USED_INDEX: u64 = 2;
 enum RingFault {
     #[error("the driver acknowledges features that were not offered: {}", feature_names(*.0, None))]
     Features(VirtioFeatures),
+    #[error("the driver and the log differ in the features {}", feature_names(*.0, None))]
+    OtherDriver(VirtioFeatures),
     #[error("ring {index} can't have {size} entries")]
     Size { index: u16, size: u32 },
     #[error("written data may not be on stable storage")]
@@ -148,10 +150,11 @@ impl Rings {
         if !self.state.runs() {
             return Ok(());
         }
-        self.prepare_start()?;
-        if self.features != record.features {
-            return Err(RingFault::Features(self.features & !record.features));
+        let driver = self.check_features()? | VIRTIO_F_ACCESS_PLATFORM;
+        if driver != record.features {
+            return Err(RingFault::OtherDriver(driver ^ record.features));
         }
+        self.prepare_start()?;
         for index in (0..self.queues()).filter(|index| record.stopped_at.get(usize::from(*index)) == Some(&None)) {
             self.start_ring(index)?;
         }

@@ -3,7 +3,6 @@
 use nix::sys::utsname::uname;
 use serde_json::{Value, json};
 use vhost_migrate::abi::features::feature_names;
-use vhost_migrate::dirty::LogQuality;
 use vhost_migrate::frontend::{KernelProbe, probe_kernel};
 use vhost_migrate::unstable::with_causes;
 use vhost_migrate::vduse::{VdpaDevice, VduseError, VduseProbe, probe_vduse, vdpa_devices};
@@ -41,8 +40,9 @@ fn vhost_device(probe: &KernelProbe, lines: &LinePrinter) -> Value {
             return json!({"path": path, "module": probe.module, "usable": false, "error": error});
         }
     };
-    let log = offer.log.ok().map(log_name);
-    lines.print(format_args!("{path}: virtio device {}, dirty log: {}", offer.device_id, log.unwrap_or("none")));
+    let log = offer.log.ok().map(|quality| quality.to_string());
+    let shown = log.as_deref().unwrap_or("none");
+    lines.print(format_args!("{path}: virtio device {}, dirty log: {shown}", offer.device_id));
     if let Err(reason) = offer.log {
         lines.print(format_args!("  {reason}"));
     }
@@ -61,14 +61,6 @@ fn vhost_device(probe: &KernelProbe, lines: &LinePrinter) -> Value {
         "log_quality": log,
         "log_missing": offer.log.err(),
     })
-}
-
-fn log_name(quality: LogQuality) -> &'static str {
-    match quality {
-        LogQuality::Exact => "exact",
-        LogQuality::Conservative => "conservative",
-        _ => "shadowed",
-    }
 }
 
 /// Returns the names of back-end features; unknown bits have none.
